@@ -1,0 +1,11 @@
+"""Settings of a deployment and of one generation: what they mean, their bounds, and their errors.
+
+A leaf: it imports nothing of ours outside this folder and no torch, so that bad input is refused
+in milliseconds.
+"""
+
+from dist_int8.config.generation import GenerationSettings
+from dist_int8.config.settings import Settings, load_settings, parse_byte_size
+from dist_int8.config.yaml_file import read_yaml
+
+__all__ = ["GenerationSettings", "Settings", "load_settings", "parse_byte_size", "read_yaml"]

@@ -1,0 +1,224 @@
+"""Settings of a deployment: which model, on which devices, in how much memory, how it is run."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from dist_int8.config.checked import Checked, Count, NonEmpty, listed
+from dist_int8.config.yaml_file import read_yaml
+
+BYTE_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)},
+    **{f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", start=1)},
+}
+_BYTE_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_DEVICE = re.compile(r"cpu|cuda:(0|[1-9]\d*)")
+
+
+def parse_byte_size(size: object) -> int:
+    """Bytes of 1073741824, "1GiB", "79.5GiB" or "80GB" (GiB = 1024**3 bytes, GB = 1000**3)."""
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    if isinstance(size, str) and (match := _BYTE_SIZE.fullmatch(size)):
+        number, unit = match.groups()
+        if unit in BYTE_UNITS and (num_bytes := int(float(number) * BYTE_UNITS[unit])) > 0:
+            return num_bytes
+    raise ValueError(f'must be a byte size above 0, got {size!r}; write it like "79GiB" or "80GB"')
+
+
+def _parse_memory(memory: object) -> object:
+    if isinstance(memory, Mapping):
+        return {_check_device(device): parse_byte_size(size) for device, size in memory.items()}
+    if isinstance(memory, Sequence) and not isinstance(memory, str):
+        return [parse_byte_size(size) for size in memory]
+    raise ValueError(
+        f"must be a list (one byte size a stage) or a mapping of device to byte size, "
+        f'got {memory!r}; write [79GiB, 79GiB] or {{"cuda:0": 79GiB}}'
+    )
+
+
+def _check_device(device: object) -> str:
+    if isinstance(device, str) and _DEVICE.fullmatch(device):
+        return device
+    raise ValueError(f"must be cpu or cuda:N, got {device!r}; write [cpu, cpu] or [cuda:0, cuda:1]")
+
+
+def _path_as_text(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
+
+
+Device = Annotated[str, BeforeValidator(_check_device)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Settings(Checked):
+    """How a model is laid out and run. The same names are YAML keys, `load()` arguments and flags."""
+
+    model: Annotated[NonEmpty, BeforeValidator(_path_as_text)] | None = Field(
+        default=None,
+        description="Folder of a transformers checkpoint (config.json, safetensors), or a hub id.",
+        examples=["bigscience/bloom"],
+    )
+    revision: NonEmpty | None = Field(
+        default=None,
+        description="Commit, tag or branch of a hub id; null takes the hub's default branch.",
+        examples=["main"],
+    )
+    stages: Count | None = Field(
+        default=None,
+        description="Number of pipeline stages, one process each; null means one per device.",
+        examples=[2],
+    )
+    devices: Annotated[
+        Annotated[list[Device], Field(min_length=1)] | None, BeforeValidator(listed)
+    ] = Field(
+        default=None,
+        description="Device of each stage in order, cpu or cuda:N; excludes `gpus`.",
+        examples=[["cpu", "cpu"]],
+    )
+    gpus: Count | None = Field(
+        default=None,
+        description="Use this many GPUs, cuda:0 upwards, one stage each; excludes `devices`.",
+        examples=[4],
+    )
+    threads_per_stage: Count | None = Field(
+        default=None,
+        description="CPU threads of each stage; null shares the cores evenly over the stages.",
+        examples=[1],
+    )
+    micro_batches: Count | None = Field(
+        default=None,
+        description="Micro-batches in flight; null means as many as stages, so that none idles.",
+        examples=[4],
+    )
+    max_sequences: Count = Field(
+        default=8,
+        description="Slots of the KV cache: sequences in flight at once; more prompts queue.",
+        examples=[8],
+    )
+    max_tokens: Count | None = Field(
+        default=None,
+        description="Tokens of one slot, prompt and answer; null: the model's limit, at most 2048.",
+        examples=[2048],
+    )
+    prefill_chunk: Count = Field(
+        default=512,
+        description="Prompt tokens that one micro-batch carries at most; longer prompts are cut.",
+        examples=[512],
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Floating-point type between the int8 products; auto: float32 on cpu, "
+        "the checkpoint's own on cuda.",
+        examples=["bfloat16"],
+    )
+    int8: bool = Field(
+        default=True,
+        description="Run the linear layers in int8; false keeps them in floating point.",
+        examples=[True],
+    )
+    outlier_rule: Literal["none", "absolute", "row_rms", "all"] = Field(
+        default="row_rms",
+        description="Which elements of x are outliers: none, |x| >= threshold (absolute, the "
+        "paper's), |x| >= threshold times the row's root mean square (row_rms), or all.",
+        examples=["row_rms"],
+    )
+    outlier_threshold: float = Field(
+        default=4.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Threshold of the outlier rule; 0 switches the decomposition off.",
+        examples=[6.0],
+    )
+    skip_modules: Annotated[list[NonEmpty], BeforeValidator(listed)] = Field(
+        default=["lm_head"],
+        description="Names of modules whose linear layers stay in floating point.",
+        examples=[["lm_head"]],
+    )
+    memory: Annotated[
+        dict[str, int] | Annotated[list[int], Field(min_length=1)] | None,
+        BeforeValidator(lambda memory: None if memory is None else _parse_memory(memory)),
+    ] = Field(
+        default=None,
+        description="Memory budget: a byte size a stage in order, or a mapping of device to byte "
+        "size (of each stage there); null: what is free now.",
+        examples=[["79GiB", "79GiB"]],
+    )
+    master_addr: NonEmpty = Field(
+        default="127.0.0.1",
+        description="Address at which rank 0 listens when load() starts the other ranks itself.",
+        examples=["127.0.0.1"],
+    )
+    master_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
+        default=None,
+        description="Port at which rank 0 listens; null takes a free one.",
+        examples=[29500],
+    )
+    rendezvous_timeout: Seconds = Field(
+        default=60.0,
+        description="Seconds within which every rank must have joined.",
+        examples=[60.0],
+    )
+    step_timeout: Seconds = Field(
+        default=300.0,
+        description="Seconds after which a step that does not end counts as hung.",
+        examples=[300.0],
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.devices is not None and self.gpus is not None:
+            raise ValueError(
+                f"gpus: gpus must be left out when devices is given, got gpus={self.gpus} and "
+                f"devices={self.devices}; keep one of the two"
+            )
+        named = self.gpus if self.devices is None else len(self.devices)
+        if None not in (named, self.stages) and named != self.stages:
+            raise ValueError(
+                f"stages: stages must be the number of devices, {named}, got {self.stages}; "
+                "leave stages out or name one device a stage"
+            )
+        num_stages = self.stages or named
+        if isinstance(self.memory, list) and num_stages not in (None, len(self.memory)):
+            raise ValueError(
+                f"memory: memory must be one byte size a stage, {num_stages}, "
+                f"got {len(self.memory)}; write one a stage or a mapping of device to byte size"
+            )
+        if isinstance(self.memory, dict) and self.devices is not None:
+            for device in self.devices:
+                if device not in self.memory:
+                    raise ValueError(
+                        f"memory: memory must name every device, got no {device}; "
+                        f"add {device} to the mapping"
+                    )
+        return self
+
+    def budget_of(self, rank: int, device: str) -> int | None:
+        """Budget in bytes of the stage of `rank` on `device`; None where none was set."""
+        if isinstance(self.memory, list):
+            return self.memory[rank] if rank < len(self.memory) else None
+        return self.memory.get(device) if self.memory is not None else None
+
+
+def load_settings(
+    path: str | Path | None = None, *, source: str = "load()", **overrides: Any
+) -> Settings:
+    """Settings of a YAML file, with the overrides that are not None laid over it.
+
+    `source` names where the overrides come from in errors about them.
+    An override of one of `devices`, `gpus`, `stages` takes the place of all three of the file,
+    since they say the same thing in three ways. Raises ValueError, one line, naming file and key.
+    """
+    values = read_yaml(path) if path is not None else {}
+    chosen = {name: value for name, value in overrides.items() if value is not None}
+    if path is not None:
+        Settings.from_values(values, str(path))
+        layout = {"devices", "gpus", "stages"}
+        if layout & chosen.keys():
+            values = {key: value for key, value in values.items() if key not in layout}
+    return Settings.from_values(values | chosen, source)

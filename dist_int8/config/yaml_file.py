@@ -1,0 +1,61 @@
+"""Reading a YAML file of settings: duplicate keys are refused, every error names file and line."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which by itself lets the last of two equal keys win silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue
+            line = key_node.start_mark.line + 1
+            if key_node.value in seen:
+                raise ValueError(
+                    f"{key_node.value}: {key_node.value} must be given once, got it on lines "
+                    f"{seen[key_node.value]} and {line}; remove one of them"
+                )
+            seen[key_node.value] = line
+        return super().construct_mapping(node, deep=deep)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Duplicate keys, bad syntax and other roots are ValueErrors."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path}: config must be a YAML file, got no such file; check the path"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: config must be a readable UTF-8 YAML file, got {_flat(error)}; check the path"
+        ) from None
+    try:
+        values = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else f"{path}"
+        problem = getattr(error, "problem", None) or _flat(error)
+        raise ValueError(
+            f"{where}: config must be valid YAML, got {problem}; correct that line"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path}:{error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(  # noqa: TRY004 (bad input, like every other mistake in the file)
+            f"{path}: config must be a mapping of settings, got {type(values).__name__}; "
+            'write lines like "stages: 2"'
+        )
+    return values
+
+
+def _flat(error: BaseException) -> str:
+    return " ".join(str(error).split())
