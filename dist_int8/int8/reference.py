@@ -1,0 +1,273 @@
+"""The specification of the int8 numerics in plain torch: slow, clear, and what every kernel is tested against.
+
+A linear layer y = x @ weight.T (x [M, K], weight [N, K]) runs on integers:
+
+    weight[n, k] ~= col_scale[n] * weight_int8[n, k]
+    x[m, k]      ~= row_scale[m] * (x_int8[m, k] + 128 * x_high[m, k])
+    y[m, n]       = row_scale[m] * col_scale[n] * sum_k (x_int8 + 128 * x_high)[m, k] * weight_int8[n, k]
+
+Both planes are int8 and both sums are exact. Ordinary elements set the scale of their row and live
+on the first plane alone. Outliers, too large for that scale, keep the same step (`row_scale`) and
+spill over onto the second plane, 15 bits in all. Which elements are outliers is decided in each row
+by that row alone, so no result depends on what else is in the batch.
+
+The methods that the LLM.int8() paper compares (Dettmers et al. 2022, arXiv:2208.07339) are at the end.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+OUTLIER_RULES = ("none", "absolute", "row_rms", "all")
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+PLANE_MAX = 127  # largest magnitude on one plane
+TWO_PLANES_MAX = 127 * 128  # largest magnitude on two planes: high = 127, low = 0
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it is subnormal: the row counts as zero
+
+
+def check_outlier_rule(outlier_rule: str, outlier_threshold: float) -> str:
+    """The rule that holds: `outlier_rule`, or "none" where a threshold of 0 turns it off (bitsandbytes' convention).
+
+    Raises ValueError for an unknown rule, and for a threshold that is negative, infinite or NaN.
+    """
+    if outlier_rule not in OUTLIER_RULES:
+        raise ValueError(
+            f"int8: outlier_rule must be one of {', '.join(OUTLIER_RULES)}, got {outlier_rule!r}; choose one of them"
+        )
+    if not (math.isfinite(outlier_threshold) and outlier_threshold >= 0):
+        raise ValueError(
+            f"int8: outlier_threshold must be a finite number >= 0, got {outlier_threshold}; "
+            "0 turns the decomposition off"
+        )
+    if outlier_threshold == 0 and outlier_rule in ("absolute", "row_rms"):
+        return "none"
+    return outlier_rule
+
+
+def outlier_mask(x: Tensor, outlier_rule: str, outlier_threshold: float) -> Tensor:
+    """Which elements of fp32 x [M, K] are outliers of their own row: bool [M, K].
+
+    none: no element. all: every element. absolute: |x| >= threshold (the paper's rule, with 6.0).
+    row_rms: |x| >= threshold * rms(row). The right-hand side is computed in fp64 and rounded to
+    fp32 once; a kernel that sums otherwise may differ only on elements within a few fp32 steps of
+    it.
+    """
+    rule = check_outlier_rule(outlier_rule, outlier_threshold)
+    if rule == "none":
+        return torch.zeros_like(x, dtype=torch.bool)
+    if rule == "all":
+        return torch.ones_like(x, dtype=torch.bool)
+    if rule == "absolute":
+        return x.abs() >= torch.tensor(outlier_threshold, dtype=torch.float32, device=x.device)
+    mean_square = x.double().square().mean(dim=1, keepdim=True)
+    return x.abs() >= (outlier_threshold * mean_square.sqrt()).float()
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight [N, K] (floating) -> weight_int8 int8 [N, K], col_scale fp32 [N].
+
+    One scale an output feature (vector-wise quantization, section 3.1 of the paper):
+    col_scale = absmax / 127 and weight_int8 = round_half_even(weight / col_scale), both in fp32.
+    An all-zero row gives zeros and scale 0; a row with NaN or Inf gives zeros and scale NaN, so
+    that what it computes is NaN.
+    """
+    _check_matrix("quantize_weight", "weight", weight)
+    weight_int8, _, col_scale = quantize_rows(weight, "none", 0.0)
+    return weight_int8, col_scale
+
+
+def dequantize_weight(
+    weight_int8: Tensor, col_scale: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """weight_int8 [N, K], col_scale [N] -> weight [N, K], each within col_scale / 2 of the original."""
+    return (weight_int8.float() * col_scale[:, None]).to(dtype)
+
+
+def quantize_rows(
+    x: Tensor, outlier_rule: str, outlier_threshold: float, hot_columns: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [M, K] -> x_int8 int8 [M, K], x_high int8 [M, K], row_scale fp32 [M].
+
+    x ~= row_scale * (x_int8 + 128 * x_high), each element within row_scale / 2:
+
+    1. x is widened to fp32. Hot columns (integer [H], distinct) are set to zero: they are computed
+       in floating point, by `int8_linear`.
+    2. row_scale = max(absmax of the row's non-outliers / 127, absmax of the row / 16256), divisions
+       in fp32. The second term lets the largest outlier fit two planes; the rule "none" has only
+       the first.
+    3. q = round_half_even(x / row_scale), a true division in fp32.
+    4. |q| <= 127: x_int8 = q, x_high = 0. Else x_high = round_half_even(q / 128) and
+       x_int8 = q - 128 * x_high, in [-64, 64].
+
+    A row whose scale would be below the smallest normal fp32 number 2**-126 (an all-zero row too)
+    gives zeros and scale 0. A row with NaN or Inf outside the hot columns gives zeros and scale
+    NaN. Neither touches another row.
+    """
+    _check_matrix("quantize_rows", "x", x)
+    values = x.float()
+    if hot_columns is not None:
+        values = values.index_fill(1, hot_columns.long(), 0.0)
+    finite = values.isfinite().all(dim=1)
+    values = torch.where(finite[:, None], values, 0.0)
+
+    outliers = outlier_mask(values, outlier_rule, outlier_threshold)
+    row_scale = _row_absmax(values.masked_fill(outliers, 0.0)) / PLANE_MAX
+    if check_outlier_rule(outlier_rule, outlier_threshold) != "none":
+        row_scale = torch.maximum(row_scale, _row_absmax(values) / TWO_PLANES_MAX)
+    row_scale = torch.where(row_scale >= SMALLEST_SCALE, row_scale, 0.0)
+
+    q = torch.where(row_scale[:, None] > 0, values / row_scale[:, None], 0.0).round()
+    high = torch.where(q.abs() <= PLANE_MAX, 0.0, (q / 128).round())
+    low = q - 128 * high
+    return low.to(torch.int8), high.to(torch.int8), torch.where(finite, row_scale, math.nan)
+
+
+def int8_linear(
+    x: Tensor,
+    weight_int8: Tensor,
+    col_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    outlier_rule: str,
+    outlier_threshold: float,
+    hot_columns: Tensor | None = None,
+    hot_weight: Tensor | None = None,
+) -> Tensor:
+    """x [M, K] (fp32, bf16, fp16), weight_int8 [N, K], col_scale fp32 [N] -> y [M, N] in x's dtype.
+
+    total = sum_k (x_int8 + 128 * x_high) * weight_int8, an exact integer, rounded to fp32 once; then
+    in fp32 and in this order y = total * (row_scale * col_scale),
+    y += x[:, hot_columns] @ hot_weight.T, y += bias; last the cast to x's dtype. `hot_columns` [H]
+    and `hot_weight` [N, H] (floating) come together, and then those columns of `weight_int8` do not
+    matter: they only ever meet zeros.
+    """
+    _check_matrix("int8_linear", "x", x)
+    if (
+        weight_int8.dim() != 2
+        or weight_int8.dtype != torch.int8
+        or weight_int8.shape[1] != x.shape[1]
+    ):
+        raise ValueError(
+            f"int8_linear: weight_int8 must be int8 [N, K={x.shape[1]}], got {weight_int8.dtype} {list(weight_int8.shape)}; "
+            "quantize the weight of this layer with quantize_weight"
+        )
+    if (hot_columns is None) != (hot_weight is None):
+        raise ValueError(
+            "int8_linear: hot_columns and hot_weight must be given together, got one; give both or neither"
+        )
+    x_int8, x_high, row_scale = quantize_rows(x, outlier_rule, outlier_threshold, hot_columns)
+    y = integer_product(x_int8, x_high, weight_int8).float() * (row_scale[:, None] * col_scale)
+    if hot_columns is not None and hot_weight is not None:
+        y = y + x[:, hot_columns.long()].float() @ hot_weight.float().T
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype)
+
+
+def integer_product(x_int8: Tensor, x_high: Tensor, weight_int8: Tensor) -> Tensor:
+    """sum_k (x_int8 + 128 * x_high)[M, K] * weight_int8[N, K] -> fp64 [M, N], every value an exact integer.
+
+    fp64 holds every integer up to 2**53 and one product is at most 16256 * 127, so the sum is exact
+    for K below 4e9, in any order. (int32 sums of a single plane are exact for K up to 133,144.)
+    """
+    return (x_int8.double() + 128 * x_high.double()) @ weight_int8.double().T
+
+
+def _row_absmax(x: Tensor) -> Tensor:
+    """Largest magnitude of each row of x [M, K] -> [M]; 0 where K is 0."""
+    return x.abs().amax(dim=1) if x.shape[1] else x.new_zeros(x.shape[0])
+
+
+def _check_matrix(op: str, argument: str, value: Tensor) -> None:
+    if value.dim() != 2:
+        raise ValueError(
+            f"{op}: {argument} must be a matrix, got shape {list(value.shape)}; flatten the leading dimensions first"
+        )
+    if value.dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"{op}: {argument} must be float32, bfloat16 or float16, got {value.dtype}; convert it with .to(torch.float32)"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# The paper's methods, for comparison. x [M, K] and weight [N, K] floating -> y [M, N] in x's dtype.
+
+
+def absmax_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Absmax quantization (section 2.1): one scale for all of x, one for all of weight."""
+    x_float, weight_float = x.float(), weight.float()
+    return _scaled_linear(
+        x, x_float.abs().amax() / PLANE_MAX, weight_float, weight_float.abs().amax() / PLANE_MAX
+    )
+
+
+def row_wise_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Row-wise quantization (Table 1): one scale a row of x, one for all of weight."""
+    weight_float = weight.float()
+    return _scaled_linear(
+        x,
+        _row_absmax(x.float())[:, None] / PLANE_MAX,
+        weight_float,
+        weight_float.abs().amax() / PLANE_MAX,
+    )
+
+
+def vector_wise_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Vector-wise quantization (section 3.1): one scale a row of x, one an output feature. Naive W8A8."""
+    weight_int8, col_scale = quantize_weight(weight)
+    return int8_linear(x, weight_int8, col_scale, outlier_rule="none", outlier_threshold=0.0)
+
+
+def zeropoint_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Zero-point quantization (section 2.1): one scale and one offset for all of x, the same for all of weight.
+
+    max - min is spread over 254 steps; the offsets are added back before the product, which is
+    algebraically the paper's product of shifted integers.
+    """
+    return (_zeropoint_round(x.float()).double() @ _zeropoint_round(weight.float()).double().T).to(
+        x.dtype
+    )
+
+
+def llm_int8_linear(
+    x: Tensor, weight: Tensor, threshold: float = 6.0, union_of_columns: bool = False
+) -> Tensor:
+    """LLM.int8() (section 3.2): the outliers |x| >= threshold in floating point, the rest by vector-wise int8.
+
+    union_of_columns False: each row has its own outliers, multiplied by the original floating weights.
+    union_of_columns True: what bitsandbytes computes. A feature with an outlier in any row goes to
+    floating point for every row, so a result depends on its neighbours; its other elements still
+    count in their rows' scales; and its weights are the dequantized int8 ones.
+    """
+    _check_matrix("llm_int8_linear", "x", x)
+    weight_int8, col_scale = quantize_weight(weight)
+    values = x.float()
+    outliers = outlier_mask(values, "absolute", threshold)
+    scale = _row_absmax(values.masked_fill(outliers, 0.0))[:, None] / PLANE_MAX
+    kept_out = outliers.any(dim=0).expand_as(outliers) if union_of_columns else outliers
+    q = torch.where(scale > 0, values.masked_fill(kept_out, 0.0) / scale, 0.0).round()
+    outlier_weight = (
+        dequantize_weight(weight_int8, col_scale) if union_of_columns else weight.float()
+    )
+    y = (q.double() @ weight_int8.double().T).float() * (scale * col_scale)
+    return (y + values.masked_fill(~kept_out, 0.0) @ outlier_weight.T).to(x.dtype)
+
+
+def _scaled_linear(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """round(x / x_scale) @ round(weight / weight_scale).T, exact, times both scales; a zero scale gives zeros."""
+    x_q = torch.where(x_scale > 0, x.float() / x_scale, 0.0).round()
+    weight_q = torch.where(weight_scale > 0, weight / weight_scale, 0.0).round()
+    return ((x_q.double() @ weight_q.double().T).float() * (x_scale * weight_scale)).to(x.dtype)
+
+
+def _zeropoint_round(x: Tensor) -> Tensor:
+    """x rounded to the 255 levels between its smallest and largest element (dequantized, fp32)."""
+    low, high = torch.aminmax(x)
+    step = (high - low) / (2 * PLANE_MAX)
+    if step == 0:
+        return x
+    zero_point = (low / step).round() + PLANE_MAX
+    q = ((x / step).round() - zero_point).clamp(-PLANE_MAX, PLANE_MAX)
+    return (q + zero_point) * step
