@@ -1,1 +1,1 @@
-"""The int8 numerics: the specification, the ops, the linear layer and the conversion of a module."""
+"""The int8 numerics: the specification, the ops, the linear layer, the conversion of a module."""

@@ -1,17 +1,18 @@
-"""The specification of the int8 numerics in plain torch: slow, clear, and what every kernel is tested against.
+"""The specification of the int8 numerics in plain torch: slow, clear, the test of every kernel.
 
 A linear layer y = x @ weight.T (x [M, K], weight [N, K]) runs on integers:
 
     weight[n, k] ~= col_scale[n] * weight_int8[n, k]
     x[m, k]      ~= row_scale[m] * (x_int8[m, k] + 128 * x_high[m, k])
-    y[m, n]       = row_scale[m] * col_scale[n] * sum_k (x_int8 + 128 * x_high)[m, k] * weight_int8[n, k]
+    y[m, n]       = row_scale[m] * col_scale[n] * sum_k (x_int8 + 128 * x_high) * weight_int8
 
 Both planes are int8 and both sums are exact. Ordinary elements set the scale of their row and live
 on the first plane alone. Outliers, too large for that scale, keep the same step (`row_scale`) and
 spill over onto the second plane, 15 bits in all. Which elements are outliers is decided in each row
 by that row alone, so no result depends on what else is in the batch.
 
-The methods that the LLM.int8() paper compares (Dettmers et al. 2022, arXiv:2208.07339) are at the end.
+The methods that the LLM.int8() paper (Dettmers et al. 2022, arXiv:2208.07339) compares are at the
+end.
 """
 
 import math
@@ -28,13 +29,16 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it is subnormal: the r
 
 
 def check_outlier_rule(outlier_rule: str, outlier_threshold: float) -> str:
-    """The rule that holds: `outlier_rule`, or "none" where a threshold of 0 turns it off (bitsandbytes' convention).
+    """The rule that holds: `outlier_rule`, or "none" where a threshold of 0 turns it off.
+
+    (That meaning of 0 is bitsandbytes' convention.)
 
     Raises ValueError for an unknown rule, and for a threshold that is negative, infinite or NaN.
     """
     if outlier_rule not in OUTLIER_RULES:
         raise ValueError(
-            f"int8: outlier_rule must be one of {', '.join(OUTLIER_RULES)}, got {outlier_rule!r}; choose one of them"
+            f"int8: outlier_rule must be one of {', '.join(OUTLIER_RULES)}, got {outlier_rule!r}; "
+            "choose one of them"
         )
     if not (math.isfinite(outlier_threshold) and outlier_threshold >= 0):
         raise ValueError(
@@ -81,7 +85,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_weight(
     weight_int8: Tensor, col_scale: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """weight_int8 [N, K], col_scale [N] -> weight [N, K], each within col_scale / 2 of the original."""
+    """weight_int8 [N, K], col_scale [N] -> weight [N, K], within col_scale / 2 of the original."""
     return (weight_int8.float() * col_scale[:, None]).to(dtype)
 
 
@@ -137,8 +141,8 @@ def int8_linear(
 ) -> Tensor:
     """x [M, K] (fp32, bf16, fp16), weight_int8 [N, K], col_scale fp32 [N] -> y [M, N] in x's dtype.
 
-    total = sum_k (x_int8 + 128 * x_high) * weight_int8, an exact integer, rounded to fp32 once; then
-    in fp32 and in this order y = total * (row_scale * col_scale),
+    total = sum_k (x_int8 + 128 * x_high) * weight_int8, an exact integer, rounded to fp32 once;
+    then in fp32 and in this order y = total * (row_scale * col_scale),
     y += x[:, hot_columns] @ hot_weight.T, y += bias; last the cast to x's dtype. `hot_columns` [H]
     and `hot_weight` [N, H] (floating) come together, and then those columns of `weight_int8` do not
     matter: they only ever meet zeros.
@@ -150,12 +154,13 @@ def int8_linear(
         or weight_int8.shape[1] != x.shape[1]
     ):
         raise ValueError(
-            f"int8_linear: weight_int8 must be int8 [N, K={x.shape[1]}], got {weight_int8.dtype} {list(weight_int8.shape)}; "
-            "quantize the weight of this layer with quantize_weight"
+            f"int8_linear: weight_int8 must be int8 [N, K={x.shape[1]}], "
+            f"got {weight_int8.dtype} {list(weight_int8.shape)}; make it with quantize_weight"
         )
     if (hot_columns is None) != (hot_weight is None):
         raise ValueError(
-            "int8_linear: hot_columns and hot_weight must be given together, got one; give both or neither"
+            "int8_linear: hot_columns and hot_weight must be given together, got one of them; "
+            "give both or neither"
         )
     x_int8, x_high, row_scale = quantize_rows(x, outlier_rule, outlier_threshold, hot_columns)
     y = integer_product(x_int8, x_high, weight_int8).float() * (row_scale[:, None] * col_scale)
@@ -167,7 +172,7 @@ def int8_linear(
 
 
 def integer_product(x_int8: Tensor, x_high: Tensor, weight_int8: Tensor) -> Tensor:
-    """sum_k (x_int8 + 128 * x_high)[M, K] * weight_int8[N, K] -> fp64 [M, N], every value an exact integer.
+    """sum_k (x_int8 + 128 * x_high) * weight_int8 -> fp64 [M, N] of exact integers.
 
     fp64 holds every integer up to 2**53 and one product is at most 16256 * 127, so the sum is exact
     for K below 4e9, in any order. (int32 sums of a single plane are exact for K up to 133,144.)
@@ -183,11 +188,13 @@ def _row_absmax(x: Tensor) -> Tensor:
 def _check_matrix(op: str, argument: str, value: Tensor) -> None:
     if value.dim() != 2:
         raise ValueError(
-            f"{op}: {argument} must be a matrix, got shape {list(value.shape)}; flatten the leading dimensions first"
+            f"{op}: {argument} must be a matrix, got shape {list(value.shape)}; "
+            "flatten the leading dimensions first"
         )
     if value.dtype not in FLOAT_DTYPES:
         raise ValueError(
-            f"{op}: {argument} must be float32, bfloat16 or float16, got {value.dtype}; convert it with .to(torch.float32)"
+            f"{op}: {argument} must be float32, bfloat16 or float16, got {value.dtype}; "
+            "convert it with .to(torch.float32)"
         )
 
 
@@ -215,13 +222,13 @@ def row_wise_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def vector_wise_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Vector-wise quantization (section 3.1): one scale a row of x, one an output feature. Naive W8A8."""
+    """Vector-wise quantization (section 3.1), naive W8A8: a scale a row, a scale an output feature."""
     weight_int8, col_scale = quantize_weight(weight)
     return int8_linear(x, weight_int8, col_scale, outlier_rule="none", outlier_threshold=0.0)
 
 
 def zeropoint_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Zero-point quantization (section 2.1): one scale and one offset for all of x, the same for all of weight.
+    """Zero-point quantization (section 2.1): one scale and one offset for x, the same for weight.
 
     max - min is spread over 254 steps; the offsets are added back before the product, which is
     algebraically the paper's product of shifted integers.
@@ -234,9 +241,9 @@ def zeropoint_linear(x: Tensor, weight: Tensor) -> Tensor:
 def llm_int8_linear(
     x: Tensor, weight: Tensor, threshold: float = 6.0, union_of_columns: bool = False
 ) -> Tensor:
-    """LLM.int8() (section 3.2): the outliers |x| >= threshold in floating point, the rest by vector-wise int8.
+    """LLM.int8() (section 3.2): outliers |x| >= threshold in floating point, the rest in int8.
 
-    union_of_columns False: each row has its own outliers, multiplied by the original floating weights.
+    union_of_columns False: each row has its own outliers, multiplied by the original weights.
     union_of_columns True: what bitsandbytes computes. A feature with an outlier in any row goes to
     floating point for every row, so a result depends on its neighbours; its other elements still
     count in their rows' scales; and its weights are the dequantized int8 ones.
@@ -256,7 +263,7 @@ def llm_int8_linear(
 
 
 def _scaled_linear(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """round(x / x_scale) @ round(weight / weight_scale).T, exact, times both scales; a zero scale gives zeros."""
+    """round(x / x_scale) @ round(weight / weight_scale).T times both scales; a zero scale: zeros."""
     x_q = torch.where(x_scale > 0, x.float() / x_scale, 0.0).round()
     weight_q = torch.where(weight_scale > 0, weight / weight_scale, 0.0).round()
     return ((x_q.double() @ weight_q.double().T).float() * (x_scale * weight_scale)).to(x.dtype)
