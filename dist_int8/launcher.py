@@ -1,0 +1,134 @@
+"""Starts the ranks of one machine and looks after them: what `dist-int8 launch` runs.
+
+A thin supervisor. Each rank gets the environment that torchrun and deepspeed would give it, in one
+process group of its own. The first rank that fails ends the others (TERM, then KILL) and its
+exit code becomes ours; TERM and INT are passed on; and should the supervisor itself be killed,
+the kernel ends the ranks (PR_SET_PDEATHSIG), so that no orphan holds a GPU.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+GRACE_SECONDS = 5.0
+_POLL_SECONDS = 0.05
+_PR_SET_PDEATHSIG = 1
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that was free a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def rank_environment(rank: int, num_ranks: int, port: int, num_threads: int) -> dict[str, str]:
+    """What a launcher tells a rank. OMP_NUM_THREADS is ours only where the user set none."""
+    return {
+        "OMP_NUM_THREADS": str(num_threads),
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+
+
+def launch(command: Sequence[str], num_ranks: int, grace: float = GRACE_SECONDS) -> int:
+    """Runs `command` once a rank and waits; the exit code of the first rank that failed, or 0.
+
+    A rank ended by signal N counts as exit code 128 + N, as in a shell.
+    """
+    port = free_port()
+    num_threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
+    received: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
+    ranks: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(num_ranks):
+            ranks.append(
+                subprocess.Popen(
+                    list(command),
+                    env=rank_environment(rank, num_ranks, port, num_threads),
+                    stdin=None if rank == 0 else subprocess.DEVNULL,
+                    process_group=0,
+                    preexec_fn=_die_with(os.getpid()),
+                )
+            )
+        return _supervise(ranks, received, grace)
+    finally:
+        _end(ranks, grace)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _supervise(ranks: Sequence[subprocess.Popen[bytes]], received: list[int], grace: float) -> int:
+    while True:
+        if received:
+            signum = received[0]
+            print(f"launch: got {signal.Signals(signum).name}, ending the ranks", file=sys.stderr)
+            _signal(ranks, signum)
+            _wait(ranks, grace)
+            return 128 + signum
+        codes = [rank.poll() for rank in ranks]
+        for rank, code in enumerate(codes):
+            if code:
+                exit_code = 128 - code if code < 0 else code
+                others = sum(other is None for other in codes)
+                ended = f"; ending the other {others}" if others else ""
+                cause = (
+                    f"was killed by {signal.Signals(-code).name}"
+                    if code < 0
+                    else f"failed ({code})"
+                )
+                print(f"launch: rank {rank} {cause}{ended}", file=sys.stderr)
+                return exit_code
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(_POLL_SECONDS)
+
+
+def _die_with(supervisor: int) -> Callable[[], None]:
+    """Runs in the child before exec: the kernel shall kill it when the supervisor dies."""
+    prctl = ctypes.CDLL(None).prctl  # looked up before the fork
+
+    def ask_kernel() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != supervisor:  # it died between fork and prctl
+            os._exit(128 + signal.SIGKILL)
+
+    return ask_kernel
+
+
+def _end(ranks: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
+    _signal(ranks, signal.SIGTERM)
+    _wait(ranks, grace)
+    _signal(ranks, signal.SIGKILL)
+    for rank in ranks:
+        rank.wait()
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+
+
+def _signal(ranks: Sequence[subprocess.Popen[bytes]], signum: int) -> None:
+    """To the whole group of each rank that lives, so that what a rank started ends too."""
+    for rank in ranks:
+        if rank.poll() is None:
+            os.killpg(rank.pid, signum)
