@@ -78,8 +78,12 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     that what it computes is NaN.
     """
     _check_matrix("quantize_weight", "weight", weight)
-    weight_int8, _, col_scale = quantize_rows(weight, "none", 0.0)
-    return weight_int8, col_scale
+    values = weight.float()
+    col_scale = _row_absmax(values) / PLANE_MAX  # a NaN or an Inf in a row comes through
+    col_scale = torch.where(col_scale < SMALLEST_SCALE, 0.0, col_scale)
+    col_scale = torch.where(col_scale.isfinite(), col_scale, math.nan)
+    q = torch.where(col_scale[:, None] > 0, values / col_scale[:, None], 0.0).round()
+    return q.to(torch.int8), col_scale
 
 
 def dequantize_weight(
@@ -222,7 +226,7 @@ def row_wise_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def vector_wise_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Vector-wise quantization (section 3.1), naive W8A8: a scale a row, a scale an output feature."""
+    """Vector-wise quantization (section 3.1), naive W8A8: a scale for each row of x and weight."""
     weight_int8, col_scale = quantize_weight(weight)
     return int8_linear(x, weight_int8, col_scale, outlier_rule="none", outlier_threshold=0.0)
 
@@ -263,7 +267,7 @@ def llm_int8_linear(
 
 
 def _scaled_linear(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """round(x / x_scale) @ round(weight / weight_scale).T times both scales; a zero scale: zeros."""
+    """round(x / x_scale) @ round(weight / weight_scale).T times both scales, or zeros."""
     x_q = torch.where(x_scale > 0, x.float() / x_scale, 0.0).round()
     weight_q = torch.where(weight_scale > 0, weight / weight_scale, 0.0).round()
     return ((x_q.double() @ weight_q.double().T).float() * (x_scale * weight_scale)).to(x.dtype)

@@ -1,0 +1,1 @@
+"""Distributed int8 inference for transformer language models."""

@@ -1,0 +1,210 @@
+"""`Int8Linear`: a linear layer that keeps int8 weights and multiplies in int8."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from dist_int8.int8 import ops, reference
+
+# quantize_ works through the weight in slices of about this many elements, so that the fp32
+# temporaries of a very large weight stay small (64 MiB each).
+QUANTIZE_SLICE = 1 << 24
+
+
+class Int8Linear(nn.Module):
+    """y = x @ weight.T + bias with weight in int8 (N output features, K input features).
+
+    Buffers: `weight_int8` int8 [N, K]; `col_scale` fp32 [N]; `bias` floating [N] or None; and,
+    where the layer has hot columns, `hot_columns` int32 [H] and `hot_weight` floating [N, H]: input
+    features whose weights are kept exactly and which never enter the integer product.
+
+    x is [..., K] in fp32, bf16 or fp16 and y is [..., N] in the same dtype: the layer has no
+    compute dtype of its own, and casting the module (`.half()`, `.to(torch.bfloat16)`) leaves its
+    buffers as they are. `outlier_rule` and `outlier_threshold` say which elements of a row of x are
+    outliers (see `reference.outlier_mask`); they are settings, not part of the state dict. The
+    formulas are in `dist_int8.int8.reference`.
+
+    Made directly the layer is all zeros (or on the meta device, without storage); fill it with
+    `quantize_` or `load_state_dict`, or make it with `from_linear`.
+    """
+
+    weight_int8: Tensor
+    col_scale: Tensor
+    bias: Tensor | None
+    hot_columns: Tensor | None
+    hot_weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        outlier_threshold: float = 6.0,
+        outlier_rule: str = "absolute",
+        hot_columns: Sequence[int] | Tensor | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """`dtype` is that of the bias and the hot weights (default: torch's default dtype)."""
+        super().__init__()
+        reference.check_outlier_rule(outlier_rule, outlier_threshold)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.outlier_threshold = outlier_threshold
+        self.outlier_rule = outlier_rule
+        n, k = out_features, in_features
+        self.register_buffer("weight_int8", torch.zeros(n, k, dtype=torch.int8, device=device))
+        self.register_buffer("col_scale", torch.zeros(n, dtype=torch.float32, device=device))
+        self.register_buffer("bias", torch.zeros(n, dtype=dtype, device=device) if bias else None)
+        self.register_buffer("hot_columns", _hot_columns(hot_columns, k, self.weight_int8.device))
+        hot_weight = None
+        if self.hot_columns is not None:
+            hot_weight = torch.zeros(n, len(self.hot_columns), dtype=dtype, device=device)
+        self.register_buffer("hot_weight", hot_weight)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        outlier_threshold: float = 6.0,
+        outlier_rule: str = "absolute",
+        hot_columns: Sequence[int] | Tensor | None = None,
+    ) -> Self:
+        """The int8 layer of a floating one (which is left as it is), on the same device.
+
+        The defaults are the paper's. A linear on the meta device gives a layer on the meta device.
+        Raises ValueError for an unknown rule, a bad threshold, or hot columns that are repeated or
+        outside 0 .. K - 1.
+        """
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            outlier_threshold=outlier_threshold,
+            outlier_rule=outlier_rule,
+            hot_columns=hot_columns,
+            device="meta",
+            dtype=linear.weight.dtype,
+        )
+        if not linear.weight.is_meta:
+            layer.quantize_(linear.weight, linear.bias)
+        return layer.train(linear.training)
+
+    @torch.no_grad()
+    def quantize_(self, weight: Tensor, bias: Tensor | None = None) -> Self:
+        """Fills the layer from a floating weight [N, K] and bias [N]; returns it.
+
+        A layer on the meta device moves to the device of `weight`; any other stays where it is. The
+        bias and the hot weights keep the dtype they come in. Raises ValueError for another shape or
+        dtype, and for a bias that is given but has no place, or has a place but is not given.
+        """
+        expected = [self.out_features, self.in_features]
+        if list(weight.shape) != expected or weight.dtype not in reference.FLOAT_DTYPES:
+            raise ValueError(
+                f"Int8Linear.quantize_: weight must be floating {expected}, got {weight.dtype} "
+                f"{list(weight.shape)}; give the weight [N, K] of a linear of this size"
+            )
+        if (bias is None) != (self.bias is None) or (
+            bias is not None and list(bias.shape) != [self.out_features]
+        ):
+            wanted = "None" if self.bias is None else f"[{self.out_features}]"
+            got = "None" if bias is None else str(list(bias.shape))
+            raise ValueError(
+                f"Int8Linear.quantize_: bias must be {wanted}, got {got}; "
+                "make the layer with the `bias` of its linear"
+            )
+        device = weight.device if self.weight_int8.is_meta else self.weight_int8.device
+        hot = None if self.hot_columns is None else self.hot_columns.to(weight.device).long()
+
+        self.weight_int8 = torch.empty(expected, dtype=torch.int8, device=device)
+        self.col_scale = torch.empty(self.out_features, dtype=torch.float32, device=device)
+        rows = max(1, QUANTIZE_SLICE // max(1, self.in_features))
+        for start in range(0, self.out_features, rows):
+            piece = weight[start : start + rows]
+            if hot is not None:
+                piece = piece.index_fill(1, hot, 0.0)  # so that they do not count in col_scale
+            weight_int8, col_scale = reference.quantize_weight(piece)
+            self.weight_int8[start : start + rows] = weight_int8
+            self.col_scale[start : start + rows] = col_scale
+
+        if bias is not None:
+            self.bias = bias.detach().to(device, copy=True)
+        if hot is not None:
+            self.hot_columns = hot.to(device, torch.int32)
+            self.hot_weight = weight.detach()[:, hot].to(device)
+        return self
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The floating weight [N, K]: within col_scale / 2 of the original, hot columns exactly."""
+        weight = reference.dequantize_weight(self.weight_int8, self.col_scale, dtype)
+        if self.hot_columns is not None and self.hot_weight is not None:
+            weight[:, self.hot_columns.long()] = self.hot_weight.to(dtype)
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] (fp32, bf16 or fp16) -> y [..., N] in x's dtype; rows are independent."""
+        return ops.int8_linear(
+            x,
+            self.weight_int8,
+            self.col_scale,
+            self.bias,
+            outlier_rule=self.outlier_rule,
+            outlier_threshold=self.outlier_threshold,
+            hot_columns=self.hot_columns,
+            hot_weight=self.hot_weight,
+        )
+
+    def extra_repr(self) -> str:
+        num_hot_columns = 0 if self.hot_columns is None else len(self.hot_columns)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, outlier_rule={self.outlier_rule!r}, "
+            f"outlier_threshold={self.outlier_threshold}, num_hot_columns={num_hot_columns}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves follow `fn`; casts do not: rounding the scales would change every weight."""
+        stored = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, before in stored.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """The hot columns come with the state: a layer made without any makes room for them."""
+        columns = state_dict.get(prefix + "hot_columns")
+        weight = state_dict.get(prefix + "hot_weight")
+        if columns is not None and weight is not None:
+            device = self.weight_int8.device
+            self.hot_columns = torch.empty_like(columns, device=device)
+            self.hot_weight = torch.empty_like(weight, device=device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _hot_columns(
+    hot_columns: Sequence[int] | Tensor | None, in_features: int, device: torch.device
+) -> Tensor | None:
+    """Checked hot columns as int32 [H], None where there are none.
+
+    They stay off the meta device, which would forget which ones they are.
+    """
+    if hot_columns is None or len(hot_columns) == 0:
+        return None
+    columns = torch.as_tensor(hot_columns, dtype=torch.int32, device="cpu")
+    if columns.dim() != 1 or columns.min() < 0 or columns.max() >= in_features:
+        raise ValueError(
+            f"Int8Linear: hot_columns must be input features 0 .. {in_features - 1}, "
+            f"got {columns.tolist()}; leave out what is outside"
+        )
+    if len(columns.unique()) != len(columns):
+        raise ValueError(
+            f"Int8Linear: hot_columns must be distinct, got {columns.tolist()}; name each one once"
+        )
+    return columns if device.type == "meta" else columns.to(device)
