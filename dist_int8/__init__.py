@@ -1,1 +1,29 @@
-"""Distributed int8 inference for transformer language models."""
+"""Distributed inference of language models with pipelined int8 layers (LLM.int8()).
+
+    import dist_int8
+
+    with dist_int8.load("folder-or-hub-id", devices=["cpu", "cpu"]) as model:
+        print(model.generate("The capital of France is", max_new_tokens=24)[0].text)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dist_int8.api import Model, load
+    from dist_int8.int8.linear import Int8Linear
+
+__version__ = "0.1.0"
+__all__ = ["Int8Linear", "Model", "load"]
+
+_HOMES = {"Int8Linear": "int8.linear", "Model": "api", "load": "api"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used, so that importing dist_int8 stays instant."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dist_int8' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"dist_int8.{_HOMES[name]}"), name)

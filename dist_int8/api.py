@@ -1,0 +1,270 @@
+"""load(): settings -> plan -> ranks -> a handle that generates."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from dist_int8 import distributed
+from dist_int8.checkpoint import CheckpointReader, load_stage, resolve_model
+from dist_int8.config import Settings, load_settings
+from dist_int8.devices import choose_devices
+from dist_int8.distributed import Launched, World
+from dist_int8.engine import Engine, TokenSampler
+from dist_int8.handle import Model
+from dist_int8.models import ModelSpec, describe, load_config
+from dist_int8.partition import Plan, StagePlan, memory, plan_stages
+from dist_int8.pipeline.kv_cache import KVCache
+from dist_int8.pipeline.microbatch import Limits
+from dist_int8.pipeline.runner import Pipeline, serve
+from dist_int8.pipeline.stage import Stage
+from dist_int8.pipeline.transport import Transport
+
+LOAD_TIMEOUT_S = 3600.0
+DEFAULT_MAX_TOKENS = 2048
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    gpus: int | None = None,
+    devices: list[str] | None = None,
+    stages: int | None = None,
+    config: str | Path | None = None,
+    progress: bool = True,
+    on_plan: Callable[[Plan], None] | None = None,
+    **overrides: Any,
+) -> Model:
+    """Loads a model as a pipeline of int8 stages and returns its handle.
+
+    In a plain Python session the other ranks are started here and end with the handle. Under a
+    launcher (deepspeed, torchrun, srun, dist-int8 launch) every rank calls this: rank 0 gets the
+    handle, the others serve their stage and leave with SystemExit once rank 0 shuts down.
+
+    Args:
+        model: folder of a transformers checkpoint, or a hub id.
+        gpus: use cuda:0 .. cuda:gpus-1, one stage each.
+        devices: the device of every stage instead, for example ["cpu", "cpu"].
+        stages: number of stages, where neither of the two says it.
+        config: YAML file of settings; arguments here win over it.
+        progress: show a progress bar while loading.
+        on_plan: called on rank 0 with the plan before any weight is read.
+        **overrides: any other field of `Settings` (max_tokens, dtype, outlier_rule, ...).
+
+    Raises:
+        ValueError: bad settings, an unknown model, a damaged checkpoint, or a plan that does not
+            fit; the message says what to change.
+        RankDied: another rank failed or never joined.
+    """
+    settings = load_settings(
+        config,
+        model=None if model is None else str(model),
+        gpus=gpus,
+        devices=devices,
+        stages=stages,
+        **overrides,
+    )
+    if settings.model is None:
+        raise ValueError("load(): model must be a folder or a hub id, got nothing; name the model")
+    place = distributed.launched()
+    stage_devices = _devices(settings, place)
+    folder = resolve_model(settings.model, settings.revision)
+    hf_config = load_config(folder)
+    spec = describe(hf_config)
+    reader = CheckpointReader(folder)
+    reader.check(spec)
+    dtype = _dtype(settings, stage_devices, hf_config)
+    limits = _limits(settings, spec)
+    plan = plan_stages(
+        spec,
+        stage_devices,
+        memory.Formats(settings.int8, dtype.itemsize, _vocab_itemsize(hf_config, dtype)),
+        num_slots=limits.num_slots,
+        max_tokens=limits.max_tokens,
+        budgets=[settings.budget_of(rank, device) for rank, device in enumerate(stage_devices)],
+    )
+    rank = 0 if place is None else place.rank
+    if rank == 0 and on_plan is not None:
+        on_plan(plan)
+    backend = "gloo" if stage_devices[0] == "cpu" else "cpu:gloo,cuda:nccl"
+    _set_threads(settings, plan)
+    if place is not None:
+        world = distributed.join(place, backend, settings.rendezvous_timeout)
+    elif len(plan.stages) == 1:
+        world = distributed.alone()
+    else:
+        same = settings.model_dump(mode="json", exclude={"gpus", "stages"})
+        same |= {"model": str(folder.resolve()), "devices": stage_devices, "revision": None}
+        world = distributed.spawn(len(plan.stages), same, backend, settings.rendezvous_timeout)
+    try:
+        stage = _build_stage(folder, spec, plan.stages[rank], plan, settings, limits, dtype, progress)
+        transport = None
+        if len(plan.stages) > 1:
+            device = torch.device(plan.stages[rank].device)
+            transport = Transport(rank, len(plan.stages), limits, dtype, device)
+        world.report("ready")
+        if rank:
+            assert transport is not None
+            _serve_and_exit(stage, transport, world, last=rank == len(plan.stages) - 1)
+        world.wait_for("ready", LOAD_TIMEOUT_S)
+        return Model(
+            engine=Engine(
+                Pipeline(stage, world, transport, settings.step_timeout),
+                limits,
+                num_stages=len(plan.stages),
+                num_micro_batches=settings.micro_batches or len(plan.stages),
+                prefill_chunk=settings.prefill_chunk,
+                eos_token_ids=_eos_token_ids(folder, hf_config),
+            ),
+            plan=plan,
+            settings=settings,
+            folder=folder,
+            spec=spec,
+        )
+    except SystemExit:
+        raise
+    except BaseException as error:
+        world.report(f"failed: {' '.join(str(error).split()) or type(error).__name__}")
+        if rank:
+            _leave(error, rank, place)
+        world.kill()
+        raise
+
+
+def _serve_and_exit(stage: Stage, transport: Transport, world: World, last: bool) -> NoReturn:
+    serve(stage, transport, last)
+    world.close()
+    raise SystemExit(0)
+
+
+def _leave(error: BaseException, rank: int, place: Launched | None) -> NoReturn:
+    """Ends a rank above 0 that failed, in one line, without waiting for peers that may be gone."""
+    name = "" if isinstance(error, (ValueError, distributed.RankDied)) else type(error).__name__ + ": "
+    print(f"[rank {rank} stage {rank}] {name}{error}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _devices(settings: Settings, place: Launched | None) -> list[str]:
+    """The device of every stage; under a launcher there is one stage a rank."""
+    if place is None:
+        return choose_devices(settings)
+    asked = settings.stages or settings.gpus or (settings.devices and len(settings.devices))
+    if asked and asked != place.world_size:
+        raise ValueError(
+            f"load(): stages must be the launcher's number of ranks, {place.world_size}, "
+            f"got {asked}; leave it out or launch {asked} ranks"
+        )
+    if settings.devices is not None:
+        return list(settings.devices)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)
+    ranks_here = ranks_here or place.world_size
+    local = choose_devices(settings.model_copy(update={"stages": ranks_here, "gpus": None}))
+    return [local[rank % ranks_here] for rank in range(place.world_size)]
+
+
+def _dtype(settings: Settings, devices: list[str], hf_config: Any) -> torch.dtype:
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    if devices[0] == "cpu":
+        return torch.float32
+    return hf_config.dtype or torch.float16
+
+
+def _vocab_itemsize(hf_config: Any, dtype: torch.dtype) -> int:
+    """The embedding and the head stay in the checkpoint's dtype where that is the narrower one."""
+    stored = hf_config.dtype or torch.float32
+    return min(stored.itemsize, dtype.itemsize)
+
+
+def _limits(settings: Settings, spec: ModelSpec) -> Limits:
+    max_tokens = settings.max_tokens
+    if max_tokens is None:
+        max_tokens = min(DEFAULT_MAX_TOKENS, spec.max_positions or DEFAULT_MAX_TOKENS)
+    elif spec.max_positions is not None and max_tokens > spec.max_positions:
+        raise ValueError(
+            f"load(): max_tokens must be at most the model's {spec.max_positions} positions, "
+            f"got {max_tokens}; lower it or leave it out"
+        )
+    return Limits(
+        num_slots=settings.max_sequences,
+        max_tokens=max_tokens,
+        max_rows=settings.prefill_chunk + settings.max_sequences,
+        hidden_size=spec.hidden_size,
+        vocab_size=spec.vocab_size,
+    )
+
+
+def _set_threads(settings: Settings, plan: Plan) -> None:
+    """Shares the cores of this machine among the CPU stages, which would otherwise fight for them."""
+    num_stages = len(plan.stages)
+    if settings.threads_per_stage is not None:
+        torch.set_num_threads(settings.threads_per_stage)
+    elif num_stages > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_stages))
+
+
+def _build_stage(
+    folder: Path,
+    spec: ModelSpec,
+    place: StagePlan,
+    plan: Plan,
+    settings: Settings,
+    limits: Limits,
+    dtype: torch.dtype,
+    progress: bool,
+) -> Stage:
+    last = place.rank == len(plan.stages) - 1
+    device = torch.device(place.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with tqdm(
+        desc=f"[rank {place.rank} stage {place.rank}] loading",
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        disable=None if progress and place.rank == 0 else True,
+        leave=False,
+    ) as bar:
+        model = load_stage(
+            folder,
+            spec,
+            place.blocks,
+            first=place.rank == 0,
+            last=last,
+            device=device,
+            dtype=dtype,
+            outlier_rule=settings.outlier_rule,
+            outlier_threshold=settings.outlier_threshold,
+            int8=settings.int8,
+            skip=tuple(settings.skip_modules),
+            max_tokens=limits.max_tokens,
+            progress=lambda num_bytes: bar.update(num_bytes) and None,
+        )
+    block = spec.blocks[0]
+    kv_cache = KVCache(
+        num_blocks=len(place.blocks),
+        num_slots=limits.num_slots,
+        num_kv_heads=block.num_kv_heads,
+        head_dim=block.head_dim,
+        max_tokens=limits.max_tokens,
+        dtype=dtype,
+        device=device,
+    )
+    return Stage(model, kv_cache, TokenSampler(limits.max_tokens) if last else None)
+
+
+def _eos_token_ids(folder: Path, hf_config: Any) -> frozenset[int]:
+    if (folder / "generation_config.json").is_file():
+        eos = GenerationConfig.from_pretrained(folder).eos_token_id
+    else:
+        eos = hf_config.eos_token_id
+    if eos is None:
+        return frozenset()
+    return frozenset(eos if isinstance(eos, list) else [eos])

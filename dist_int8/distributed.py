@@ -1,0 +1,296 @@
+"""Ranks and process groups: joins a launcher's ranks or starts its own, and knows who is alive.
+
+Under deepspeed, torchrun, srun or `dist-int8 launch` the environment has RANK and WORLD_SIZE and a
+process joins as that rank. In a plain Python session rank 0 starts the others itself. Either way
+the ranks meet in a torch store, where each leaves its state ("joined", "ready" or "failed: why"),
+so that rank 0 can name the rank that is missing or broken. Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+SHUTDOWN_TIMEOUT_S = 5.0
+POLL_S = 0.1
+# A stage may wait for its next micro-batch as long as the user thinks; a dead peer is noticed by its
+# closed connection and by rank 0's watch over the others, not by this.
+IDLE_TIMEOUT = timedelta(days=30)
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class RankDied(RuntimeError):
+    """A rank of the pipeline ended or failed while it was needed; the message names it."""
+
+
+@dataclass(frozen=True)
+class Launched:
+    """This process's place among the ranks that a launcher started."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def launched() -> Launched | None:
+    """The ranks of the launcher around this process, or None in a plain session.
+
+    Raises:
+        ValueError: RANK and WORLD_SIZE do not fit each other.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    values = {}
+    for name, default in (("RANK", None), ("WORLD_SIZE", None), ("LOCAL_RANK", "0")):
+        text = os.environ.get(name, default)
+        try:
+            values[name] = int(text or "")
+        except ValueError:
+            raise ValueError(
+                f"environment: {name} must be an integer, got {text!r}; unset it or use a launcher"
+            ) from None
+    if not 0 <= values["RANK"] < values["WORLD_SIZE"]:
+        raise ValueError(
+            f"environment: RANK must be 0 to WORLD_SIZE - 1 = {values['WORLD_SIZE'] - 1}, "
+            f"got {values['RANK']}; fix the launcher's environment"
+        )
+    return Launched(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"])
+
+
+@dataclass
+class World:
+    """The ranks of one pipeline as one of them sees it.
+
+    Attributes:
+        rank, world_size: this process's place.
+        store: where ranks leave their state; None when there is only one.
+        children: processes of the ranks that this one started, by rank.
+    """
+
+    rank: int
+    world_size: int
+    store: Any = None
+    children: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
+    folder: Path | None = None
+    owns_group: bool = False
+
+    def report(self, state: str) -> None:
+        """Leaves this rank's state ("ready", "failed: why") for rank 0."""
+        if self.store is not None:
+            self.store.set(f"state/{self.rank}", state)
+
+    def check(self) -> None:
+        """Raises RankDied, naming the rank and its reason, if one failed or ended."""
+        for rank in range(self.world_size):
+            if rank != self.rank:
+                state = self._state(rank)
+                if state.startswith("failed: "):
+                    raise RankDied(f"rank {rank} {state}")
+        for rank, child in self.children.items():
+            if child.poll() is not None:
+                raise RankDied(f"rank {rank} (process {child.pid}) {_describe_exit(child)}")
+
+    def wait_for(self, state: str, timeout_s: float) -> None:
+        """Returns once every other rank has left this state.
+
+        Raises:
+            RankDied: a rank failed or ended, or did not get there in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            missing = [
+                r for r in range(self.world_size) if r != self.rank and self._state(r) != state
+            ]
+            if not missing:
+                return
+            self.check()
+            if time.monotonic() > deadline:
+                names = ", ".join(map(str, missing))
+                raise RankDied(
+                    f"rank {names} of {self.world_size} is not {state} after {timeout_s:.0f} s; "
+                    "see whether the launcher started it"
+                )
+            time.sleep(POLL_S)
+
+    def close(self, timeout_s: float = SHUTDOWN_TIMEOUT_S) -> None:
+        """Ends the process group and every rank that this one started. Safe to call twice."""
+        deadline = time.monotonic() + timeout_s
+        for child in self.children.values():
+            try:
+                child.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+            if child.stdin:
+                child.stdin.close()
+        self.children.clear()
+        if self.owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+        self.owns_group = False
+        self.store = None
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder = None
+
+    def kill(self) -> None:
+        """Ends the started ranks at once, for when they cannot be asked to end any more."""
+        for child in self.children.values():
+            child.kill()
+        self.close()
+
+    def _state(self, rank: int) -> str:
+        key = f"state/{rank}"
+        try:
+            return self.store.get(key).decode() if self.store.check([key]) else ""
+        except (RuntimeError, dist.DistError) as error:  # the rank that hosts the store is gone
+            raise RankDied(f"the ranks' meeting point is gone: {_first_line(error)}") from None
+
+
+def alone() -> World:
+    """The world of a pipeline with one stage: no store, no process group."""
+    return World(rank=0, world_size=1)
+
+
+def spawn(
+    world_size: int, settings: dict[str, Any], backend: str, timeout_s: float
+) -> World:
+    """Starts ranks 1 .. world_size - 1 on this machine and joins them as rank 0.
+
+    Each is `python -m dist_int8.rank`, gets `settings` as a line of JSON on its standard input, and
+    ends when that pipe closes, so none outlives this process however it ends.
+    """
+    if dist.is_initialized():
+        raise ValueError(
+            "load: torch.distributed must not be initialized in this session, got an initialized "
+            "default group; call torch.distributed.destroy_process_group() first"
+        )
+    folder = Path(tempfile.mkdtemp(prefix="dist_int8-"))
+    world = World(0, world_size, folder=folder)
+    world.store = dist.FileStore(str(folder / "store"), world_size)
+    line = json.dumps(settings).encode() + b"\n"
+    try:
+        for rank in range(1, world_size):
+            environment = {
+                **os.environ,
+                "RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_RANK": str(rank),
+                "DIST_INT8_STORE": str(folder / "store"),
+                **_loopback_interface(),
+            }
+            child = subprocess.Popen(
+                [sys.executable, "-m", "dist_int8.rank"],
+                stdin=subprocess.PIPE,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is rank 0's to handle
+            )
+            world.children[rank] = child
+            assert child.stdin is not None
+            child.stdin.write(line)
+            child.stdin.flush()
+        world.wait_for("joined", timeout_s)
+        _start_group(world, backend, _loopback_interface())
+    except BaseException:
+        world.kill()
+        raise
+    return world
+
+
+def join(place: Launched, backend: str, timeout_s: float) -> World:
+    """Joins the ranks that a launcher, or `spawn`, started."""
+    world = World(place.rank, place.world_size)
+    if place.world_size == 1:
+        return world
+    spawned = os.environ.get("DIST_INT8_STORE")
+    if spawned:
+        world.store = dist.FileStore(spawned, place.world_size)
+    elif dist.is_initialized():
+        world.store = dist.PrefixStore("dist_int8", dist.distributed_c10d._get_default_store())
+        return world
+    else:
+        world.store = _store_of_launcher(place, timeout_s)
+    world.report("joined")
+    if place.rank == 0:
+        world.wait_for("joined", timeout_s)
+    interface = _loopback_interface() if spawned or _master_address() in LOOPBACK else {}
+    _start_group(world, backend, interface)
+    return world
+
+
+def _start_group(world: World, backend: str, environment: dict[str, str]) -> None:
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("group", world.store),
+        rank=world.rank,
+        world_size=world.world_size,
+        timeout=IDLE_TIMEOUT,
+    )
+    world.owns_group = True
+
+
+def _loopback_interface() -> dict[str, str]:
+    return {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
+
+
+def _master_address() -> str:
+    return os.environ.get("MASTER_ADDR", "127.0.0.1")
+
+
+def _store_of_launcher(place: Launched, timeout_s: float) -> dist.Store:
+    """The TCP store at MASTER_ADDR:MASTER_PORT; rank 0 listens on that address only.
+
+    torch would listen on every interface, so the listening socket is made here.
+    """
+    host, port = _master_address(), int(os.environ.get("MASTER_PORT", "29500"))
+    timeout = timedelta(seconds=timeout_s)
+    hosted_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if place.rank or hosted_by_agent:
+        store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return dist.PrefixStore(f"dist_int8/{attempt}", store)
+    family = socket.getaddrinfo(host, port)[0][0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise ValueError(
+            f"environment: MASTER_ADDR:MASTER_PORT must be a free address of this machine, got "
+            f"{host}:{port} ({error.strerror}); choose another MASTER_PORT"
+        ) from None
+    listener.listen(128)
+    store = dist.TCPStore(
+        host,
+        port,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+    return dist.PrefixStore("dist_int8/0", store)
+
+
+def _describe_exit(child: subprocess.Popen[bytes]) -> str:
+    code = child.returncode
+    if code is not None and code < 0:
+        return f"died with signal {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

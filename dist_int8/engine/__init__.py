@@ -1,0 +1,7 @@
+"""Requests: admission to KV slots, micro-batches, sampling, text."""
+
+from dist_int8.engine.engine import Engine
+from dist_int8.engine.requests import Completion, Request, Token
+from dist_int8.engine.sampling import TokenSampler
+
+__all__ = ["Completion", "Engine", "Request", "Token", "TokenSampler"]

@@ -1,0 +1,86 @@
+"""What goes into the engine and what comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dist_int8.config import GenerationSettings
+from dist_int8.engine.text import TextStream
+
+
+@dataclass
+class Request:
+    """One prompt on its way.
+
+    Attributes:
+        index: place of the prompt in the call.
+        prompt_ids: its token ids.
+        settings: how tokens are chosen and when the answer ends.
+        seed: of its own random generator.
+        text: its answer as text.
+        slot: its place in the KV cache while it runs.
+        num_submitted: tokens that went into the pipeline.
+        pending: a token of it is being computed.
+        token_ids: the answer so far.
+        finish_reason: "eos", "stop" or "length" once it ended.
+    """
+
+    index: int
+    prompt_ids: list[int]
+    settings: GenerationSettings
+    seed: int
+    text: TextStream
+    slot: int = -1
+    num_submitted: int = 0
+    pending: bool = False
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    @property
+    def num_prompt_left(self) -> int:
+        return max(0, len(self.prompt_ids) - self.num_submitted)
+
+
+@dataclass(frozen=True)
+class Token:
+    """One new token of one prompt, for streaming.
+
+    Attributes:
+        index: place of the prompt in the call.
+        token_id: the token.
+        text: the text that became certain with it (may be empty: half a character, or what could
+            be the beginning of a stop string).
+        finish_reason: set on a prompt's last token.
+    """
+
+    index: int
+    token_id: int
+    text: str
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The answer to one prompt.
+
+    Attributes:
+        prompt: the prompt as text (decoded, where token ids were given).
+        text: the answer, without special tokens and without the stop string.
+        token_ids: new tokens only, an end-of-sequence token included.
+        finish_reason: "eos", "stop" (a stop string) or "length" (max_new_tokens or the context).
+        num_stages, num_micro_batches: how the call was pipelined.
+        prefill_tokens_per_s: prompt tokens of the whole call per second until the last first token.
+        decode_tokens_per_s: tokens of the whole call per second after that.
+        stages: rank, device, blocks [first, last] and bytes of every stage.
+    """
+
+    prompt: str
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    num_stages: int
+    num_micro_batches: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    stages: list[dict[str, Any]]

@@ -1,0 +1,94 @@
+"""Chooses the next token of each sequence, on the last stage.
+
+Greedy rows take the likeliest token. The others go through transformers' logits processors one by
+one, each with its own random generator, so a sequence's tokens do not depend on its company.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from dist_int8.pipeline.microbatch import SAMPLING_FIELDS, MicroBatch
+
+NOT_A_TOKEN = -1  # in place of a token whose logits are NaN
+
+
+@dataclass
+class _Slot:
+    processors: LogitsProcessorList
+    generator: torch.Generator | None  # None: greedy
+    token_ids: Tensor | None  # int64 [max_tokens], where a processor reads the sequence
+    length: int = 0
+
+
+class TokenSampler:
+    """Sampling state of every slot.
+
+    Args:
+        max_tokens: longest sequence of a slot.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self._slots: dict[int, _Slot] = {}
+
+    def observe(self, micro_batch: MicroBatch) -> None:
+        """Takes the sampling settings and the tokens that a micro-batch brings."""
+        for (slot, seed), settings in zip(
+            micro_batch.starts.tolist(), micro_batch.settings.tolist(), strict=True
+        ):
+            self._slots[slot] = self._configure(seed, dict(zip(SAMPLING_FIELDS, settings, strict=True)))
+        row = 0
+        for slot, start, count in micro_batch.segments.tolist():
+            state = self._slots[slot]
+            if state.token_ids is not None:
+                state.token_ids[start : start + count] = micro_batch.token_ids[row : row + count]
+                state.length = start + count
+            row += count
+
+    def sample(self, logits: Tensor, slots: list[int]) -> Tensor:
+        """int64 [E] from logits fp32 [E, V]; NOT_A_TOKEN where the logits are NaN."""
+        values, token_ids = logits.max(dim=-1)
+        token_ids = token_ids.masked_fill(values.isnan(), NOT_A_TOKEN).cpu()
+        for row, slot in enumerate(slots):
+            state = self._slots[slot]
+            if state.processors and token_ids[row] != NOT_A_TOKEN:
+                token_ids[row] = self._process(state, logits[row : row + 1].cpu())
+        return token_ids
+
+    def _configure(self, seed: int, settings: dict[str, float]) -> _Slot:
+        processors = LogitsProcessorList()
+        penalty = settings["repetition_penalty"]
+        if penalty != 1.0:
+            processors.append(RepetitionPenaltyLogitsProcessor(penalty))
+        generator = None
+        if settings["temperature"] > 0:
+            generator = torch.Generator().manual_seed(seed)
+            processors.append(TemperatureLogitsWarper(settings["temperature"]))
+            if settings["top_k"] > 0:
+                processors.append(TopKLogitsWarper(int(settings["top_k"])))
+            if settings["top_p"] < 1.0:
+                processors.append(TopPLogitsWarper(settings["top_p"]))
+        needs_tokens = penalty != 1.0
+        token_ids = torch.empty(self.max_tokens, dtype=torch.int64) if needs_tokens else None
+        return _Slot(processors, generator, token_ids)
+
+    def _process(self, state: _Slot, logits: Tensor) -> int:
+        seen = torch.zeros(1, 0, dtype=torch.int64)
+        if state.token_ids is not None:
+            seen = state.token_ids[None, : state.length]
+        scores = state.processors(seen, logits)
+        if state.generator is None:
+            return int(scores.argmax())
+        probabilities = scores.softmax(dim=-1)
+        return int(torch.multinomial(probabilities, 1, generator=state.generator))

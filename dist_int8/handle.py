@@ -1,0 +1,248 @@
+"""The handle of a loaded model: generate, logits, tokenizer, plan, shutdown."""
+
+from __future__ import annotations
+
+import atexit
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig
+
+from dist_int8.config import GenerationSettings, Settings
+from dist_int8.engine import Completion, Engine, Request, Token
+from dist_int8.engine.text import TextStream
+from dist_int8.models import ModelSpec
+from dist_int8.partition import Plan
+from dist_int8.pipeline import schedule
+
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+
+
+class Model:
+    """A loaded model. Use it as a context manager, or call `shutdown` when done.
+
+    Attributes:
+        plan: what each stage holds.
+        settings: how it was loaded.
+        folder: of the checkpoint.
+    """
+
+    def __init__(
+        self, *, engine: Engine, plan: Plan, settings: Settings, folder: Path, spec: ModelSpec
+    ) -> None:
+        self.plan = plan
+        self.settings = settings
+        self.folder = folder
+        self._spec = spec
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._closed = False
+        atexit.register(self.shutdown)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer of the model, or None if its folder has none."""
+        try:
+            return AutoTokenizer.from_pretrained(self.folder)
+        except (OSError, ValueError):
+            return None
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """Rank, device, blocks [first, last] and bytes of every stage."""
+        return [
+            {
+                "rank": stage.rank,
+                "device": stage.device,
+                "blocks": [stage.first_block, stage.last_block],
+                "bytes": stage.bytes,
+            }
+            for stage in self.plan.stages
+        ]
+
+    def generate(
+        self,
+        prompts: Prompts,
+        *,
+        generation_config: GenerationConfig | None = None,
+        on_token: Callable[[Token], None] | None = None,
+        stream: bool = False,
+        **settings: Any,
+    ) -> Any:
+        """Answers one prompt or many.
+
+        Args:
+            prompts: a string, a list of strings, token ids, or a list of token ids.
+            generation_config: transformers' settings; those of other methods than greedy decoding
+                and sampling are refused by name.
+            on_token: called with every `Token` as it arrives.
+            stream: return an iterator of `Token` instead, which ends in the list of completions
+                as its StopIteration value.
+            **settings: fields of `GenerationSettings` (max_new_tokens, temperature, top_k, top_p,
+                repetition_penalty, do_sample, seed, stop); they win over generation_config. Greedy
+                unless temperature is above 0 or do_sample is true. Prompt i samples with seed + i.
+
+        Returns:
+            A list of `Completion`, one a prompt.
+
+        Raises:
+            ValueError: a bad setting, an empty prompt, or one longer than the context.
+            RankDied: a rank ended; the handle is closed then.
+        """
+        chosen = GenerationSettings.from_generation_config(generation_config, settings)
+        requests = self._requests(prompts, chosen)
+        tokens = self._run(requests)
+        if stream:
+            return tokens
+        while True:
+            try:
+                token = next(tokens)
+            except StopIteration as stop:
+                return stop.value
+            if on_token is not None:
+                on_token(token)
+
+    def logits(self, input_ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
+        """Logits fp32 [batch, tokens, vocab] of token ids [batch, tokens], on the CPU.
+
+        Raises:
+            ValueError: not two-dimensional, empty, longer than the context, or not a token.
+            RankDied: a rank ended; the handle is closed then.
+        """
+        rows = torch.as_tensor(input_ids)
+        if rows.ndim != 2 or not rows.numel() or rows.is_floating_point():
+            raise ValueError(
+                "logits: input_ids must be integers [batch, tokens], got "
+                f"{rows.dtype} {list(rows.shape)}; give a list of equally long lists of token ids"
+            )
+        for index, row in enumerate(rows.tolist()):
+            self._check_prompt(row, index, num_new=0)
+        logits = torch.empty(*rows.shape, self._spec.vocab_size, dtype=torch.float32)
+        with self._running():
+            for index, start, values in self._engine.logits(rows.tolist()):
+                logits[index, start : start + values.shape[0]] = values
+        return logits
+
+    def schedule(self, num_prompts: int = 1, num_decode_steps: int = 4) -> str:
+        """The order of work as a picture, a line a stage, for so many short prompts."""
+        lanes = self._engine.num_lanes(num_prompts)
+        grid = schedule.build(
+            len(self.plan.stages), lanes, num_prefill_chunks=1, num_decode_steps=num_decode_steps
+        )
+        return schedule.draw(grid)
+
+    def shutdown(self) -> None:
+        """Ends every stage and its process. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.shutdown)
+        try:
+            self._engine.pipeline.close()
+        except RuntimeError:  # a stage is gone already; end the others all the same
+            self._engine.pipeline.world.kill()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.shutdown()
+
+    def _requests(self, prompts: Prompts, settings: GenerationSettings) -> list[Request]:
+        items: list[Any]
+        if isinstance(prompts, str):
+            items = [prompts]
+        else:
+            items = list(prompts.tolist() if isinstance(prompts, Tensor) else prompts)
+            if items and isinstance(items[0], int):
+                items = [items]
+        seed = settings.seed if settings.seed is not None else random.SystemRandom().getrandbits(48)
+        requests = []
+        for index, item in enumerate(items):
+            if isinstance(item, str):
+                if self.tokenizer is None:
+                    raise ValueError(
+                        f"generate: prompts must be token ids, got text, and {self.folder} has no "
+                        "tokenizer; give token ids or add its tokenizer files"
+                    )
+                prompt_ids = list(self.tokenizer(item).input_ids)
+            else:
+                prompt_ids = list(item)
+            self._check_prompt(prompt_ids, index, num_new=1)
+            text = TextStream(self.tokenizer, settings.stop)
+            requests.append(Request(index, prompt_ids, settings, (seed + index) % 2**63, text))
+        return requests
+
+    def _check_prompt(self, token_ids: list[Any], index: int, num_new: int) -> None:
+        limit = self._engine.limits.max_tokens
+        if not token_ids:
+            raise ValueError(f"generate: prompt {index} must have a token at least, got none")
+        if len(token_ids) + num_new > limit:
+            raise ValueError(
+                f"generate: prompt {index} must be at most {limit - num_new} tokens long (the "
+                f"context is {limit}), got {len(token_ids)}; shorten it or raise max_tokens"
+            )
+        for token_id in token_ids:
+            if not isinstance(token_id, int) or not 0 <= token_id < self._spec.vocab_size:
+                raise ValueError(
+                    f"generate: token ids of prompt {index} must be integers 0 to "
+                    f"{self._spec.vocab_size - 1}, got {token_id!r}; use this model's tokenizer"
+                )
+
+    def _run(self, requests: list[Request]) -> Iterator[Token]:
+        with self._running():
+            yield from self._engine.run(requests)
+        speed = self._engine.speed
+        return [
+            Completion(
+                prompt=self.tokenizer.decode(request.prompt_ids) if self.tokenizer else "",
+                text=request.text.text,
+                token_ids=request.token_ids,
+                finish_reason=request.finish_reason or "",
+                num_stages=len(self.plan.stages),
+                num_micro_batches=self._engine.num_lanes(len(requests)),
+                prefill_tokens_per_s=speed.prefill_tokens_per_s,
+                decode_tokens_per_s=speed.decode_tokens_per_s,
+                stages=self.stages,
+            )
+            for request in requests
+        ]
+
+    def _running(self) -> _Running:
+        return _Running(self)
+
+
+class _Running:
+    """One call at a time on an open handle; a failure inside the pipeline closes the handle."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        if self.model._closed:
+            raise ValueError("generate: the model must be loaded, got one shut down; load it again")
+        if not self.model._lock.acquire(blocking=False):
+            raise ValueError(
+                "generate: one call must end before the next, got a second one; give the prompts "
+                "as one list, or read the stream to its end"
+            )
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.model._lock.release()
+        if kind is not None and not issubclass(kind, GeneratorExit):
+            # micro-batches of the failed call may still be under way: nothing can follow them
+            self.model._closed = True
+            atexit.unregister(self.model.shutdown)
+            self.model._engine.pipeline.world.kill()

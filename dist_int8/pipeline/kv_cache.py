@@ -1,0 +1,49 @@
+"""The keys and values of every slot of one stage, allocated once."""
+
+from __future__ import annotations
+
+import numpy
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Static KV slots of the blocks of one stage.
+
+    Keys are stored transposed, [num_slots, num_kv_heads, head_dim, max_tokens], so that the scores
+    of neighbouring positions lie side by side; values are [num_slots, num_kv_heads, max_tokens,
+    head_dim]. Memory starts as zeros: a masked position contributes 0 * 0, never 0 * NaN.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        num_slots: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        key_shape = (num_slots, num_kv_heads, head_dim, max_tokens)
+        value_shape = (num_slots, num_kv_heads, max_tokens, head_dim)
+        self._layers = [
+            (_zeros(key_shape, dtype, device), _zeros(value_shape, dtype, device))
+            for _ in range(num_blocks)
+        ]
+
+    def layer(self, block: int) -> tuple[Tensor, Tensor]:
+        """(key_cache, value_cache) of a block, counted within the stage."""
+        return self._layers[block]
+
+    def num_bytes(self) -> int:
+        """Bytes reserved; on CPUs the operating system hands them out when first written."""
+        return sum(t.numel() * t.element_size() for layer in self._layers for t in layer)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy takes zeroed pages lazily (calloc); torch.zeros would touch all of them at once
+    num_bytes = int(numpy.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(numpy.zeros(num_bytes, dtype=numpy.uint8)).view(dtype).view(shape)

@@ -1,0 +1,230 @@
+"""Micro-batches and the typed header in front of them on the wire. Imports nothing of ours.
+
+On the wire a micro-batch is three flat tensors, in order: `header` int64 [16], `control` int64 [C]
+(token ids, segments, sampling settings; C follows from the header) and, between stages,
+hidden_states [num_tokens, hidden_size]. A result is `header`, then token ids int64 or logits fp32.
+Nothing is pickled; a header that no rank of this pipeline sends is refused before any of its sizes
+is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+HEADER_SIZE = 16
+MAGIC = 0x6473745F696E7438  # "dst_int8"
+VERSION = 1
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "repetition_penalty")
+
+
+class BadMessage(RuntimeError):
+    """A message between stages that no rank of this pipeline sends."""
+
+
+class Kind(IntEnum):
+    """What a message is."""
+
+    STEP = 1  # run the tokens, sample after each segment marked in `emits`
+    LOGITS = 2  # run the tokens, return the logits of all of them
+    SHUTDOWN = 3  # pass on, then end
+    TOKENS_RESULT = 4
+    LOGITS_RESULT = 5
+
+
+def _no_rows(columns: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(0, columns, dtype=dtype)
+
+
+@dataclass
+class MicroBatch:
+    """The tokens of some sequences, flattened, on their way through the stages once.
+
+    Attributes:
+        kind: STEP, LOGITS or SHUTDOWN.
+        lane: the group of sequences it belongs to.
+        step: counts submissions; results come back in this order.
+        token_ids: int64 [T].
+        segments: int32 [B, 3], rows (slot, start, count): `count` tokens of the sequence in KV slot
+            `slot`, at positions start .. start + count - 1; concatenated in this order.
+        emits: int64 [B], 1 where the token after the segment is sampled.
+        starts: int64 [R, 2], rows (slot, seed) of sequences whose sampling settings come with this
+            micro-batch, their first one.
+        settings: float64 [R, len(SAMPLING_FIELDS)].
+    """
+
+    kind: Kind
+    lane: int = 0
+    step: int = 0
+    token_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    segments: Tensor = field(default_factory=lambda: _no_rows(3, torch.int32))
+    emits: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    starts: Tensor = field(default_factory=lambda: _no_rows(2, torch.int64))
+    settings: Tensor = field(default_factory=lambda: _no_rows(len(SAMPLING_FIELDS), torch.float64))
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.numel()
+
+    def last_rows(self) -> Tensor:
+        """int64 [E]: the row of the last token of every segment that emits."""
+        ends = torch.cumsum(self.segments[:, 2].long(), 0) - 1
+        return ends[self.emits.bool()]
+
+    def emitting_slots(self) -> list[int]:
+        return self.segments[self.emits.bool(), 0].tolist()
+
+
+@dataclass
+class Result:
+    """What the last stage sends back for a micro-batch: tokens int64 [E], or logits fp32 [T, V]."""
+
+    lane: int
+    step: int
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The sizes that every rank of one pipeline agrees on; what exceeds them is no message of ours."""
+
+    num_slots: int
+    max_tokens: int
+    max_rows: int
+    hidden_size: int
+    vocab_size: int
+
+
+def pack(micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """`header` int64 [16] and `control` int64 [C] of a micro-batch."""
+    header = torch.zeros(HEADER_SIZE, dtype=torch.int64)
+    header[:8] = torch.tensor(
+        [
+            MAGIC,
+            VERSION,
+            int(micro_batch.kind),
+            micro_batch.lane,
+            micro_batch.step,
+            micro_batch.num_tokens,
+            micro_batch.segments.shape[0],
+            micro_batch.starts.shape[0],
+        ]
+    )
+    control = torch.cat(
+        [
+            micro_batch.token_ids,
+            micro_batch.segments.long().flatten(),
+            micro_batch.emits,
+            micro_batch.starts.flatten(),
+            micro_batch.settings.flatten().view(torch.int64),
+        ]
+    )
+    return header, control
+
+
+def control_size(header: Tensor, limits: Limits) -> int:
+    """Number of int64 in the control tensor that follows this header.
+
+    Raises:
+        BadMessage: the header is not one of this pipeline's.
+    """
+    magic, version, kind, lane, step, num_tokens, num_segments, num_starts = header[:8].tolist()
+    if magic != MAGIC or version != VERSION:
+        raise BadMessage(
+            f"header: magic and version must be {MAGIC:#x} {VERSION}, got {magic:#x} {version}"
+        )
+    if kind not in (Kind.STEP, Kind.LOGITS, Kind.SHUTDOWN):
+        raise BadMessage(f"header: kind must be 1, 2 or 3, got {kind}")
+    if lane < 0 or step < 0:
+        raise BadMessage(f"header: lane and step must not be negative, got {lane} and {step}")
+    least = 0 if kind == Kind.SHUTDOWN else 1
+    if not least <= num_tokens <= limits.max_rows:
+        raise BadMessage(
+            f"header: num_tokens must be {least} to {limits.max_rows}, got {num_tokens}"
+        )
+    for name, value in (("num_segments", num_segments), ("num_starts", num_starts)):
+        if not 0 <= value <= limits.num_slots:
+            raise BadMessage(f"header: {name} must be 0 to {limits.num_slots}, got {value}")
+    return num_tokens + num_segments * 4 + num_starts * (2 + len(SAMPLING_FIELDS))
+
+
+def unpack(header: Tensor, control: Tensor, limits: Limits) -> MicroBatch:
+    """The micro-batch of a header and its control tensor, every value checked.
+
+    Raises:
+        BadMessage: a size, slot, position or token id is out of range.
+    """
+    size = control_size(header, limits)
+    assert control.numel() == size
+    kind, lane, step, num_tokens, num_segments, num_starts = header[2:8].tolist()
+    token_ids, segments, emits, starts, settings = control.split(
+        [
+            num_tokens,
+            num_segments * 3,
+            num_segments,
+            num_starts * 2,
+            num_starts * len(SAMPLING_FIELDS),
+        ]
+    )
+    segments = segments.view(-1, 3)
+    starts = starts.view(-1, 2)
+    slots, begins, counts = segments.unbind(1)
+    if num_tokens and (int(token_ids.min()) < 0 or int(token_ids.max()) >= limits.vocab_size):
+        raise BadMessage(f"control: token ids must be 0 to {limits.vocab_size - 1}")
+    for name, column in (("segments", slots), ("starts", starts[:, 0])):
+        if column.numel() and not 0 <= int(column.min()) <= int(column.max()) < limits.num_slots:
+            raise BadMessage(f"control: slots of {name} must be 0 to {limits.num_slots - 1}")
+    if slots.unique().numel() != slots.numel():
+        raise BadMessage("control: a slot stands in two segments of one micro-batch")
+    # counts and begins are bounded one by one first, so that their sums cannot wrap around
+    for name, column, least in (("counts", counts, 1), ("starts", begins, 0)):
+        if column.numel() and not least <= int(column.min()) <= int(column.max()) <= limits.max_tokens:
+            raise BadMessage(f"control: segment {name} must be {least} to {limits.max_tokens}")
+    if int(counts.sum()) != num_tokens:
+        raise BadMessage(
+            f"control: segments must cover {num_tokens} tokens, got {int(counts.sum())}"
+        )
+    if counts.numel() and int((begins + counts).max()) > limits.max_tokens:
+        raise BadMessage(f"control: positions must stay below {limits.max_tokens}")
+    if emits.numel() and not 0 <= int(emits.min()) <= int(emits.max()) <= 1:
+        raise BadMessage("control: emits must be 0 or 1")
+    return MicroBatch(
+        kind=Kind(kind),
+        lane=lane,
+        step=step,
+        token_ids=token_ids.clone(),
+        segments=segments.to(torch.int32),
+        emits=emits.clone(),
+        starts=starts.clone(),
+        settings=settings.clone().view(torch.float64).view(-1, len(SAMPLING_FIELDS)),
+    )
+
+
+def pack_result(result: Result) -> Tensor:
+    """`header` int64 [16] of a result; its values follow as they are."""
+    tokens = result.values.dtype == torch.int64
+    kind = Kind.TOKENS_RESULT if tokens else Kind.LOGITS_RESULT
+    header = torch.zeros(HEADER_SIZE, dtype=torch.int64)
+    header[:6] = torch.tensor(
+        [MAGIC, VERSION, int(kind), result.lane, result.step, result.values.shape[0]]
+    )
+    return header
+
+
+def empty_result(header: Tensor, limits: Limits) -> Result:
+    """A result of the size that this header announces, its values not filled yet.
+
+    Raises:
+        BadMessage: the header is not one of this pipeline's.
+    """
+    magic, version, kind, lane, step, count = header[:6].tolist()
+    if magic != MAGIC or version != VERSION:
+        raise BadMessage(f"result: magic must be {MAGIC:#x}, got {magic:#x}")
+    if kind == Kind.TOKENS_RESULT and 0 <= count <= limits.num_slots:
+        return Result(lane, step, torch.empty(count, dtype=torch.int64))
+    if kind == Kind.LOGITS_RESULT and 0 < count <= limits.max_rows:
+        return Result(lane, step, torch.empty(count, limits.vocab_size, dtype=torch.float32))
+    raise BadMessage(f"result: kind {kind} with {count} rows is none of this pipeline's")

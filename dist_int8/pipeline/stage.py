@@ -1,0 +1,60 @@
+"""One stage: its blocks, its KV cache and, on the last one, the sampler."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dist_int8.models.decoder import DecoderStage, TokenBatch
+from dist_int8.pipeline.kv_cache import KVCache
+from dist_int8.pipeline.microbatch import Kind, MicroBatch, Result
+
+
+class Sampler(Protocol):
+    """Chooses the next tokens on the last stage."""
+
+    def observe(self, micro_batch: MicroBatch) -> None:
+        """Takes the settings and tokens that a micro-batch brings."""
+
+    def sample(self, logits: Tensor, slots: list[int]) -> Tensor:
+        """int64 [E] on the CPU from logits fp32 [E, V], row i of the sequence in slots[i]."""
+
+
+class Stage:
+    """Runs micro-batches through the blocks of one stage.
+
+    Args:
+        model: embedding if first, blocks, norm and head if last.
+        kv_cache: for the model's blocks.
+        sampler: on the last stage only.
+    """
+
+    def __init__(self, model: DecoderStage, kv_cache: KVCache, sampler: Sampler | None) -> None:
+        self.model = model
+        self.kv_cache = kv_cache
+        self.sampler = sampler
+        self.device = next(iter(model.state_dict().values())).device
+
+    @torch.inference_mode()
+    def run(self, micro_batch: MicroBatch, hidden_states: Tensor | None) -> Tensor | Result:
+        """hidden_states [T, hidden_size] for the next stage, or the Result from the last one."""
+        logit_rows = None
+        if self.sampler is not None:
+            logit_rows = (
+                torch.arange(micro_batch.num_tokens)
+                if micro_batch.kind == Kind.LOGITS
+                else micro_batch.last_rows()
+            )
+        batch = TokenBatch.from_segments(
+            micro_batch.token_ids, micro_batch.segments, logit_rows, device=self.device
+        )
+        output = self.model(batch, hidden_states, self.kv_cache)
+        if self.sampler is None:
+            return output
+        if micro_batch.kind == Kind.LOGITS:
+            return Result(micro_batch.lane, micro_batch.step, output.float().cpu())
+        self.sampler.observe(micro_batch)
+        tokens = self.sampler.sample(output, micro_batch.emitting_slots())
+        return Result(micro_batch.lane, micro_batch.step, tokens)
