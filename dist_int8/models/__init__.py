@@ -1,0 +1,19 @@
+"""Models: one decoder block described by data, and the families that describe it."""
+
+from dist_int8.models.block import DecoderBlock
+from dist_int8.models.config import describe, ignored_tensors, load_config, tensor_sources
+from dist_int8.models.decoder import DecoderStage, TokenBatch
+from dist_int8.models.spec import BlockSpec, ModelSpec, RotarySpec
+
+__all__ = [
+    "BlockSpec",
+    "DecoderBlock",
+    "DecoderStage",
+    "ModelSpec",
+    "RotarySpec",
+    "TokenBatch",
+    "describe",
+    "ignored_tensors",
+    "load_config",
+    "tensor_sources",
+]

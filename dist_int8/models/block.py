@@ -1,0 +1,162 @@
+"""One decoder block for every family, described by `BlockSpec`.
+
+Between blocks the residual stream travels as a pair (x, residual): the sum is the hidden state.
+The next norm adds and normalizes in one op (`ops.add_norm`), so a Llama block is eight calls:
+add_norm, qkv, attention, attention_output, add_norm, gate_up, silu_mul, down.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_int8.int8 import ops
+from dist_int8.models.spec import Activation, BlockSpec, NormKind
+
+# The square root of 2/pi and the cubic term of the tanh form of GELU (Hendrycks and Gimpel 2016).
+_SQRT_2_OVER_PI = 0.7978845608028654
+_CUBIC = 0.044715
+
+
+class PositionTables(NamedTuple):
+    """What attention needs to know about positions, shared by the blocks of a stage."""
+
+    cos: Tensor | None  # fp32 [P, R/2]
+    sin: Tensor | None  # fp32 [P, R/2]
+    alibi_slopes: Tensor | None  # fp32 [num_heads]
+
+
+# F.gelu(approximate="tanh") and F.silu round differently in the vector body and in the scalar tail
+# of a tensor, so a token's result would depend on the size of its micro-batch. torch.tanh, torch's
+# erf GELU and plain arithmetic do not: the tanh forms are therefore written out.
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(_SQRT_2_OVER_PI * (x + _CUBIC * (x * x * x))))
+
+
+def _bloom_gelu(x: Tensor) -> Tensor:
+    """BLOOM's own rounding of the constant and order of the terms (Megatron-DeepSpeed)."""
+    return x * 0.5 * (1.0 + torch.tanh(0.79788456 * x * (1.0 + _CUBIC * x * x)))
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "bloom_gelu": _bloom_gelu,
+}
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over rows of [T, hidden], fused with the addition of the residual."""
+
+    def __init__(self, hidden_size: int, kind: NormKind, eps: float) -> None:
+        super().__init__()
+        self.kind = kind
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(hidden_size), requires_grad=False)
+        self.bias = (
+            nn.Parameter(torch.empty(hidden_size), requires_grad=False) if kind == "layer" else None
+        )
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual), both [T, hidden]."""
+        return ops.add_norm(x, residual, self.weight, self.bias, self.eps, self.kind)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, kind={self.kind}, eps={self.eps}"
+
+
+class DecoderBlock(nn.Module):
+    """Attention and MLP of one layer.
+
+    Linears are named `qkv` (rows: all query heads, all key heads, all value heads),
+    `attention_output`, `gate_up` (rows: gate, up) or `up`, and `down`; `convert` replaces them by
+    `Int8Linear`.
+    """
+
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        hidden, inner = spec.hidden_size, spec.intermediate_size
+        self.scale = spec.head_dim**-0.5
+        self.attention_norm = Norm(hidden, spec.norm, spec.norm_eps)
+        self.qkv = nn.Linear(hidden, spec.qkv_size, bias=spec.qkv_bias)
+        self.attention_output = nn.Linear(
+            spec.num_heads * spec.head_dim, hidden, bias=spec.attention_output_bias
+        )
+        self.mlp_norm = Norm(hidden, spec.norm, spec.norm_eps)
+        if spec.gated:
+            assert spec.activation == "silu", "the gated MLP is silu_mul"
+            self.gate_up = nn.Linear(hidden, 2 * inner, bias=spec.mlp_bias)
+        else:
+            self.up = nn.Linear(hidden, inner, bias=spec.mlp_bias)
+            self.activation = ACTIVATIONS[spec.activation]
+        self.down = nn.Linear(inner, hidden, bias=spec.mlp_bias)
+
+    def _attention(
+        self,
+        x: Tensor,
+        segments: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        tables: PositionTables,
+    ) -> Tensor:
+        spec = self.spec
+        context = ops.attention(
+            self.qkv(x),
+            key_cache,
+            value_cache,
+            segments,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            scale=self.scale,
+            cos=tables.cos,
+            sin=tables.sin,
+            alibi_slopes=tables.alibi_slopes,
+            window=spec.window,
+        )
+        return self.attention_output(context)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        if self.spec.gated:
+            return self.down(ops.silu_mul(self.gate_up(x)))
+        return self.down(self.activation(self.up(x)))
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        segments: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        tables: PositionTables,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the block and write this micro-batch's keys and values into the caches.
+
+        Args:
+            x: [T, hidden].
+            residual: [T, hidden] still to be added to x, or None.
+            segments: int32 [B, 3], rows (slot, start, count).
+            key_cache: [S, KV, D, L], changed in place.
+            value_cache: [S, KV, L, D], changed in place.
+            tables: the stage's position tables.
+
+        Returns:
+            The pair (x, residual) for the next block; their sum is the hidden state.
+        """
+        spec = self.spec
+        if spec.norm_after:
+            hidden = x if residual is None else x + residual
+            attended = self._attention(hidden, segments, key_cache, value_cache, tables)
+            hidden, _ = self.attention_norm(attended, hidden)
+            hidden, _ = self.mlp_norm(self._mlp(hidden), hidden)
+            return hidden, None
+        normed, total = self.attention_norm(x, residual)
+        attended = self._attention(normed, segments, key_cache, value_cache, tables)
+        if spec.parallel_residual:
+            normed, _ = self.mlp_norm(total, None)
+            return self._mlp(normed) + attended, total
+        normed, total = self.mlp_norm(attended, normed if spec.residual_from_norm else total)
+        return self._mlp(normed), normed if spec.residual_from_norm else total

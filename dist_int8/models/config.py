@@ -1,0 +1,185 @@
+"""Reading a config into a `ModelSpec`. No code of the model is ever executed."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+from dist_int8.models.families import BY_MODEL_TYPE, BY_NAME
+from dist_int8.models.sources import TensorSource
+from dist_int8.models.spec import ModelSpec
+
+# Config fields that change the function of a model and that our block does not implement, with the
+# values that mean "not used". A field that a family's own transformers class lacks is still looked
+# at: models derived from a family often carry such fields.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "quantization_config": (None,),
+    "compression_config": (None,),
+    "attn_logit_softcapping": (None, 0),
+    "final_logit_softcapping": (None, 0),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "embedding_multiplier": (None, 1),
+    "residual_multiplier": (None, 1),
+    "attention_multiplier": (None, 1),
+    "scale_embedding": (None, False),
+    "rope_interleaved": (None, False),
+    "clip_qkv": (None,),
+    "qk_norm": (None, False),
+    "use_qk_norm": (None, False),
+    "qk_layernorm": (None, False),
+    "num_experts": (None, 0, 1),
+    "num_local_experts": (None, 0, 1),
+    "no_rope_layers": (None, [], {}),
+    "attention_chunk_size": (None,),
+    "attn_output_gate": (None, False),
+    "is_encoder_decoder": (None, False),
+    "add_cross_attention": (None, False),
+}
+_WITHOUT_WINDOW = ("llama", "bloom", "opt", "gpt_neox")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def load_config(model: str | Path) -> PretrainedConfig:
+    """Read the config of a model folder or of a hub id ("organization/name").
+
+    `auto_map` and any Python file beside the config are ignored: only transformers' own config
+    classes of the supported families are used.
+
+    Raises:
+        ValueError: no such folder or model, no config.json, not JSON, unknown family, invalid
+            fields.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        path = folder / "config.json"
+        if not path.is_file():
+            raise ValueError(
+                f"{folder}: must hold a config.json, got none; give the folder of a transformers "
+                "model"
+            )
+        try:
+            fields = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{path}: must be JSON, got {error}; download the file again"
+            ) from None
+        where = str(path)
+    elif folder.exists() or not _HUB_ID.fullmatch(str(model)):
+        raise ValueError(
+            f"model: must be a folder or a hub id such as 'bigscience/bloom', got {str(model)!r}, "
+            "which is neither; check the path"
+        )
+    else:
+        try:
+            fields, _ = PretrainedConfig.get_config_dict(str(model))
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                "model: must be an existing folder or a hub id that can be reached, got "
+                f"{str(model)!r} ({reason}); check the path or the name"
+            ) from None
+        where = f"{model}/config.json"
+    model_type = fields.get("model_type") if isinstance(fields, dict) else None
+    if model_type not in BY_MODEL_TYPE:
+        raise ValueError(
+            f"{where}:model_type: must be one of {', '.join(BY_MODEL_TYPE)}, got {model_type!r}; "
+            "use a model of a supported family"
+        )
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(fields)
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{where}: must be a valid {model_type} config, got {reason}; correct the field"
+        ) from None
+
+
+def describe(config: PretrainedConfig) -> ModelSpec:
+    """The `ModelSpec` of a transformers config.
+
+    Raises:
+        ValueError: an unknown family, or a field that asks for something our block does not
+            implement.
+    """
+    family = BY_MODEL_TYPE.get(config.model_type)
+    if family is None:
+        raise ValueError(
+            f"config.json:model_type: must be one of {', '.join(BY_MODEL_TYPE)}, got "
+            f"{config.model_type!r}; use a model of a supported family"
+        )
+    for key, unused in _REFUSED.items():
+        value = getattr(config, key, None)
+        if value not in unused:
+            shown = (
+                value if not isinstance(value, dict) else value.get("quant_method", "a dictionary")
+            )
+            raise ValueError(
+                f"config.json:{key}: must be absent or {unused[-1]!r}, got {shown!r}; this feature "
+                "is not supported, use a model without it"
+            )
+    if config.model_type in _WITHOUT_WINDOW and getattr(config, "sliding_window", None):
+        raise ValueError(
+            f"config.json:sliding_window: must be absent for a {config.model_type} model, got "
+            f"{config.sliding_window}; this family has full attention only"
+        )
+    wrong = [name for name in config.architectures or () if not _is_language_model(name)]
+    if wrong:
+        raise ValueError(
+            "config.json:architectures: must be a causal language model (...ForCausalLM), got "
+            f"{wrong[0]!r}; use a checkpoint with a language-model head"
+        )
+    return family.describe(config)
+
+
+def _is_language_model(architecture: str) -> bool:
+    return architecture.endswith(("ForCausalLM", "Model"))
+
+
+def tensor_sources(
+    spec: ModelSpec, blocks: range, *, first: bool, last: bool
+) -> dict[str, TensorSource]:
+    """Sources of every parameter of a stage, keyed by the stage's own parameter names.
+
+    Names are accepted with and without the family's base-model prefix. Under a tied head,
+    embedding and head may each be read from the other's tensor if their own is absent.
+    """
+    family = BY_NAME[spec.family]
+    edges = family.edge_sources(spec)
+    if spec.tied_head:
+        embedding, head = edges["embedding.weight"], edges["lm_head.weight"]
+        names = embedding.names[0], head.names[0]
+        edges["embedding.weight"] = TensorSource((names[0] + names[1],), embedding.shapes)
+        edges["lm_head.weight"] = TensorSource((names[1] + names[0],), head.shapes)
+    at_end = ("final_norm.", "project_out.", "lm_head.")
+    sources = {
+        target: source
+        for target, source in edges.items()
+        if (last if target.startswith(at_end) else first)
+    }
+    for index in blocks:
+        for target, source in family.block_sources(spec, index).items():
+            sources[f"blocks.{index}.{target}"] = source
+
+    def both(names: tuple[str, ...]) -> tuple[str, ...]:
+        short = (name.removeprefix(family.PREFIX) for name in names)
+        return tuple(dict.fromkeys((*names, *short)))
+
+    return {
+        target: TensorSource(
+            tuple(both(names) for names in source.names),
+            source.shapes,
+            source.row_order,
+            source.num_heads,
+            source.fill,
+        )
+        for target, source in sources.items()
+    }
+
+
+def ignored_tensors(spec: ModelSpec) -> tuple[str, ...]:
+    """Regular expressions of checkpoint tensors that carry nothing, such as old mask buffers."""
+    return BY_NAME[spec.family].IGNORED

@@ -1,0 +1,224 @@
+"""A contiguous run of decoder blocks as one module, with embedding and head where they belong."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from dist_int8.int8 import ops
+from dist_int8.models.block import DecoderBlock, Norm, PositionTables
+from dist_int8.models.rotary import alibi_slopes, rotary_tables
+from dist_int8.models.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """The tokens of one micro-batch: T tokens of B sequences, in segment order, without padding."""
+
+    token_ids: Tensor | None
+    """int64 [T]; only the first stage reads them."""
+    segments: Tensor
+    """int32 [B, 3], rows (slot, start, count)."""
+    positions: Tensor
+    """int64 [T], position of each token in its sequence."""
+    logit_rows: Tensor | None = None
+    """int64 [R], rows of the batch whose logits are wanted; None: all of them."""
+
+    @classmethod
+    def from_segments(
+        cls,
+        token_ids: Iterable[int] | Tensor | None,
+        segments: Iterable[tuple[int, int, int]],
+        logit_rows: Iterable[int] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Make a batch from Python numbers.
+
+        Args:
+            token_ids: T token ids, or None on a stage that is not the first.
+            segments: (slot, start, count) of each sequence, counts adding up to T, slots distinct.
+            logit_rows: rows (0 .. T-1) whose logits are wanted; None: all.
+            device: where the tensors go.
+        """
+        rows = [tuple(segment) for segment in segments]
+        positions = [p for _, start, count in rows for p in range(start, start + count)]
+        if token_ids is not None:
+            token_ids = torch.as_tensor(token_ids, dtype=torch.int64, device=device)
+            assert len(token_ids) == len(positions), (len(token_ids), rows)
+        assert len({slot for slot, _, _ in rows}) == len(rows), f"one segment a slot: {rows}"
+        return cls(
+            token_ids,
+            torch.tensor(rows, dtype=torch.int32, device=device).view(-1, 3),
+            torch.tensor(positions, dtype=torch.int64, device=device),
+            None
+            if logit_rows is None
+            else torch.tensor(list(logit_rows), dtype=torch.int64, device=device),
+        )
+
+
+class LayerCaches(Protocol):
+    """What a stage needs of a KV cache."""
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Key [S, KV, D, L] and value [S, KV, L, D] cache of the stage's block `index` (from 0)."""
+        ...
+
+
+class DecoderStage(nn.Module):
+    """Blocks `blocks` of a model; the first stage embeds tokens, the last returns logits.
+
+    Parameter names use the block's number in the whole model (`blocks.17.qkv.weight`), whatever
+    the stage, so a state dict does not depend on how a model was split.
+
+    Args:
+        spec: the model.
+        blocks: contiguous block numbers, for example range(0, 15); may be empty.
+        first: holds the embedding.
+        last: holds the final norm and the head.
+        dtype: dtype of parameters and hidden states.
+        max_tokens: longest sequence the position tables serve; None: the model's max_positions.
+
+    Raises:
+        ValueError: blocks outside the model, or max_tokens beyond what the model's positions allow.
+    """
+
+    rotary_cos: Tensor | None
+    rotary_sin: Tensor | None
+    alibi_slopes: Tensor | None
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        blocks: range,
+        first: bool,
+        last: bool,
+        dtype: torch.dtype = torch.float32,
+        max_tokens: int | None = None,
+    ) -> None:
+        super().__init__()
+        if blocks.step != 1 or blocks.start < 0 or blocks.stop > spec.num_blocks:
+            raise ValueError(
+                f"DecoderStage: blocks must be contiguous within 0..{spec.num_blocks - 1}, got "
+                f"{blocks}; plan the stages again for this model"
+            )
+        limit = spec.max_positions
+        if max_tokens is not None and limit is not None and max_tokens > limit:
+            raise ValueError(
+                f"DecoderStage: max_tokens must be at most {limit} for this {spec.model_type} "
+                f"model, got {max_tokens}; lower max_tokens"
+            )
+        self.spec = spec
+        self.block_range = blocks
+        self.first = first
+        self.last = last
+        self.dtype = dtype
+        if first:
+            self.embedding = nn.Embedding(spec.vocab_size, spec.embedding_size)
+            if spec.num_position_rows:
+                self.positions = nn.Embedding(spec.num_position_rows, spec.hidden_size)
+            if spec.embedding_norm:
+                self.embedding_norm = self._norm()
+            if spec.has_projections:
+                self.project_in = nn.Linear(spec.embedding_size, spec.hidden_size, bias=False)
+        self.blocks = nn.ModuleDict({str(i): DecoderBlock(spec.blocks[i]) for i in blocks})
+        if last:
+            if spec.final_norm:
+                self.final_norm = self._norm()
+            if spec.has_projections:
+                self.project_out = nn.Linear(spec.hidden_size, spec.embedding_size, bias=False)
+            self.lm_head = nn.Linear(spec.embedding_size, spec.vocab_size, bias=False)
+        self.to(dtype).requires_grad_(False)
+        self._add_position_tables(max_tokens)
+
+    @classmethod
+    def empty(
+        cls,
+        spec: ModelSpec,
+        blocks: range,
+        first: bool,
+        last: bool,
+        dtype: torch.dtype = torch.float32,
+        max_tokens: int | None = None,
+    ) -> Self:
+        """The same stage with every parameter on the meta device (position tables are real)."""
+        with init_empty_weights(include_buffers=False):
+            return cls(spec, blocks, first, last, dtype, max_tokens)
+
+    def _norm(self) -> Norm:
+        block = self.spec.blocks[0]
+        return Norm(self.spec.hidden_size, block.norm, block.norm_eps)
+
+    def _add_position_tables(self, max_tokens: int | None) -> None:
+        cos = sin = slopes = None
+        if self.spec.rotary is not None:
+            num_positions = max_tokens or self.spec.max_positions
+            assert num_positions is not None, "a rotary model has max_positions"
+            cos, sin = rotary_tables(self.spec.rotary, num_positions)
+        if self.spec.alibi:
+            slopes = alibi_slopes(self.spec.blocks[0].num_heads)
+        self.register_buffer("rotary_cos", cos, persistent=False)
+        self.register_buffer("rotary_sin", sin, persistent=False)
+        self.register_buffer("alibi_slopes", slopes, persistent=False)
+
+    def move_tables(self, device: torch.device | str) -> None:
+        """Move the position tables, which are real even while the parameters are meta."""
+        for name, table in self.named_buffers(recurse=False):
+            setattr(self, name, table.to(device))
+
+    def _embed(self, batch: TokenBatch) -> Tensor:
+        assert batch.token_ids is not None, "the first stage needs token ids"
+        hidden = F.embedding(batch.token_ids, self.embedding.weight).to(self.dtype)
+        if self.spec.embedding_norm:
+            hidden, _ = self.embedding_norm(hidden, None)
+        if self.spec.has_projections:
+            hidden = self.project_in(hidden)
+        if self.spec.num_position_rows:
+            rows = batch.positions + self.spec.position_offset
+            hidden = hidden + F.embedding(rows, self.positions.weight)
+        return hidden
+
+    def _logits(self, x: Tensor, residual: Tensor | None, rows: Tensor | None) -> Tensor:
+        if rows is not None:
+            if rows.shape[0] == 0:
+                return x.new_empty((0, self.spec.vocab_size), dtype=torch.float32)
+            x = x[rows]
+            residual = None if residual is None else residual[rows]
+        if self.spec.final_norm:
+            x, _ = self.final_norm(x, residual)
+        elif residual is not None:
+            x = x + residual
+        if self.spec.has_projections:
+            x = self.project_out(x)
+        head = self.lm_head
+        if type(head) is nn.Linear:  # its weight may be in 16 bits below fp32 hidden states
+            return ops.linear(x, head.weight).float()
+        return head(x).float()
+
+    def forward(
+        self, batch: TokenBatch, hidden_states: Tensor | None, kv_cache: LayerCaches
+    ) -> Tensor:
+        """Run one micro-batch through the stage, extending the KV cache in place.
+
+        Args:
+            batch: T tokens; positions must be below the stage's max_tokens and the cache's length.
+            hidden_states: [T, hidden] from the previous stage; None on the first stage.
+            kv_cache: caches of this stage's blocks.
+
+        Returns:
+            Hidden states [T, hidden] in the stage's dtype or, on the last stage, logits fp32 [R,
+            vocab] of `batch.logit_rows`.
+        """
+        assert (hidden_states is None) == self.first, "all but the first stage get hidden states"
+        tables = PositionTables(self.rotary_cos, self.rotary_sin, self.alibi_slopes)
+        x = self._embed(batch) if hidden_states is None else hidden_states
+        residual: Tensor | None = None
+        for index, block in enumerate(self.blocks.values()):
+            key_cache, value_cache = kv_cache.layer(index)
+            x, residual = block(x, residual, batch.segments, key_cache, value_cache, tables)
+        if self.last:
+            return self._logits(x, residual, batch.logit_rows)
+        return x if residual is None else x + residual

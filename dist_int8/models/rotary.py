@@ -1,0 +1,95 @@
+"""Rotary and ALiBi position tables, computed once for a stage.
+
+Frequencies of scaled rope variants come from transformers' own ROPE_INIT_FUNCTIONS; only the plain
+variant, which transformers keeps inside each model class, is written out here.
+"""
+
+import math
+from typing import Any
+
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from dist_int8.models.spec import RotarySpec
+
+# Variants whose frequencies do not depend on how long a sequence has become.
+_FIXED = ("linear", "llama3", "yarn", "proportional")
+# Variants that change frequencies once a sequence outgrows a length; exact up to that length.
+_LENGTH_KEY = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
+
+
+def describe_rotary(config: Any, head_dim: int, max_positions: int) -> tuple[RotarySpec, int]:
+    """Read a config's `rope_parameters`.
+
+    Args:
+        config: transformers config with `rope_parameters` (transformers >= 5 builds it for old
+            files too).
+        head_dim: dimensions of one attention head.
+        max_positions: the config's max_position_embeddings.
+
+    Returns:
+        The rotary spec, and the number of positions for which it is exact. The second is below
+        `max_positions` for longrope, which switches to other frequencies beyond
+        original_max_position_embeddings and would then contradict keys already in the cache.
+
+    Raises:
+        ValueError: unknown or per-layer-type rope parameters.
+    """
+    parameters = config.rope_parameters or {}
+    if not isinstance(parameters, dict) or any(isinstance(v, dict) for v in parameters.values()):
+        raise ValueError(
+            "config.json:rope_parameters: rope parameters must be one set for all layers, got one "
+            f"per layer type ({', '.join(parameters)}); use a model with a single rope variant"
+        )
+    if parameters.get("mrope_section") is not None:
+        raise ValueError(
+            "config.json:rope_parameters.mrope_section: must be absent, got "
+            f"{parameters['mrope_section']}; multimodal rope is not supported, use a text model"
+        )
+    variant = parameters.get("rope_type", "default")
+    if variant == "default":
+        # Su et al. 2021, equation 15: theta_i = base^(-2i/d), in fp32 as in transformers' models.
+        rotary_dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+        exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
+        inv_freq, scaling = 1.0 / (parameters["rope_theta"] ** exponent), 1.0
+    elif variant in _FIXED or variant in _LENGTH_KEY:
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[variant](config, torch.device("cpu"))
+    else:
+        known = ", ".join(["default", *_FIXED, *_LENGTH_KEY])
+        raise ValueError(
+            f"config.json:rope_parameters.rope_type: must be one of {known}, got {variant!r}; use "
+            "a model with one of these rope variants"
+        )
+    if variant == "longrope":
+        max_positions = min(max_positions, int(parameters[_LENGTH_KEY[variant]]))
+    if 2 * len(inv_freq) > head_dim:
+        raise ValueError(
+            f"config.json:rope_parameters: rotated dimensions must be at most head_dim {head_dim}, "
+            f"got {2 * len(inv_freq)}; check partial_rotary_factor and head_dim"
+        )
+    return RotarySpec(tuple(inv_freq.float().tolist()), float(scaling)), max_positions
+
+
+def rotary_tables(rotary: RotarySpec, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every position, each fp32 [num_positions, R/2] on the CPU."""
+    inv_freq = torch.tensor(rotary.inv_freq, dtype=torch.float32)
+    angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * inv_freq
+    return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
+
+
+def alibi_slopes(num_heads: int) -> torch.Tensor:
+    """ALiBi slopes, fp32 [num_heads], of Press et al. 2022, section 3, and BLOOM.
+
+    The first 2^k heads take the geometric sequence with ratio 2^(-8/2^k); the others every second
+    member of the sequence for twice as many heads.
+    """
+    num_first = 2 ** math.floor(math.log2(num_heads))
+
+    def sequence(num: int, step: int, count: int) -> torch.Tensor:
+        base = torch.tensor(2.0 ** (-(2.0 ** -(math.log2(num) - 3))), dtype=torch.float32)
+        return torch.pow(base, torch.arange(1, 1 + step * count, step, dtype=torch.int32))
+
+    slopes = sequence(num_first, 1, num_first)
+    if num_first == num_heads:
+        return slopes
+    return torch.cat([slopes, sequence(2 * num_first, 2, num_heads - num_first)])

@@ -1,0 +1,92 @@
+"""What a model is, as plain data: sizes, norms, positions, residual order.
+
+A family (`models/families/*.py`) turns a transformers config into a `ModelSpec`; `DecoderBlock` and
+`DecoderStage` are built from nothing else. Every class here is frozen and holds only numbers,
+strings and tuples, so a spec can be compared, hashed and sent to another rank.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+NormKind = Literal["rms", "layer"]
+Activation = Literal["silu", "relu", "gelu", "gelu_tanh", "bloom_gelu"]
+
+
+@dataclass(frozen=True)
+class RotarySpec:
+    """Rotary position embedding on the first `2 * len(inv_freq)` dimensions of each head."""
+
+    inv_freq: tuple[float, ...]
+    """Radians per position of each rotated pair, already scaled by the config's rope variant."""
+    attention_scaling: float = 1.0
+    """Factor on cos and sin (yarn and longrope; 1 elsewhere)."""
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One decoder block."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm: NormKind
+    norm_eps: float
+    norm_affine: bool = True
+    """False: the norm has neither weight nor bias (weight 1, bias 0)."""
+    activation: Activation = "silu"
+    gated: bool = False
+    """True: down(activation(gate(x)) * up(x)); False: down(activation(up(x)))."""
+    qkv_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    norm_after: bool = False
+    """True: norm(x + sublayer(x)), as OPT-350m; False: x + sublayer(norm(x))."""
+    parallel_residual: bool = False
+    """True: x + attention(norm_1(x)) + mlp(norm_2(x)), as GPT-NeoX."""
+    residual_from_norm: bool = False
+    """True: norm(x) + sublayer(norm(x)), BLOOM's apply_residual_connection_post_layernorm."""
+    window: int = 0
+    """Newest positions a token attends to, itself included; 0: all."""
+
+    @property
+    def qkv_size(self) -> int:
+        """Output features of the fused query-key-value linear."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A whole decoder-only language model."""
+
+    family: str
+    """The module in `models/families` that knows the tensor names."""
+    model_type: str
+    """transformers' model_type."""
+    vocab_size: int
+    hidden_size: int
+    blocks: tuple[BlockSpec, ...]
+    tied_head: bool
+    max_positions: int | None
+    """Most positions the model can be asked for; None: no limit (ALiBi)."""
+    embedding_size: int
+    """Width of the token embedding and of the head's input; not hidden_size in OPT-350m."""
+    rotary: RotarySpec | None = None
+    alibi: bool = False
+    num_position_rows: int = 0
+    """Rows of a learned position table; 0: none."""
+    position_offset: int = 0
+    """Row of the learned position table that belongs to position 0."""
+    embedding_norm: bool = False
+    final_norm: bool = True
+
+    @property
+    def num_blocks(self) -> int:
+        """Decoder blocks of the whole model."""
+        return len(self.blocks)
+
+    @property
+    def has_projections(self) -> bool:
+        """Whether `project_in` and `project_out` stand between the embedding and the blocks."""
+        return self.embedding_size != self.hidden_size
