@@ -18,22 +18,23 @@ class GenerationSettings(Checked):
     )
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         default=None,
-        description="Divides the logits before sampling; 0 is greedy; null: 1.0 when sampling.",
+        description="Divides the logits before sampling; 0, the default, is greedy "
+        "(with do_sample the default is 1.0).",
         examples=[0.7],
     )
     do_sample: bool | None = Field(
         default=None,
-        description="Sample instead of taking the likeliest token; null: when temperature > 0.",
+        description="Sample instead of taking the likeliest token; by default if temperature > 0.",
         examples=[True],
     )
     top_k: Annotated[int, Field(ge=0)] | None = Field(
         default=None,
-        description="Sample among the k likeliest tokens; 0 or null: among all.",
+        description="Sample among the k likeliest tokens; 0, the default: among all.",
         examples=[50],
     )
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
         default=None,
-        description="Sample among the likeliest tokens that make up this probability; null: all.",
+        description="Sample among the likeliest tokens that make up this probability.",
         examples=[0.9],
     )
     repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
@@ -43,7 +44,7 @@ class GenerationSettings(Checked):
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(
         default=None,
-        description="Seed of the random numbers; the same seed gives the same answer. null: any.",
+        description="Seed of the random numbers; the same seed gives the same answer.",
         examples=[0],
     )
     stop: Annotated[list[NonEmpty], BeforeValidator(listed)] = Field(

@@ -57,7 +57,7 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Settings(Checked):
-    """How a model is laid out and run. The same names are YAML keys, `load()` arguments and flags."""
+    """How a model is laid out and run; the names are YAML keys, `load()` arguments and flags."""
 
     model: Annotated[NonEmpty, BeforeValidator(_path_as_text)] | None = Field(
         default=None,
@@ -66,12 +66,12 @@ class Settings(Checked):
     )
     revision: NonEmpty | None = Field(
         default=None,
-        description="Commit, tag or branch of a hub id; null takes the hub's default branch.",
+        description="Commit, tag or branch of a hub id; by default the hub's own choice.",
         examples=["main"],
     )
     stages: Count | None = Field(
         default=None,
-        description="Number of pipeline stages, one process each; null means one per device.",
+        description="Number of pipeline stages, one process each; by default one a device.",
         examples=[2],
     )
     devices: Annotated[
@@ -88,12 +88,12 @@ class Settings(Checked):
     )
     threads_per_stage: Count | None = Field(
         default=None,
-        description="CPU threads of each stage; null shares the cores evenly over the stages.",
+        description="CPU threads of each stage; by default the cores are shared evenly.",
         examples=[1],
     )
     micro_batches: Count | None = Field(
         default=None,
-        description="Micro-batches in flight; null means as many as stages, so that none idles.",
+        description="Micro-batches in flight; by default as many as stages, so that none idles.",
         examples=[4],
     )
     max_sequences: Count = Field(
@@ -103,7 +103,8 @@ class Settings(Checked):
     )
     max_tokens: Count | None = Field(
         default=None,
-        description="Tokens of one slot, prompt and answer; null: the model's limit, at most 2048.",
+        description="Tokens of one slot, prompt and answer; by default the model's limit, "
+        "at most 2048.",
         examples=[2048],
     )
     prefill_chunk: Count = Field(
@@ -146,18 +147,8 @@ class Settings(Checked):
     ] = Field(
         default=None,
         description="Memory budget: a byte size a stage in order, or a mapping of device to byte "
-        "size (of each stage there); null: what is free now.",
+        "size (of each stage there); by default what is free.",
         examples=[["79GiB", "79GiB"]],
-    )
-    master_addr: NonEmpty = Field(
-        default="127.0.0.1",
-        description="Address at which rank 0 listens when load() starts the other ranks itself.",
-        examples=["127.0.0.1"],
-    )
-    master_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
-        default=None,
-        description="Port at which rank 0 listens; null takes a free one.",
-        examples=[29500],
     )
     rendezvous_timeout: Seconds = Field(
         default=60.0,

@@ -50,7 +50,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ValueError(  # noqa: TRY004 (bad input, like every other mistake in the file)
+        raise ValueError(
             f"{path}: config must be a mapping of settings, got {type(values).__name__}; "
             'write lines like "stages: 2"'
         )
