@@ -11,13 +11,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dist_int8.api import Model, load
+    from dist_int8.api import load
+    from dist_int8.handle import Model
     from dist_int8.int8.linear import Int8Linear
 
 __version__ = "0.1.0"
 __all__ = ["Int8Linear", "Model", "load"]
 
-_HOMES = {"Int8Linear": "int8.linear", "Model": "api", "load": "api"}
+_HOMES = {"Int8Linear": "int8.linear", "Model": "handle", "load": "api"}
 
 
 def __getattr__(name: str) -> Any:

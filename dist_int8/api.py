@@ -13,13 +13,18 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from dist_int8 import distributed
-from dist_int8.checkpoint import CheckpointReader, load_stage, resolve_model
+from dist_int8.checkpoint import (
+    CheckpointReader,
+    load_stage,
+    resolve_model,
+    stage_bytes_to_read,
+)
 from dist_int8.config import Settings, load_settings
 from dist_int8.devices import choose_devices
 from dist_int8.distributed import Launched, World
 from dist_int8.engine import Engine, TokenSampler
 from dist_int8.handle import Model
-from dist_int8.models import ModelSpec, describe, load_config
+from dist_int8.models import ModelSpec, describe, load_config, tensor_sources
 from dist_int8.partition import Plan, StagePlan, memory, plan_stages
 from dist_int8.pipeline.kv_cache import KVCache
 from dist_int8.pipeline.microbatch import Limits
@@ -78,14 +83,14 @@ def load(
     folder = resolve_model(settings.model, settings.revision)
     hf_config = load_config(folder)
     spec = describe(hf_config)
-    reader = CheckpointReader(folder)
-    reader.check(spec)
+    # the whole checkpoint is looked through before any rank starts, not only this rank's stage
+    stage_bytes_to_read(folder, spec, range(spec.num_blocks), first=True, last=True)
     dtype = _dtype(settings, stage_devices, hf_config)
     limits = _limits(settings, spec)
     plan = plan_stages(
         spec,
         stage_devices,
-        memory.Formats(settings.int8, dtype.itemsize, _vocab_itemsize(hf_config, dtype)),
+        memory.Formats(settings.int8, dtype.itemsize, _vocab_itemsize(folder, spec, dtype)),
         num_slots=limits.num_slots,
         max_tokens=limits.max_tokens,
         budgets=[settings.budget_of(rank, device) for rank, device in enumerate(stage_devices)],
@@ -177,10 +182,13 @@ def _dtype(settings: Settings, devices: list[str], hf_config: Any) -> torch.dtyp
     return hf_config.dtype or torch.float16
 
 
-def _vocab_itemsize(hf_config: Any, dtype: torch.dtype) -> int:
-    """The embedding and the head stay in the checkpoint's dtype where that is the narrower one."""
-    stored = hf_config.dtype or torch.float32
-    return min(stored.itemsize, dtype.itemsize)
+def _vocab_itemsize(folder: Path, spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Bytes of an element of the embedding and the head, which below fp32 keep a 16-bit dtype."""
+    reader = CheckpointReader(folder)
+    source = tensor_sources(spec, range(0), first=True, last=False)["embedding.weight"]
+    name = next(name for name in source.names[0] if name in reader)
+    stored_in_16_bits = reader.dtype(name) in ("F16", "BF16")
+    return 2 if dtype == torch.float32 and stored_in_16_bits else dtype.itemsize
 
 
 def _limits(settings: Settings, spec: ModelSpec) -> Limits:
@@ -224,19 +232,21 @@ def _build_stage(
     device = torch.device(place.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    first = place.rank == 0
     with tqdm(
+        total=stage_bytes_to_read(folder, spec, place.blocks, first=first, last=last),
         desc=f"[rank {place.rank} stage {place.rank}] loading",
         unit="B",
         unit_scale=True,
         unit_divisor=1024,
-        disable=None if progress and place.rank == 0 else True,
+        disable=None if progress and first else True,
         leave=False,
     ) as bar:
         model = load_stage(
             folder,
             spec,
             place.blocks,
-            first=place.rank == 0,
+            first=first,
             last=last,
             device=device,
             dtype=dtype,
@@ -245,7 +255,7 @@ def _build_stage(
             int8=settings.int8,
             skip=tuple(settings.skip_modules),
             max_tokens=limits.max_tokens,
-            progress=lambda num_bytes: bar.update(num_bytes) and None,
+            progress=bar.update,
         )
     block = spec.blocks[0]
     kv_cache = KVCache(

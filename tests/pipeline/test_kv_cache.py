@@ -1,0 +1,34 @@
+"""Slots are zeroed, shaped as the attention op expects, and counted to the byte."""
+
+import torch
+
+from dist_int8.pipeline.kv_cache import KVCache
+
+
+def make(dtype=torch.float32) -> KVCache:
+    return KVCache(
+        num_blocks=3,
+        num_slots=2,
+        num_kv_heads=4,
+        head_dim=8,
+        max_tokens=16,
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+
+
+def test_keys_are_stored_transposed():
+    key, value = make().layer(1)
+    assert key.shape == (2, 4, 8, 16) and value.shape == (2, 4, 16, 8)
+    assert not key.any() and not value.any()
+
+
+def test_layers_do_not_share_memory():
+    cache = make(torch.bfloat16)
+    cache.layer(0)[0].fill_(1)
+    assert not cache.layer(1)[0].any() and not cache.layer(0)[1].any()
+    assert cache.layer(0)[0].dtype == torch.bfloat16
+
+
+def test_bytes():
+    assert make().num_bytes() == 3 * 2 * (2 * 4 * 8 * 16) * 4

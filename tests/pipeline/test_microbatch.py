@@ -1,0 +1,104 @@
+"""The wire format: what goes in comes out, and a forged header is refused."""
+
+import pytest
+import torch
+
+from dist_int8.pipeline import microbatch
+from dist_int8.pipeline.microbatch import BadMessage, Kind, Limits, MicroBatch, Result
+
+LIMITS = Limits(num_slots=4, max_tokens=64, max_rows=32, hidden_size=8, vocab_size=100)
+
+
+def make_micro_batch() -> MicroBatch:
+    return MicroBatch(
+        Kind.STEP,
+        lane=1,
+        step=7,
+        token_ids=torch.tensor([5, 6, 7, 99]),
+        segments=torch.tensor([[2, 10, 3], [0, 63, 1]], dtype=torch.int32),
+        emits=torch.tensor([0, 1]),
+        starts=torch.tensor([[2, 2**62 + 1]]),
+        settings=torch.tensor([[0.7, 50.0, 0.9, 1.1]], dtype=torch.float64),
+    )
+
+
+def test_round_trip_keeps_every_field():
+    sent = make_micro_batch()
+    got = microbatch.unpack(*microbatch.pack(sent), LIMITS)
+    assert (got.kind, got.lane, got.step) == (Kind.STEP, 1, 7)
+    for name in ("token_ids", "segments", "emits", "starts", "settings"):
+        assert torch.equal(getattr(got, name), getattr(sent, name)), name
+        assert getattr(got, name).dtype == getattr(sent, name).dtype, name
+
+
+def test_last_rows_are_those_of_segments_that_emit():
+    micro_batch = make_micro_batch()
+    assert micro_batch.last_rows().tolist() == [3]
+    assert micro_batch.emitting_slots() == [0]
+
+
+def test_shutdown_has_no_tokens():
+    header, control = microbatch.pack(MicroBatch(Kind.SHUTDOWN))
+    assert control.numel() == 0 == microbatch.control_size(header, LIMITS)
+    assert microbatch.unpack(header, control, LIMITS).kind == Kind.SHUTDOWN
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (0, 1, "magic"),
+        (1, 2, "version"),
+        (2, 9, "kind must be 1, 2 or 3, got 9"),
+        (2, 4, "kind"),
+        (3, -1, "lane"),
+        (5, 0, "num_tokens must be 1 to 32, got 0"),
+        (5, 2**40, "num_tokens"),
+        (6, -1, "num_segments must be 0 to 4, got -1"),
+        (6, 5, "num_segments"),
+        (7, 2**62, "num_starts"),
+    ],
+)
+def test_forged_headers_are_refused_before_their_sizes_are_used(field, value, message):
+    header, _ = microbatch.pack(make_micro_batch())
+    header[field] = value
+    with pytest.raises(BadMessage, match=message):
+        microbatch.control_size(header, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.token_ids.__setitem__(0, 100), "token ids must be 0 to 99"),
+        (lambda m: m.token_ids.__setitem__(0, -1), "token ids"),
+        (lambda m: m.segments.__setitem__((0, 0), 4), "slots of segments must be 0 to 3"),
+        (lambda m: m.segments.__setitem__((0, 0), 0), "two segments"),
+        (lambda m: m.segments.__setitem__((0, 1), -1), "segment starts"),
+        (lambda m: m.segments.__setitem__((0, 1), 62), "positions must stay below 64"),
+        (lambda m: m.segments.__setitem__((0, 2), 2), "cover 4 tokens, got 3"),
+        (lambda m: m.segments.__setitem__((0, 2), 0), "segment counts"),
+        (lambda m: m.emits.__setitem__(0, 2), "emits"),
+        (lambda m: m.starts.__setitem__((0, 0), 9), "slots of starts"),
+    ],
+)
+def test_forged_control_data_is_refused(change, message):
+    micro_batch = make_micro_batch()
+    change(micro_batch)
+    with pytest.raises(BadMessage, match=message):
+        microbatch.unpack(*microbatch.pack(micro_batch), LIMITS)
+
+
+def test_results_announce_their_size_and_kind():
+    tokens = Result(lane=1, step=2, values=torch.tensor([4, 5]))
+    empty = microbatch.empty_result(microbatch.pack_result(tokens), LIMITS)
+    assert (empty.lane, empty.step, empty.values.shape) == (1, 2, (2,))
+    logits = Result(lane=0, step=3, values=torch.zeros(6, 100))
+    empty = microbatch.empty_result(microbatch.pack_result(logits), LIMITS)
+    assert empty.values.shape == (6, 100) and empty.values.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("field", "value"), [(0, 0), (2, 1), (5, -1), (5, 2**50)])
+def test_forged_results_are_refused(field, value):
+    header = microbatch.pack_result(Result(0, 0, torch.tensor([4, 5])))
+    header[field] = value
+    with pytest.raises(BadMessage):
+        microbatch.empty_result(header, LIMITS)

@@ -1,0 +1,115 @@
+"""Real gloo ranks: messages arrive whole and in order, forged ones are refused, closed links named."""
+
+import multiprocessing
+import os
+import time
+
+import torch
+import torch.distributed as dist
+
+from dist_int8.distributed import RankDied
+from dist_int8.pipeline import microbatch
+from dist_int8.pipeline.microbatch import BadMessage, Kind, Limits, MicroBatch, Result
+from dist_int8.pipeline.transport import Transport
+
+LIMITS = Limits(num_slots=4, max_tokens=64, max_rows=32, hidden_size=8, vocab_size=100)
+NUM_MESSAGES = 9
+
+
+def make_transport(rank: int) -> Transport:
+    return Transport(rank, 2, LIMITS, torch.float32, torch.device("cpu"))
+
+
+def message(step: int) -> tuple[MicroBatch, torch.Tensor]:
+    count = 1 + step % 5
+    micro_batch = MicroBatch(
+        Kind.STEP,
+        step=step,
+        token_ids=torch.full((count,), step),
+        segments=torch.tensor([[step % 4, step, count]], dtype=torch.int32),
+        emits=torch.ones(1, dtype=torch.int64),
+    )
+    return micro_batch, torch.full((count, 8), float(step))
+
+
+def exchange(rank: int):
+    transport = make_transport(rank)
+    if rank == 0:
+        for step in range(NUM_MESSAGES):
+            transport.send(*message(step))
+        values = [int(transport.next().values) for _ in range(NUM_MESSAGES)]
+        transport.send(MicroBatch(Kind.SHUTDOWN), None)
+        transport.flush()
+        return values
+    while True:
+        micro_batch, hidden_states = transport.next()
+        if micro_batch.kind == Kind.SHUTDOWN:
+            transport.flush()
+            return "ended"
+        expected, expected_hidden = message(micro_batch.step)
+        assert torch.equal(hidden_states, expected_hidden)
+        assert torch.equal(micro_batch.token_ids, expected.token_ids)
+        time.sleep(0.01)  # more messages come than are taken
+        values = torch.tensor([micro_batch.step * 10])
+        transport.send_result(Result(0, micro_batch.step, values))
+
+
+def forge(rank: int):
+    transport = make_transport(rank)
+    if rank == 0:
+        header, _ = microbatch.pack(message(3)[0])
+        header[5] = 2**40  # tokens
+        dist.send(header, 1)
+        return "sent"
+    try:
+        transport.next()
+    except BadMessage as error:
+        return str(error)
+
+
+def die(rank: int):
+    transport = make_transport(rank)
+    if rank == 0:
+        os._exit(7)
+    started = time.monotonic()
+    try:
+        transport.next()
+    except RankDied as error:
+        return str(error), time.monotonic() - started
+
+
+def _rank(rank: int, path: str, what, queue) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(path, 2), rank=rank, world_size=2)
+    queue.put((rank, what(rank)))
+    queue.close()
+    queue.join_thread()
+    os._exit(0)
+
+
+def run(tmp_path, what, num_results=2):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    arguments = (str(tmp_path / "store"), what, queue)
+    ranks = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    results = dict(queue.get(timeout=60) for _ in range(num_results))
+    for process in ranks:
+        process.join(10)
+        process.kill()
+    return results
+
+
+def test_messages_arrive_whole_and_in_order(tmp_path):
+    results = run(tmp_path, exchange)
+    assert results == {0: [10 * step for step in range(NUM_MESSAGES)], 1: "ended"}
+
+
+def test_a_forged_header_is_refused(tmp_path):
+    assert "num_tokens must be 1 to 32" in run(tmp_path, forge)[1]
+
+
+def test_a_closed_connection_names_the_rank(tmp_path):
+    text, seconds = run(tmp_path, die, num_results=1)[1]
+    assert text.startswith("lost the connection from rank 0") and seconds < 10

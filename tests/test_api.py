@@ -1,0 +1,258 @@
+"""load() and the handle, over real ranks: the same tokens however the work is cut, and clean ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+import dist_int8
+from dist_int8.pipeline import RankDied
+
+PROMPTS = ["The capital of France is", "a", "Once upon a time, there was", "42 + 17 =", "Größe"]
+OPTIONS = {"progress": False, "threads_per_stage": 1, "max_tokens": 96}
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def one_stage(tiny_llama):
+    with dist_int8.load(tiny_llama, devices=["cpu"], **OPTIONS) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def two_stages(tiny_llama):
+    with dist_int8.load(tiny_llama, devices=["cpu"] * 2, **OPTIONS) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def expected(one_stage):
+    """Each prompt alone, on one stage."""
+    return [one_stage.generate(prompt, max_new_tokens=12)[0] for prompt in PROMPTS]
+
+
+def test_two_stages_and_company_change_no_token(two_stages, expected):
+    together = two_stages.generate(PROMPTS, max_new_tokens=12)
+    alone = [two_stages.generate(prompt, max_new_tokens=12)[0] for prompt in PROMPTS]
+    for want, batch, single in zip(expected, together, alone, strict=True):
+        assert want.token_ids == batch.token_ids == single.token_ids
+        assert want.text == batch.text == single.text
+    assert together[0].num_stages == 2 and together[0].num_micro_batches == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"micro_batches": 4},
+        {"micro_batches": 3, "max_sequences": 2},
+        {"prefill_chunk": 5, "max_sequences": 3},
+    ],
+)
+def test_three_stages_with_any_cut_change_no_token(tiny_llama, expected, settings):
+    with dist_int8.load(tiny_llama, devices=["cpu"] * 3, **OPTIONS, **settings) as model:
+        answers = model.generate(PROMPTS, max_new_tokens=12)
+    assert [a.token_ids for a in answers] == [e.token_ids for e in expected]
+    assert [stage["blocks"][0] for stage in answers[0].stages][0] == 0
+    assert answers[0].stages[-1]["blocks"][1] == 3
+
+
+def test_floating_point_logits_equal_transformers(tiny_llama):
+    input_ids = torch.randint(0, 287, (2, 21), generator=torch.Generator().manual_seed(1))
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    with torch.no_grad():
+        expected_logits = theirs(input_ids).logits
+    options = OPTIONS | {"int8": False, "prefill_chunk": 8}
+    with dist_int8.load(tiny_llama, devices=["cpu"] * 2, **options) as model:
+        logits = model.logits(input_ids)
+        answer = model.generate(input_ids.tolist(), max_new_tokens=8)
+    torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=1e-4)
+    for row, mine in zip(input_ids, answer, strict=True):
+        generated = theirs.generate(
+            row[None], generation_config=GenerationConfig(max_new_tokens=8, do_sample=False)
+        )
+        assert mine.token_ids == generated[0, 21:].tolist()
+
+
+def test_int8_logits_are_the_same_on_two_stages(one_stage, two_stages):
+    input_ids = torch.arange(40).view(2, 20)
+    assert torch.equal(one_stage.logits(input_ids), two_stages.logits(input_ids))
+
+
+def test_stage_bytes_are_exact(one_stage, two_stages):
+    model = one_stage._engine.pipeline.stage.model
+    held = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
+    assert one_stage.plan.stages[0].bytes == sum(held.values())
+    first = two_stages._engine.pipeline.stage.model.state_dict().values()
+    assert two_stages.plan.stages[0].bytes == sum(t.numel() * t.element_size() for t in first)
+
+
+def test_rank_0_submits_in_the_order_of_the_schedule(two_stages):
+    from dist_int8.pipeline import schedule
+
+    two_stages.generate(["ab", "cd"], max_new_tokens=6)
+    grid = schedule.build(2, 2, num_prefill_chunks=1, num_decode_steps=5)
+    planned = [(row[0].kind, row[0].micro_batch) for row in grid if row[0]]
+    assert two_stages._engine.pipeline.trace == planned
+    assert two_stages.schedule(2, num_decode_steps=5) == schedule.draw(grid)
+
+
+def test_sampling_with_a_seed_repeats_and_ignores_company(one_stage, two_stages):
+    settings = {"max_new_tokens": 10, "temperature": 0.9, "top_p": 0.95, "seed": 3}
+    alone = one_stage.generate(PROMPTS[0], **settings)[0]
+    company = two_stages.generate(PROMPTS, **settings)
+    assert alone.token_ids == company[0].token_ids
+    assert [c.token_ids for c in company] == [
+        c.token_ids for c in two_stages.generate(PROMPTS, **settings)
+    ]
+    other = one_stage.generate(PROMPTS[0], **(settings | {"seed": 4}))[0]
+    assert other.token_ids != alone.token_ids
+
+
+def test_generation_config_of_transformers_is_understood(one_stage):
+    config = GenerationConfig(max_new_tokens=5, do_sample=False)
+    assert len(one_stage.generate("abc", generation_config=config)[0].token_ids) == 5
+    with pytest.raises(ValueError, match="num_beams"):
+        one_stage.generate("abc", generation_config=GenerationConfig(num_beams=4))
+
+
+def test_streaming_gives_the_same_text_in_pieces(two_stages, expected):
+    seen: list[list[str]] = [[] for _ in PROMPTS]
+    two_stages.generate(
+        PROMPTS, max_new_tokens=12, on_token=lambda token: seen[token.index].append(token.text)
+    )
+    assert ["".join(pieces) for pieces in seen] == [e.text for e in expected]
+    tokens = list(two_stages.generate(PROMPTS[0], max_new_tokens=12, stream=True))
+    assert [token.token_id for token in tokens] == expected[0].token_ids
+    assert tokens[-1].finish_reason == "length" and tokens[0].finish_reason is None
+
+
+def test_a_stream_left_early_leaves_nothing_behind(two_stages, expected):
+    stream = two_stages.generate(PROMPTS, max_new_tokens=12, stream=True)
+    next(stream)
+    stream.close()
+    assert two_stages.generate(PROMPTS[0], max_new_tokens=12)[0].token_ids == expected[0].token_ids
+
+
+def test_a_stop_string_and_the_context_end_an_answer(one_stage, expected):
+    text = expected[0].text
+    stop = text[3:5]
+    answer = one_stage.generate(PROMPTS[0], max_new_tokens=12, stop=[stop])[0]
+    assert answer.text == text[: text.index(stop)] and answer.finish_reason == "stop"
+    long = one_stage.generate([[1] * 90], max_new_tokens=50)[0]
+    assert long.finish_reason == "length" and len(long.token_ids) == 96 - 90 + 1
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("", "prompt 0 must have a token"),
+        ([[1] * 96], "at most 95 tokens long .*got 96; shorten it or raise max_tokens"),
+        ([[1, 288]], "token ids of prompt 0 must be integers 0 to 287, got 288"),
+        ([[1], [-1]], "prompt 1"),
+    ],
+)
+def test_bad_prompts_are_refused_and_the_model_goes_on(one_stage, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        one_stage.generate(prompts)
+    assert one_stage.generate("abc", max_new_tokens=1)[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"devices": ["cpu"] * 5}, "stages must be at most the model's 4 blocks, got 5"),
+        ({"gpus": 400}, "gpus must be at most the number of GPUs seen"),
+        ({"devices": ["cpu"], "max_tokens": 300}, "at most the model's 256 positions, got 300"),
+        ({"devices": ["cpu"], "memory": [1000]}, "stage 0 on cpu must fit 1000 B"),
+        ({"devices": ["cpu"], "threads": 2}, "threads"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_starts(tiny_llama, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        dist_int8.load(tiny_llama, progress=False, **arguments)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        dist_int8.load(tmp_path / "nothing", devices=["cpu"])
+
+
+@pytest.mark.parametrize("victim", [1, 2])
+def test_a_rank_that_dies_during_generate_is_named_and_takes_all_with_it(tiny_llama, victim):
+    model = dist_int8.load(tiny_llama, devices=["cpu"] * 3, **OPTIONS)
+    children = dict(model._engine.pipeline.world.children)
+    stream = model.generate(PROMPTS, max_new_tokens=80, stream=True)
+    next(stream)
+    children[victim].kill()
+    started = time.monotonic()
+    with pytest.raises(RankDied, match=f"rank {victim} .*SIGKILL"):
+        for _ in stream:
+            pass
+    assert time.monotonic() - started < 10
+    assert not any(is_running(child.pid) for child in children.values())
+    with pytest.raises(ValueError, match="load it again"):
+        model.generate("abc")
+
+
+def test_children_end_with_the_session_however_it_ends(tiny_llama):
+    program = f"""
+import dist_int8, os
+model = dist_int8.load({str(tiny_llama)!r}, devices=["cpu", "cpu"], progress=False)
+print(model._engine.pipeline.world.children[1].pid, flush=True)
+input()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as session:
+        child = int(session.stdout.readline())
+        assert is_running(child)
+        session.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(child)
+
+
+def test_a_second_load_in_one_session_works(tiny_llama):
+    for _ in range(2):
+        with dist_int8.load(tiny_llama, devices=["cpu"] * 2, **OPTIONS) as model:
+            assert len(model.generate("abc", max_new_tokens=2)[0].token_ids) == 2
+
+
+def test_nan_weights_end_in_a_clear_error(tiny_llama, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for file in tiny_llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.2.input_layernorm.weight"][0] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with (
+        dist_int8.load(tmp_path, devices=["cpu"], **OPTIONS) as model,
+        pytest.raises(RuntimeError, match="must be numbers, got NaN"),
+    ):
+        model.generate("abc", max_new_tokens=2)
+
+
+def test_importing_does_not_import_torch():
+    program = "import dist_int8, sys, json; print(json.dumps('torch' in sys.modules))"
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert json.loads(output.stdout) is False
