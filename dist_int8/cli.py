@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -169,10 +169,23 @@ def generate(
     if not prompt:
         raise ValueError(f'{source}:prompt: prompt must be given, got none; add --prompt "..."')
 
+    stdout = _take_stdout()
     from dist_int8.console import Display, answer
 
     display = Display(as_json, show_schedule, stream and not as_json, quiet or as_json)
-    answer(settings, generation, prompt, chat, display)
+    answer(settings, generation, prompt, chat, display, stdout)
+
+
+def _take_stdout() -> TextIO:
+    """Our stdout, for us alone.
+
+    From now on file descriptor 1 is stderr: gloo, deepspeed's logger and the other ranks print
+    there, and the text on stdout stays what was asked for.
+    """
+    sys.stdout.flush()
+    stdout = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")
+    os.dup2(2, 1)
+    return stdout
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What `dist-int8 generate` does once its flags are checked: load, answer, show."""
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -43,9 +42,9 @@ def answer(
     prompts: Sequence[str],
     chat: bool,
     display: Display,
+    stdout: TextIO,
 ) -> None:
     """Loads the model, answers the prompts, prints. Ranks above 0 only serve their stage."""
-    stdout = take_stdout()
 
     def show_plan(plan: Plan) -> None:
         if not display.quiet:
@@ -79,18 +78,6 @@ def answer(
         stdout.flush()
         if not display.quiet:
             print(closing_line(completions, model.plan), file=sys.stderr, flush=True)
-
-
-def take_stdout() -> TextIO:
-    """Our stdout, for us alone.
-
-    From now on file descriptor 1 is stderr: gloo, deepspeed's logger and the other ranks print
-    there, and the text on stdout stays what was asked for.
-    """
-    sys.stdout.flush()
-    stdout = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")
-    os.dup2(2, 1)
-    return stdout
 
 
 def as_json(prompt: str, completion: Completion) -> str:

@@ -1,0 +1,103 @@
+# The verbs of this repository. `make` alone lists them.
+
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+DEEPSPEED ?= deepspeed>=0.19.6
+PYTHON ?= $(firstword $(foreach version,3.11 3.12 3.13 3.14,$(shell command -v python$(version))) python3)
+
+# Knobs of `make run`.
+PROMPT ?= The capital of France is
+STAGES ?= 2
+DEVICE ?= cpu
+MAX_NEW_TOKENS ?= 48
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(shell find csrc -type f 2>/dev/null) $(wildcard CMakeLists.txt)
+CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
+RESULTS := benchmarks/results
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install run test test-gpu gpu kernels lint format bench clean
+
+help: ## List the verbs
+	@echo "make install && make run   an answer from a real model through two int8 stages"
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "Knobs: TORCH=$(TORCH) PYTHON=$(PYTHON) VENV=$(VENV)"
+	@echo "       PROMPT, STAGES, DEVICE, MAX_NEW_TOKENS for make run"
+
+install: $(VENV)/.stamp-package ## Create .venv, compile the kernels, install everything
+
+$(VENV)/.stamp-venv:
+	$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"make: PYTHON must be 3.11 or newer, got {v.major}.{v.minor}; set PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch first: the extension is compiled against it, so nothing may pull in another one later.
+$(VENV)/.stamp-torch: $(VENV)/.stamp-venv
+	$(PIP) install "$(TORCH)"
+	touch $@
+
+# deepspeed is a source package; here pip builds it in isolation, below it would not.
+$(VENV)/.stamp-tools: $(VENV)/.stamp-torch
+	$(PIP) install "scikit-build-core>=0.11" cmake ninja "$(DEEPSPEED)"
+	touch $@
+
+$(VENV)/.stamp-package: $(VENV)/.stamp-tools pyproject.toml $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --no-build-isolation -e ".[dev,demo]"
+	touch $@
+
+run: install ## Fetch the demo model and stream an answer through two CPU stages
+	@model="$$($(BIN)/dist-int8 demo-model)" && \
+	$(BIN)/dist-int8 generate --model "$$model" --device $(DEVICE) --stages $(STAGES) \
+	    --prompt "$(PROMPT)" --max-new-tokens $(MAX_NEW_TOKENS)
+
+test: install ## Run every test that needs no GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/gpu
+
+# Exit status 1 without a GPU: nothing was tested, and nobody should read it as a pass.
+define require_gpu
+	@$(BIN)/python -c 'import sys; from dist_int8.devices import probe; g = probe(); print(*[f"cuda:{x.index} {x.name}" for x in g.gpus], sep="\n") if g.gpus else sys.exit(f"make $@: needs a GPU, sees none ({g.reason}); nothing was run")'
+endef
+
+test-gpu: install ## Run the tests that need a GPU
+	$(require_gpu)
+	$(BIN)/python -m pytest tests/gpu
+
+gpu: install ## Run the GPU tests and benchmarks, write JSON to benchmarks/results
+	$(require_gpu)
+	mkdir -p $(RESULTS)
+	$(BIN)/dist-int8 doctor --json > $(RESULTS)/gpu-machine.json
+	$(BIN)/python -m pytest tests/gpu --junit-xml=$(RESULTS)/gpu-tests.xml
+	for script in $(wildcard benchmarks/gpu_*.py); do \
+	    $(BIN)/python $$script --json $(RESULTS)/$$(basename $$script .py).json || exit 1; \
+	done
+
+kernels: $(VENV)/.stamp-tools ## Compile the kernels again
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --no-build-isolation --no-deps --force-reinstall -e .
+	$(BIN)/dist-int8 doctor
+
+lint: install ## Check style, types and formatting, change nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run --Werror $(CXX_FILES))
+	for script in launch/*.sh .ci/run; do bash -n $$script || exit 1; done
+
+format: install ## Rewrite the code in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
+
+bench: install ## Run the CPU benchmarks, write JSON to benchmarks/results
+	mkdir -p $(RESULTS)
+	$(PIP) install -e ".[bench]" --no-build-isolation --quiet
+	for script in $(filter-out benchmarks/gpu_%,$(wildcard benchmarks/*.py)); do \
+	    $(BIN)/python $$script --json $(RESULTS)/$$(basename $$script .py).json || exit 1; \
+	done
+
+clean: ## Remove .venv and what was built
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache

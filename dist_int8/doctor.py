@@ -1,0 +1,205 @@
+"""What this machine can do: versions, kernels, CPU, GPUs, and what is missing or broken."""
+
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from dist_int8.devices import Gpus, probe
+
+# The dependencies in pyproject.toml, with the least version that works (None: any).
+REQUIRED = {
+    "torch": "2.10",
+    "transformers": "5",
+    "accelerate": None,
+    "safetensors": None,
+    "pyyaml": None,
+    "pydantic": "2",
+    "rich": None,
+    "tqdm": None,
+    "typer": None,
+    "cuda-python": None,
+    "deepspeed": "0.19.6",
+}
+OPTIONAL = {"gguf": "dist-int8 demo-model"}
+GIBIBYTE = 1024**3
+
+Verdict = Literal["ok", "missing", "broken"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, how it is, and what to do about it.
+
+    "missing" is something optional that is not there; "broken" is something required.
+    """
+
+    name: str
+    verdict: Verdict
+    value: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All findings and, for programs, the facts behind them."""
+
+    findings: tuple[Finding, ...]
+    gpus: Gpus
+    library: dict[str, Any]
+
+    @property
+    def broken(self) -> bool:
+        return any(finding.verdict == "broken" for finding in self.findings)
+
+    def as_json(self) -> str:
+        return json.dumps(
+            {
+                "ok": not self.broken,
+                "findings": [asdict(finding) for finding in self.findings],
+                "gpus": [asdict(gpu) for gpu in self.gpus.gpus],
+                "library": self.library,
+            },
+            indent=2,
+        )
+
+
+def examine() -> Report:
+    """Looks at everything; raises nothing, since telling what is broken is the point."""
+    packages = [_package(name, least) for name, least in REQUIRED.items()]
+    packages += [_optional(name, purpose) for name, purpose in OPTIONAL.items()]
+    library, compiled = _library()
+    gpus = probe()
+    findings = [_python(), *packages, *compiled, _cpu(library), *_gpus(gpus, library)]
+    return Report(tuple(findings), gpus, library)
+
+
+def as_table(report: Report) -> str:
+    """The findings as text, and a last line that says whether dist_int8 can run."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "what", "found"):
+        table.add_column(heading, overflow="fold")
+    marks = {"ok": "ok", "missing": "--", "broken": "BROKEN"}
+    for finding in report.findings:
+        advice = f"; {finding.advice}" if finding.advice else ""
+        table.add_row(marks[finding.verdict], finding.name, f"{finding.value}{advice}")
+    console = Console(width=100, no_color=True, highlight=False, markup=False)
+    with console.capture() as capture:
+        console.print(table)
+    broken = [finding.name for finding in report.findings if finding.verdict == "broken"]
+    verdict = f"broken: {', '.join(broken)}" if broken else "dist_int8 can run here"
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    return "\n".join([*lines, verdict])
+
+
+def _python() -> Finding:
+    return Finding("python", "ok", f"{platform.python_version()} ({sys.executable})")
+
+
+def _package(name: str, least: str | None) -> Finding:
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, "broken", "not installed", f"pip install {name}")
+    if least is not None and _numbers(version) < _numbers(least):
+        wanted = f"pip install '{name}>={least}'"
+        return Finding(name, "broken", f"{version}, older than {least}", wanted)
+    return Finding(name, "ok", version)
+
+
+def _optional(name: str, purpose: str) -> Finding:
+    try:
+        return Finding(name, "ok", importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(
+            name, "missing", f"not installed ({purpose} needs it)", f"pip install {name}"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """2.13.0+cpu as (2, 13, 0)."""
+    numbers = []
+    for part in version.split("+")[0].split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def _library() -> tuple[dict[str, Any], list[Finding]]:
+    """What `ops` says about the compiled library. A library that is there must load."""
+    try:
+        ops = importlib.import_module("dist_int8.int8.ops")
+    except Exception as error:
+        reason = f"dist_int8.int8.ops is not importable: {_flat(error)}"
+        return {}, [Finding("kernels", "broken", reason, "install dist_int8 again")]
+    library: dict[str, Any] = ops.library_info()
+    path, error = library["path"], library["error"]
+    if path is None:
+        slow = "not built; plain torch runs instead, slowly"
+        return library, [Finding("kernels", "missing", slow, "make install with a C++ compiler")]
+    if error is not None:
+        value = f"{path} does not load: {_flat(error)}"
+        return library, [Finding("kernels", "broken", value, "make kernels")]
+    cpu, cuda = library["cpu_kernels"], library["cuda_kernels"]
+    findings = [
+        Finding("kernels", "ok", str(path)),
+        Finding("CPU kernels", "ok" if cpu else "broken", ", ".join(cpu) or "none"),
+    ]
+    if cuda:
+        architectures = ", ".join(library["cuda_architectures"])
+        findings.append(Finding("CUDA kernels", "ok", f"{', '.join(cuda)} for {architectures}"))
+    else:
+        findings.append(Finding("CUDA kernels", "missing", "none built", "make kernels with nvcc"))
+    return library, findings
+
+
+def _cpu(library: dict[str, Any]) -> Finding:
+    num_cores = len(os.sched_getaffinity(0))
+    instructions = library.get("cpu_instruction_set")
+    value = f"{num_cores} cores, {platform.machine()}"
+    try:
+        import torch
+
+        value += f", torch uses {torch.get_num_threads()} threads"
+    except Exception:  # said already, as a broken package
+        pass
+    return Finding("CPU", "ok", f"{value}, kernels use {instructions}" if instructions else value)
+
+
+def _gpus(gpus: Gpus, library: dict[str, Any]) -> list[Finding]:
+    if not gpus.gpus:
+        return [Finding("GPUs", "missing", f"0 ({gpus.reason})", "use --device cpu")]
+    findings = [Finding("GPUs", "ok", f"{len(gpus.gpus)}, driver for CUDA {gpus.driver}")]
+    for gpu in gpus.gpus:
+        major, minor = gpu.compute_capability
+        free = "" if gpu.free_bytes is None else f", {gpu.free_bytes / GIBIBYTE:.1f} GiB free"
+        peers = ", ".join(map(str, gpu.peers)) or "none"
+        findings.append(
+            Finding(
+                f"cuda:{gpu.index}",
+                "ok",
+                f"{gpu.name}, {gpu.total_bytes / GIBIBYTE:.1f} GiB{free}, "
+                f"compute capability {major}.{minor}, peer access to {peers}",
+            )
+        )
+    try:
+        import torch
+
+        if not torch.cuda.is_available():
+            seen = f"torch {torch.__version__} cannot use them"
+            findings.append(Finding("torch CUDA", "missing", seen, "install a CUDA build of torch"))
+    except Exception:  # said already, as a broken package
+        pass
+    return findings
+
+
+def _flat(error: object) -> str:
+    return " ".join(str(error).split())
