@@ -1,0 +1,355 @@
+"""The specification against torch's float64 products, torch's and bitsandbytes' quantizers, and the
+worked rules of the LLM.int8() paper."""
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_int8.int8 import reference
+
+RULES = [("none", 0.0), ("absolute", 6.0), ("row_rms", 4.0), ("all", 0.0)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def rows_with_outliers(num_rows: int, num_features: int, seed: int = 0) -> torch.Tensor:
+    """Gaussian rows with six features 20 to 60 times larger, as models of 6.7B and more have."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_rows, num_features, generator=generator)
+    columns = torch.randperm(num_features, generator=generator)[:6]
+    x[:, columns] *= 20 + 40 * torch.rand(6, generator=generator)
+    return x
+
+
+def restored(x_int8: torch.Tensor, x_high: torch.Tensor, row_scale: torch.Tensor) -> torch.Tensor:
+    """What the planes stand for, in float64."""
+    return row_scale.double()[:, None] * (x_int8.double() + 128 * x_high.double())
+
+
+def test_row_worked_by_hand():
+    x = torch.tensor([[127.0, -64.0, 0.5, 1.5, 2.5, -3.5], [254.0, 1000.0, -2032.0, 1.0, 3.0, 0.0]])
+    x_int8, x_high, row_scale = reference.quantize_rows(x, "absolute", 500.0)
+    assert row_scale.tolist() == [1.0, 2.0]
+    assert x_int8.tolist() == [[127, -64, 0, 2, 2, -4], [127, -12, 8, 0, 2, 0]]
+    assert x_high.tolist() == [[0, 0, 0, 0, 0, 0], [0, 4, -8, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(("rule", "threshold"), RULES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_planes_restore_x_to_half_a_step(rule, threshold, dtype):
+    x = rows_with_outliers(16, 96).to(dtype)
+    x_int8, x_high, row_scale = reference.quantize_rows(x, rule, threshold)
+    error = (restored(x_int8, x_high, row_scale) - x.double()).abs()
+    largest = x.double().abs().amax(dim=1, keepdim=True)
+    assert (error <= 0.5 * row_scale.double()[:, None] + 1e-6 * largest).all()
+    assert row_scale.dtype == torch.float32
+    assert (x_high != 0).any() == (rule != "none")
+
+
+@pytest.mark.parametrize(("rule", "threshold"), RULES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_linear_is_the_float64_product_of_what_was_rounded(rule, threshold, dtype):
+    x, bias = rows_with_outliers(8, 128).to(dtype), torch.randn(40)
+    weight_int8, col_scale = reference.quantize_weight(torch.randn(40, 128).to(dtype))
+    y = reference.int8_linear(
+        x, weight_int8, col_scale, bias, outlier_rule=rule, outlier_threshold=threshold
+    )
+    x_restored = restored(*reference.quantize_rows(x, rule, threshold))
+    weight = weight_int8.double() * col_scale.double()[:, None]
+    expected = x_restored @ weight.T + bias.double()
+    assert y.dtype == dtype
+    # One rounding to the output dtype, plus a few fp32 roundings of the largest term.
+    torch.testing.assert_close(
+        y.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6 * float(expected.abs().max())
+    )
+
+
+def test_two_planes_are_far_more_exact_than_one_where_there_are_outliers():
+    x, weight = rows_with_outliers(32, 512), torch.randn(64, 512)
+    weight_int8, col_scale = reference.quantize_weight(weight)
+    exact = x.double() @ (weight_int8.double() * col_scale.double()[:, None]).T
+
+    def error(rule: str, threshold: float) -> float:
+        y = reference.int8_linear(
+            x, weight_int8, col_scale, outlier_rule=rule, outlier_threshold=threshold
+        )
+        return float((y.double() - exact).norm() / exact.norm())
+
+    assert error("absolute", 6.0) < error("none", 0.0) / 5
+    assert error("row_rms", 4.0) < error("none", 0.0) / 3
+    assert error("all", 0.0) < error("absolute", 6.0) / 3
+
+
+def test_absolute_rule_is_inclusive_and_row_rms_is_relative():
+    x = torch.tensor([[6.0, 5.9999, -6.0, 0.0], [1.0, 1.0, 1.0, -1.0], [8.0, 0.0, 0.0, 0.0]])
+    assert reference.outlier_mask(x, "absolute", 6.0).tolist() == [
+        [True, False, True, False],
+        [False] * 4,
+        [True, False, False, False],
+    ]
+    # rms of the last row is 4: its only element is exactly twice that. Scale changes nothing.
+    for scale in (1.0, 1e-3, 1e30):
+        mask = reference.outlier_mask(x * scale, "row_rms", 2.0)
+        assert mask.tolist() == [[False] * 4, [False] * 4, [True, False, False, False]]
+    assert reference.outlier_mask(x, "all", 0.0).all()
+    assert not reference.outlier_mask(x, "none", 6.0).any()
+
+
+@pytest.mark.parametrize("rule", ["absolute", "row_rms"])
+def test_threshold_zero_turns_the_decomposition_off(rule):
+    x = rows_with_outliers(4, 64)
+    for ours, naive in zip(
+        reference.quantize_rows(x, rule, 0.0), reference.quantize_rows(x, "none", 0.0), strict=True
+    ):
+        assert torch.equal(ours, naive)
+
+
+def test_row_where_everything_is_an_outlier_uses_both_planes_in_full():
+    x = torch.tensor([[16256.0, -8128.0, 100.0, -7.0]])
+    x_int8, x_high, row_scale = reference.quantize_rows(x, "absolute", 6.0)
+    assert row_scale.tolist() == [1.0]
+    assert restored(x_int8, x_high, row_scale).tolist() == x.tolist()
+    assert x_high[0, 0] == 127
+
+
+@pytest.mark.parametrize(("rule", "threshold"), RULES)
+def test_rows_of_zeros_nan_and_inf(rule, threshold):
+    x = rows_with_outliers(6, 64)
+    clean = x.clone()
+    x[1] = 0
+    x[2, 5] = float("nan")
+    x[3, 0] = float("inf")
+    x[4, 63] = -float("inf")
+    weight_int8, col_scale = reference.quantize_weight(torch.randn(8, 64))
+
+    def run(rows: torch.Tensor) -> torch.Tensor:
+        return reference.int8_linear(
+            rows, weight_int8, col_scale, outlier_rule=rule, outlier_threshold=threshold
+        )
+
+    y = run(x)
+    assert (y[1] == 0).all()
+    assert y[2:5].isnan().all()
+    assert torch.equal(y[[0, 5]], run(clean)[[0, 5]])
+
+
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=12),
+    st.sampled_from([*RULES, ("absolute", 1e-3), ("row_rms", 1.0)]),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_finite_row_stays_on_the_planes(row, rule):
+    x = torch.tensor([row], dtype=torch.float32)
+    x_int8, x_high, row_scale = reference.quantize_rows(x, *rule)
+    assert x_int8.abs().max() <= 127 and x_high.abs().max() <= 127
+    assert x_int8[x_high != 0].abs().max() <= 64 if (x_high != 0).any() else True
+    # Half a step, or nothing at all where the step would be below the smallest normal number.
+    bound = max(0.5 * float(row_scale[0]), 2.0**-126 * 16256 if row_scale[0] == 0 else 0.0)
+    error = (restored(x_int8, x_high, row_scale) - x.double()).abs()
+    assert float(error.max()) <= bound + 1e-6 * float(x.abs().max())
+
+
+@pytest.mark.parametrize(("rule", "threshold"), RULES)
+def test_a_row_does_not_depend_on_its_neighbours(rule, threshold):
+    x = rows_with_outliers(9, 64)
+    together = reference.quantize_rows(x, rule, threshold)
+    for row in range(9):
+        alone = reference.quantize_rows(x[row : row + 1], rule, threshold)
+        for a, b in zip(alone, together, strict=True):
+            assert torch.equal(a[0], b[row])
+
+
+def test_hot_columns_take_no_part_in_the_integers_and_add_an_exact_product():
+    x, weight, bias = rows_with_outliers(8, 64), torch.randn(24, 64), torch.randn(24)
+    hot = x.abs().amax(dim=0).topk(6).indices.to(torch.int32)
+    x_int8, x_high, row_scale = reference.quantize_rows(x, "none", 0.0, hot)
+    cold = x.clone()
+    cold[:, hot.long()] = 0
+    assert not x_int8[:, hot.long()].any()
+    for ours, of_cold in zip(
+        (x_int8, x_high, row_scale), reference.quantize_rows(cold, "none", 0.0), strict=True
+    ):
+        assert torch.equal(ours, of_cold)
+
+    weight_int8, col_scale = reference.quantize_weight(weight)
+    y = reference.int8_linear(
+        x,
+        weight_int8,
+        col_scale,
+        bias,
+        outlier_rule="none",
+        outlier_threshold=0.0,
+        hot_columns=hot,
+        hot_weight=weight[:, hot.long()],
+    )
+    expected = restored(x_int8, x_high, row_scale) @ (
+        weight_int8.double() * col_scale.double()[:, None]
+    ).T + (x[:, hot.long()].double() @ weight[:, hot.long()].double().T + bias.double())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-4)
+
+
+def test_sums_are_exact_integers_at_large_k():
+    K = 133_144  # the most products of 127 * 127 that an int32 holds
+    generator = torch.Generator().manual_seed(0)
+    planes = torch.randint(-127, 128, (2, 3, K), dtype=torch.int8, generator=generator)
+    weight_int8 = torch.randint(-127, 128, (4, K), dtype=torch.int8, generator=generator)
+    planes[:, 0], weight_int8[0] = 127, 127
+    total = reference.integer_product(planes[0], planes[1], weight_int8)
+    expected = (planes[0].long() + 128 * planes[1].long()) @ weight_int8.long().T
+    assert torch.equal(total.long(), expected)
+    assert total[0, 0] == 129 * 127 * 127 * K
+
+
+def test_quantize_weight_is_torchs_per_channel_quantizer():
+    # Scales that are powers of two: no division is inexact, so even the ties must agree.
+    generator = torch.Generator().manual_seed(0)
+    scale = 2.0 ** torch.arange(-6, 6)
+    weight = (torch.randint(-254, 255, (12, 64), generator=generator) / 2) * scale[:, None]
+    weight[:, 7] = 127 * scale
+    weight_int8, col_scale = reference.quantize_weight(weight)
+    zero_points = torch.zeros(12, dtype=torch.long)
+    theirs = torch.fake_quantize_per_channel_affine(weight, scale, zero_points, 0, -127, 127)
+    assert torch.equal(reference.dequantize_weight(weight_int8, col_scale), theirs)
+    assert torch.equal(col_scale, scale)
+
+
+def test_quantize_weight_is_bitsandbytes_vectorwise_quantizer():
+    weight = torch.randn(48, 256, generator=torch.Generator().manual_seed(0)).half()
+    weight_int8, col_scale = reference.quantize_weight(weight)
+    theirs, absmax, _ = bnb.int8_vectorwise_quant(weight)
+    assert (weight_int8 != theirs).float().mean() <= 1 / 500  # they multiply by 127 / absmax
+    assert (weight_int8.int() - theirs.int()).abs().max() <= 1
+    torch.testing.assert_close(col_scale * 127, absmax, rtol=1e-6, atol=0)
+
+
+def test_quantize_weight_of_zeros_nan_and_inf():
+    weight = torch.ones(4, 8)
+    weight[1], weight[2, 3], weight[3, 0] = 0, float("nan"), float("inf")
+    weight_int8, col_scale = reference.quantize_weight(weight)
+    dequantized = reference.dequantize_weight(weight_int8, col_scale)
+    torch.testing.assert_close(dequantized[0], torch.ones(8))
+    assert (dequantized[1] == 0).all()
+    assert dequantized[2:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dequantized_weight_is_within_half_a_step(dtype):
+    weight = torch.randn(32, 100).to(dtype)
+    weight_int8, col_scale = reference.quantize_weight(weight)
+    error = (reference.dequantize_weight(weight_int8, col_scale) - weight.float()).abs()
+    assert (error <= 0.5 * col_scale[:, None] * (1 + 1e-5)).all()
+    assert (weight_int8.int().abs().amax(dim=1) == 127).all()
+
+
+# The paper's methods.
+
+
+def test_union_of_columns_is_what_bitsandbytes_computes():
+    x = rows_with_outliers(8, 64).half()
+    weight = torch.randn(32, 64).half()
+    x_int8, absmax, columns = bnb.int8_vectorwise_quant(x.clone(), threshold=6.0)
+    weight_int8, weight_absmax, _ = bnb.int8_vectorwise_quant(weight)
+    theirs, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(
+        x.float(), x_int8, weight_int8, absmax, weight_absmax, columns
+    )
+    ours = reference.llm_int8_linear(x.float(), weight, 6.0, union_of_columns=True)
+    # Their CPU constant for 1 / 127**2 is 1.8e-5 too large.
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+    assert len(columns) > 0
+
+
+def test_llm_int8_without_outliers_is_vector_wise_and_with_only_outliers_is_floating_point():
+    x, weight = torch.randn(8, 64), torch.randn(32, 64)
+    assert torch.equal(
+        reference.llm_int8_linear(x, weight, threshold=100.0),
+        reference.vector_wise_linear(x, weight),
+    )
+    large = x.sign() * (6 + x.abs())
+    torch.testing.assert_close(
+        reference.llm_int8_linear(large, weight), large @ weight.T, rtol=1e-5, atol=1e-4
+    )
+
+
+def test_llm_int8_rows_are_independent_unless_the_union_is_asked_for():
+    x, weight = rows_with_outliers(6, 64), torch.randn(16, 64)
+    x[0] = torch.randn(64).clamp(-3, 3)
+    alone, together = (reference.llm_int8_linear(rows, weight)[0] for rows in (x[:1], x))
+    torch.testing.assert_close(alone, together, rtol=1e-6, atol=1e-5)
+    alone, together = (
+        reference.llm_int8_linear(rows, weight, union_of_columns=True)[0] for rows in (x[:1], x)
+    )
+    assert (alone - together).abs().max() > 1e-3
+
+
+def test_paper_methods_are_exact_on_integers():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-127, 128, (6, 32), generator=generator).float()
+    weight = torch.randint(-127, 128, (5, 32), generator=generator).float()
+    x[:, 0], weight[:, 0] = 127, 127
+    exact = (x.double() @ weight.double().T).float()
+    for method in (
+        reference.absmax_linear,
+        reference.row_wise_linear,
+        reference.vector_wise_linear,
+    ):
+        torch.testing.assert_close(method(x, weight), exact, rtol=1e-6, atol=1e-2)
+    shifted = torch.randint(1000, 1255, (6, 32), generator=generator).float()
+    shifted[0, 0], shifted[0, 1] = 1000, 1254
+    signed = weight.clone()
+    signed[0, 1] = -127
+    exact = (shifted.double() @ signed.double().T).float()
+    torch.testing.assert_close(
+        reference.zeropoint_linear(shifted, signed), exact, rtol=1e-6, atol=1e-1
+    )
+
+
+def test_paper_methods_rank_as_in_its_table():
+    """Table 1, errors: absmax > row-wise > vector-wise > with decomposition. And section 2.1:
+    zero-point wins where x is one-sided."""
+    x = rows_with_outliers(64, 512) * (0.2 + torch.rand(64, 1))
+    weight = torch.randn(128, 512) * (0.2 + torch.rand(128, 1))
+
+    def error(method, rows: torch.Tensor) -> float:
+        exact = rows.double() @ weight.double().T
+        return float((method(rows, weight).double() - exact).norm() / exact.norm())
+
+    methods = (
+        reference.absmax_linear,
+        reference.row_wise_linear,
+        reference.vector_wise_linear,
+        reference.llm_int8_linear,
+    )
+    errors = [error(method, x) for method in methods]
+    assert errors == sorted(errors, reverse=True)
+    one_sided = torch.randn(64, 512).relu()
+    assert error(reference.zeropoint_linear, one_sided) < error(reference.absmax_linear, one_sided)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, w, s: reference.quantize_rows(x, "most", 6.0), "outlier_rule must be one of"),
+        (lambda x, w, s: reference.quantize_rows(x, "absolute", -1.0), "outlier_threshold must be"),
+        (lambda x, w, s: reference.quantize_rows(x, "row_rms", float("nan")), "outlier_threshold"),
+        (lambda x, w, s: reference.quantize_rows(x[0], "none", 0.0), r"matrix, got shape \[8\]"),
+        (lambda x, w, s: reference.quantize_rows(x.double(), "none", 0.0), "got torch.float64"),
+        (lambda x, w, s: reference.quantize_weight(x.int()), "weight must be float32"),
+        (
+            lambda x, w, s: reference.int8_linear(
+                x[:, :4], w, s, outlier_rule="none", outlier_threshold=0.0
+            ),
+            r"weight_int8 must be int8 \[N, K=4\], got torch.int8 \[3, 8\]",
+        ),
+        (
+            lambda x, w, s: reference.int8_linear(
+                x, w, s, outlier_rule="none", outlier_threshold=0.0, hot_weight=torch.ones(3, 1)
+            ),
+            "hot_columns and hot_weight must be given together",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    weight_int8, col_scale = reference.quantize_weight(torch.randn(3, 8))
+    with pytest.raises(ValueError, match=message):
+        call(torch.randn(2, 8), weight_int8, col_scale)
