@@ -1,0 +1,19 @@
+"""`dist-int8 generate` as a script, for launchers that start a script once a rank.
+
+    deepspeed --num_gpus 2 launch/generate.py --model MODEL --device cpu --prompt "Hello"
+    torchrun --nproc-per-node 2 launch/generate.py --model MODEL --device cpu --prompt "Hello"
+    dist-int8 launch --stages 2 launch/generate.py --model MODEL --device cpu --prompt "Hello"
+    python launch/generate.py --model MODEL --device cpu --stages 2 --prompt "Hello"
+
+Flags are those of `dist-int8 generate` (see its --help). One rank is one stage; rank 0 prints.
+"""
+
+import re
+import sys
+
+from dist_int8.cli import main
+
+if __name__ == "__main__":
+    # deepspeed adds --local_rank=N; the same number is in LOCAL_RANK, where every launcher puts it.
+    flags = [flag for flag in sys.argv[1:] if not re.fullmatch(r"--local[_-]rank=\d+", flag)]
+    main(["generate", *flags])

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Answers a prompt on several machines, started by deepspeed over ssh from a hostfile.
+#
+#   HOSTFILE=launch/hostfile.example MODEL=/models/bloom bash launch/hostfile.sh
+#   DRY_RUN=1 bash launch/hostfile.sh           prints the command and runs nothing
+#
+# Needs passwordless ssh, pdsh, and repository, .venv and model at the same paths on every machine.
+# Without ssh: run it on every machine with NO_SSH=1 and NODE_RANK=0, 1, ... in the file's order.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+HOSTFILE="${HOSTFILE:-launch/hostfile.example}"   # lines "name slots=GPUs"
+MODEL="${MODEL:-bigscience/bloom}"        # folder or hub id
+DEVICE="${DEVICE:-cuda}"                  # cuda or cpu
+PROMPT="${PROMPT:-The capital of France is}"
+MAX_NEW_TOKENS="${MAX_NEW_TOKENS:-64}"
+CONFIG="${CONFIG:-}"                      # a YAML file of settings, see configs/
+MASTER_PORT="${MASTER_PORT:-29500}"
+NO_SSH="${NO_SSH:-0}"
+NODE_RANK="${NODE_RANK:-0}"
+DRY_RUN="${DRY_RUN:-0}"
+
+# The first machine of the file hosts the meeting point unless MASTER_ADDR says otherwise.
+MASTER_ADDR="${MASTER_ADDR:-$(awk '!/^[[:space:]]*(#|$)/ {print $1; exit}' "$HOSTFILE")}"
+
+command=(deepspeed --hostfile "$HOSTFILE" --master_addr "$MASTER_ADDR"
+    --master_port "$MASTER_PORT")
+if [[ "$NO_SSH" == 1 ]]; then command+=(--no_ssh --node_rank "$NODE_RANK"); fi
+command+=(launch/generate.py --model "$MODEL" --device "$DEVICE"
+    --prompt "$PROMPT" --max-new-tokens "$MAX_NEW_TOKENS")
+if [[ -n "$CONFIG" ]]; then command+=(--config "$CONFIG"); fi
+command+=("$@")
+
+printf '%q ' "${command[@]}" >&2
+printf '\n' >&2
+if [[ "$DRY_RUN" == 1 ]]; then exit 0; fi
+exec "${command[@]}"
