@@ -1,0 +1,34 @@
+// Every op's schema, declared once. The kernels behind them are registered in cpu_ops.cpp and
+// cuda_ops.cpp; shapes, units and errors are documented in dist_int8/int8/ops.py.
+//
+// outlier_rule is an index into reference.OUTLIER_RULES, norm_kind is 0 (rms) or 1 (layer).
+#include "checks.h"
+
+STABLE_TORCH_LIBRARY(dist_int8, m) {
+  m.def(
+      "quantize_rows(Tensor x, int outlier_rule, float outlier_threshold, "
+      "Tensor? hot_columns) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "int8_linear(Tensor x, Tensor weight_int8, Tensor col_scale, Tensor? bias, int outlier_rule, "
+      "float outlier_threshold, Tensor? hot_columns, Tensor? hot_weight) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "add_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, int norm_kind) "
+      "-> (Tensor, Tensor)");
+  m.def("norm(Tensor x, Tensor weight, Tensor? bias, float eps, int norm_kind) -> Tensor");
+  m.def("silu_mul(Tensor gate_up) -> Tensor");
+  m.def(
+      "attention(Tensor qkv, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor segments, "
+      "int num_heads, int num_kv_heads, float scale, Tensor? cos, Tensor? sin, "
+      "Tensor? alibi_slopes, int window) -> Tensor");
+}
+
+#define DIST_INT8_EXPORT extern "C" __attribute__((visibility("default")))
+
+#include "dist_int8/cpu_kernels.h"
+
+// For library_info() in dist_int8/int8/ops.py, through ctypes.
+DIST_INT8_EXPORT const char* dist_int8_cpu_instruction_set() {
+  return dist_int8::cpu_kernels().name;
+}
+DIST_INT8_EXPORT const char* dist_int8_cuda_architectures() { return DIST_INT8_CUDA_ARCHITECTURES; }

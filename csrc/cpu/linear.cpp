@@ -1,0 +1,139 @@
+// linear: y = x . weight + bias in floating point, fp32 sums.
+//
+// The sum over k has one order for every M, N and thread count: lane l of a vector adds the
+// products of k = l, l + kLanes, ... by fma, and the lanes are added by a fixed tree. A register
+// tile is kTileRows rows of x by 4 weight rows (see int8_linear.cpp for the picture).
+#include "cpu/simd.h"
+
+namespace dist_int8::DIST_INT8_ISA {
+
+#if defined(DIST_INT8_ISA_avx512_vnni)
+constexpr int64_t kTileRows = 6;
+#else
+constexpr int64_t kTileRows = 2;
+#endif
+constexpr int64_t kTileCols = 4;
+constexpr int64_t kBlockBytes = 384 * 1024;  // of x in a block of rows: most of L2
+
+enum Slot { kRows = 1, kBias };
+
+// y[i][j] = sum over k of x[i][k] * weight[j][k]. x has zeros behind K up to a multiple of kLanes.
+template <int kCount, typename W>
+static void tile(const float* x, int64_t ld, const W* const (&weight)[kTileCols], int64_t K,
+                 Vec4* y) {
+  Vec acc[kCount][kTileCols] = {};
+  int64_t k = 0;
+  for (; k + kLanes <= K; k += kLanes) {
+    Vec w[kTileCols];
+#pragma GCC unroll 4
+    for (int j = 0; j < kTileCols; ++j) {
+      if constexpr (kCount <= 2) __builtin_prefetch(weight[j] + k + 1024 / sizeof(W));
+      w[j] = load(weight[j] + k);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+      const Vec row = load(x + i * ld + k);
+#pragma GCC unroll 4
+      for (int j = 0; j < kTileCols; ++j) acc[i][j] = fma(row, w[j], acc[i][j]);
+    }
+  }
+  if (k < K) {
+    for (int j = 0; j < kTileCols; ++j) {
+      const Vec w = load_part(weight[j] + k, K - k);
+      for (int i = 0; i < kCount; ++i) acc[i][j] = fma(load(x + i * ld + k), w, acc[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) y[i] = sum4(acc[i]);
+}
+
+template <typename W>
+static void tile_of(int64_t rows, const float* x, int64_t ld, const W* const (&weight)[kTileCols],
+                    int64_t K, Vec4* y) {
+  switch (rows) {
+    case 1:
+      return tile<1>(x, ld, weight, K, y);
+    case 2:
+      return tile<2>(x, ld, weight, K, y);
+    case 3:
+      if constexpr (kTileRows >= 3) return tile<3>(x, ld, weight, K, y);
+      break;
+    case 4:
+      if constexpr (kTileRows >= 4) return tile<4>(x, ld, weight, K, y);
+      break;
+    case 5:
+      if constexpr (kTileRows >= 5) return tile<5>(x, ld, weight, K, y);
+      break;
+    default:
+      if constexpr (kTileRows >= 6) return tile<6>(x, ld, weight, K, y);
+      break;
+  }
+}
+
+template <typename T, typename W>
+static void multiply(const LinearArgs& args, const Runtime& runtime, const float* x, int64_t ld,
+                     const float* bias) {
+  const int64_t M = args.num_rows, K = args.num_features, N = args.num_outputs;
+  const int64_t block_rows =
+      min64(M, max64(kTileRows, kBlockBytes / 4 / ld / kTileRows * kTileRows));
+  const int64_t num_groups = (N + kTileCols - 1) / kTileCols;
+  const int64_t grain = max64(1, 1000000 / max64(1, K * kTileCols * (4 + M)));
+  const W* all_weights = static_cast<const W*>(args.weight);
+  T* out = static_cast<T*>(args.out);
+  parallel(runtime, num_groups, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t first = 0; first < M; first += block_rows) {
+      const int64_t count = min64(block_rows, M - first);
+      for (int64_t group = begin; group < end; ++group) {
+        const int64_t n = group * kTileCols;
+        const int64_t num_outputs = min64(kTileCols, N - n);
+        const W* weight[kTileCols];
+        Vec4 offset{};
+        for (int64_t j = 0; j < kTileCols; ++j) {
+          weight[j] = all_weights + min64(n + j, N - 1) * K;
+          if (bias != nullptr && j < num_outputs) offset[j] = bias[n + j];
+        }
+        const int64_t num_tiles = (count + kTileRows - 1) / kTileRows;
+        int64_t row = 0;
+        for (int64_t t = 0; t < num_tiles; ++t) {
+          const int64_t rows = (count - row) / (num_tiles - t);
+          Vec4 y[kTileRows];
+          tile_of<W>(rows, x + (first + row) * ld, ld, weight, K, y);
+          for (int64_t i = 0; i < rows; ++i) {
+            if (bias != nullptr) y[i] += offset;
+            T* p = out + (first + row + i) * N + n;
+            for (int64_t j = 0; j < num_outputs; ++j) narrow(y[i][j], p + j);
+          }
+          row += rows;
+        }
+      }
+    }
+  });
+}
+
+void linear(const LinearArgs& args, const Runtime& runtime) {
+  const int64_t M = args.num_rows, K = args.num_features, N = args.num_outputs;
+  if (M == 0 || N == 0) return;
+  // Rows an odd number of cache lines apart fall into different cache sets.
+  int64_t ld = max64(round_up(K, 16), 16);
+  if ((ld / 16) % 2 == 0) ld += 16;
+  float* x = static_cast<float*>(runtime.scratch(kRows, M * ld * sizeof(float)));
+  parallel(runtime, M, max64(1, 65536 / ld), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      float* row = x + m * ld;
+      widen_row(args.x_type, args.x, m * K, row, K);
+      for (int64_t k = K; k < ld; ++k) row[k] = 0.0f;
+    }
+  });
+  float* bias = nullptr;
+  if (args.bias != nullptr) {
+    bias = static_cast<float*>(runtime.scratch(kBias, N * sizeof(float)));
+    widen_row(args.bias_type, args.bias, 0, bias, N);
+  }
+  with_type(args.x_type, [&](auto x_tag) {
+    with_type(args.weight_type, [&](auto weight_tag) {
+      multiply<decltype(x_tag), decltype(weight_tag)>(args, runtime, x, ld, bias);
+    });
+  });
+}
+
+}  // namespace dist_int8::DIST_INT8_ISA

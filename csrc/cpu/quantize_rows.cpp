@@ -1,0 +1,172 @@
+// quantize_rows: x [M, K] -> two int8 planes and a scale a row. One row never looks at another.
+#include "cpu/simd.h"
+
+namespace dist_int8::DIST_INT8_ISA {
+
+// What one pass over a row finds. The sum of squares is in double, as in the specification.
+struct RowFacts {
+  float absmax;
+  float absmax_inliers;
+  double sum_squares;
+};
+
+// x[0..padded) holds the row as float, zeros behind K; padded is a multiple of kLanes.
+static RowFacts measure(const float* x, int64_t padded, OutlierRule rule, float limit) {
+  Vec absmax{}, inliers{};
+  // x - x is 0 unless x is infinite or NaN, which a maximum could lose.
+  Vec poison{};
+  DoubleVec squares[2] = {};
+  const Vec bound = broadcast(limit);
+  for (int64_t k = 0; k < padded; k += kLanes) {
+    const Vec v = load(x + k);
+    const Vec a = absolute(v);
+    poison += v - v;
+    absmax = maximum(a, absmax);
+    inliers = maximum(a < bound ? a : Vec{}, inliers);
+    if (rule == OutlierRule::kRowRms) {
+#if defined(DIST_INT8_ISA_avx512_vnni)
+      const DoubleVec low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+      const DoubleVec high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+      squares[0] = _mm512_fmadd_pd(low, low, squares[0]);
+      squares[1] = _mm512_fmadd_pd(high, high, squares[1]);
+#else
+      for (int64_t i = 0; i < kLanes / 2; ++i) {
+        const double low = v[i], high = v[i + kLanes / 2];
+        squares[0][i] += low * low;
+        squares[1][i] += high * high;
+      }
+#endif
+    }
+  }
+  const float bad = sum(poison);
+  return RowFacts{bad == 0 ? largest(absmax) : __builtin_nanf(""), largest(inliers),
+                  sum(squares[0] + squares[1])};
+}
+
+static float absmax_below(const float* x, int64_t padded, float limit) {
+  Vec inliers{};
+  for (int64_t k = 0; k < padded; k += kLanes) {
+    const Vec a = absolute(load(x + k));
+    inliers = maximum(a < broadcast(limit) ? a : Vec{}, inliers);
+  }
+  return largest(inliers);
+}
+
+DIST_INT8_INLINE void store_int8(int8_t* out, IntVec q) {
+#if defined(DIST_INT8_ISA_avx512_vnni)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8((__m512i)q));
+#else
+  for (int64_t i = 0; i < kLanes; ++i) out[i] = static_cast<int8_t>(q[i]);
+#endif
+}
+
+DIST_INT8_INLINE IntVec round_to_int(Vec v) {
+  return (IntVec)(v + broadcast(12582912.0f)) - 0x4b400000;
+}
+
+DIST_INT8_INLINE int32_t sum_int(IntVec v) {
+  int32_t total = 0;
+  for (int64_t i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+DIST_INT8_INLINE bool any(IntVec mask) {
+#if defined(DIST_INT8_ISA_avx512_vnni)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(DIST_INT8_ISA_avx2)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  bool found = false;
+  for (int64_t i = 0; i < kLanes; ++i) found |= mask[i] != 0;
+  return found;
+#endif
+}
+
+// row: the row as float in scratch memory, padded to kLanes, hot columns zeroed.
+static void quantize_row(const QuantizeRowsArgs& args, int64_t m, const float* row) {
+  const int64_t K = args.num_features;
+  const int64_t padded = round_up(K, kLanes);
+  int8_t* low_out = args.x_int8 + m * args.ld;
+  int8_t* high_out = args.x_high == nullptr ? nullptr : args.x_high + m * args.ld;
+
+  const float infinity = __builtin_inff();
+  float limit = infinity;
+  if (args.rule == OutlierRule::kAbsolute) limit = static_cast<float>(args.threshold);
+  if (args.rule == OutlierRule::kAll) limit = 0.0f;
+  RowFacts facts = measure(row, padded, args.rule, limit);
+  if (args.rule == OutlierRule::kRowRms) {
+    const double rms = __builtin_sqrt(facts.sum_squares / static_cast<double>(K));
+    limit = static_cast<float>(args.threshold * rms);
+    facts.absmax_inliers = facts.absmax < limit ? facts.absmax : absmax_below(row, padded, limit);
+  }
+  const bool finite = facts.absmax == facts.absmax;
+  const bool decomposes = args.rule != OutlierRule::kNone;
+  const float step =
+      finite ? quantization_step(facts.absmax_inliers, facts.absmax, decomposes) : 0.0f;
+  args.row_scale[m] = finite ? step : facts.absmax;
+
+  IntVec sum_low{}, sum_high{}, num_high{};
+  bool wrote_high = false;
+  if (step > 0) {
+    const Vec divisor = broadcast(step);
+    for (int64_t k = 0; k < padded; k += kLanes) {
+      const IntVec q = round_to_int(load(row + k) / divisor);
+      const IntVec spills = (q > 127) | (q < -127);
+      IntVec low = q;
+      if (__builtin_expect(any(spills), 0)) {
+        if (!wrote_high) {
+          memset(high_out, 0, args.ld);
+          wrote_high = true;
+        }
+        const Vec q_float = __builtin_convertvector(q, Vec);
+        const IntVec high = round_to_int(q_float * broadcast(1.0f / 128.0f)) & spills;
+        low = q - high * 128;
+        sum_high += high;
+        num_high -= (IntVec)(high != 0);
+        int8_t bytes[kLanes];
+        store_int8(bytes, high);
+        memcpy(high_out + k, bytes, min64(kLanes, args.ld - k));
+      }
+      sum_low += low;
+      if (k + kLanes <= args.ld) {
+        store_int8(low_out + k, low);
+      } else {
+        int8_t bytes[kLanes];
+        store_int8(bytes, low);
+        memcpy(low_out + k, bytes, args.ld - k);
+      }
+    }
+    if (padded < args.ld) memset(low_out + padded, 0, args.ld - padded);
+  } else {
+    memset(low_out, 0, args.ld);
+  }
+  if (!wrote_high && !args.high_is_sparse) memset(high_out, 0, args.ld);
+  if (args.sum_low != nullptr) args.sum_low[m] = sum_int(sum_low);
+  if (args.sum_high != nullptr) args.sum_high[m] = sum_int(sum_high);
+  if (args.num_high != nullptr) args.num_high[m] = sum_int(num_high);
+}
+
+void quantize_rows(const QuantizeRowsArgs& args, const Runtime& runtime) {
+  const int64_t K = args.num_features;
+  if (K == 0) {
+    for (int64_t m = 0; m < args.num_rows; ++m) args.row_scale[m] = 0.0f;
+    return;
+  }
+  const int64_t padded = round_up(K, kLanes);
+  const int64_t grain = max64(1, 32768 / K);
+  parallel(runtime, args.num_rows, grain, [&](int64_t begin, int64_t end) {
+    float* row = static_cast<float*>(runtime.scratch(0, padded * sizeof(float)));
+    for (int64_t m = begin; m < end; ++m) {
+      widen_row(args.x_type, args.x, m * K, row, K);
+      for (int64_t k = K; k < padded; ++k) row[k] = 0.0f;
+      if (args.hot != nullptr) {
+        for (int64_t k = 0; k < K; ++k) {
+          if (args.hot[k]) row[k] = 0.0f;
+        }
+      }
+      quantize_row(args, m, row);
+    }
+  });
+}
+
+}  // namespace dist_int8::DIST_INT8_ISA

@@ -1,0 +1,255 @@
+// A float vector of the instruction set this source is compiled for, and the few operations on it
+// that plain vector arithmetic (+ - * / and comparisons, GCC and Clang vector extensions) lacks.
+//
+// Everything is static and forced inline: no function compiled with wide instructions may be picked
+// by the linker for a machine without them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "dist_int8/cpu_kernels.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace dist_int8::DIST_INT8_ISA {
+
+#if defined(DIST_INT8_ISA_avx512_vnni)
+constexpr int64_t kLanes = 16;
+#elif defined(DIST_INT8_ISA_avx2)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+typedef float Vec4 __attribute__((vector_size(16)));
+typedef int32_t IntVec4 __attribute__((vector_size(16)));
+typedef double DoubleVec __attribute__((vector_size(kLanes * 4)));  // half as many lanes
+
+DIST_INT8_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+DIST_INT8_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+DIST_INT8_INLINE int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
+
+DIST_INT8_INLINE Vec broadcast(float value) { return value - Vec{}; }
+
+// a * b + c, rounded once where the instruction set can; always the same for every lane.
+DIST_INT8_INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if defined(DIST_INT8_ISA_avx512_vnni)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(DIST_INT8_ISA_avx2)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+DIST_INT8_INLINE Vec load(const float* p) {
+  Vec v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+DIST_INT8_INLINE void store(float* p, Vec v) { memcpy(p, &v, sizeof(v)); }
+
+DIST_INT8_INLINE Vec load(const BFloat16* p) {
+#if defined(DIST_INT8_ISA_avx512_vnni)
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+#elif defined(DIST_INT8_ISA_avx2)
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+#else
+  Vec v;
+  for (int64_t i = 0; i < kLanes; ++i) v[i] = widen(p[i]);
+  return v;
+#endif
+}
+
+DIST_INT8_INLINE Vec load(const Float16* p) {
+#if defined(DIST_INT8_ISA_avx512_vnni)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(DIST_INT8_ISA_avx2)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec v;
+  for (int64_t i = 0; i < kLanes; ++i) v[i] = widen(p[i]);
+  return v;
+#endif
+}
+
+// The first n < kLanes elements; the other lanes are 0.
+template <typename T>
+DIST_INT8_INLINE Vec load_part(const T* p, int64_t n) {
+  T buffer[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+  return load(buffer);
+}
+
+#if defined(DIST_INT8_ISA_avx512_vnni)
+DIST_INT8_INLINE Vec load_part(const float* p, int64_t n) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+}
+DIST_INT8_INLINE Vec load_part(const BFloat16* p, int64_t n) {
+  const __m256i raw = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+DIST_INT8_INLINE Vec load_part(const Float16* p, int64_t n) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p));
+}
+#endif
+
+template <typename T>
+DIST_INT8_INLINE void store_part(T* p, Vec v, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) narrow(v[i], p + i);
+}
+
+DIST_INT8_INLINE void store(BFloat16* p, Vec v) { store_part(p, v, kLanes); }
+DIST_INT8_INLINE void store(Float16* p, Vec v) {
+#if defined(DIST_INT8_ISA_avx512_vnni)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(DIST_INT8_ISA_avx2)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  store_part(p, v, kLanes);
+#endif
+}
+
+DIST_INT8_INLINE Vec absolute(Vec v) { return (Vec)((IntVec)v & 0x7fffffff); }
+// Where a lane of a or b is NaN the result is b's lane.
+DIST_INT8_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
+// Sums and maxima over lanes, always by the same tree: halves onto each other.
+DIST_INT8_INLINE float sum(Vec v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+DIST_INT8_INLINE double sum(DoubleVec v) {
+  double total = 0;
+  for (int64_t i = 0; i < kLanes / 2; ++i) total += v[i];
+  return total;
+}
+DIST_INT8_INLINE float largest(Vec v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t i = 0; i < width; ++i) {
+      lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+    }
+  }
+  return lanes[0];
+}
+
+// Lane i of the result is the sum of v[i]'s lanes; every i goes through the same tree.
+DIST_INT8_INLINE Vec4 sum4(const Vec v[4]) {
+#if defined(__SSE2__)
+#if defined(DIST_INT8_ISA_avx512_vnni)
+  Vec4 quarter[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m256 half = _mm512_castps512_ps256(v[i]) + _mm512_extractf32x8_ps(v[i], 1);
+    quarter[i] = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+  }
+#elif defined(DIST_INT8_ISA_avx2)
+  Vec4 quarter[4];
+  for (int i = 0; i < 4; ++i) {
+    quarter[i] = _mm256_castps256_ps128(v[i]) + _mm256_extractf128_ps(v[i], 1);
+  }
+#else
+  const Vec4* quarter = v;
+#endif
+  const Vec4 ab = _mm_unpacklo_ps(quarter[0], quarter[1]) + _mm_unpackhi_ps(quarter[0], quarter[1]);
+  const Vec4 cd = _mm_unpacklo_ps(quarter[2], quarter[3]) + _mm_unpackhi_ps(quarter[2], quarter[3]);
+  return _mm_movelh_ps(ab, cd) + _mm_movehl_ps(cd, ab);
+#else
+  return Vec4{sum(v[0]), sum(v[1]), sum(v[2]), sum(v[3])};
+#endif
+}
+
+// e^v to about 1 ulp, with the same arithmetic in every lane. Below -87.3 the result is 0; NaN
+// stays NaN. Cephes expf: e^v = 2^n * e^r with |r| <= ln(2) / 2 and a polynomial of degree 6 for
+// e^r.
+DIST_INT8_INLINE Vec exponential(Vec v) {
+  const Vec high = broadcast(88.3762626647949f);
+  const Vec low = broadcast(-87.3365447505531f);
+  const Vec magic = broadcast(12582912.0f);
+  Vec x = v > high ? high : v;
+  x = x < low ? low : x;
+  const Vec n = fma(x, broadcast(1.44269504088896341f), magic) - magic;
+  Vec r = fma(n, broadcast(-0.693359375f), x);
+  r = fma(n, broadcast(2.12194440e-4f), r);
+  Vec p = broadcast(1.9875691500e-4f);
+  p = fma(p, r, broadcast(1.3981999507e-3f));
+  p = fma(p, r, broadcast(8.3334519073e-3f));
+  p = fma(p, r, broadcast(4.1665795894e-2f));
+  p = fma(p, r, broadcast(1.6666665459e-1f));
+  p = fma(p, r, broadcast(5.0000001201e-1f));
+  p = fma(p, r * r, r + broadcast(1.0f));
+  // n as an integer sits in the low bits of n + magic.
+  const IntVec exponent = ((IntVec)(n + magic) - 0x4b400000 + 127) << 23;
+  Vec result = p * (Vec)exponent;
+  result = v < low ? Vec{} : result;
+  result = v > high ? broadcast(__builtin_inff()) : result;
+  return v == v ? result : v;
+}
+
+// v / (1 + e^-v)
+DIST_INT8_INLINE Vec silu(Vec v) { return v / (broadcast(1.0f) + exponential(-v)); }
+
+// Calls body(begin, end) on ranges that cover [0, count), in threads where grain allows.
+template <typename Body>
+DIST_INT8_INLINE void parallel(const Runtime& runtime, int64_t count, int64_t grain,
+                               const Body& body) {
+  if (count <= grain || runtime.num_threads == 1) {
+    if (count > 0) body(int64_t{0}, count);
+    return;
+  }
+  runtime.parallel_for(
+      0, count, grain,
+      [](int64_t begin, int64_t end, void* context) {
+        (*static_cast<const Body*>(context))(begin, end);
+      },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// Calls body(T{}) with T the C++ type of `type`.
+template <typename Body>
+DIST_INT8_INLINE void with_type(DataType type, const Body& body) {
+  switch (type) {
+    case DataType::kFloat32:
+      return body(float{});
+    case DataType::kBFloat16:
+      return body(BFloat16{});
+    case DataType::kFloat16:
+      return body(Float16{});
+  }
+}
+
+// x[0..n) of any type as float.
+template <typename T>
+DIST_INT8_INLINE void widen_row(const T* x, float* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, load(x + i));
+  for (; i < n; ++i) out[i] = widen(x[i]);
+}
+
+DIST_INT8_INLINE void widen_row(DataType type, const void* x, int64_t offset, float* out,
+                                int64_t n) {
+  with_type(type,
+            [&](auto tag) { widen_row(static_cast<const decltype(tag)*>(x) + offset, out, n); });
+}
+
+void quantize_rows(const QuantizeRowsArgs& args, const Runtime& runtime);
+void int8_linear(const Int8LinearArgs& args, const Runtime& runtime);
+void linear(const LinearArgs& args, const Runtime& runtime);
+void add_norm(const AddNormArgs& args, const Runtime& runtime);
+void silu_mul(const SiluMulArgs& args, const Runtime& runtime);
+void attention(const AttentionArgs& args, const Runtime& runtime);
+
+}  // namespace dist_int8::DIST_INT8_ISA

@@ -1,0 +1,20 @@
+// The table of one instruction set's kernels.
+#include "cpu/simd.h"
+
+namespace dist_int8::DIST_INT8_ISA {
+
+#define DIST_INT8_STRING_(x) #x
+#define DIST_INT8_STRING(x) DIST_INT8_STRING_(x)
+
+extern const CpuKernels kernels;
+const CpuKernels kernels = {
+    DIST_INT8_STRING(DIST_INT8_ISA),
+    quantize_rows,
+    int8_linear,
+    linear,
+    add_norm,
+    silu_mul,
+    attention,
+};
+
+}  // namespace dist_int8::DIST_INT8_ISA

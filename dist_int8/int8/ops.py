@@ -1,0 +1,224 @@
+"""The ops of a decoder block: compiled where the library has a kernel, else plain torch.
+
+M or T rows are tokens, flattened: there is no batch dimension. On CPU every result of the compiled
+ops is a function of its own row alone (of its own sequence, for `attention`), bit for bit: sums run
+in an order that does not depend on M, on tiling or on threads.
+"""
+
+import torch
+from torch import Tensor
+
+from dist_int8.int8 import plain, reference
+from dist_int8.int8.library import has_kernel, library_info, load
+
+__all__ = [
+    "add_norm",
+    "attention",
+    "int8_linear",
+    "library_info",
+    "linear",
+    "quantize_rows",
+    "silu_mul",
+]
+
+_COMPILED = load()
+# The compiled ops, resolved once. They are called only where _COMPILED says that they exist.
+_ops = torch.ops.dist_int8
+_quantize_rows = _ops.quantize_rows.default if _COMPILED else None
+_int8_linear = _ops.int8_linear.default if _COMPILED else None
+_linear = _ops.linear.default if _COMPILED else None
+_add_norm = _ops.add_norm.default if _COMPILED else None
+_norm = _ops.norm.default if _COMPILED else None
+_silu_mul = _ops.silu_mul.default if _COMPILED else None
+_attention = _ops.attention.default if _COMPILED else None
+_QUANTIZES_ON_CUDA = has_kernel("quantize_rows", "CUDA")
+
+_RULES = {rule: index for index, rule in enumerate(reference.OUTLIER_RULES)}
+_KINDS = {"rms": 0, "layer": 1}
+
+
+def quantize_rows(
+    x: Tensor, outlier_rule: str, outlier_threshold: float, hot_columns: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [M, K] (fp32, bf16, fp16) -> x_int8 int8 [M, K], x_high int8 [M, K], row_scale fp32 [M].
+
+    x ~= row_scale * (x_int8 + 128 * x_high); see `reference.quantize_rows`, which this equals bit
+    for bit. hot_columns: int32 [H] in 0..K-1. Raises ValueError for shapes, dtypes and rules.
+    """
+    if _quantize_rows is not None and (x.is_cpu or (_QUANTIZES_ON_CUDA and x.is_cuda)):
+        return _quantize_rows(
+            x.contiguous(), _rule(outlier_rule, outlier_threshold), outlier_threshold, hot_columns
+        )
+    return reference.quantize_rows(x, outlier_rule, outlier_threshold, hot_columns)
+
+
+def int8_linear(
+    x: Tensor,
+    weight_int8: Tensor,
+    col_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    outlier_rule: str,
+    outlier_threshold: float,
+    hot_columns: Tensor | None = None,
+    hot_weight: Tensor | None = None,
+) -> Tensor:
+    """x [..., K] (fp32, bf16, fp16), weight_int8 [N, K], col_scale fp32 [N] -> [..., N] like x.
+
+    bias [N]; hot_columns int32 [H] with hot_weight [N, H], floating. The sum over k is an exact
+    integer; see `reference.int8_linear`. Equal to it bit for bit without hot columns, whose
+    products are summed in fp32. Raises ValueError for shapes, dtypes, rules, and K > 131072.
+    """
+    if x.dim() != 2:
+        rows = int8_linear(
+            x.reshape(-1, x.shape[-1]),
+            weight_int8,
+            col_scale,
+            bias,
+            outlier_rule=outlier_rule,
+            outlier_threshold=outlier_threshold,
+            hot_columns=hot_columns,
+            hot_weight=hot_weight,
+        )
+        return rows.reshape(*x.shape[:-1], weight_int8.shape[0])
+    if _int8_linear is not None and x.is_cpu:
+        return _int8_linear(
+            x.contiguous(),
+            weight_int8,
+            col_scale,
+            bias,
+            _rule(outlier_rule, outlier_threshold),
+            outlier_threshold,
+            hot_columns,
+            hot_weight,
+        )
+    return reference.int8_linear(
+        x,
+        weight_int8,
+        col_scale,
+        bias,
+        outlier_rule=outlier_rule,
+        outlier_threshold=outlier_threshold,
+        hot_columns=hot_columns,
+        hot_weight=hot_weight,
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K], weight [N, K], bias [N] or None -> [..., N] in x's dtype, summed in fp32.
+
+    Each of them is fp32, bf16 or fp16; weight may be narrower than x and is widened without loss as
+    it is read (a head in its checkpoint's dtype is half the bytes). Raises ValueError for shapes
+    and dtypes.
+    """
+    if x.dim() != 2:
+        rows = linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        return rows.reshape(*x.shape[:-1], weight.shape[0])
+    if _linear is not None and x.is_cpu:
+        return _linear(x.contiguous(), weight, bias)
+    return plain.linear(x, weight, bias)
+
+
+def add_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    kind: str,
+) -> tuple[Tensor, Tensor]:
+    """x, residual [T, K] or None, weight [K], bias [K] or None -> (normed, total), both [T, K].
+
+    total = x + residual in x's dtype (x itself without a residual). kind "rms": normed = total /
+    sqrt(mean(total^2) + eps) * weight (Zhang and Sennrich 2019); "layer": the same of total -
+    mean(total) (Ba et al. 2016); + bias; in fp32, rounded to x's dtype once. Raises ValueError for
+    shapes, dtypes and an unknown kind.
+    """
+    norm_kind = _KINDS.get(kind)
+    if norm_kind is None:
+        raise ValueError(
+            f"add_norm: kind must be 'rms' or 'layer', got {kind!r}; choose one of them"
+        )
+    if _add_norm is not None and _norm is not None and x.is_cpu:
+        if residual is None:
+            x = x.contiguous()
+            return _norm(x, weight, bias, eps, norm_kind), x
+        return _add_norm(x.contiguous(), residual.contiguous(), weight, bias, eps, norm_kind)
+    total = x if residual is None else x + residual
+    return plain.norm(total, weight, bias, eps, kind), total
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up [T, 2 * I] -> silu(gate_up[:, :I]) * gate_up[:, I:] [T, I], in gate_up's dtype.
+
+    Computed in fp32. The gated unit of Shazeer 2020 (SwiGLU). Raises ValueError for an odd width.
+    """
+    if _silu_mul is not None and gate_up.is_cpu:
+        return _silu_mul(gate_up.contiguous())
+    return plain.silu_mul(gate_up)
+
+
+def attention(
+    qkv: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    segments: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    window: int = 0,
+) -> Tensor:
+    """Causal attention of T new tokens; their keys and values first go to the caches, in place.
+
+    qkv [T, (H + 2 * KV) * D]: all query heads, all key heads, all value heads. key_cache
+    [S, KV, D, L] and value_cache [S, KV, L, D] in qkv's dtype: S slots of L tokens; keys lie
+    transposed. segments int32 [B, 3] on the CPU, rows (slot, start, count): the next `count` rows
+    of qkv are the tokens at positions start.. of that slot. cos, sin fp32 [P, R/2]: rotary
+    embedding of the first R of D dimensions, halves paired ("rotate_half"; Su et al. 2021), row =
+    position.
+    alibi_slopes fp32 [H]: adds slope * key position (Press et al. 2022, up to a constant of the
+    row). window: a token sees that many positions, its own included; 0 sees all before it. Softmax
+    in fp32 of scale * q . k. -> [T, H * D] in qkv's dtype.
+
+    Raises ValueError, before anything is written, for shapes and dtypes, for a slot or a position
+    outside the caches or the tables, and where segments do not add up to T.
+    """
+    if _attention is not None and qkv.is_cpu and qkv.dtype == torch.float32:
+        return _attention(
+            qkv.contiguous(),
+            key_cache,
+            value_cache,
+            segments,
+            num_heads,
+            num_kv_heads,
+            scale,
+            cos,
+            sin,
+            alibi_slopes,
+            window,
+        )
+    return plain.attention(
+        qkv,
+        key_cache,
+        value_cache,
+        segments,
+        num_heads,
+        num_kv_heads,
+        scale,
+        cos,
+        sin,
+        alibi_slopes,
+        window,
+    )
+
+
+def _rule(outlier_rule: str, outlier_threshold: float) -> int:
+    index = _RULES.get(outlier_rule)
+    if index is None:
+        reference.check_outlier_rule(outlier_rule, outlier_threshold)
+        raise AssertionError("check_outlier_rule accepts only the rules of OUTLIER_RULES")
+    return index
