@@ -221,7 +221,10 @@ def _layout(
         if stages is None and gpus is None:
             from dist_int8.devices import probe
 
-            gpus = max(1, len(probe().gpus))
+            num_gpus = len(probe().gpus)
+            if num_gpus and "WORLD_SIZE" in os.environ:
+                return {}  # each rank takes the GPU of its local rank
+            gpus = max(1, num_gpus)
         return _given(stages=stages, gpus=gpus if gpus is not None else stages)
     in_file = read_yaml(config) if config is not None else {}
     num_stages = stages or in_file.get("stages") or int(os.environ.get("WORLD_SIZE") or 1)

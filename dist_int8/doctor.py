@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -141,23 +142,22 @@ def _library() -> tuple[dict[str, Any], list[Finding]]:
         reason = f"dist_int8.int8.ops is not importable: {_flat(error)}"
         return {}, [Finding("kernels", "broken", reason, "install dist_int8 again")]
     library: dict[str, Any] = ops.library_info()
-    path, error = library["path"], library["error"]
-    if path is None:
-        slow = "not built; plain torch runs instead, slowly"
-        return library, [Finding("kernels", "missing", slow, "make install with a C++ compiler")]
-    if error is not None:
-        value = f"{path} does not load: {_flat(error)}"
-        return library, [Finding("kernels", "broken", value, "make kernels")]
-    cpu, cuda = library["cpu_kernels"], library["cuda_kernels"]
+    if library["path"] is None:
+        if importlib.util.find_spec("dist_int8._ops") is None:
+            slow = "not built; plain torch runs instead, slowly"
+            return library, [Finding("kernels", "missing", slow, "make kernels")]
+        return library, [Finding("kernels", "broken", _flat(library["error"]), "make kernels")]
+    cpu, cuda = library["cpu_ops"], library["cuda_ops"]
     findings = [
-        Finding("kernels", "ok", str(path)),
+        Finding("kernels", "ok", library["path"]),
         Finding("CPU kernels", "ok" if cpu else "broken", ", ".join(cpu) or "none"),
     ]
     if cuda:
         architectures = ", ".join(library["cuda_architectures"])
         findings.append(Finding("CUDA kernels", "ok", f"{', '.join(cuda)} for {architectures}"))
     else:
-        findings.append(Finding("CUDA kernels", "missing", "none built", "make kernels with nvcc"))
+        advice = "make kernels where nvcc is"
+        findings.append(Finding("CUDA kernels", "missing", "none built", advice))
     return library, findings
 
 

@@ -13,7 +13,7 @@ import threading
 
 
 def _end_with_rank_0() -> None:
-    while sys.stdin.buffer.read(1):
+    while os.read(0, 1):  # not sys.stdin: its lock would still be held when Python shuts down
         pass
     os._exit(1)
 
