@@ -63,7 +63,9 @@ def main():
     ) as ours:
         agree = ours.logits(rows[:4]).argmax(-1)
         with torch.inference_mode():
-            agree = (agree == theirs(torch.tensor(rows[:4])).logits.argmax(-1)).float().mean().item()
+            agree = (
+                (agree == theirs(torch.tensor(rows[:4])).logits.argmax(-1)).float().mean().item()
+            )
         assert agree >= 0.95, f"next tokens agree on {agree:.1%} of positions"
         print(f"next-token agreement with fp32: {agree:.1%}", flush=True)
         for batch in args.batches:

@@ -12,11 +12,11 @@ import argparse
 import statistics
 import time
 
+from decode import TEXT
 from results import write_result
 from transformers import AutoTokenizer
 
 import dist_int8
-from decode import TEXT
 
 
 def main():
@@ -69,12 +69,17 @@ def main():
     for m in args.micro_batches:
         same = zip(totals[2, m], totals[1, m], strict=True)
         ratios[f"same {m} micro-batches"] = statistics.median(a / b for a, b in same)
-    best = {s: max((c for c in cuts if c[0] == s), key=lambda c: statistics.median(totals[c])) for s in (1, 2)}
+    best = {
+        s: max((c for c in cuts if c[0] == s), key=lambda c: statistics.median(totals[c]))
+        for s in (1, 2)
+    }
     ratios["best against best"] = statistics.median(
         a / b for a, b in zip(totals[best[2]], totals[best[1]], strict=True)
     )
     for name, row in rows.items():
-        print(f"{name}: {row['tokens_per_s']:.1f} tokens/s, decode {row['decode_tokens_per_s']:.1f}")
+        print(
+            f"{name}: {row['tokens_per_s']:.1f} tokens/s, decode {row['decode_tokens_per_s']:.1f}"
+        )
     for name, ratio in ratios.items():
         print(f"two stages over one, {name}: {ratio:.2f}")
     for model in models.values():

@@ -109,7 +109,9 @@ def load(
         same |= {"model": str(folder.resolve()), "devices": stage_devices, "revision": None}
         world = distributed.spawn(len(plan.stages), same, backend, settings.rendezvous_timeout)
     try:
-        stage = _build_stage(folder, spec, plan.stages[rank], plan, settings, limits, dtype, progress)
+        stage = _build_stage(
+            folder, spec, plan.stages[rank], plan, settings, limits, dtype, progress
+        )
         transport = None
         if len(plan.stages) > 1:
             device = torch.device(plan.stages[rank].device)
@@ -151,7 +153,9 @@ def _serve_and_exit(stage: Stage, transport: Transport, world: World, last: bool
 
 def _leave(error: BaseException, rank: int, place: Launched | None) -> NoReturn:
     """Ends a rank above 0 that failed, in one line, without waiting for peers that may be gone."""
-    name = "" if isinstance(error, (ValueError, distributed.RankDied)) else type(error).__name__ + ": "
+    name = (
+        "" if isinstance(error, (ValueError, distributed.RankDied)) else type(error).__name__ + ": "
+    )
     print(f"[rank {rank} stage {rank}] {name}{error}", file=sys.stderr, flush=True)
     os._exit(1)
 
@@ -210,7 +214,7 @@ def _limits(settings: Settings, spec: ModelSpec) -> Limits:
 
 
 def _set_threads(settings: Settings, plan: Plan) -> None:
-    """Shares the cores of this machine among the CPU stages, which would otherwise fight for them."""
+    """Shares this machine's cores among the CPU stages, which would otherwise fight for them."""
     num_stages = len(plan.stages)
     if settings.threads_per_stage is not None:
         torch.set_num_threads(settings.threads_per_stage)

@@ -26,8 +26,8 @@ import torch.distributed as dist
 
 SHUTDOWN_TIMEOUT_S = 5.0
 POLL_S = 0.1
-# A stage may wait for its next micro-batch as long as the user thinks; a dead peer is noticed by its
-# closed connection and by rank 0's watch over the others, not by this.
+# A stage may wait for its next micro-batch as long as the user thinks; a dead peer is noticed by
+# its closed connection and by rank 0's watch over the others, not by this.
 IDLE_TIMEOUT = timedelta(days=30)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -164,9 +164,7 @@ def alone() -> World:
     return World(rank=0, world_size=1)
 
 
-def spawn(
-    world_size: int, settings: dict[str, Any], backend: str, timeout_s: float
-) -> World:
+def spawn(world_size: int, settings: dict[str, Any], backend: str, timeout_s: float) -> World:
     """Starts ranks 1 .. world_size - 1 on this machine and joins them as rank 0.
 
     Each is `python -m dist_int8.rank`, gets `settings` as a line of JSON on its standard input, and

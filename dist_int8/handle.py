@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -201,7 +201,7 @@ class Model:
                     f"{self._spec.vocab_size - 1}, got {token_id!r}; use this model's tokenizer"
                 )
 
-    def _run(self, requests: list[Request]) -> Iterator[Token]:
+    def _run(self, requests: list[Request]) -> Generator[Token, None, list[Completion]]:
         with self._running():
             yield from self._engine.run(requests)
         speed = self._engine.speed

@@ -1,4 +1,4 @@
-"""load() and the handle, over real ranks: the same tokens however the work is cut, and clean ends."""
+"""load() and the handle over real ranks: the same tokens however it is cut, and clean ends."""
 
 import json
 import os
@@ -66,8 +66,7 @@ def test_three_stages_with_any_cut_change_no_token(tiny_llama, expected, setting
     with dist_int8.load(tiny_llama, devices=["cpu"] * 3, **OPTIONS, **settings) as model:
         answers = model.generate(PROMPTS, max_new_tokens=12)
     assert [a.token_ids for a in answers] == [e.token_ids for e in expected]
-    assert [stage["blocks"][0] for stage in answers[0].stages][0] == 0
-    assert answers[0].stages[-1]["blocks"][1] == 3
+    assert answers[0].stages[0]["blocks"][0] == 0 and answers[0].stages[-1]["blocks"][1] == 3
 
 
 def test_floating_point_logits_equal_transformers(tiny_llama):

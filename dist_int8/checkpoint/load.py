@@ -41,7 +41,7 @@ def load_stage(
     outlier_threshold: float = 6.0,
     int8: bool = True,
     skip: Collection[str] = ("lm_head",),
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
     max_tokens: int | None = None,
 ) -> DecoderStage:
     """Build a stage and fill it from a safetensors checkpoint.

@@ -160,9 +160,7 @@ class Engine:
         self._step += 1
         return self._step
 
-    def _admit(
-        self, waiting: deque[Request], free_slots: deque[int], lanes: deque[_Lane]
-    ) -> None:
+    def _admit(self, waiting: deque[Request], free_slots: deque[int], lanes: deque[_Lane]) -> None:
         while waiting and free_slots:
             request = waiting.popleft()
             request.slot = free_slots.popleft()

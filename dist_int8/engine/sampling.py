@@ -47,7 +47,9 @@ class TokenSampler:
         for (slot, seed), settings in zip(
             micro_batch.starts.tolist(), micro_batch.settings.tolist(), strict=True
         ):
-            self._slots[slot] = self._configure(seed, dict(zip(SAMPLING_FIELDS, settings, strict=True)))
+            self._slots[slot] = self._configure(
+                seed, dict(zip(SAMPLING_FIELDS, settings, strict=True))
+            )
         row = 0
         for slot, start, count in micro_batch.segments.tolist():
             state = self._slots[slot]

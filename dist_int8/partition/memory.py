@@ -14,30 +14,66 @@ FLOAT32_BYTES = 4
 class Block(Protocol):
     """Sizes of one decoder block."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    norm: str
-    gated: bool
-    qkv_bias: bool
-    attention_output_bias: bool
-    mlp_bias: bool
-    qkv_size: int
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def intermediate_size(self) -> int: ...
+
+    @property
+    def num_heads(self) -> int: ...
+
+    @property
+    def num_kv_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def norm(self) -> str: ...
+
+    @property
+    def gated(self) -> bool: ...
+
+    @property
+    def qkv_bias(self) -> bool: ...
+
+    @property
+    def attention_output_bias(self) -> bool: ...
+
+    @property
+    def mlp_bias(self) -> bool: ...
+
+    @property
+    def qkv_size(self) -> int: ...
 
 
 class Model(Protocol):
     """Sizes of a whole model."""
 
-    vocab_size: int
-    hidden_size: int
-    embedding_size: int
-    num_position_rows: int
-    embedding_norm: bool
-    final_norm: bool
-    tied_head: bool
-    blocks: tuple[Block, ...]
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def embedding_size(self) -> int: ...
+
+    @property
+    def num_position_rows(self) -> int: ...
+
+    @property
+    def embedding_norm(self) -> bool: ...
+
+    @property
+    def final_norm(self) -> bool: ...
+
+    @property
+    def tied_head(self) -> bool: ...
+
+    @property
+    def blocks(self) -> tuple[Block, ...]: ...
 
 
 @dataclass(frozen=True)

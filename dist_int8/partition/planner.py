@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from dist_int8.partition import memory
 
@@ -100,7 +100,7 @@ def split_blocks(costs: Sequence[int], last_cost: int, num_stages: int) -> list[
         sums.append(sums[-1] + cost)
     num_blocks = len(costs)
 
-    @lru_cache(maxsize=None)
+    @cache
     def best(start: int, stages: int) -> tuple[int, int]:
         """(largest cost, end of the first stage) for blocks from `start` on `stages` stages."""
         if stages == 1:
@@ -144,8 +144,10 @@ def plan_stages(
     ranges = split_blocks(costs, memory.head_bytes(model, formats), num_stages)
     stages = []
     for rank, (device, blocks) in enumerate(zip(devices, ranges, strict=True)):
-        kv_bytes = num_slots * max_tokens * sum(
-            memory.kv_bytes_per_token(model.blocks[i], formats.float_size) for i in blocks
+        kv_bytes = (
+            num_slots
+            * max_tokens
+            * sum(memory.kv_bytes_per_token(model.blocks[i], formats.float_size) for i in blocks)
         )
         first, last = rank == 0, rank == num_stages - 1
         stage = StagePlan(

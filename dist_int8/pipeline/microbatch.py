@@ -89,7 +89,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Limits:
-    """The sizes that every rank of one pipeline agrees on; what exceeds them is no message of ours."""
+    """The sizes that every rank of a pipeline agrees on; what exceeds them is no message of it."""
 
     num_slots: int
     max_tokens: int
@@ -181,7 +181,10 @@ def unpack(header: Tensor, control: Tensor, limits: Limits) -> MicroBatch:
         raise BadMessage("control: a slot stands in two segments of one micro-batch")
     # counts and begins are bounded one by one first, so that their sums cannot wrap around
     for name, column, least in (("counts", counts, 1), ("starts", begins, 0)):
-        if column.numel() and not least <= int(column.min()) <= int(column.max()) <= limits.max_tokens:
+        if (
+            column.numel()
+            and not least <= int(column.min()) <= int(column.max()) <= limits.max_tokens
+        ):
             raise BadMessage(f"control: segment {name} must be {least} to {limits.max_tokens}")
     if int(counts.sum()) != num_tokens:
         raise BadMessage(

@@ -1,4 +1,4 @@
-"""Runs stages: rank 0 submits micro-batches and takes results, every other rank serves its stage."""
+"""Runs stages: rank 0 submits micro-batches and takes results, the other ranks serve theirs."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Transport:
         self.limits = limits
         self.dtype = dtype
         self.device = device
-        self._sent: deque[list[tuple[dist.Work, Tensor]]] = deque()
+        self._sent: deque[list[tuple[dist.Work | None, Tensor]]] = deque()
         self._received: queue.Queue[Any] = queue.Queue(maxsize=BUFFERS)
         receive = self._receive_result if rank == 0 else self._receive_micro_batch
         self._thread = threading.Thread(
@@ -98,7 +98,11 @@ class Transport:
         try:
             # the tensors are kept until their copy has left
             self._sent.append(
-                [(dist.isend(t, self.target), t) for t in map(Tensor.contiguous, tensors) if t.numel()]
+                [
+                    (dist.isend(t, self.target), t)
+                    for t in map(Tensor.contiguous, tensors)
+                    if t.numel()
+                ]
             )
         except (RuntimeError, dist.DistError) as error:
             raise self._lost_target(error) from None
@@ -106,6 +110,7 @@ class Transport:
     def _wait_for_oldest(self) -> None:
         try:
             for work, _ in self._sent.popleft():
+                assert work is not None  # None: this rank is not in the group
                 work.wait()
         except (RuntimeError, dist.DistError) as error:
             raise self._lost_target(error) from None

@@ -63,9 +63,7 @@ def test_seventy_blocks_on_sixteen_stages_are_planned_at_once():
 
 def test_a_heavy_head_leaves_the_last_stage_fewer_blocks():
     light = plan_stages(make_spec(), ["cpu"] * 2, INT8, num_slots=1, max_tokens=16)
-    heavy = plan_stages(
-        make_spec(vocab_size=100), ["cpu"] * 2, INT8, num_slots=1, max_tokens=16
-    )
+    heavy = plan_stages(make_spec(vocab_size=100), ["cpu"] * 2, INT8, num_slots=1, max_tokens=16)
     assert len(heavy.stages[1].blocks) < len(light.stages[1].blocks)
 
 

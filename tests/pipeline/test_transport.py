@@ -1,4 +1,4 @@
-"""Real gloo ranks: messages arrive whole and in order, forged ones are refused, closed links named."""
+"""Real gloo ranks: messages arrive whole and in order, forged ones are refused."""
 
 import multiprocessing
 import os
