@@ -146,6 +146,11 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] (fp32, bf16 or fp16) -> y [..., N] in x's dtype; rows are independent."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"Int8Linear: x must be [..., K={self.in_features}], got {list(x.shape)}; "
+                "its last dimension is the input features"
+            )
         return ops.int8_linear(
             x,
             self.weight_int8,

@@ -149,7 +149,8 @@ def int8_linear(
     then in fp32 and in this order y = total * (row_scale * col_scale),
     y += x[:, hot_columns] @ hot_weight.T, y += bias; last the cast to x's dtype. `hot_columns` [H]
     and `hot_weight` [N, H] (floating) come together, and then those columns of `weight_int8` do not
-    matter: they only ever meet zeros.
+    matter: they only ever meet zeros. Their product is summed in fp64 here; a kernel may sum it in
+    fp32, in an order of its own that is the same for every row.
     """
     _check_matrix("int8_linear", "x", x)
     if (
@@ -169,7 +170,8 @@ def int8_linear(
     x_int8, x_high, row_scale = quantize_rows(x, outlier_rule, outlier_threshold, hot_columns)
     y = integer_product(x_int8, x_high, weight_int8).float() * (row_scale[:, None] * col_scale)
     if hot_columns is not None and hot_weight is not None:
-        y = y + x[:, hot_columns.long()].float() @ hot_weight.float().T
+        x_hot = x[:, hot_columns.long()]
+        y = y + (x_hot.double() @ hot_weight.double().T).float()
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype)

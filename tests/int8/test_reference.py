@@ -208,7 +208,7 @@ def test_quantize_weight_is_torchs_per_channel_quantizer():
     weight = (torch.randint(-254, 255, (12, 64), generator=generator) / 2) * scale[:, None]
     weight[:, 7] = 127 * scale
     weight_int8, col_scale = reference.quantize_weight(weight)
-    zero_points = torch.zeros(12, dtype=torch.long)
+    zero_points = torch.zeros(12, dtype=torch.int32)
     theirs = torch.fake_quantize_per_channel_affine(weight, scale, zero_points, 0, -127, 127)
     assert torch.equal(reference.dequantize_weight(weight_int8, col_scale), theirs)
     assert torch.equal(col_scale, scale)
