@@ -108,7 +108,7 @@ def resolve_model(model: str | Path, revision: str | None = None) -> Path:
         ValueError: neither a folder nor a hub id, or a hub id that cannot be fetched.
     """
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if str(model) and folder.is_dir():
         return folder
     if folder.exists() or not _HUB_ID.fullmatch(str(model)):
         raise ValueError(

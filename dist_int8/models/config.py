@@ -54,7 +54,7 @@ def load_config(model: str | Path) -> PretrainedConfig:
             fields.
     """
     folder = Path(model)
-    if folder.is_dir():
+    if str(model) and folder.is_dir():
         path = folder / "config.json"
         if not path.is_file():
             raise ValueError(

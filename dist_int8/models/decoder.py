@@ -22,7 +22,7 @@ class TokenBatch:
     token_ids: Tensor | None
     """int64 [T]; only the first stage reads them."""
     segments: Tensor
-    """int32 [B, 3], rows (slot, start, count)."""
+    """int32 [B, 3] on the CPU, rows (slot, start, count)."""
     positions: Tensor
     """int64 [T], position of each token in its sequence."""
     logit_rows: Tensor | None = None
@@ -42,7 +42,7 @@ class TokenBatch:
             token_ids: T token ids, or None on a stage that is not the first.
             segments: (slot, start, count) of each sequence, counts adding up to T, slots distinct.
             logit_rows: rows (0 .. T-1) whose logits are wanted; None: all.
-            device: where the tensors go.
+            device: where all but the segments go.
         """
         rows = [tuple(segment) for segment in segments]
         positions = [p for _, start, count in rows for p in range(start, start + count)]
@@ -52,7 +52,7 @@ class TokenBatch:
         assert len({slot for slot, _, _ in rows}) == len(rows), f"one segment a slot: {rows}"
         return cls(
             token_ids,
-            torch.tensor(rows, dtype=torch.int32, device=device).view(-1, 3),
+            torch.tensor(rows, dtype=torch.int32).view(-1, 3),
             torch.tensor(positions, dtype=torch.int64, device=device),
             None
             if logit_rows is None

@@ -40,6 +40,12 @@ def describe(config: Any) -> ModelSpec:
     """ModelSpec of a Llama, Mistral or Qwen2 config."""
     hidden, num_heads = config.hidden_size, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or hidden // num_heads
+    num_kv_heads = config.num_key_value_heads
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"config.json:num_key_value_heads: must divide num_attention_heads {num_heads}, got "
+            f"{num_kv_heads}; check the config"
+        )
     if config.hidden_act not in ("silu", "swish"):
         raise ValueError(
             f"config.json:hidden_act: must be 'silu' for a {config.model_type} model, got "
@@ -60,7 +66,7 @@ def describe(config: Any) -> ModelSpec:
             hidden_size=hidden,
             intermediate_size=config.intermediate_size,
             num_heads=num_heads,
-            num_kv_heads=config.num_key_value_heads,
+            num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             norm="rms",
             norm_eps=config.rms_norm_eps,

@@ -1,0 +1,190 @@
+"""Filling a stage from a checkpoint: names, dtypes, quantization, sharing, and every refusal."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from dist_int8.checkpoint import load_stage, stage_bytes_to_read
+from dist_int8.int8 import reference
+from dist_int8.int8.linear import Int8Linear
+from dist_int8.models import describe, load_config
+
+PREFIX = {"llama": "model.", "bloom": "transformer.", "opt": "model.", "gpt_neox": "gpt_neox."}
+
+
+def load(folder, blocks=None, **options):
+    spec = describe(load_config(folder))
+    blocks = blocks or range(spec.num_blocks)
+    options = {"first": True, "last": True, **options}
+    return load_stage(folder, spec, blocks, **options)
+
+
+def rewrite(folder, change):
+    """Apply `change` to the dictionary of tensors of model.safetensors."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def states(stage):
+    return dict(sorted(stage.state_dict().items()))
+
+
+def assert_same(stage, other):
+    one, two = states(stage), states(other)
+    assert list(one) == list(two)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", PREFIX)
+def test_names_load_with_and_without_the_prefix(folder_of, name):
+    folder = folder_of(name)
+    before = load(folder, int8=False)
+    tensors = load_file(folder / "model.safetensors")
+    assert any(key.startswith(PREFIX[name]) for key in tensors)
+    bare = {key.removeprefix(PREFIX[name]): tensor for key, tensor in tensors.items()}
+    save_file(bare, folder / "model.safetensors")
+    assert_same(load(folder, int8=False), before)
+
+
+def test_linears_are_quantized_as_the_specification_says(folder_of):
+    folder = folder_of("bloom")
+    stage = load(folder, outlier_rule="row_rms", outlier_threshold=5.0)
+    floating = load(folder, int8=False)
+    linears = [m for m in stage.modules() if isinstance(m, Int8Linear)]
+    assert len(linears) == 2 * 4
+    assert {m.outlier_rule for m in linears} == {"row_rms"}
+    assert {m.outlier_threshold for m in linears} == {5.0}
+    for path, module in stage.named_modules():
+        if isinstance(module, Int8Linear):
+            original = floating.get_submodule(path)
+            weight_int8, col_scale = reference.quantize_weight(original.weight)
+            assert torch.equal(module.weight_int8, weight_int8)
+            assert torch.equal(module.col_scale, col_scale)
+            assert torch.equal(module.bias, original.bias)
+    assert not any(tensor.is_meta for tensor in states(stage).values())
+
+
+def test_skipped_linears_stay_floating(folder_of):
+    stage = load(folder_of("llama"), skip=("lm_head", "down", "blocks.1"))
+    assert isinstance(stage.blocks["0"].qkv, Int8Linear)
+    assert type(stage.blocks["0"].down) is torch.nn.Linear
+    assert type(stage.blocks["1"].qkv) is torch.nn.Linear
+    assert type(stage.lm_head) is torch.nn.Linear
+    assert isinstance(load(folder_of("llama_tied"), skip=()).lm_head, Int8Linear)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+def test_dtypes(folder_of, stored):
+    folder = folder_of("llama_tied")
+    AutoModelForCausalLM.from_pretrained(folder, dtype=stored).save_pretrained(folder)
+    stage = load(folder)
+    assert stage.embedding.weight.dtype == stored  # kept below fp32 hidden states
+    assert stage.blocks["0"].mlp_norm.weight.dtype == torch.float32
+    stage = load(folder, dtype=torch.bfloat16)
+    assert stage.embedding.weight.dtype == torch.bfloat16
+    assert stage.blocks["0"].mlp_norm.weight.dtype == torch.bfloat16
+    assert stage.rotary_cos.dtype == torch.float32
+
+
+def test_tied_head_is_shared_within_a_stage_and_read_in_another(folder_of):
+    folder = folder_of("llama_tied")
+    whole = load(folder, int8=False)
+    assert whole.lm_head.weight is whole.embedding.weight
+    last = load(folder, range(2, 3), first=False, int8=False)
+    assert torch.equal(last.lm_head.weight, whole.embedding.weight)
+    assert not hasattr(last, "embedding")
+
+
+def test_tied_head_that_is_stored_too(folder_of):
+    folder = folder_of("llama_tied")
+    embedding = "model.embed_tokens.weight"
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t[embedding].clone()}))
+    stage = load(folder)
+    assert stage.lm_head.weight is stage.embedding.weight
+    # transformers does not tie two stored tensors that differ
+    rewrite(folder, lambda t: t["lm_head.weight"].add_(1))
+    stage = load(folder)
+    reference_model = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(stage.lm_head.weight, reference_model.lm_head.weight)
+    assert not torch.equal(stage.lm_head.weight, stage.embedding.weight)
+    rewrite(folder, lambda t: t.pop(embedding))
+    stage = load(folder)
+    assert stage.lm_head.weight is stage.embedding.weight
+
+
+def test_progress_counts_the_bytes_of_the_stage(folder_of):
+    folder = folder_of("llama_tied")
+    spec = describe(load_config(folder))
+    stored = sum(t.numel() * 4 for t in load_file(folder / "model.safetensors").values())
+    totals = []
+    for blocks, first, last in ((range(3), True, True), (range(0, 2), True, False)):
+        read = []
+        load(folder, blocks, first=first, last=last, progress=read.append)
+        assert sum(read) == stage_bytes_to_read(folder, spec, blocks, first=first, last=last)
+        totals.append(sum(read))
+    assert totals[0] == stored
+    assert totals[1] < stored
+
+
+def test_loaded_tensors_do_not_hang_on_the_file(folder_of):
+    folder = folder_of("llama_tied")
+    stage = load(folder, int8=False)
+    before = {name: tensor.clone() for name, tensor in states(stage).items()}
+    size = (folder / "model.safetensors").stat().st_size
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.write(b"\0" * size)
+    assert all(torch.equal(before[name], tensor) for name, tensor in states(stage).items())
+
+
+def test_every_missing_and_misshapen_tensor_is_named(folder_of):
+    folder = folder_of("llama")
+
+    def damage(tensors):
+        del tensors["model.norm.weight"]
+        del tensors["model.layers.1.self_attn.k_proj.weight"]
+        tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(80, 47)
+        tensors["model.layers.0.self_attn.q_norm.weight"] = torch.ones(12)
+        down = "model.layers.0.mlp.down_proj.weight"
+        tensors[down] = torch.zeros(48, 80, dtype=torch.int8)
+
+    rewrite(folder, damage)
+    allocated = []
+    with pytest.raises(ValueError, match="5 problem") as error:
+        load(folder, progress=allocated.append)
+    message = str(error.value)
+    assert "missing tensor model.norm.weight" in message
+    assert "missing tensor model.layers.1.self_attn.k_proj.weight" in message
+    assert "up_proj.weight must have shape [80, 48], got [80, 47]" in message
+    assert "unknown tensor model.layers.0.self_attn.q_norm.weight" in message
+    assert "down_proj.weight must be floating-point, got I8" in message
+    assert allocated == []
+    assert "\n" not in message
+
+
+def test_config_with_fewer_blocks_than_the_checkpoint(folder_of):
+    folder = folder_of("llama")
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"9 problem.*unknown tensor model\.layers\.2\."):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "buffer"),
+    [
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        ("gpt_neox", "gpt_neox.layers.0.attention.bias"),
+        ("gpt_neox", "gpt_neox.layers.0.attention.masked_bias"),
+        ("opt", "decoder.version"),
+    ],
+)
+def test_buffers_of_old_checkpoints_are_passed_over(folder_of, name, buffer):
+    folder = folder_of(name)
+    before = load(folder)
+    rewrite(folder, lambda tensors: tensors.update({buffer: torch.zeros(3)}))
+    assert_same(load(folder), before)
