@@ -1,0 +1,91 @@
+"""Give a small model the outlier features that models of 6.7 billion parameters and more have.
+
+A few features of a norm's output are scaled up 20 to 60 times and the columns of the linears that
+read it down by the same factors. In floating point the model computes the same function; in int8 it
+is as hard as a large model (section 4 of the LLM.int8() paper: at most 6 or 7 such features, the
+same ones for all tokens). For tests and benchmarks of the outlier rules.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# model_type -> (where the blocks are, the norms of a block each with the linears that read it)
+_LLAMA = (
+    "model.layers",
+    (
+        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    ),
+)
+_NORMS = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "opt": (
+        "model.decoder.layers",
+        (
+            ("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("final_layer_norm", ("fc1",)),
+        ),
+    ),
+    "bloom": (
+        "transformer.h",
+        (
+            ("input_layernorm", ("self_attention.query_key_value",)),
+            ("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+        ),
+    ),
+    "gpt_neox": (
+        "gpt_neox.layers",
+        (
+            ("input_layernorm", ("attention.query_key_value",)),
+            ("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+        ),
+    ),
+}
+
+
+@torch.no_grad()
+def inject_outlier_features(
+    model: nn.Module, seed: int, num_channels: int = 6
+) -> dict[str, Tensor]:
+    """Scales `num_channels` random features of every norm of a transformers model, in place.
+
+    Returns the features of each norm by its qualified name (int64 [num_channels]). The factors are
+    uniform in 20 .. 60. In fp32 the logits move by rounding only; in 16 bits the scaled weights
+    round anew, so inject before casting down. Raises ValueError for a family without a description
+    here, and for models whose residual stream comes out of the norms (there the norm's output has
+    another reader: OPT-350m, BLOOM with `apply_residual_connection_post_layernorm`).
+    """
+    config: Any = model.config
+    if config.model_type not in _NORMS:
+        raise ValueError(
+            f"inject_outlier_features: model must be one of {', '.join(_NORMS)}, "
+            f"got {config.model_type}; describe its norms in dist_int8/models/outlier_features.py"
+        )
+    if not getattr(config, "do_layer_norm_before", True) or getattr(
+        config, "apply_residual_connection_post_layernorm", False
+    ):
+        raise ValueError(
+            f"inject_outlier_features: model must have its norms in front of its linears only, "
+            f"got a {config.model_type} with norms in the residual stream; take another model"
+        )
+    blocks_name, norms = _NORMS[config.model_type]
+    generator = torch.Generator().manual_seed(seed)
+    scaled: dict[str, Tensor] = {}
+    for index, block in enumerate(model.get_submodule(blocks_name).children()):
+        for norm_name, linear_names in norms:
+            norm: Any = block.get_submodule(norm_name)
+            channels = torch.randperm(norm.weight.numel(), generator=generator)[:num_channels]
+            factors = 20 + 40 * torch.rand(num_channels, generator=generator)
+            factors = factors.to(norm.weight)
+            norm.weight[channels] *= factors
+            if getattr(norm, "bias", None) is not None:
+                norm.bias[channels] *= factors
+            for linear_name in linear_names:
+                linear: Any = block.get_submodule(linear_name)
+                linear.weight[:, channels] /= factors
+            scaled[f"{blocks_name}.{index}.{norm_name}"] = channels
+    return scaled

@@ -1,0 +1,142 @@
+"""Injected outlier features: the same function in fp32, large features, hard for naive int8."""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
+
+from dist_int8.int8.convert import convert
+from dist_int8.models.outlier_features import inject_outlier_features
+
+_LLAMA = dict(
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=128,
+)
+_GPT = dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=2, vocab_size=128)
+CONFIGS = {
+    "llama": LlamaConfig(**_LLAMA),
+    "mistral": MistralConfig(**_LLAMA),
+    "qwen2": Qwen2Config(**_LLAMA),
+    "opt": OPTConfig(ffn_dim=96, word_embed_proj_dim=64, **_GPT),
+    "bloom": BloomConfig(hidden_size=64, n_head=4, n_layer=2, vocab_size=128),
+    "gpt_neox": GPTNeoXConfig(intermediate_size=96, **_GPT),
+}
+
+
+def a_model(config: PretrainedConfig) -> torch.nn.Module:
+    """A random model whose norms have gains and biases that are not all alike."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "ln_" in name:
+                parameter += 0.3 * torch.randn_like(parameter)
+            elif "bias" in name:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request):
+    return a_model(CONFIGS[request.param])
+
+
+IDS = torch.arange(48).view(2, 24)
+
+
+@torch.inference_mode()
+def test_fp32_logits_stay_and_the_features_grow(model):
+    before = model(IDS).logits
+    outputs: dict[str, torch.Tensor] = {}
+
+    def record(name):
+        def hook(module, inputs, output):
+            outputs[name] = output.abs().flatten(0, -2).amax(dim=0)
+
+        return hook
+
+    plain = copy.deepcopy(model)
+    channels = inject_outlier_features(model, seed=0)
+    assert len(channels) == 4
+    sizes = []
+    for which in (plain, model):
+        for name in channels:
+            which.get_submodule(name).register_forward_hook(record(name))
+        logits = which(IDS).logits
+        sizes.append(dict(outputs))
+    assert (logits - before).abs().max() < 1e-4
+    for name, columns in channels.items():
+        growth = sizes[1][name] / sizes[0][name]
+        assert len(columns.unique()) == 6
+        assert (growth[columns] > 19.9).all() and (growth[columns] < 60.1).all()
+        others = torch.ones(64, dtype=torch.bool)
+        others[columns] = False
+        torch.testing.assert_close(growth[others], torch.ones(58), rtol=1e-3, atol=0)
+
+
+@torch.inference_mode()
+def test_naive_int8_suffers_and_two_planes_do_not(model):
+    before = model(IDS).logits
+
+    def error(rule: str, threshold: float) -> float:
+        converted = convert(copy.deepcopy(model), outlier_rule=rule, outlier_threshold=threshold)
+        return float((converted(IDS).logits - before).norm() / before.norm())
+
+    plain = error("none", 0.0)
+    inject_outlier_features(model, seed=1)
+    injected = error("none", 0.0)
+    assert injected > 3 * plain
+    assert (
+        error("all", 0.0) < injected / 1.3
+    )  # what is left is the rounding of the shrunken columns
+
+
+def test_the_seed_decides():
+    features = [inject_outlier_features(a_model(CONFIGS["llama"]), seed) for seed in (0, 0, 1)]
+    for name, columns in features[0].items():
+        assert torch.equal(columns, features[1][name])
+        assert not torch.equal(columns, features[2][name])
+    assert not torch.equal(*list(features[0].values())[:2])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=128), "got gpt2"),
+        (
+            OPTConfig(ffn_dim=96, word_embed_proj_dim=64, do_layer_norm_before=False, **_GPT),
+            "got a opt with norms in the residual stream",
+        ),
+        (
+            BloomConfig(
+                hidden_size=64,
+                n_head=4,
+                n_layer=1,
+                vocab_size=128,
+                apply_residual_connection_post_layernorm=True,
+            ),
+            "got a bloom with norms in the residual stream",
+        ),
+    ],
+)
+def test_models_without_a_place_for_them_are_refused(config, message):
+    model = AutoModelForCausalLM.from_config(config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        inject_outlier_features(model, seed=0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
