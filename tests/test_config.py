@@ -1,0 +1,206 @@
+"""Settings: what is accepted, and that every mistake is one line that names file, key and cure."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import TypeAdapter
+from transformers import GenerationConfig
+
+from dist_int8.config import GenerationSettings, Settings, load_settings, parse_byte_size
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def error_of(call, *arguments, **named) -> str:
+    with pytest.raises(ValueError) as caught:
+        call(*arguments, **named)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def settings_file(tmp_path, text) -> Path:
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("79GiB", 79 * 1024**3),
+        ("80GB", 80 * 1000**3),
+        ("1.5 MiB", 3 * 1024**2 // 2),
+        ("512KB", 512_000),
+        (4096, 4096),
+        ("4096", 4096),
+    ],
+)
+def test_byte_sizes(text, num_bytes):
+    assert parse_byte_size(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["79GiBs", "GiB", "-1GiB", "0GB", 0, True, None, "79 gib", 1.5])
+def test_what_is_no_byte_size(text):
+    assert repr(text) in error_of(parse_byte_size, text)
+
+
+def test_yaml_file_and_overrides(tmp_path):
+    path = settings_file(
+        tmp_path, 'devices: [cpu, cpu]\nint8: no\noutlier_threshold: 6\nmemory: {"cpu": 2GiB}\n'
+    )
+    settings = load_settings(path, model=Path("folder"), outlier_threshold=None, micro_batches=3)
+    assert settings.devices == ["cpu", "cpu"] and settings.int8 is False
+    assert settings.outlier_threshold == 6.0 and settings.micro_batches == 3
+    assert settings.model == "folder" and settings.budget_of(1, "cpu") == 2 * 1024**3
+
+
+def test_an_override_of_the_layout_replaces_all_of_it(tmp_path):
+    path = settings_file(tmp_path, "devices: [cpu, cpu]\n")
+    settings = load_settings(path, gpus=3)
+    assert (settings.devices, settings.gpus, settings.stages) == (None, 3, None)
+
+
+def test_memory_of_a_stage():
+    assert load_settings(memory=["1GiB", "2GiB"]).budget_of(1, "cuda:1") == 2 * 1024**3
+    assert load_settings(memory={"cuda:1": 5}).budget_of(0, "cuda:0") is None
+    assert load_settings().budget_of(0, "cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("stages: 2\nmodel: x\nstages: 3\n", ["stages", "once", "lines 1 and 3"]),
+        ("outlier_treshold: 6\n", ["outlier_treshold", "did you mean outlier_threshold?"]),
+        ("zzz: 6\n", ["zzz", "known: model"]),
+        ("stages: two\n", ["stages must be an integer, got 'two'", "`stages: 2`"]),
+        ("gpus: yes\n", ["gpus must be an integer, got True"]),
+        ("gpus: 0\n", ["gpus must be at least 1, got 0"]),
+        ("outlier_threshold: .nan\n", ["outlier_threshold must be a finite number, got nan"]),
+        ("outlier_threshold: 1e3\n", ["outlier_threshold must be a number, got '1e3'"]),
+        ("outlier_rule: rows\n", ["'none', 'absolute', 'row_rms' or 'all', got 'rows'"]),
+        ("dtype: int4\n", ["dtype", "'bfloat16'", "got 'int4'"]),
+        ("devices: [cpu, gpu]\n", ["devices must be cpu or cuda:N, got 'gpu'"]),
+        ("devices: []\n", ["devices must be non-empty, got []"]),
+        ("memory: [79GiB, lots]\n", ["memory must be a byte size above 0, got 'lots'"]),
+        ("memory: 79GiB\n", ["memory must be a list", "got '79GiB'"]),
+        ("devices: [cpu]\ngpus: 1\n", ["gpus must be left out when devices is given"]),
+        ("devices: [cpu, cpu]\nstages: 3\n", ["stages must be the number of devices, 2, got 3"]),
+        ("gpus: 2\nmemory: [79GiB]\n", ["memory must be one byte size a stage, 2, got 1"]),
+        ('devices: [cpu]\nmemory: {"cuda:0": 1GiB}\n', ["name every device, got no cpu"]),
+        ("- stages\n", ["must be a mapping of settings, got list"]),
+        ("stages: [2\n", ["settings.yaml:2: config must be valid YAML"]),
+        ("a: !!python/object/apply:os.system [true]\n", ["must be valid YAML", "constructor"]),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path, text, parts):
+    message = error_of(load_settings, settings_file(tmp_path, text))
+    for part in ["settings.yaml:", *parts]:
+        assert part in message
+
+
+def test_nested_duplicate_keys_are_refused(tmp_path):
+    path = settings_file(tmp_path, 'memory: {"cpu": 1GiB, "cpu": 2GiB}\n')
+    assert "cpu must be given once" in error_of(load_settings, path)
+
+
+def test_unreadable_files(tmp_path):
+    assert "got no such file" in error_of(load_settings, tmp_path / "none.yaml")
+    assert "must be a readable" in error_of(load_settings, tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"model: Gr\xf6\xdfe\n")
+    assert "UTF-8" in error_of(load_settings, tmp_path / "latin.yaml")
+
+
+def test_two_mistakes_are_both_named():
+    message = error_of(load_settings, gpus=-1, dtype="int4", source="load()")
+    assert "load():gpus:" in message and "load():dtype:" in message
+
+
+def test_no_file_is_all_defaults(tmp_path):
+    assert load_settings(settings_file(tmp_path, "")) == load_settings() == Settings()
+
+
+@pytest.mark.parametrize("settings", [Settings, GenerationSettings])
+def test_every_setting_has_a_sentence_and_an_example_that_holds(settings):
+    for name, field in settings.model_fields.items():
+        assert field.description and field.description.endswith("."), name
+        assert settings.from_values({name: field.examples[0]}, "example"), name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_configs_are_valid_and_say_how_to_use_them(path):
+    load_settings(path)
+    assert f"--config configs/{path.name}" in path.read_text()
+
+
+def test_there_are_configs():
+    assert {"cpu-2-stages.yaml", "bloom-176b-4xa100-80gb.yaml"} <= {path.name for path in CONFIGS}
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({"temperature": -0.1}, "temperature must be at least 0.0, got -0.1"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"top_p": 1.5}, "top_p must be at most 1.0, got 1.5"),
+        ({"top_p": 0}, "top_p must be above 0"),
+        ({"top_k": -1}, "top_k must be at least 0, got -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"seed": 2**63}, "seed must be below"),
+        ({"stop": [""]}, "stop must be non-empty"),
+        ({"do_sample": True, "temperature": 0}, "temperature must be above 0 when do_sample"),
+        ({"num_beams": 4}, "num_beams must be a known setting"),
+    ],
+)
+def test_mistakes_in_generation_settings(values, part):
+    assert part in error_of(GenerationSettings.from_values, values, "generate()")
+
+
+@pytest.mark.parametrize(
+    ("values", "sampling", "temperature"),
+    [
+        ({}, False, 1.0),
+        ({"temperature": 0}, False, 1.0),
+        ({"temperature": 0.5}, True, 0.5),
+        ({"do_sample": True}, True, 1.0),
+        ({"do_sample": False, "temperature": 0.5}, False, 0.5),
+    ],
+)
+def test_when_it_samples(values, sampling, temperature):
+    settings = GenerationSettings.from_values(values, "generate()")
+    assert settings.sampling is sampling and settings.sampling_temperature == temperature
+
+
+def test_one_stop_string_stands_for_a_list():
+    assert GenerationSettings.from_values({"stop": "\n"}, "generate()").stop == ["\n"]
+
+
+def test_generation_config_of_transformers():
+    theirs = GenerationConfig(
+        do_sample=True, temperature=0.7, top_p=0.9, max_new_tokens=5, stop_strings=["."]
+    )
+    ours = GenerationSettings.from_generation_config(theirs, {"top_k": 3, "top_p": None})
+    assert ours == GenerationSettings(
+        do_sample=True, temperature=0.7, top_p=0.9, top_k=3, max_new_tokens=5, stop=["."]
+    )
+    greedy = GenerationSettings.from_generation_config(theirs, {"temperature": 0})
+    assert not greedy.sampling
+    assert not GenerationSettings.from_generation_config(GenerationConfig(), {}).sampling
+
+
+@pytest.mark.parametrize(
+    "given", [{"num_beams": 4}, {"min_p": 0.1}, {"no_repeat_ngram_size": 2}, {"typical_p": 0.5}]
+)
+def test_other_ways_of_decoding_are_refused_by_name(given):
+    call = GenerationSettings.from_generation_config
+    message = error_of(call, GenerationConfig(**given), {})
+    assert next(iter(given)) in message and "only greedy decoding and sampling" in message
+
+
+def test_json_round_trip():
+    """A rank gets its settings as JSON."""
+    settings = load_settings(devices=["cpu"], memory={"cpu": "1GiB"}, dtype="float32")
+    copied = TypeAdapter(dict).validate_json(settings.model_dump_json())
+    assert Settings.from_values(copied, "rank 1") == settings

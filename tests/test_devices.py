@@ -1,0 +1,102 @@
+"""GPUs: choosing devices, and asking a driver (a small one of ours) through cuda-python."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_int8.config import load_settings
+from dist_int8.devices import Gpu, Gpus, choose_devices
+
+NONE = Gpus((), "no CUDA driver is installed", None)
+TWO = Gpus(tuple(Gpu(i, "GPU", (8, 0), 80 * 1024**3, None, ()) for i in range(2)), None, "13.0")
+PROBE = """
+import dataclasses, json
+from dist_int8.devices import probe
+print(json.dumps(dataclasses.asdict(probe())))
+"""
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    """Folder with a libcuda.so.1 that has two GPUs."""
+    folder = tmp_path_factory.mktemp("driver")
+    source = Path(__file__).with_name("driver_of_two_gpus.c")
+    compiler = shutil.which("cc") or shutil.which("gcc") or "cc"
+    command = [compiler, "-shared", "-fPIC", "-o", folder / "libcuda.so.1", source]
+    subprocess.run(command, check=True)
+    return folder
+
+
+def probe_with(driver, **environment):
+    environment = {"LD_LIBRARY_PATH": str(driver), **environment}
+    visible = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    answer = subprocess.run(
+        [sys.executable, "-c", PROBE],
+        env=visible | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(answer.stdout)
+
+
+def test_what_the_driver_says(driver):
+    found = probe_with(driver)
+    assert found["driver"] == "13.0" and found["reason"] is None
+    first, second = found["gpus"]
+    assert first["name"] == "First GPU" and second["name"] == "Second GPU"
+    assert (first["index"], second["index"]) == (0, 1)
+    assert first["compute_capability"] == [8, 0] and second["compute_capability"] == [9, 0]
+    assert first["total_bytes"] == 80 * 1024**3 and second["total_bytes"] == 79 * 1024**3
+    assert first["peers"] == [1] and second["peers"] == []
+    assert set(first) == {field.name for field in dataclasses.fields(Gpu)}
+
+
+def test_no_visible_gpu(driver):
+    found = probe_with(driver, CUDA_VISIBLE_DEVICES="")
+    assert found["gpus"] == [] and "CUDA_VISIBLE_DEVICES" in found["reason"]
+
+
+def test_a_driver_that_refuses(driver):
+    found = probe_with(driver, DRIVER_REFUSES="803")
+    assert found["gpus"] == []
+    assert "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH to cuInit" in found["reason"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "found", "devices"),
+    [
+        ({"gpus": 2}, TWO, ["cuda:0", "cuda:1"]),
+        ({"gpus": 1}, TWO, ["cuda:0"]),
+        ({"devices": ["cuda:1", "cpu"]}, TWO, ["cuda:1", "cpu"]),
+        ({"devices": ["cpu", "cpu"]}, NONE, ["cpu", "cpu"]),
+        ({"stages": 2}, NONE, ["cpu", "cpu"]),
+        ({"stages": 2}, TWO, ["cuda:0", "cuda:1"]),
+        ({}, TWO, ["cuda:0", "cuda:1"]),
+        ({}, NONE, ["cpu"]),
+    ],
+)
+def test_choice(settings, found, devices):
+    assert choose_devices(load_settings(**settings), found) == devices
+
+
+@pytest.mark.parametrize(
+    ("settings", "found", "parts"),
+    [
+        ({"gpus": 4}, NONE, ["gpus", "GPUs seen, 0 (no CUDA driver is installed), got 4"]),
+        ({"gpus": 3}, TWO, ["gpus", "GPUs seen, 2, got 3"]),
+        ({"devices": ["cuda:2"]}, TWO, ["devices", "GPUs seen, 2, got cuda:2"]),
+        ({"stages": 3}, TWO, ["stages", "GPUs seen, 2, got 3"]),
+    ],
+)
+def test_more_gpus_than_there_are(settings, found, parts):
+    with pytest.raises(ValueError) as caught:
+        choose_devices(load_settings(**settings), found)
+    for part in [*parts, "--device cpu"]:
+        assert part in str(caught.value)
