@@ -49,15 +49,21 @@ struct Operand {
 constexpr int32_t kWeightOffset = 128;
 using Sums = __m512i;
 
+// As assembly, so that the compiler ties the sum's register: with the intrinsic GCC 12 keeps half of
+// a tile's sums on the stack.
+DIST_INT8_INLINE void add_products(Sums& sums, __m512i unsigned_bytes, __m512i signed_bytes) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(unsigned_bytes), "v"(signed_bytes));
+}
+
 template <int kRows>
 DIST_INT8_INLINE void step(Sums (&acc)[kRows][kTileCols], const __m512i (&w)[kTileCols],
                            const int8_t* x, int64_t ld) {
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
+  unrolled<kRows>([&](auto i) DIST_INT8_FORCED {
     const __m512i row = _mm512_loadu_si512(x + i * ld);
-#pragma GCC unroll 4
-    for (int j = 0; j < kTileCols; ++j) acc[i][j] = _mm512_dpbusd_epi32(acc[i][j], w[j], row);
-  }
+    unrolled<kTileCols>([&](auto j) DIST_INT8_FORCED {
+      add_products(acc[i][j], w[j], row);
+    });
+  });
 }
 
 template <int kRows>
@@ -66,21 +72,19 @@ DIST_INT8_INLINE void accumulate(Sums (&acc)[kRows][kTileCols], const Operand& o
   __m512i w[kTileCols];
   int64_t k = 0;
   for (; k + kStep <= operand.depth; k += kStep) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kTileCols; ++j) {
+    unrolled<kTileCols>([&](auto j) DIST_INT8_FORCED {
       if constexpr (kRows <= 2) {
         _mm_prefetch(reinterpret_cast<const char*>(operand.weight[j] + k + 1024), _MM_HINT_T0);
       }
       w[j] = _mm512_xor_si512(_mm512_loadu_si512(operand.weight[j] + k), flip);
-    }
+    });
     step(acc, w, operand.x + k, operand.ld);
   }
   if (k < operand.depth) {
     const __mmask64 tail = (uint64_t{1} << (operand.depth - k)) - 1;
-#pragma GCC unroll 4
-    for (int j = 0; j < kTileCols; ++j) {
+    unrolled<kTileCols>([&](auto j) DIST_INT8_FORCED {
       w[j] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(tail, operand.weight[j] + k), flip);
-    }
+    });
     step(acc, w, operand.x + k, operand.ld);
   }
 }
@@ -186,56 +190,57 @@ struct RowBlock {
 // Integer totals of kRows rows and 4 output features, as float, in float_totals [kRows][4].
 template <int kRows>
 static void tile(const Operand& low, const Operand& high, const int32_t* sum_low,
-                 const int32_t* sum_high, bool wide, Vec4* float_totals) {
+                 const int32_t* sum_high, Vec4* float_totals) {
   Sums acc[kRows][kTileCols] = {};
-  if (__builtin_expect(wide, 0)) {
-    IntVec4 high_totals[kRows];
-    accumulate<kRows>(acc, high);
-    for (int i = 0; i < kRows; ++i) high_totals[i] = totals(acc[i]) - sum_high[i] * kWeightOffset;
-    memset(acc, 0, sizeof(acc));
-    accumulate<kRows>(acc, low);
-    for (int i = 0; i < kRows; ++i) {
-      const IntVec4 low_totals = totals(acc[i]) - sum_low[i] * kWeightOffset;
-      for (int j = 0; j < kTileCols; ++j) {
-        const int64_t total = int64_t{high_totals[i][j]} * 128 + low_totals[j];
-        float_totals[i][j] = static_cast<float>(total);
-      }
-    }
-    return;
-  }
   if (high.depth != 0) {
     accumulate<kRows>(acc, high);
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kTileCols; ++j) shift_left_7(acc[i][j]);
-    }
+    unrolled<kRows>([&](auto i) DIST_INT8_FORCED {
+      unrolled<kTileCols>([&](auto j) DIST_INT8_FORCED { shift_left_7(acc[i][j]); });
+    });
   }
   accumulate<kRows>(acc, low);
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
+  unrolled<kRows>([&](auto i) DIST_INT8_FORCED {
     const uint32_t both = static_cast<uint32_t>(sum_low[i]) +
                           (high.depth != 0 ? 128u * static_cast<uint32_t>(sum_high[i]) : 0u);
     const int32_t offset = static_cast<int32_t>(both * static_cast<uint32_t>(kWeightOffset));
     float_totals[i] = __builtin_convertvector(totals(acc[i]) - offset, Vec4);
+  });
+}
+
+// The same where a total may leave int32: the planes are summed apart and combined in int64.
+static void wide_tile(int64_t rows, Operand low, Operand high, const int32_t* sum_low,
+                      const int32_t* sum_high, Vec4* float_totals) {
+  for (int64_t i = 0; i < rows; ++i) {
+    Sums high_acc[1][kTileCols] = {}, low_acc[1][kTileCols] = {};
+    accumulate<1>(high_acc, high);
+    accumulate<1>(low_acc, low);
+    const IntVec4 high_totals = totals(high_acc[0]) - sum_high[i] * kWeightOffset;
+    const IntVec4 low_totals = totals(low_acc[0]) - sum_low[i] * kWeightOffset;
+    for (int j = 0; j < kTileCols; ++j) {
+      const int64_t total = int64_t{high_totals[j]} * 128 + low_totals[j];
+      float_totals[i][j] = static_cast<float>(total);
+    }
+    low.x += low.ld;
+    high.x += high.ld;
   }
 }
 
 static void tile_of(int64_t rows, const Operand& low, const Operand& high, const int32_t* sum_low,
                     const int32_t* sum_high, bool wide, Vec4* float_totals) {
+  if (wide) return wide_tile(rows, low, high, sum_low, sum_high, float_totals);
   switch (rows) {
     case 1:
-      return tile<1>(low, high, sum_low, sum_high, wide, float_totals);
+      return tile<1>(low, high, sum_low, sum_high, float_totals);
     case 2:
-      return tile<2>(low, high, sum_low, sum_high, wide, float_totals);
+      return tile<2>(low, high, sum_low, sum_high, float_totals);
     case 3:
-      return tile<3>(low, high, sum_low, sum_high, wide, float_totals);
+      return tile<3>(low, high, sum_low, sum_high, float_totals);
     case 4:
-      return tile<4>(low, high, sum_low, sum_high, wide, float_totals);
+      return tile<4>(low, high, sum_low, sum_high, float_totals);
     case 5:
-      return tile<5>(low, high, sum_low, sum_high, wide, float_totals);
+      return tile<5>(low, high, sum_low, sum_high, float_totals);
     default:
-      return tile<6>(low, high, sum_low, sum_high, wide, float_totals);
+      return tile<6>(low, high, sum_low, sum_high, float_totals);
   }
 }
 

@@ -25,26 +25,25 @@ static void tile(const float* x, int64_t ld, const W* const (&weight)[kTileCols]
   int64_t k = 0;
   for (; k + kLanes <= K; k += kLanes) {
     Vec w[kTileCols];
-#pragma GCC unroll 4
-    for (int j = 0; j < kTileCols; ++j) {
+    unrolled<kTileCols>([&](auto j) DIST_INT8_FORCED {
       if constexpr (kCount <= 2) __builtin_prefetch(weight[j] + k + 1024 / sizeof(W));
       w[j] = load(weight[j] + k);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kCount; ++i) {
+    });
+    unrolled<kCount>([&](auto i) DIST_INT8_FORCED {
       const Vec row = load(x + i * ld + k);
-#pragma GCC unroll 4
-      for (int j = 0; j < kTileCols; ++j) acc[i][j] = fma(row, w[j], acc[i][j]);
-    }
+      unrolled<kTileCols>(
+          [&](auto j) DIST_INT8_FORCED { acc[i][j] = fma(row, w[j], acc[i][j]); });
+    });
   }
   if (k < K) {
-    for (int j = 0; j < kTileCols; ++j) {
+    unrolled<kTileCols>([&](auto j) DIST_INT8_FORCED {
       const Vec w = load_part(weight[j] + k, K - k);
-      for (int i = 0; i < kCount; ++i) acc[i][j] = fma(load(x + i * ld + k), w, acc[i][j]);
-    }
+      unrolled<kCount>([&](auto i) DIST_INT8_FORCED {
+        acc[i][j] = fma(load(x + i * ld + k), w, acc[i][j]);
+      });
+    });
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < kCount; ++i) y[i] = sum4(acc[i]);
+  unrolled<kCount>([&](auto i) DIST_INT8_FORCED { y[i] = sum4(acc[i]); });
 }
 
 template <typename W>

@@ -13,6 +13,9 @@
 #include <immintrin.h>
 #endif
 
+// Behind a lambda's parameters.
+#define DIST_INT8_FORCED __attribute__((always_inline))
+
 namespace dist_int8::DIST_INT8_ISA {
 
 #if defined(DIST_INT8_ISA_avx512_vnni)
@@ -28,6 +31,21 @@ typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 typedef float Vec4 __attribute__((vector_size(16)));
 typedef int32_t IntVec4 __attribute__((vector_size(16)));
 typedef double DoubleVec __attribute__((vector_size(kLanes * 4)));  // half as many lanes
+
+template <int kValue>
+struct Index {
+  constexpr operator int() const { return kValue; }
+};
+
+// body(Index<0>), ..., body(Index<kCount - 1>) written out: arrays that are only indexed this way
+// live in registers.
+template <int kCount, int kFrom = 0, typename Body>
+DIST_INT8_INLINE void unrolled(const Body& body) {
+  if constexpr (kFrom < kCount) {
+    body(Index<kFrom>{});
+    unrolled<kCount, kFrom + 1>(body);
+  }
+}
 
 DIST_INT8_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 DIST_INT8_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -148,24 +166,24 @@ DIST_INT8_INLINE float largest(Vec v) {
 }
 
 // Lane i of the result is the sum of v[i]'s lanes; every i goes through the same tree.
-DIST_INT8_INLINE Vec4 sum4(const Vec v[4]) {
 #if defined(__SSE2__)
+DIST_INT8_INLINE Vec4 quarter(Vec v) {
 #if defined(DIST_INT8_ISA_avx512_vnni)
-  Vec4 quarter[4];
-  for (int i = 0; i < 4; ++i) {
-    const __m256 half = _mm512_castps512_ps256(v[i]) + _mm512_extractf32x8_ps(v[i], 1);
-    quarter[i] = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
-  }
+  const __m256 half = _mm512_castps512_ps256(v) + _mm512_extractf32x8_ps(v, 1);
+  return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
 #elif defined(DIST_INT8_ISA_avx2)
-  Vec4 quarter[4];
-  for (int i = 0; i < 4; ++i) {
-    quarter[i] = _mm256_castps256_ps128(v[i]) + _mm256_extractf128_ps(v[i], 1);
-  }
+  return _mm256_castps256_ps128(v) + _mm256_extractf128_ps(v, 1);
 #else
-  const Vec4* quarter = v;
+  return v;
 #endif
-  const Vec4 ab = _mm_unpacklo_ps(quarter[0], quarter[1]) + _mm_unpackhi_ps(quarter[0], quarter[1]);
-  const Vec4 cd = _mm_unpacklo_ps(quarter[2], quarter[3]) + _mm_unpackhi_ps(quarter[2], quarter[3]);
+}
+#endif
+
+DIST_INT8_INLINE Vec4 sum4(const Vec (&v)[4]) {
+#if defined(__SSE2__)
+  const Vec4 a = quarter(v[0]), b = quarter(v[1]), c = quarter(v[2]), d = quarter(v[3]);
+  const Vec4 ab = _mm_unpacklo_ps(a, b) + _mm_unpackhi_ps(a, b);
+  const Vec4 cd = _mm_unpacklo_ps(c, d) + _mm_unpackhi_ps(c, d);
   return _mm_movelh_ps(ab, cd) + _mm_movehl_ps(cd, ab);
 #else
   return Vec4{sum(v[0]), sum(v[1]), sum(v[2]), sum(v[3])};
