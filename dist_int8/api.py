@@ -98,16 +98,17 @@ def load(
     rank = 0 if place is None else place.rank
     if rank == 0 and on_plan is not None:
         on_plan(plan)
-    backend = "gloo" if stage_devices[0] == "cpu" else "cpu:gloo,cuda:nccl"
+    device_types = {torch.device(device).type for device in stage_devices}
     _set_threads(settings, plan)
     if place is not None:
-        world = distributed.join(place, backend, settings.rendezvous_timeout)
+        world = distributed.join(place, device_types, settings.rendezvous_timeout)
     elif len(plan.stages) == 1:
         world = distributed.alone()
     else:
         same = settings.model_dump(mode="json", exclude={"gpus", "stages"})
         same |= {"model": str(folder.resolve()), "devices": stage_devices, "revision": None}
-        world = distributed.spawn(len(plan.stages), same, backend, settings.rendezvous_timeout)
+        timeout_s = settings.rendezvous_timeout
+        world = distributed.spawn(len(plan.stages), same, device_types, timeout_s)
     try:
         stage = _build_stage(
             folder, spec, plan.stages[rank], plan, settings, limits, dtype, progress
@@ -115,7 +116,7 @@ def load(
         transport = None
         if len(plan.stages) > 1:
             device = torch.device(plan.stages[rank].device)
-            transport = Transport(rank, len(plan.stages), limits, dtype, device)
+            transport = Transport(world, limits, dtype, device)
         world.report("ready")
         if rank:
             assert transport is not None
@@ -138,7 +139,8 @@ def load(
     except SystemExit:
         raise
     except BaseException as error:
-        world.report(f"failed: {' '.join(str(error).split()) or type(error).__name__}")
+        kind = "lost" if isinstance(error, distributed.RankDied) else "failed"
+        world.report(f"{kind}: {' '.join(str(error).split()) or type(error).__name__}")
         if rank:
             _leave(error, rank, place)
         world.kill()

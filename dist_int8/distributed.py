@@ -2,14 +2,16 @@
 
 Under deepspeed, torchrun, srun or `dist-int8 launch` the environment has RANK and WORLD_SIZE and a
 process joins as that rank. In a plain Python session rank 0 starts the others itself. Either way
-the ranks meet in a torch store, where each leaves its state ("joined", "ready" or "failed: why"),
-so that rank 0 can name the rank that is missing or broken. Imports nothing of ours.
+the ranks meet in a torch store, where each leaves its state ("joined", "ready", "failed: why" or
+"lost: which neighbour"), so that rank 0 can name the rank that is missing or broken. Imports
+nothing of ours.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -78,6 +80,8 @@ class World:
         rank, world_size: this process's place.
         store: where ranks leave their state; None when there is only one.
         children: processes of the ranks that this one started, by rank.
+        groups: process groups by device type, "cpu" (gloo) and for GPUs "cuda" (NCCL). They are
+            this pipeline's own, beside torch's default group: a session can hold several pipelines.
     """
 
     rank: int
@@ -85,7 +89,7 @@ class World:
     store: Any = None
     children: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
     folder: Path | None = None
-    owns_group: bool = False
+    groups: dict[str, Any] = field(default_factory=dict)
 
     def report(self, state: str) -> None:
         """Leaves this rank's state ("ready", "failed: why") for rank 0."""
@@ -94,14 +98,41 @@ class World:
 
     def check(self) -> None:
         """Raises RankDied, naming the rank and its reason, if one failed or ended."""
-        for rank in range(self.world_size):
-            if rank != self.rank:
-                state = self._state(rank)
-                if state.startswith("failed: "):
-                    raise RankDied(f"rank {rank} {state}")
+        cause = self._cause()
+        if cause is not None:
+            raise RankDied(cause)
+
+    def blame(self, error: RankDied, patience_s: float = 1.0) -> RankDied:
+        """A failure seen from here, with the name of the rank that caused it if that shows in time.
+
+        A closed connection is seen before the process that closed it is reaped or its reason read,
+        and a rank may fail only because its neighbour did.
+        """
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            try:
+                cause = self._cause(with_victims=False)
+            except RankDied:
+                break
+            if cause is not None:
+                return RankDied(cause)
+            time.sleep(POLL_S)
+        return error
+
+    def _cause(self, with_victims: bool = True) -> str | None:
+        """Who failed and why; `with_victims` also takes ranks that only lost a neighbour."""
         for rank, child in self.children.items():
-            if child.poll() is not None:
-                raise RankDied(f"rank {rank} (process {child.pid}) {_describe_exit(child)}")
+            if child.poll() is not None and child.returncode < 0:
+                return f"rank {rank} (process {child.pid}) {_describe_exit(child)}"
+        states = {r: self._state(r) for r in range(self.world_size) if r != self.rank}
+        for prefix in ("failed: ", "lost: ")[: 1 + with_victims]:
+            for rank, state in states.items():
+                if state.startswith(prefix):
+                    return f"rank {rank} {state}"
+        for rank, child in self.children.items():
+            if child.poll() is not None and not states[rank].startswith("lost: "):
+                return f"rank {rank} (process {child.pid}) {_describe_exit(child)}"
+        return None
 
     def wait_for(self, state: str, timeout_s: float) -> None:
         """Returns once every other rank has left this state.
@@ -126,7 +157,7 @@ class World:
             time.sleep(POLL_S)
 
     def close(self, timeout_s: float = SHUTDOWN_TIMEOUT_S) -> None:
-        """Ends the process group and every rank that this one started. Safe to call twice."""
+        """Ends the process groups and every rank that this one started. Safe to call twice."""
         deadline = time.monotonic() + timeout_s
         for child in self.children.values():
             try:
@@ -137,9 +168,7 @@ class World:
             if child.stdin:
                 child.stdin.close()
         self.children.clear()
-        if self.owns_group and dist.is_initialized():
-            dist.destroy_process_group()
-        self.owns_group = False
+        self.groups.clear()
         self.store = None
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -156,7 +185,7 @@ class World:
         try:
             return self.store.get(key).decode() if self.store.check([key]) else ""
         except (RuntimeError, dist.DistError) as error:  # the rank that hosts the store is gone
-            raise RankDied(f"the ranks' meeting point is gone: {_first_line(error)}") from None
+            raise RankDied(f"the ranks' meeting point is gone: {reason(error)}") from None
 
 
 def alone() -> World:
@@ -164,17 +193,14 @@ def alone() -> World:
     return World(rank=0, world_size=1)
 
 
-def spawn(world_size: int, settings: dict[str, Any], backend: str, timeout_s: float) -> World:
+def spawn(
+    world_size: int, settings: dict[str, Any], device_types: set[str], timeout_s: float
+) -> World:
     """Starts ranks 1 .. world_size - 1 on this machine and joins them as rank 0.
 
     Each is `python -m dist_int8.rank`, gets `settings` as a line of JSON on its standard input, and
     ends when that pipe closes, so none outlives this process however it ends.
     """
-    if dist.is_initialized():
-        raise ValueError(
-            "load: torch.distributed must not be initialized in this session, got an initialized "
-            "default group; call torch.distributed.destroy_process_group() first"
-        )
     folder = Path(tempfile.mkdtemp(prefix="dist_int8-"))
     world = World(0, world_size, folder=folder)
     world.store = dist.FileStore(str(folder / "store"), world_size)
@@ -187,7 +213,6 @@ def spawn(world_size: int, settings: dict[str, Any], backend: str, timeout_s: fl
                 "WORLD_SIZE": str(world_size),
                 "LOCAL_RANK": str(rank),
                 "DIST_INT8_STORE": str(folder / "store"),
-                **_loopback_interface(),
             }
             child = subprocess.Popen(
                 [sys.executable, "-m", "dist_int8.rank"],
@@ -200,14 +225,14 @@ def spawn(world_size: int, settings: dict[str, Any], backend: str, timeout_s: fl
             child.stdin.write(line)
             child.stdin.flush()
         world.wait_for("joined", timeout_s)
-        _start_group(world, backend, _loopback_interface())
+        _start_groups(world, device_types, on_loopback=True)
     except BaseException:
         world.kill()
         raise
     return world
 
 
-def join(place: Launched, backend: str, timeout_s: float) -> World:
+def join(place: Launched, device_types: set[str], timeout_s: float) -> World:
     """Joins the ranks that a launcher, or `spawn`, started."""
     world = World(place.rank, place.world_size)
     if place.world_size == 1:
@@ -217,32 +242,32 @@ def join(place: Launched, backend: str, timeout_s: float) -> World:
         world.store = dist.FileStore(spawned, place.world_size)
     elif dist.is_initialized():
         world.store = dist.PrefixStore("dist_int8", dist.distributed_c10d._get_default_store())
-        return world
     else:
         world.store = _store_of_launcher(place, timeout_s)
     world.report("joined")
     if place.rank == 0:
         world.wait_for("joined", timeout_s)
-    interface = _loopback_interface() if spawned or _master_address() in LOOPBACK else {}
-    _start_group(world, backend, interface)
+    _start_groups(world, device_types, on_loopback=bool(spawned) or _master_address() in LOOPBACK)
     return world
 
 
-def _start_group(world: World, backend: str, environment: dict[str, str]) -> None:
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore("group", world.store),
-        rank=world.rank,
-        world_size=world.world_size,
-        timeout=IDLE_TIMEOUT,
-    )
-    world.owns_group = True
-
-
-def _loopback_interface() -> dict[str, str]:
-    return {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
+def _start_groups(world: World, device_types: set[str], on_loopback: bool) -> None:
+    """Connects the ranks: gloo for headers, results and CPU stages, NCCL between GPUs."""
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._timeout = IDLE_TIMEOUT
+    # gloo would take the interface of the host's name; without remote ranks loopback is enough
+    options._devices = [
+        gloo.create_device(hostname="127.0.0.1") if on_loopback else gloo.create_default_device()
+    ]
+    place = (world.rank, world.world_size)
+    world.groups["cpu"] = gloo(dist.PrefixStore("gloo", world.store), *place, options)
+    if "cuda" in device_types:
+        nccl = dist.ProcessGroupNCCL.Options()
+        nccl._timeout = IDLE_TIMEOUT
+        world.groups["cuda"] = dist.ProcessGroupNCCL(
+            dist.PrefixStore("nccl", world.store), *place, nccl
+        )
 
 
 def _master_address() -> str:
@@ -290,5 +315,7 @@ def _describe_exit(child: subprocess.Popen[bytes]) -> str:
     return f"ended with exit code {code}"
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def reason(error: BaseException) -> str:
+    """What went wrong in a few words, without torch's source lines and advice."""
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[[^\]]*\]\s*", "", first_line).split(". This is typically")[0]

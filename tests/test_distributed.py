@@ -40,8 +40,11 @@ def free_port() -> int:
 def listening_addresses(pid: int) -> set[str]:
     """Local addresses, in /proc's hexadecimal, of the TCP sockets on which a process listens."""
     inodes = set()
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        target = os.readlink(entry)
+    for entry in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            target = os.readlink(f"/proc/{pid}/fd/{entry}")
+        except FileNotFoundError:  # the descriptor of this very listing
+            continue
         if target.startswith("socket:["):
             inodes.add(target[8:-1])
     found = set()
@@ -56,12 +59,13 @@ def listening_addresses(pid: int) -> set[str]:
 def _rank(rank: int, port: int, queue) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.pop("DIST_INT8_STORE", None)
-    world = distributed.join(Launched(rank, 2, rank), "gloo", 60.0)
+    world = distributed.join(Launched(rank, 2, rank), {"cpu"}, 60.0)
     tensor = torch.full((1,), rank)
-    torch.distributed.all_reduce(tensor)
+    world.groups["cpu"].allreduce([tensor]).wait()
     queue.put((rank, int(tensor), listening_addresses(os.getpid())))
     world.report("ready")
-    world.wait_for("ready", 30.0)
+    if rank == 0:
+        world.wait_for("ready", 30.0)
     world.close()
 
 
@@ -85,7 +89,7 @@ def test_a_rank_that_never_joins_is_named(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     with pytest.raises(RankDied, match="rank 1, 2 of 3 is not joined after 1 s"):
-        distributed.join(Launched(0, 3, 0), "gloo", 1.0)
+        distributed.join(Launched(0, 3, 0), {"cpu"}, 1.0)
 
 
 def test_a_taken_port_is_named(monkeypatch):
@@ -94,5 +98,5 @@ def test_a_taken_port_is_named(monkeypatch):
         taken.listen()
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
-        with pytest.raises(ValueError, match="must be a free address .*another MASTER_PORT"):
-            distributed.join(Launched(0, 2, 0), "gloo", 1.0)
+        with pytest.raises(ValueError, match=r"must be a free address .*another MASTER_PORT"):
+            distributed.join(Launched(0, 2, 0), {"cpu"}, 1.0)

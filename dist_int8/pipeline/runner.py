@@ -55,7 +55,7 @@ class Pipeline:
         try:
             self.transport.send(micro_batch, output)
         except RankDied as error:
-            raise self._blame(error) from None
+            raise self.world.blame(error) from None
 
     def result(self, wait: bool = True) -> Result | None:
         """The next Result, in the order of submission; None if not `wait` and none is there.
@@ -70,13 +70,13 @@ class Pipeline:
             try:
                 received = self.transport.next(WATCH_S if wait else 0.0)
             except RankDied as error:
-                raise self._blame(error) from None
+                raise self.world.blame(error) from None
             if received is not None:
                 self._results.append(received)
             elif not wait:
                 return None
             else:
-                self.world.check()
+                self._check()
                 if time.monotonic() > deadline:
                     raise RankDied(
                         f"no result after {self.step_timeout_s:.0f} s (step_timeout): a stage hangs"
@@ -84,26 +84,18 @@ class Pipeline:
         self.in_flight -= 1
         return self._results.popleft()
 
+    def _check(self) -> None:
+        try:
+            self.world.check()
+        except RankDied as error:
+            raise self.world.blame(error) from None
+
     def close(self) -> None:
         """Asks every stage to end after what is in flight, and waits for it."""
         if self.transport is not None:
             self.transport.send(MicroBatch(Kind.SHUTDOWN), None)
             self.transport.flush()
         self.world.close()
-
-    def _blame(self, error: RankDied) -> RankDied:
-        """The same failure with the name of the rank that caused it, when that shows in time.
-
-        A closed connection is seen before the process that closed it is reaped or its reason read.
-        """
-        deadline = time.monotonic() + 4 * WATCH_S
-        while time.monotonic() < deadline:
-            try:
-                self.world.check()
-            except RankDied as cause:
-                return cause
-            time.sleep(WATCH_S / 5)
-        return error
 
 
 def serve(stage: Stage, transport: Transport, last: bool) -> None:

@@ -17,38 +17,39 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_int8.distributed import RankDied
+from dist_int8.distributed import RankDied, World, reason
 from dist_int8.pipeline import microbatch
 from dist_int8.pipeline.microbatch import BadMessage, Kind, Limits, MicroBatch, Result
 
 BUFFERS = 2
+TAG = 0
 
 
 class Transport:
     """This rank's links: from the rank before it, to the rank after it, in a ring.
 
     Args:
-        rank, world_size: this rank's place; the ring is 0 -> 1 -> ... -> world_size - 1 -> 0.
+        world: this rank's place and groups; the ring is 0 -> 1 -> ... -> world_size - 1 -> 0.
         limits: the sizes that a header may announce.
         dtype, device: of hidden_states.
     """
 
     def __init__(
         self,
-        rank: int,
-        world_size: int,
+        world: World,
         limits: Limits,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.source = (rank - 1) % world_size
-        self.target = (rank + 1) % world_size
+        self.source = (world.rank - 1) % world.world_size
+        self.target = (world.rank + 1) % world.world_size
+        self._groups = world.groups
         self.limits = limits
         self.dtype = dtype
         self.device = device
-        self._sent: deque[list[tuple[dist.Work | None, Tensor]]] = deque()
+        self._sent: deque[list[tuple[dist.Work, Tensor]]] = deque()
         self._received: queue.Queue[Any] = queue.Queue(maxsize=BUFFERS)
-        receive = self._receive_result if rank == 0 else self._receive_micro_batch
+        receive = self._receive_result if world.rank == 0 else self._receive_micro_batch
         self._thread = threading.Thread(
             target=self._receive_forever, args=(receive,), name="receiver", daemon=True
         )
@@ -77,8 +78,7 @@ class Transport:
         if isinstance(item, BadMessage):
             raise item
         if isinstance(item, BaseException):
-            first_line = str(item).strip().splitlines()[0] if str(item).strip() else repr(item)
-            raise RankDied(f"lost the connection from rank {self.source}: {first_line}")
+            raise RankDied(f"lost the connection from rank {self.source}: {reason(item)}")
         if isinstance(item, tuple) and item[2] is not None:
             micro_batch, hidden_states, event = item
             stream = torch.cuda.current_stream(self.device)
@@ -96,28 +96,23 @@ class Transport:
         if len(self._sent) >= BUFFERS:
             self._wait_for_oldest()
         try:
-            # the tensors are kept until their copy has left
-            self._sent.append(
-                [
-                    (dist.isend(t, self.target), t)
-                    for t in map(Tensor.contiguous, tensors)
-                    if t.numel()
-                ]
-            )
+            self._sent.append([self._start_send(t.contiguous()) for t in tensors if t.numel()])
         except (RuntimeError, dist.DistError) as error:
             raise self._lost_target(error) from None
+
+    def _start_send(self, tensor: Tensor) -> tuple[dist.Work, Tensor]:
+        work = self._groups[tensor.device.type].send([tensor], self.target, TAG)
+        return work, tensor  # kept until its copy has left
 
     def _wait_for_oldest(self) -> None:
         try:
             for work, _ in self._sent.popleft():
-                assert work is not None  # None: this rank is not in the group
                 work.wait()
         except (RuntimeError, dist.DistError) as error:
             raise self._lost_target(error) from None
 
     def _lost_target(self, error: BaseException) -> RankDied:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        return RankDied(f"lost the connection to rank {self.target}: {first_line}")
+        return RankDied(f"lost the connection to rank {self.target}: {reason(error)}")
 
     def _receive_forever(self, receive: Any) -> None:
         try:
@@ -161,5 +156,5 @@ class Transport:
 
     def _receive(self, tensor: Tensor) -> Tensor:
         if tensor.numel():
-            dist.recv(tensor, self.source)
+            self._groups[tensor.device.type].recv([tensor], self.source, TAG).wait()
         return tensor

@@ -5,9 +5,9 @@ import os
 import time
 
 import torch
-import torch.distributed as dist
 
-from dist_int8.distributed import RankDied
+from dist_int8 import distributed
+from dist_int8.distributed import Launched, RankDied, World
 from dist_int8.pipeline import microbatch
 from dist_int8.pipeline.microbatch import BadMessage, Kind, Limits, MicroBatch, Result
 from dist_int8.pipeline.transport import Transport
@@ -16,8 +16,13 @@ LIMITS = Limits(num_slots=4, max_tokens=64, max_rows=32, hidden_size=8, vocab_si
 NUM_MESSAGES = 9
 
 
-def make_transport(rank: int) -> Transport:
-    return Transport(rank, 2, LIMITS, torch.float32, torch.device("cpu"))
+def make_world(rank: int, path: str) -> World:
+    os.environ["DIST_INT8_STORE"] = path
+    return distributed.join(Launched(rank, 2, rank), {"cpu"}, 60.0)
+
+
+def make_transport(world: World) -> Transport:
+    return Transport(world, LIMITS, torch.float32, torch.device("cpu"))
 
 
 def message(step: int) -> tuple[MicroBatch, torch.Tensor]:
@@ -32,9 +37,9 @@ def message(step: int) -> tuple[MicroBatch, torch.Tensor]:
     return micro_batch, torch.full((count, 8), float(step))
 
 
-def exchange(rank: int):
-    transport = make_transport(rank)
-    if rank == 0:
+def exchange(world: World):
+    transport = make_transport(world)
+    if world.rank == 0:
         for step in range(NUM_MESSAGES):
             transport.send(*message(step))
         values = [int(transport.next().values) for _ in range(NUM_MESSAGES)]
@@ -54,12 +59,12 @@ def exchange(rank: int):
         transport.send_result(Result(0, micro_batch.step, values))
 
 
-def forge(rank: int):
-    transport = make_transport(rank)
-    if rank == 0:
+def forge(world: World):
+    transport = make_transport(world)
+    if world.rank == 0:
         header, _ = microbatch.pack(message(3)[0])
         header[5] = 2**40  # tokens
-        dist.send(header, 1)
+        world.groups["cpu"].send([header], 1, 0).wait()
         return "sent"
     try:
         transport.next()
@@ -67,9 +72,9 @@ def forge(rank: int):
         return str(error)
 
 
-def die(rank: int):
-    transport = make_transport(rank)
-    if rank == 0:
+def die(world: World):
+    transport = make_transport(world)
+    if world.rank == 0:
         os._exit(7)
     started = time.monotonic()
     try:
@@ -80,8 +85,7 @@ def die(rank: int):
 
 def _rank(rank: int, path: str, what, queue) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(path, 2), rank=rank, world_size=2)
-    queue.put((rank, what(rank)))
+    queue.put((rank, what(make_world(rank, path))))
     queue.close()
     queue.join_thread()
     os._exit(0)
