@@ -15,7 +15,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from dist_int8.config import GenerationSettings, Settings, load_settings, read_yaml
+from dist_int8.config import GenerationSettings, Settings, load_settings
 
 BAD_INPUT = 2
 FAILED = 1
@@ -226,9 +226,11 @@ def _layout(
                 return {}  # each rank takes the GPU of its local rank
             gpus = max(1, num_gpus)
         return _given(stages=stages, gpus=gpus if gpus is not None else stages)
-    in_file = read_yaml(config) if config is not None else {}
-    num_stages = stages or in_file.get("stages") or int(os.environ.get("WORLD_SIZE") or 1)
-    return {"devices": ["cpu"] * num_stages} if num_stages > 0 else {"stages": num_stages}
+    if stages is None:
+        file = load_settings(config)
+        stages = file.stages or file.gpus or len(file.devices or ())
+        stages = stages or int(os.environ.get("WORLD_SIZE") or 1)
+    return {"devices": ["cpu"] * stages} if stages > 0 else {"stages": stages}
 
 
 @app.command("demo-model")

@@ -1,0 +1,144 @@
+"""Who may import whom, which dependency has which owner, and what nobody may use (ARCHITECTURE.md).
+
+`python -m pytest tests/test_architecture.py` names the file, the line and the rule.
+"""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "dist_int8"
+
+# Room (folder or module of dist_int8) -> rooms it may import. What is missing here is refused.
+MAY_IMPORT = {
+    "__init__": {"api", "handle", "int8"},
+    "cli": {"config", "console", "demo_model", "devices", "doctor", "launcher"},
+    "console": {"api", "config", "engine", "handle", "partition"},
+    "rank": {"api"},
+    "api": {
+        "checkpoint",
+        "config",
+        "devices",
+        "distributed",
+        "engine",
+        "handle",
+        "models",
+        "partition",
+        "pipeline",
+    },
+    "handle": {"config", "engine", "models", "partition", "pipeline"},
+    "engine": {"config", "pipeline"},
+    "pipeline": {"distributed", "models"},
+    "checkpoint": {"int8", "models"},
+    "models": {"int8"},
+    "doctor": {"devices", "int8"},
+    "devices": {"config"},
+    "config": set(),
+    "demo_model": set(),
+    "distributed": set(),
+    "int8": set(),
+    "launcher": set(),
+    "partition": set(),
+}
+LEAVES = {"int8/reference", "pipeline/schedule", "partition/memory"}  # import nothing of ours
+WITHOUT_TORCH = {"config", "partition", "pipeline/schedule", "launcher", "cli", "devices"}
+OWNERS = {  # outside dependency -> the only files or rooms that import it
+    "accelerate": {"models"},
+    "cuda": {"devices"},
+    "huggingface_hub": {"checkpoint", "models/config"},
+    "pydantic": {"config"},
+    "rich": {"doctor"},
+    "safetensors": {"checkpoint"},
+    "torch.distributed": {"distributed", "pipeline/transport"},
+    "tqdm": {"api", "demo_model"},
+    "transformers": {"models", "engine/sampling", "api", "handle", "demo_model"},
+    "typer": {"cli"},
+    "yaml": {"config"},
+}
+PEER_TO_PEER = {"send", "recv", "isend", "irecv", "batch_isend_irecv", "P2POp"}
+BANNED_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "deepspeed"}
+BANNED_CALLS = {"torch.load", "torch.save", "os.system", "eval", "exec"}
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).with_suffix("").as_posix()
+        yield name.removesuffix("/__init__"), ast.parse(path.read_text())
+
+
+def imported(tree):
+    """(line, full name) of every import, those inside functions included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, (
+                f"line {node.lineno}: write the full name, not a relative import"
+            )
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def within(name, places):
+    return any(name == place or name.startswith(f"{place}/") for place in places)
+
+
+def test_rooms_import_only_what_they_may():
+    wrong = []
+    for name, tree in modules():
+        room = name.split("/")[0]
+        assert room in MAY_IMPORT, f"{name}: a new room; say in MAY_IMPORT what it may import"
+        for line, target in imported(tree):
+            if not target.startswith("dist_int8."):
+                continue
+            other = target.split(".")[1]
+            if name in LEAVES or (other != room and other not in MAY_IMPORT[room]):
+                wrong.append(f"{name}.py:{line} imports {target}")
+    assert not wrong
+
+
+def test_every_outside_dependency_has_its_owner():
+    wrong = []
+    for name, tree in modules():
+        for line, target in imported(tree):
+            if target.startswith("torch") and within(name, WITHOUT_TORCH):
+                wrong.append(f"{name}.py:{line} imports torch")
+            for dependency, owners in OWNERS.items():
+                if f"{target}.".startswith(f"{dependency}.") and not within(name, owners):
+                    wrong.append(
+                        f"{name}.py:{line} imports {dependency}, which belongs to {owners}"
+                    )
+    assert not wrong
+
+
+def test_nothing_is_unpickled_executed_or_trusted():
+    wrong = []
+    for name, tree in modules():
+        wrong += [
+            f"{name}.py:{line} imports {target}"
+            for line, target in imported(tree)
+            if target.split(".")[0] in BANNED_MODULES
+        ]
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            last = called.split(".")[-1]
+            if called in BANNED_CALLS or last.endswith(("_object", "_object_list")):
+                wrong.append(f"{name}.py:{node.lineno} calls {called}")
+            peer_to_peer = last in PEER_TO_PEER and called.startswith(("dist.", "torch."))
+            if peer_to_peer and name != "pipeline/transport":
+                wrong.append(f"{name}.py:{node.lineno} calls {called} outside of transport")
+            for keyword in node.keywords:
+                value = getattr(keyword.value, "value", True)
+                if keyword.arg in ("trust_remote_code", "shell") and value is not False:
+                    wrong.append(f"{name}.py:{node.lineno} gives {keyword.arg}")
+    assert not wrong
+
+
+def test_importing_the_package_and_its_command_line_loads_no_torch():
+    code = "import sys, dist_int8, dist_int8.cli; print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+    assert answer.stdout.strip() == "False"
