@@ -1,5 +1,6 @@
-"""Writes a benchmark's figures with what is needed to read them later."""
+"""What every benchmark shares: its flags, and a JSON record with what is needed to read it later."""
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -10,11 +11,30 @@ from typing import Any
 
 import torch
 
-FOLDER = Path(__file__).parent / "results"
+
+def make_parser(documentation: str) -> argparse.ArgumentParser:
+    """A parser with --model (the demo model if not given) and --json."""
+    parser = argparse.ArgumentParser(
+        description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="folder of a checkpoint; default: the demo model")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    return parser
 
 
-def write_result(name: str, figures: dict[str, Any]) -> Path:
-    """results/<name>.json: the figures, device, versions, commit and date."""
+def folder_of(args: argparse.Namespace) -> str:
+    """The model's folder; fetches and converts the demo model if none was named."""
+    if args.model:
+        return args.model
+    from dist_int8.demo_model import demo_model
+
+    return str(demo_model())
+
+
+def write_result(path: Path | None, name: str, figures: dict[str, Any]) -> None:
+    """The figures, device, versions, commit and date as JSON; nothing without a path."""
+    if path is None:
+        return
     packages = ("torch", "transformers", "bitsandbytes", "dist_int8")
     versions = {}
     for package in packages:
@@ -32,15 +52,13 @@ def write_result(name: str, figures: dict[str, Any]) -> Path:
         "versions": versions,
         **figures,
     }
-    FOLDER.mkdir(exist_ok=True)
-    path = FOLDER / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
-    return path
 
 
 def _git(*arguments: str) -> str:
     done = subprocess.run(
-        ["git", *arguments], capture_output=True, text=True, cwd=FOLDER.parent, check=False
+        ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
     )
     return done.stdout.strip()
 
