@@ -1,18 +1,17 @@
 """How fast does a real model decode on CPUs, against transformers in fp32 with the same threads?
 
-    python benchmarks/decode.py MODEL_FOLDER [--threads 2] [--batches 1 8 32] [--repeats 5]
+    python benchmarks/decode.py [--model FOLDER] [--threads 2] [--batches 1 8 32] [--repeats 5]
 
 One run, interleaved repeats, medians. Correctness first: the likeliest next token agrees with
 transformers' fp32 on at least 95% of the positions of the prompts. Both decode greedily from the
 same prompts with the keys and values of the prompt cached; only decode steps are timed.
 """
 
-import argparse
 import statistics
 import time
 
 import torch
-from results import write_result
+from results import folder_of, make_parser, write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dist_int8
@@ -37,24 +36,24 @@ def transformers_decode(model, input_ids, num_tokens):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
+    parser = make_parser(__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32)
     args = parser.parse_args()
+    folder = folder_of(args)
     torch.set_num_threads(args.threads)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     theirs = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=torch.float32, attn_implementation="eager"
+        folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     words = tokenizer(TEXT * 8).input_ids
     most = max(args.batches)
     rows = [words[i : i + 32] for i in range(most)]
     figures = {}
     with dist_int8.load(
-        args.model,
+        folder,
         devices=["cpu"],
         threads_per_stage=args.threads,
         max_sequences=most,
@@ -63,9 +62,8 @@ def main():
     ) as ours:
         agree = ours.logits(rows[:4]).argmax(-1)
         with torch.inference_mode():
-            agree = (
-                (agree == theirs(torch.tensor(rows[:4])).logits.argmax(-1)).float().mean().item()
-            )
+            theirs_next = theirs(torch.tensor(rows[:4])).logits.argmax(-1)
+        agree = (agree == theirs_next).float().mean().item()
         assert agree >= 0.95, f"next tokens agree on {agree:.1%} of positions"
         print(f"next-token agreement with fp32: {agree:.1%}", flush=True)
         for batch in args.batches:
@@ -88,10 +86,8 @@ def main():
                 f"transformers fp32 {statistics.median(slow):7.1f}, ratio {ratio:.2f}",
                 flush=True,
             )
-    write_result(
-        "decode_cpu",
-        {"threads": args.threads, "agreement": agree, "tokens": args.tokens, "batches": figures},
-    )
+    setting = {"threads": args.threads, "tokens": args.tokens, "agreement": agree}
+    write_result("decode", {**setting, "batches": figures}, args.json)
 
 
 if __name__ == "__main__":

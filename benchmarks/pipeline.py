@@ -1,6 +1,6 @@
 """What do two stages of one thread each give over one stage of one thread?
 
-    python benchmarks/pipeline.py MODEL_FOLDER [--sequences 8] [--prompt 64] [--tokens 64]
+    python benchmarks/pipeline.py [--model FOLDER] [--sequences 8] [--prompt 64] [--tokens 64]
 
 One run, interleaved repeats, medians of whole calls (prefill and decode of all sequences).
 Correctness first: every configuration gives the same tokens. Both sides are given their choice of
@@ -8,32 +8,31 @@ micro-batches; the table has them all, because below the knee of memory bandwidt
 micro-batch costs as much time as a larger one, and a pipeline then gains nothing from splitting.
 """
 
-import argparse
 import statistics
 import time
 
 from decode import TEXT
-from results import write_result
+from results import folder_of, make_parser, write_result
 from transformers import AutoTokenizer
 
 import dist_int8
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
+    parser = make_parser(__doc__)
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--micro-batches", type=int, nargs="*", default=[1, 2, 4])
     args = parser.parse_args()
-    words = AutoTokenizer.from_pretrained(args.model)(TEXT * 40).input_ids
+    folder = folder_of(args)
+    words = AutoTokenizer.from_pretrained(folder)(TEXT * 40).input_ids
     prompts = [words[3 * i : 3 * i + args.prompt] for i in range(args.sequences)]
     cuts = [(stages, m) for stages in (1, 2) for m in args.micro_batches]
     models = {
         cut: dist_int8.load(
-            args.model,
+            folder,
             devices=["cpu"] * cut[0],
             threads_per_stage=1,
             micro_batches=cut[1],
@@ -84,7 +83,8 @@ def main():
         print(f"two stages over one, {name}: {ratio:.2f}")
     for model in models.values():
         model.shutdown()
-    write_result("pipeline_cpu", {"arguments": vars(args), "rows": rows, "ratios": ratios})
+    setting = {"sequences": args.sequences, "prompt": args.prompt, "tokens": args.tokens}
+    write_result("pipeline", {**setting, "rows": rows, "ratios": ratios}, args.json)
 
 
 if __name__ == "__main__":

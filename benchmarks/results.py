@@ -1,4 +1,4 @@
-"""What every benchmark shares: its flags, and a JSON record with what is needed to read it later."""
+"""What benchmarks share: their flags, and a JSON record with all it takes to read it later."""
 
 import argparse
 import datetime
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+FOLDER = Path(__file__).parent / "results"
+
 
 def make_parser(documentation: str) -> argparse.ArgumentParser:
     """A parser with --model (the demo model if not given) and --json."""
@@ -18,7 +20,7 @@ def make_parser(documentation: str) -> argparse.ArgumentParser:
         description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="folder of a checkpoint; default: the demo model")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--json", type=Path, help="file of the figures; default: in results/")
     return parser
 
 
@@ -31,10 +33,9 @@ def folder_of(args: argparse.Namespace) -> str:
     return str(demo_model())
 
 
-def write_result(path: Path | None, name: str, figures: dict[str, Any]) -> None:
-    """The figures, device, versions, commit and date as JSON; nothing without a path."""
-    if path is None:
-        return
+def write_result(name: str, figures: dict[str, Any], path: Path | None = None) -> Path:
+    """The figures, device, versions, commit and date in `path`, or in results/<name>.json."""
+    path = path or FOLDER / f"{name}.json"
     packages = ("torch", "transformers", "bitsandbytes", "dist_int8")
     versions = {}
     for package in packages:
@@ -54,6 +55,7 @@ def write_result(path: Path | None, name: str, figures: dict[str, Any]) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
+    return path
 
 
 def _git(*arguments: str) -> str:
