@@ -49,8 +49,8 @@ struct Operand {
 constexpr int32_t kWeightOffset = 128;
 using Sums = __m512i;
 
-// As assembly, so that the compiler ties the sum's register: with the intrinsic GCC 12 keeps half of
-// a tile's sums on the stack.
+// As assembly, so that the compiler ties the sum's register: with the intrinsic GCC 12 keeps half
+// of a tile's sums on the stack.
 DIST_INT8_INLINE void add_products(Sums& sums, __m512i unsigned_bytes, __m512i signed_bytes) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(unsigned_bytes), "v"(signed_bytes));
 }
@@ -60,22 +60,18 @@ DIST_INT8_INLINE void step(Sums (&acc)[kRows][kTileCols], const __m512i (&w)[kTi
                            const int8_t* x, int64_t ld) {
   unrolled<kRows>([&](auto i) DIST_INT8_FORCED {
     const __m512i row = _mm512_loadu_si512(x + i * ld);
-    unrolled<kTileCols>([&](auto j) DIST_INT8_FORCED {
-      add_products(acc[i][j], w[j], row);
-    });
+    unrolled<kTileCols>([&](auto j) DIST_INT8_FORCED { add_products(acc[i][j], w[j], row); });
   });
 }
 
-template <int kRows>
+template <int kRows, bool kPrefetch>
 DIST_INT8_INLINE void accumulate(Sums (&acc)[kRows][kTileCols], const Operand& operand) {
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
   __m512i w[kTileCols];
   int64_t k = 0;
   for (; k + kStep <= operand.depth; k += kStep) {
     unrolled<kTileCols>([&](auto j) DIST_INT8_FORCED {
-      if constexpr (kRows <= 2) {
-        _mm_prefetch(reinterpret_cast<const char*>(operand.weight[j] + k + 1024), _MM_HINT_T0);
-      }
+      prefetch<kPrefetch>(operand.weight[j] + k);
       w[j] = _mm512_xor_si512(_mm512_loadu_si512(operand.weight[j] + k), flip);
     });
     step(acc, w, operand.x + k, operand.ld);
@@ -109,13 +105,14 @@ DIST_INT8_INLINE IntVec4 totals(const Sums (&acc)[kTileCols]) {
 constexpr int32_t kWeightOffset = 0;
 using Sums = __m256i;
 
-template <int kRows>
+template <int kRows, bool kPrefetch>
 DIST_INT8_INLINE void accumulate(Sums (&acc)[kRows][kTileCols], const Operand& operand) {
   for (int64_t k = 0; k < operand.depth; k += 16) {
     __m256i w[kTileCols];
     for (int j = 0; j < kTileCols; ++j) {
       int8_t tail[16] = {};
       const int8_t* p = operand.weight[j] + k;
+      if (k % 64 == 0) prefetch<kPrefetch>(p);
       if (k + 16 > operand.depth) {
         memcpy(tail, p, operand.depth - k);
         p = tail;
@@ -146,7 +143,7 @@ DIST_INT8_INLINE IntVec4 totals(const Sums (&acc)[kTileCols]) {
 constexpr int32_t kWeightOffset = 0;
 using Sums = uint32_t;  // wraps
 
-template <int kRows>
+template <int kRows, bool kPrefetch>
 DIST_INT8_INLINE void accumulate(Sums (&acc)[kRows][kTileCols], const Operand& operand) {
   for (int i = 0; i < kRows; ++i) {
     const int8_t* x = operand.x + i * operand.ld;
@@ -188,17 +185,17 @@ struct RowBlock {
 };
 
 // Integer totals of kRows rows and 4 output features, as float, in float_totals [kRows][4].
-template <int kRows>
+template <int kRows, bool kPrefetch>
 static void tile(const Operand& low, const Operand& high, const int32_t* sum_low,
                  const int32_t* sum_high, Vec4* float_totals) {
   Sums acc[kRows][kTileCols] = {};
   if (high.depth != 0) {
-    accumulate<kRows>(acc, high);
+    accumulate<kRows, false>(acc, high);
     unrolled<kRows>([&](auto i) DIST_INT8_FORCED {
       unrolled<kTileCols>([&](auto j) DIST_INT8_FORCED { shift_left_7(acc[i][j]); });
     });
   }
-  accumulate<kRows>(acc, low);
+  accumulate<kRows, kPrefetch>(acc, low);
   unrolled<kRows>([&](auto i) DIST_INT8_FORCED {
     const uint32_t both = static_cast<uint32_t>(sum_low[i]) +
                           (high.depth != 0 ? 128u * static_cast<uint32_t>(sum_high[i]) : 0u);
@@ -212,8 +209,8 @@ static void wide_tile(int64_t rows, Operand low, Operand high, const int32_t* su
                       const int32_t* sum_high, Vec4* float_totals) {
   for (int64_t i = 0; i < rows; ++i) {
     Sums high_acc[1][kTileCols] = {}, low_acc[1][kTileCols] = {};
-    accumulate<1>(high_acc, high);
-    accumulate<1>(low_acc, low);
+    accumulate<1, false>(high_acc, high);
+    accumulate<1, false>(low_acc, low);
     const IntVec4 high_totals = totals(high_acc[0]) - sum_high[i] * kWeightOffset;
     const IntVec4 low_totals = totals(low_acc[0]) - sum_low[i] * kWeightOffset;
     for (int j = 0; j < kTileCols; ++j) {
@@ -225,22 +222,23 @@ static void wide_tile(int64_t rows, Operand low, Operand high, const int32_t* su
   }
 }
 
+template <bool kPrefetch>
 static void tile_of(int64_t rows, const Operand& low, const Operand& high, const int32_t* sum_low,
                     const int32_t* sum_high, bool wide, Vec4* float_totals) {
   if (wide) return wide_tile(rows, low, high, sum_low, sum_high, float_totals);
   switch (rows) {
     case 1:
-      return tile<1>(low, high, sum_low, sum_high, float_totals);
+      return tile<1, kPrefetch>(low, high, sum_low, sum_high, float_totals);
     case 2:
-      return tile<2>(low, high, sum_low, sum_high, float_totals);
+      return tile<2, kPrefetch>(low, high, sum_low, sum_high, float_totals);
     case 3:
-      return tile<3>(low, high, sum_low, sum_high, float_totals);
+      return tile<3, kPrefetch>(low, high, sum_low, sum_high, float_totals);
     case 4:
-      return tile<4>(low, high, sum_low, sum_high, float_totals);
+      return tile<4, kPrefetch>(low, high, sum_low, sum_high, float_totals);
     case 5:
-      return tile<5>(low, high, sum_low, sum_high, float_totals);
+      return tile<5, kPrefetch>(low, high, sum_low, sum_high, float_totals);
     default:
-      return tile<6>(low, high, sum_low, sum_high, float_totals);
+      return tile<6, kPrefetch>(low, high, sum_low, sum_high, float_totals);
   }
 }
 
@@ -383,7 +381,10 @@ static void multiply(const Int8LinearArgs& args, const Runtime& runtime, const i
           const int64_t rows = (block.count - row) / (num_tiles - t);
           const int64_t m = block.first + row;
           Vec4 float_totals[kTileRows];
-          tile_of(rows, low, high, state.sum_low + m, state.sum_high + m, block.wide, float_totals);
+          // Only the first tile of a group waits for its weights.
+          const auto multiply_tile = t == 0 ? tile_of<true> : tile_of<false>;
+          multiply_tile(rows, low, high, state.sum_low + m, state.sum_high + m, block.wide,
+                        float_totals);
           for (int64_t i = 0; i < rows; ++i) epilogue(m + i, n, float_totals[i]);
           low.x += rows * ld;
           high.x += rows * high.ld;

@@ -18,7 +18,7 @@ constexpr int64_t kBlockBytes = 384 * 1024;  // of x in a block of rows: most of
 enum Slot { kRows = 1, kBias };
 
 // y[i][j] = sum over k of x[i][k] * weight[j][k]. x has zeros behind K up to a multiple of kLanes.
-template <int kCount, typename W>
+template <int kCount, bool kPrefetch, typename W>
 static void tile(const float* x, int64_t ld, const W* const (&weight)[kTileCols], int64_t K,
                  Vec4* y) {
   Vec acc[kCount][kTileCols] = {};
@@ -26,45 +26,43 @@ static void tile(const float* x, int64_t ld, const W* const (&weight)[kTileCols]
   for (; k + kLanes <= K; k += kLanes) {
     Vec w[kTileCols];
     unrolled<kTileCols>([&](auto j) DIST_INT8_FORCED {
-      if constexpr (kCount <= 2) __builtin_prefetch(weight[j] + k + 1024 / sizeof(W));
+      prefetch<kPrefetch>(weight[j] + k);
       w[j] = load(weight[j] + k);
     });
     unrolled<kCount>([&](auto i) DIST_INT8_FORCED {
       const Vec row = load(x + i * ld + k);
-      unrolled<kTileCols>(
-          [&](auto j) DIST_INT8_FORCED { acc[i][j] = fma(row, w[j], acc[i][j]); });
+      unrolled<kTileCols>([&](auto j) DIST_INT8_FORCED { acc[i][j] = fma(row, w[j], acc[i][j]); });
     });
   }
   if (k < K) {
     unrolled<kTileCols>([&](auto j) DIST_INT8_FORCED {
       const Vec w = load_part(weight[j] + k, K - k);
-      unrolled<kCount>([&](auto i) DIST_INT8_FORCED {
-        acc[i][j] = fma(load(x + i * ld + k), w, acc[i][j]);
-      });
+      unrolled<kCount>(
+          [&](auto i) DIST_INT8_FORCED { acc[i][j] = fma(load(x + i * ld + k), w, acc[i][j]); });
     });
   }
   unrolled<kCount>([&](auto i) DIST_INT8_FORCED { y[i] = sum4(acc[i]); });
 }
 
-template <typename W>
+template <bool kPrefetch, typename W>
 static void tile_of(int64_t rows, const float* x, int64_t ld, const W* const (&weight)[kTileCols],
                     int64_t K, Vec4* y) {
   switch (rows) {
     case 1:
-      return tile<1>(x, ld, weight, K, y);
+      return tile<1, kPrefetch>(x, ld, weight, K, y);
     case 2:
-      return tile<2>(x, ld, weight, K, y);
+      return tile<2, kPrefetch>(x, ld, weight, K, y);
     case 3:
-      if constexpr (kTileRows >= 3) return tile<3>(x, ld, weight, K, y);
+      if constexpr (kTileRows >= 3) return tile<3, kPrefetch>(x, ld, weight, K, y);
       break;
     case 4:
-      if constexpr (kTileRows >= 4) return tile<4>(x, ld, weight, K, y);
+      if constexpr (kTileRows >= 4) return tile<4, kPrefetch>(x, ld, weight, K, y);
       break;
     case 5:
-      if constexpr (kTileRows >= 5) return tile<5>(x, ld, weight, K, y);
+      if constexpr (kTileRows >= 5) return tile<5, kPrefetch>(x, ld, weight, K, y);
       break;
     default:
-      if constexpr (kTileRows >= 6) return tile<6>(x, ld, weight, K, y);
+      if constexpr (kTileRows >= 6) return tile<6, kPrefetch>(x, ld, weight, K, y);
       break;
   }
 }
@@ -96,7 +94,9 @@ static void multiply(const LinearArgs& args, const Runtime& runtime, const float
         for (int64_t t = 0; t < num_tiles; ++t) {
           const int64_t rows = (count - row) / (num_tiles - t);
           Vec4 y[kTileRows];
-          tile_of<W>(rows, x + (first + row) * ld, ld, weight, K, y);
+          // Only the first tile of a group waits for its weights.
+          const auto multiply_tile = t == 0 ? tile_of<true, W> : tile_of<false, W>;
+          multiply_tile(rows, x + (first + row) * ld, ld, weight, K, y);
           for (int64_t i = 0; i < rows; ++i) {
             if (bias != nullptr) y[i] += offset;
             T* p = out + (first + row + i) * N + n;

@@ -47,6 +47,17 @@ DIST_INT8_INLINE void unrolled(const Body& body) {
   }
 }
 
+// Weights this many bytes ahead go to L2 while a tile is computed. Rows of a weight lie end to end,
+// so that the next rows are fetched too; without it short rows run at a quarter of memory speed.
+constexpr int64_t kPrefetchBytes = 32768;
+
+template <bool kPrefetch, typename T>
+DIST_INT8_INLINE void prefetch(const T* p) {
+  if constexpr (kPrefetch) {
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes, 0, 2);
+  }
+}
+
 DIST_INT8_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 DIST_INT8_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 DIST_INT8_INLINE int64_t round_up(int64_t a, int64_t to) { return (a + to - 1) / to * to; }
