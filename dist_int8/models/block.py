@@ -56,13 +56,16 @@ class Norm(nn.Module):
         self.kind = kind
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(hidden_size), requires_grad=False)
-        self.bias = (
-            nn.Parameter(torch.empty(hidden_size), requires_grad=False) if kind == "layer" else None
-        )
+        has_bias = kind == "layer"
+        bias = nn.Parameter(torch.empty(hidden_size), requires_grad=False) if has_bias else None
+        self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """(norm(x + residual), x + residual), both [T, hidden]."""
-        return ops.add_norm(x, residual, self.weight, self.bias, self.eps, self.kind)
+        # Not self.weight and self.bias: nn.Module.__getattr__ costs about 1 us for each.
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        assert weight is not None
+        return ops.add_norm(x, residual, weight, bias, self.eps, self.kind)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, kind={self.kind}, eps={self.eps}"

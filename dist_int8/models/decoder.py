@@ -183,7 +183,7 @@ class DecoderStage(nn.Module):
 
     def _logits(self, x: Tensor, residual: Tensor | None, rows: Tensor | None) -> Tensor:
         if rows is not None:
-            if rows.shape[0] == 0:
+            if rows.shape[0] == 0:  # a prefill chunk before the last
                 return x.new_empty((0, self.spec.vocab_size), dtype=torch.float32)
             x = x[rows]
             residual = None if residual is None else residual[rows]
