@@ -14,6 +14,7 @@ from dist_int8.pipeline.stage import Stage
 from dist_int8.pipeline.transport import Transport
 
 WATCH_S = 0.25  # how often rank 0 looks whether the others live while it waits for a result
+JOIN_S = 5.0  # how long rank 0 waits at the end for the last stage to hang up
 
 
 class Pipeline:
@@ -96,6 +97,8 @@ class Pipeline:
             self.transport.send(MicroBatch(Kind.SHUTDOWN), None)
             self.transport.flush()
         self.world.close()
+        if self.transport is not None:
+            self.transport.join(JOIN_S)
 
 
 def serve(stage: Stage, transport: Transport, last: bool) -> None:

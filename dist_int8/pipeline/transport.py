@@ -92,6 +92,13 @@ class Transport:
         while self._sent:
             self._wait_for_oldest()
 
+    def join(self, timeout_s: float) -> None:
+        """Waits for the receiving thread, which ends when the rank before this one is gone.
+
+        Python must not shut down around it: in torch's C++ code that aborts the process.
+        """
+        self._thread.join(timeout_s)
+
     def _send(self, tensors: list[Tensor]) -> None:
         if len(self._sent) >= BUFFERS:
             self._wait_for_oldest()
