@@ -22,6 +22,9 @@ constexpr int64_t kTileRows = 6;             // rows of x in a register tile
 constexpr int64_t kTileCols = 4;             // weight rows in a register tile
 constexpr int64_t kBlockBytes = 384 * 1024;  // of x_int8 in a block of rows: most of L2
 
+// Rows of a block share the columns of x_high: more rows have more of them.
+constexpr int64_t kMaxBlockRows = 96;
+
 // Scratch slots of this op; quantize_rows has slot 0.
 enum Slot {
   kLowPlane = 1,
@@ -272,7 +275,11 @@ static void gather_outliers(const int8_t* x_high, int64_t ld, int64_t K, const R
       if (seen[i] != 0) columns[depth++] = static_cast<int32_t>(i);
     }
   }
-  block->high_is_dense = depth > K / 4;
+  // Products of a plane of that depth, against the bytes of weights to gather, in cycles or so.
+  const auto cost = [&](int64_t depth_of_plane) {
+    return (kTileCols * block->count + 8) * (round_up(depth_of_plane, kStep) / kStep);
+  };
+  block->high_is_dense = cost(K) < cost(depth) + 6 * depth;
   block->high.depth = block->high_is_dense ? K : depth;
   block->high.ld = block->high_is_dense ? ld : round_up(depth, kStep);
   block->high.x = plane;
@@ -403,7 +410,8 @@ void int8_linear(const Int8LinearArgs& args, const Runtime& runtime) {
   // Rows an odd multiple of 64 bytes apart fall into different cache sets.
   int64_t ld = max64(round_up(K, kStep), kStep);
   if ((ld / kStep) % 2 == 0) ld += kStep;
-  const int64_t block_rows = min64(M, max64(kTileRows, kBlockBytes / ld / kTileRows * kTileRows));
+  const int64_t fitting_rows = kBlockBytes / ld / kTileRows * kTileRows;
+  const int64_t block_rows = min64(M, min64(kMaxBlockRows, max64(kTileRows, fitting_rows)));
   const int64_t num_blocks = (M + block_rows - 1) / block_rows;
 
   int8_t* low_plane = static_cast<int8_t*>(runtime.scratch(kLowPlane, M * ld));
