@@ -1,5 +1,6 @@
 """Settings: what is accepted, and that every mistake is one line that names file, key and cure."""
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from transformers import GenerationConfig
 
 from dist_int8.config import GenerationSettings, Settings, load_settings, parse_byte_size
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def error_of(call, *arguments, **named) -> str:
@@ -125,6 +127,11 @@ def test_every_setting_has_a_sentence_and_an_example_that_holds(settings):
     for name, field in settings.model_fields.items():
         assert field.description and field.description.endswith("."), name
         assert settings.from_values({name: field.examples[0]}, "example"), name
+
+
+def test_the_page_of_settings_is_true():
+    page = runpy.run_path(str(ROOT / "docs/settings.py"))["page"]()
+    assert (ROOT / "docs/settings.md").read_text() == page, "run python docs/settings.py"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

@@ -147,7 +147,7 @@ class Settings(Checked):
     ] = Field(
         default=None,
         description="Memory budget: a byte size a stage in order, or a mapping of device to byte "
-        "size (of each stage there); by default what is free.",
+        "size (of each stage there); by default nothing is limited.",
         examples=[["79GiB", "79GiB"]],
     )
     rendezvous_timeout: Seconds = Field(

@@ -1,0 +1,41 @@
+"""Writes docs/settings.md from the fields of the settings: `python docs/settings.py`."""
+
+import json
+from pathlib import Path
+
+from dist_int8.config import GenerationSettings, Settings
+
+HEAD = """# Settings
+
+Written by `python docs/settings.py` from `dist_int8/config`; a test keeps it true.
+
+The same names are keys of a YAML file (`--config`), arguments of `dist_int8.load()` and, for most,
+flags of `dist-int8 generate`. Flags and arguments win over the file. Unknown and duplicate keys are
+refused. Byte sizes are written like `79GiB` (1024**3) or `80GB` (1000**3). YAML reads `1e3` as text:
+write `1000.0`.
+"""
+
+
+def rows(settings: type[Settings] | type[GenerationSettings]) -> str:
+    lines = ["| name | default | example | what it is |", "| --- | --- | --- | --- |"]
+    for name, field in settings.model_fields.items():
+        default, example = (
+            value if isinstance(value, str) else json.dumps(value)
+            for value in (field.default, (field.examples or [None])[0])
+        )
+        text = (field.description or "").replace("|", "\\|")
+        lines.append(f"| `{name}` | `{default}` | `{example}` | {text} |")
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """The whole of docs/settings.md."""
+    return (
+        f"{HEAD}\n## Of a deployment\n\n{rows(Settings)}\n\n"
+        "## Of one generation\n\nArguments of `model.generate()` and flags.\n\n"
+        f"{rows(GenerationSettings)}\n"
+    )
+
+
+if __name__ == "__main__":
+    Path(__file__).with_suffix(".md").write_text(page())
