@@ -11,8 +11,8 @@ Written by `python docs/settings.py` from `dist_int8/config`; a test keeps it tr
 
 The same names are keys of a YAML file (`--config`), arguments of `dist_int8.load()` and, for most,
 flags of `dist-int8 generate`. Flags and arguments win over the file. Unknown and duplicate keys are
-refused. Byte sizes are written like `79GiB` (1024**3) or `80GB` (1000**3). YAML reads `1e3` as text:
-write `1000.0`.
+refused. Byte sizes are written like `79GiB` (1024**3) or `80GB` (1000**3). YAML reads `1e3` as
+text: write `1000.0`.
 """
 
 
