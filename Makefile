@@ -6,10 +6,10 @@ DEEPSPEED ?= deepspeed>=0.19.6
 PYTHON ?= $(firstword $(foreach version,3.11 3.12 3.13 3.14,$(shell command -v python$(version))) python3)
 
 # Knobs of `make run`.
-PROMPT ?= The capital of France is
+PROMPT ?= Why is the sky blue? Answer in two sentences.
 STAGES ?= 2
 DEVICE ?= cpu
-MAX_NEW_TOKENS ?= 48
+MAX_NEW_TOKENS ?= 64
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -53,7 +53,7 @@ $(VENV)/.stamp-package: $(VENV)/.stamp-tools pyproject.toml $(SOURCES)
 run: install ## Fetch the demo model and stream an answer through two CPU stages
 	@model="$$($(BIN)/dist-int8 demo-model)" && \
 	$(BIN)/dist-int8 generate --model "$$model" --device $(DEVICE) --stages $(STAGES) \
-	    --prompt "$(PROMPT)" --max-new-tokens $(MAX_NEW_TOKENS)
+	    --chat --prompt "$(PROMPT)" --max-new-tokens $(MAX_NEW_TOKENS)
 
 test: install ## Run every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/gpu
