@@ -1,9 +1,9 @@
 """Distributed inference of language models with pipelined int8 layers (LLM.int8()).
 
-    import dist_int8
+import dist_int8
 
-    with dist_int8.load("folder-or-hub-id", devices=["cpu", "cpu"]) as model:
-        print(model.generate("The capital of France is", max_new_tokens=24)[0].text)
+with dist_int8.load("folder-or-hub-id", devices=["cpu", "cpu"]) as model:
+    print(model.generate("The capital of France is", max_new_tokens=24)[0].text)
 """
 
 from __future__ import annotations
