@@ -78,7 +78,8 @@ static void score(const Query* queries, const float* keys, int64_t L, int64_t D,
   }
 }
 
-// Scores become exp(score - maximum); returns their sum. Outside first..last they become 0.
+// Scores become exp(score - maximum); returns their sum, to which keys outside first..last add
+// nothing that fp32 can see: one of the terms is 1.
 static float softmax(const Query& query, int64_t base) {
   IntVec lane{};
   for (int i = 0; i < kLanes; ++i) lane[i] = i;

@@ -201,11 +201,11 @@ DIST_INT8_INLINE Vec4 sum4(const Vec (&v)[4]) {
 #endif
 }
 
-// e^v to about 1 ulp, with the same arithmetic in every lane. Below -87.3 the result is 0; NaN
-// stays NaN. Cephes expf: e^v = 2^n * e^r with |r| <= ln(2) / 2 and a polynomial of degree 6 for
-// e^r.
+// e^v to about 1 ulp, with the same arithmetic in every lane; v is clamped to [-87.3, 88] first, so
+// that e^v is a normal number: 1.2e-38 for what should be 0. NaN stays NaN. Cephes expf:
+// e^v = 2^n * e^r with |r| <= ln(2) / 2 and a polynomial of degree 6 for e^r.
 DIST_INT8_INLINE Vec exponential(Vec v) {
-  const Vec high = broadcast(88.3762626647949f);
+  const Vec high = broadcast(88.0f);
   const Vec low = broadcast(-87.3365447505531f);
   const Vec magic = broadcast(12582912.0f);
   Vec x = v > high ? high : v;
@@ -222,10 +222,7 @@ DIST_INT8_INLINE Vec exponential(Vec v) {
   p = fma(p, r * r, r + broadcast(1.0f));
   // n as an integer sits in the low bits of n + magic.
   const IntVec exponent = ((IntVec)(n + magic) - 0x4b400000 + 127) << 23;
-  Vec result = p * (Vec)exponent;
-  result = v < low ? Vec{} : result;
-  result = v > high ? broadcast(__builtin_inff()) : result;
-  return v == v ? result : v;
+  return p * (Vec)exponent;
 }
 
 // v / (1 + e^-v)
