@@ -131,6 +131,9 @@ def test_rows_of_zeros_nan_and_inf(rule, threshold):
     y = run(x)
     assert (y[1] == 0).all()
     assert y[2:5].isnan().all()
+    x_int8, x_high, row_scale = reference.quantize_rows(x, rule, threshold)
+    assert not x_int8[1:5].any() and not x_high[1:5].any()
+    assert row_scale[1] == 0 and row_scale[2:5].isnan().all()
     assert torch.equal(y[[0, 5]], run(clean)[[0, 5]])
 
 
@@ -231,6 +234,7 @@ def test_quantize_weight_of_zeros_nan_and_inf():
     torch.testing.assert_close(dequantized[0], torch.ones(8))
     assert (dequantized[1] == 0).all()
     assert dequantized[2:].isnan().all()
+    assert col_scale[2:].isnan().all() and not weight_int8[1:].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
