@@ -1,6 +1,8 @@
 """The specification against torch's float64 products, torch's and bitsandbytes' quantizers, and the
 worked rules of the LLM.int8() paper."""
 
+import itertools
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -325,7 +327,7 @@ def test_paper_methods_rank_as_in_its_table():
         reference.llm_int8_linear,
     )
     errors = [error(method, x) for method in methods]
-    assert errors == sorted(errors, reverse=True)
+    assert all(better < 0.9 * worse for worse, better in itertools.pairwise(errors))
     one_sided = torch.randn(64, 512).relu()
     assert error(reference.zeropoint_linear, one_sided) < error(reference.absmax_linear, one_sided)
 
