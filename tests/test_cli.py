@@ -168,6 +168,8 @@ def test_text_is_streamed_to_stdout_and_the_rest_to_stderr(tiny_llama, as_json):
         assert part in streamed.stderr
     at_the_end = run("generate", "--model", tiny_llama, *flags, "--no-stream", "--quiet")
     assert at_the_end.stdout == expected + "\n" and at_the_end.stderr == ""
+    one_object = run("generate", "--model", tiny_llama, *flags, "--json")
+    assert json.loads(one_object.stdout)["text"] == expected
 
 
 def test_a_model_without_chat_template(tiny_llama):
