@@ -151,15 +151,19 @@ class Int8Linear(nn.Module):
                 f"Int8Linear: x must be [..., K={self.in_features}], got {list(x.shape)}; "
                 "its last dimension is the input features"
             )
+        # Not self.weight_int8 and so on: nn.Module.__getattr__ costs about 1 us for each.
+        buffers = self._buffers
+        weight_int8, col_scale = buffers["weight_int8"], buffers["col_scale"]
+        assert weight_int8 is not None and col_scale is not None
         return ops.int8_linear(
             x,
-            self.weight_int8,
-            self.col_scale,
-            self.bias,
+            weight_int8,
+            col_scale,
+            buffers["bias"],
             outlier_rule=self.outlier_rule,
             outlier_threshold=self.outlier_threshold,
-            hot_columns=self.hot_columns,
-            hot_weight=self.hot_weight,
+            hot_columns=buffers["hot_columns"],
+            hot_weight=buffers["hot_weight"],
         )
 
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ from functools import cache
 from dist_int8.partition import memory
 
 FLOAT32 = memory.Formats(int8=False, float_size=4, vocab_size=4)
+COUNT = memory.Formats(int8=False, float_size=1, vocab_size=1)  # one "byte" a parameter
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,12 @@ def plan_stages(
     max_tokens: int,
     budgets: Sequence[int | None] | None = None,
 ) -> Plan:
-    """One stage a device, balanced by the bytes that a decode step reads (blocks and head).
+    """One stage a device, balanced by what a decode step costs (blocks and head).
 
-    The token embedding counts as held but not as read: a step looks up a few of its rows.
+    GPUs wait for memory: there the cost is the bytes of the weights that a step reads. CPUs wait
+    for arithmetic from a few rows on, and an int8 product with its outliers takes them about as
+    long as a widened 16-bit one: there the cost is the number of weights. The token embedding counts
+    as held but not as read: a step looks up a few of its rows.
 
     Raises:
         ValueError: more stages than blocks, or a stage over its budget.
@@ -140,8 +144,9 @@ def plan_stages(
             f"plan: stages must be at most the model's {num_blocks} blocks, got {num_stages}; "
             f"use {num_blocks} or fewer stages"
         )
-    costs = [memory.block_bytes(block, formats) for block in model.blocks]
-    ranges = split_blocks(costs, memory.head_bytes(model, formats), num_stages)
+    read = COUNT if devices[0] == "cpu" else formats
+    costs = [memory.block_bytes(block, read) for block in model.blocks]
+    ranges = split_blocks(costs, memory.head_bytes(model, read), num_stages)
     stages = []
     for rank, (device, blocks) in enumerate(zip(devices, ranges, strict=True)):
         kv_bytes = (

@@ -62,9 +62,15 @@ def test_seventy_blocks_on_sixteen_stages_are_planned_at_once():
 
 
 def test_a_heavy_head_leaves_the_last_stage_fewer_blocks():
-    light = plan_stages(make_spec(), ["cpu"] * 2, INT8, num_slots=1, max_tokens=16)
-    heavy = plan_stages(make_spec(vocab_size=100), ["cpu"] * 2, INT8, num_slots=1, max_tokens=16)
-    assert len(heavy.stages[1].blocks) < len(light.stages[1].blocks)
+    def last_stage(vocab_size, devices):
+        plan = plan_stages(
+            make_spec(vocab_size=vocab_size), devices, INT8, num_slots=1, max_tokens=16
+        )
+        return len(plan.stages[1].blocks)
+
+    assert last_stage(64, ["cpu"] * 2) == 3 and last_stage(400, ["cpu"] * 2) == 2
+    # an fp32 head is four times its weights in bytes, which is what a GPU waits for
+    assert last_stage(100, ["cpu"] * 2) == 3 and last_stage(100, ["cuda:0", "cuda:1"]) == 2
 
 
 def test_more_stages_than_blocks_are_refused():
