@@ -132,8 +132,8 @@ def plan_stages(
 
     GPUs wait for memory: there the cost is the bytes of the weights that a step reads. CPUs wait
     for arithmetic from a few rows on, and an int8 product with its outliers takes them about as
-    long as a widened 16-bit one: there the cost is the number of weights. The token embedding counts
-    as held but not as read: a step looks up a few of its rows.
+    long as a widened 16-bit one: there the cost is the number of weights. The embedding counts as
+    held but not as read: a step looks up a few of its rows.
 
     Raises:
         ValueError: more stages than blocks, or a stage over its budget.
