@@ -99,16 +99,16 @@ def load(
     if rank == 0 and on_plan is not None:
         on_plan(plan)
     device_types = {torch.device(device).type for device in stage_devices}
-    _set_threads(settings, plan)
+    cores = _share_cores(settings, plan, place)
     if place is not None:
-        world = distributed.join(place, device_types, settings.rendezvous_timeout)
+        world = distributed.join(place, device_types, settings.rendezvous_timeout, cores)
     elif len(plan.stages) == 1:
         world = distributed.alone()
     else:
         same = settings.model_dump(mode="json", exclude={"gpus", "stages"})
         same |= {"model": str(folder.resolve()), "devices": stage_devices, "revision": None}
         timeout_s = settings.rendezvous_timeout
-        world = distributed.spawn(len(plan.stages), same, device_types, timeout_s)
+        world = distributed.spawn(len(plan.stages), same, device_types, timeout_s, cores)
     try:
         stage = _build_stage(
             folder, spec, plan.stages[rank], plan, settings, limits, dtype, progress
@@ -174,8 +174,7 @@ def _devices(settings: Settings, place: Launched | None) -> list[str]:
         )
     if settings.devices is not None:
         return list(settings.devices)
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)
-    ranks_here = ranks_here or place.world_size
+    ranks_here = _ranks_here(place)
     local = choose_devices(settings.model_copy(update={"stages": ranks_here, "gpus": None}))
     return [local[rank % ranks_here] for rank in range(place.world_size)]
 
@@ -215,13 +214,32 @@ def _limits(settings: Settings, spec: ModelSpec) -> Limits:
     )
 
 
-def _set_threads(settings: Settings, plan: Plan) -> None:
-    """Shares this machine's cores among the CPU stages, which would otherwise fight for them."""
-    num_stages = len(plan.stages)
-    if settings.threads_per_stage is not None:
-        torch.set_num_threads(settings.threads_per_stage)
-    elif num_stages > 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_stages))
+def _share_cores(settings: Settings, plan: Plan, place: Launched | None) -> frozenset[int]:
+    """Sets torch's threads and returns the cores of this rank, an equal share of this machine's.
+
+    CPU stages would otherwise fight for cores. No cores (any) where there is nothing to share, with
+    fewer cores than threads, or where a launcher has chosen already. A rank that is all
+    ours keeps to its cores; rank 0 may be a user's session, which keeps all.
+    """
+    num_here = len(plan.stages) if place is None else _ranks_here(place)
+    allowed = sorted(os.sched_getaffinity(0))
+    num_threads = settings.threads_per_stage
+    if num_threads is None and num_here > 1:
+        num_threads = max(1, len(allowed) // num_here)
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    if num_here == 1 or num_threads is None or num_here * num_threads > len(allowed):
+        return frozenset()
+    begin = (0 if place is None else place.local_rank) * num_threads
+    cores = frozenset(allowed[begin : begin + num_threads])
+    if place is not None and place.rank:
+        distributed.stay_on(cores)
+    return cores
+
+
+def _ranks_here(place: Launched) -> int:
+    text = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return int(text) if text else place.world_size
 
 
 def _build_stage(

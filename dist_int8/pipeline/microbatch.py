@@ -1,8 +1,8 @@
 """Micro-batches and the typed header in front of them on the wire. Imports nothing of ours.
 
-On the wire a micro-batch is three flat tensors, in order: `header` int64 [16], `control` int64 [C]
-(token ids, segments, sampling settings; C follows from the header) and, between stages,
-hidden_states [num_tokens, hidden_size]. A result is `header`, then token ids int64 or logits fp32.
+On the wire a micro-batch is `header` int64 [16], `control` int64 [C] (token ids, segments, sampling
+settings; C follows from the header) and, between stages, hidden_states [num_tokens, hidden_size]. A
+result is `header`, then token ids int64 or logits fp32.
 Nothing is pickled; a header that no rank of this pipeline sends is refused before any of its sizes
 is used.
 """
@@ -148,6 +148,15 @@ def control_size(header: Tensor, limits: Limits) -> int:
     for name, value in (("num_segments", num_segments), ("num_starts", num_starts)):
         if not 0 <= value <= limits.num_slots:
             raise BadMessage(f"header: {name} must be 0 to {limits.num_slots}, got {value}")
+    return _control_size(num_tokens, num_segments, num_starts)
+
+
+def max_control_size(limits: Limits) -> int:
+    """Most int64 that a control tensor has."""
+    return _control_size(limits.max_rows, limits.num_slots, limits.num_slots)
+
+
+def _control_size(num_tokens: int, num_segments: int, num_starts: int) -> int:
     return num_tokens + num_segments * 4 + num_starts * (2 + len(SAMPLING_FIELDS))
 
 

@@ -1,9 +1,10 @@
 """Moves micro-batches between neighbouring stages and results from the last to the first.
 
-The only user of point-to-point communication. A thread receives the next messages while the stage
-computes (two wait in its queue at most), and two messages may be on their way out, so that neither
-side waits for the other's copy. Headers, control data and results travel over gloo; hidden_states
-over gloo from CPUs and over NCCL from GPUs, in the same order.
+The only user of point-to-point communication. A message is one tensor of bytes: header, control
+data and, between CPU stages, hidden_states; on GPUs hidden_states follow over NCCL, in the same
+order. Two receives are always posted, so a message finds its buffer waiting and leaves the sender
+at once: without, gloo first asks the receiver, and on busy cores the answer waits for a turn of the
+scheduler (8 ms were seen). A thread takes in the next messages while the stage computes.
 """
 
 from __future__ import annotations
@@ -11,18 +12,22 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_int8 import distributed
 from dist_int8.distributed import RankDied, World, reason
 from dist_int8.pipeline import microbatch
 from dist_int8.pipeline.microbatch import BadMessage, Kind, Limits, MicroBatch, Result
 
 BUFFERS = 2
 TAG = 0
+LOGITS_TAG = 1
+HEADER_BYTES = 8 * microbatch.HEADER_SIZE
 
 
 class Transport:
@@ -44,12 +49,26 @@ class Transport:
         self.source = (world.rank - 1) % world.world_size
         self.target = (world.rank + 1) % world.world_size
         self._groups = world.groups
+        self._cores = world.cores
         self.limits = limits
         self.dtype = dtype
         self.device = device
         self._sent: deque[list[tuple[dist.Work, Tensor]]] = deque()
         self._received: queue.Queue[Any] = queue.Queue(maxsize=BUFFERS)
-        receive = self._receive_result if world.rank == 0 else self._receive_micro_batch
+        self._stream: Any = None
+        self._over_nccl = "cuda" in world.groups
+        if world.rank == 0:
+            capacity = HEADER_BYTES + limits.num_slots * 8
+            receive: Callable[[], Any] = self._receive_result
+        else:
+            hidden_bytes = 0 if self._over_nccl else limits.hidden_size * dtype.itemsize
+            control_bytes = 8 * microbatch.max_control_size(limits)
+            capacity = HEADER_BYTES + control_bytes + limits.max_rows * hidden_bytes
+            receive = self._receive_micro_batch
+        self._capacity = capacity
+        self._posted: deque[tuple[dist.Work, Tensor]] = deque()
+        for _ in range(BUFFERS):
+            self._post_receive()
         self._thread = threading.Thread(
             target=self._receive_forever, args=(receive,), name="receiver", daemon=True
         )
@@ -57,12 +76,21 @@ class Transport:
 
     def send(self, micro_batch: MicroBatch, hidden_states: Tensor | None) -> None:
         """Starts sending a micro-batch and its hidden_states [T, hidden_size] to the next stage."""
-        header, control = microbatch.pack(micro_batch)
-        self._send([header, control] + ([] if hidden_states is None else [hidden_states]))
+        parts = list(microbatch.pack(micro_batch))
+        if hidden_states is None:
+            self._send([_as_bytes(*parts)])
+        elif self._over_nccl:
+            self._send([_as_bytes(*parts), hidden_states.contiguous()])
+        else:
+            self._send([_as_bytes(*parts, hidden_states.cpu())])
 
     def send_result(self, result: Result) -> None:
         """Starts sending a result to rank 0."""
-        self._send([microbatch.pack_result(result), result.values])
+        header = microbatch.pack_result(result)
+        if result.values.dtype == torch.int64:
+            self._send([_as_bytes(header, result.values)])
+        else:
+            self._send([_as_bytes(header)], logits=result.values.contiguous())
 
     def next(self, timeout_s: float | None = None) -> Any:
         """The next (micro-batch, hidden_states), or Result on rank 0; None after timeout_s.
@@ -99,16 +127,19 @@ class Transport:
         """
         self._thread.join(timeout_s)
 
-    def _send(self, tensors: list[Tensor]) -> None:
+    def _send(self, tensors: list[Tensor], logits: Tensor | None = None) -> None:
         if len(self._sent) >= BUFFERS:
             self._wait_for_oldest()
         try:
-            self._sent.append([self._start_send(t.contiguous()) for t in tensors if t.numel()])
+            sent = [self._start_send(tensor, TAG) for tensor in tensors]
+            if logits is not None:
+                sent.append(self._start_send(logits, LOGITS_TAG))
         except (RuntimeError, dist.DistError) as error:
             raise self._lost_target(error) from None
+        self._sent.append(sent)
 
-    def _start_send(self, tensor: Tensor) -> tuple[dist.Work, Tensor]:
-        work = self._groups[tensor.device.type].send([tensor], self.target, TAG)
+    def _start_send(self, tensor: Tensor, tag: int) -> tuple[dist.Work, Tensor]:
+        work = self._groups[tensor.device.type].send([tensor], self.target, tag)
         return work, tensor  # kept until its copy has left
 
     def _wait_for_oldest(self) -> None:
@@ -121,7 +152,8 @@ class Transport:
     def _lost_target(self, error: BaseException) -> RankDied:
         return RankDied(f"lost the connection to rank {self.target}: {reason(error)}")
 
-    def _receive_forever(self, receive: Any) -> None:
+    def _receive_forever(self, receive: Callable[[], Any]) -> None:
+        distributed.stay_on(self._cores)
         try:
             while True:
                 item = receive()
@@ -131,37 +163,58 @@ class Transport:
         except BaseException as error:  # whatever ends this thread is raised where it is awaited
             self._received.put(error)
 
+    def _post_receive(self) -> None:
+        buffer = torch.empty(self._capacity, dtype=torch.uint8)
+        self._posted.append((self._groups["cpu"].recv([buffer], self.source, TAG), buffer))
+
+    def _next_message(self) -> Tensor:
+        """The next message's bytes; another receive is posted in its place."""
+        work, buffer = self._posted.popleft()
+        work.wait()
+        self._post_receive()
+        return buffer
+
     def _receive_micro_batch(self) -> tuple[MicroBatch, Tensor | None, Any]:
-        header = self._receive(torch.empty(microbatch.HEADER_SIZE, dtype=torch.int64))
-        size = microbatch.control_size(header, self.limits)
-        control = self._receive(torch.empty(size, dtype=torch.int64))
+        message = self._next_message()
+        header = message[:HEADER_BYTES].view(torch.int64)
+        end = HEADER_BYTES + 8 * microbatch.control_size(header, self.limits)
+        control = message[HEADER_BYTES:end].view(torch.int64)
         micro_batch = microbatch.unpack(header, control, self.limits)
         if micro_batch.kind == Kind.SHUTDOWN:
             return micro_batch, None, None
         shape = (micro_batch.num_tokens, self.limits.hidden_size)
-        if self.device.type != "cuda":
-            return micro_batch, self._receive(torch.empty(shape, dtype=self.dtype)), None
-        # A stream of its own lets the copy run beside the stage's kernels.
-        stream = self._receive_stream()
-        with torch.cuda.stream(stream):
-            hidden_states = self._receive(torch.empty(shape, dtype=self.dtype, device=self.device))
-            event = torch.cuda.Event()
-            event.record(stream)
-        return micro_batch, hidden_states, event
+        if self._over_nccl:
+            return micro_batch, *self._receive_on_gpu(shape)
+        num_bytes = shape[0] * shape[1] * self.dtype.itemsize
+        hidden_states = message[end : end + num_bytes].view(self.dtype).view(shape)
+        return micro_batch, hidden_states.to(self.device), None
 
-    def _receive_stream(self) -> Any:
-        if not hasattr(self, "_stream"):
+    def _receive_on_gpu(self, shape: tuple[int, int]) -> tuple[Tensor, Any]:
+        """hidden_states and the event after which they are there.
+
+        A stream of its own lets the copy run beside the stage's kernels.
+        """
+        if self._stream is None:
             torch.cuda.set_device(self.device)
             self._stream = torch.cuda.Stream(self.device)
-        return self._stream
+        with torch.cuda.stream(self._stream):
+            hidden_states = torch.empty(shape, dtype=self.dtype, device=self.device)
+            self._groups["cuda"].recv([hidden_states], self.source, TAG).wait()
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        return hidden_states, event
 
     def _receive_result(self) -> Result:
-        header = self._receive(torch.empty(microbatch.HEADER_SIZE, dtype=torch.int64))
+        message = self._next_message()
+        header = message[:HEADER_BYTES].view(torch.int64)
         result = microbatch.empty_result(header, self.limits)
-        self._receive(result.values)
+        if result.values.dtype == torch.int64:
+            end = HEADER_BYTES + 8 * result.values.numel()
+            result.values = message[HEADER_BYTES:end].view(torch.int64)
+        else:
+            self._groups["cpu"].recv([result.values], self.source, LOGITS_TAG).wait()
         return result
 
-    def _receive(self, tensor: Tensor) -> Tensor:
-        if tensor.numel():
-            self._groups[tensor.device.type].recv([tensor], self.source, TAG).wait()
-        return tensor
+
+def _as_bytes(*tensors: Tensor) -> Tensor:
+    return torch.cat([tensor.contiguous().view(torch.uint8).flatten() for tensor in tensors])

@@ -64,7 +64,7 @@ def forge(world: World):
     if world.rank == 0:
         header, _ = microbatch.pack(message(3)[0])
         header[5] = 2**40  # tokens
-        world.groups["cpu"].send([header], 1, 0).wait()
+        world.groups["cpu"].send([header.view(torch.uint8)], 1, 0).wait()
         return "sent"
     try:
         transport.next()
