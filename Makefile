@@ -94,7 +94,6 @@ format: install ## Rewrite the code in the house style
 
 bench: install ## Run the CPU benchmarks, write JSON to benchmarks/results
 	mkdir -p $(RESULTS)
-	$(PIP) install -e ".[bench]" --no-build-isolation --quiet
 	for script in $(filter-out benchmarks/results.py benchmarks/gpu_%,$(wildcard benchmarks/*.py)); do \
 	    $(BIN)/python $$script --json $(RESULTS)/$$(basename $$script .py).json || exit 1; \
 	done

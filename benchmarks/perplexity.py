@@ -1,7 +1,7 @@
 """Which outlier rule loses nothing? Perplexity of a real model whose linears run in int8.
 
-    python benchmarks/perplexity.py MODEL_FOLDER [--text FILE] [--rows 12] [--seeds 0 1]
-        [--methods NAME ...] [--threads 2] [--name RESULT]
+    python benchmarks/perplexity.py [--model FOLDER] [--text FILE] [--rows 12] [--seeds 0 1]
+        [--methods NAME ...] [--threads 2] [--json FILE]
 
 The model is transformers' own, in fp32, with every linear but the head swapped by `convert`; the
 figures come out of the same `Int8Linear` and ops that the runtime uses. Text: Python's help topics
@@ -11,7 +11,6 @@ outlier features injected (`models/outlier_features.py`), one run a seed; that m
 by rounding only, which is checked first. "+-" is the standard error of a change over the rows.
 """
 
-import argparse
 import collections
 import math
 import pydoc_data.topics
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from results import write_result
+from results import folder_of, make_parser, write_result
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -212,22 +211,19 @@ def table(runs: list[dict], methods: list[str], default: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", type=Path)
+    parser = make_parser(__doc__)
     parser.add_argument("--text", type=Path, help="a text file (default: Python's help topics)")
     parser.add_argument("--first-token", type=int, default=5000)
     parser.add_argument("--rows", type=int, default=12, help="rows of 1,024 tokens")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--methods", nargs="*", default=DEFAULT_METHODS, choices=[*RULES, *OTHERS])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--name", default="perplexity", help="of the file in results/")
     args = parser.parse_args()
+    model = Path(folder_of(args))
     torch.set_num_threads(args.threads)
 
     text = args.text.read_text() if args.text else "\n".join(pydoc_data.topics.topics.values())
-    tokens = AutoTokenizer.from_pretrained(args.model)(text, return_tensors="pt").input_ids[0]
+    tokens = AutoTokenizer.from_pretrained(model)(text, return_tensors="pt").input_ids[0]
     tokens = tokens[args.first_token :][: args.rows * WINDOW]
     if len(tokens) < args.rows * WINDOW:
         parser.error(
@@ -236,16 +232,16 @@ def main() -> None:
         )
     rows = tokens.view(args.rows, WINDOW)
 
-    runs = [measure(args.model, None, rows, args.methods, None)]
+    runs = [measure(model, None, rows, args.methods, None)]
     base = runs[0]["row_losses"]["fp32"]
-    runs += [measure(args.model, seed, rows, args.methods, base) for seed in args.seeds]
+    runs += [measure(model, seed, rows, args.methods, base) for seed in args.seeds]
     settings = Settings.model_fields
     rule, threshold = settings["outlier_rule"].default, settings["outlier_threshold"].default
     default = next(m for m, (_, *r) in RULES.items() if r == [rule, threshold])
     path = write_result(
-        args.name,
+        "perplexity",
         {
-            "model": args.model.name,
+            "model": model.name,
             "text": args.text.name if args.text else "pydoc_data.topics",
             "tokens": rows.numel(),
             "first_token": args.first_token,
@@ -254,6 +250,7 @@ def main() -> None:
             "default": default,
             "runs": runs,
         },
+        args.json,
     )
     print(f"\n{table(runs, args.methods, default)}\n\n{path}")
 
