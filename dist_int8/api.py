@@ -224,6 +224,11 @@ def _share_cores(settings: Settings, plan: Plan, place: Launched | None) -> froz
     num_here = len(plan.stages) if place is None else _ranks_here(place)
     allowed = sorted(os.sched_getaffinity(0))
     num_threads = settings.threads_per_stage
+    if num_threads is not None and num_threads > (os.cpu_count() or num_threads):
+        raise ValueError(
+            f"load(): threads_per_stage must be at most this machine's {os.cpu_count()} cores, got "
+            f"{num_threads}; lower it or leave it out"
+        )
     if num_threads is None and num_here > 1:
         num_threads = max(1, len(allowed) // num_here)
     if num_threads is not None:

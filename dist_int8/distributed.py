@@ -211,6 +211,7 @@ def spawn(
     folder = Path(tempfile.mkdtemp(prefix="dist_int8-"))
     world = World(0, world_size, folder=folder, cores=cores)
     world.store = dist.FileStore(str(folder / "store"), world_size)
+    in_main_thread = threading.current_thread() is threading.main_thread()
     line = json.dumps(settings).encode() + b"\n"
     try:
         for rank in range(1, world_size):
@@ -220,6 +221,8 @@ def spawn(
                 "WORLD_SIZE": str(world_size),
                 "LOCAL_RANK": str(rank),
                 "DIST_INT8_STORE": str(folder / "store"),
+                # the kernel watches the thread that starts a process, which may end early
+                "DIST_INT8_DIES_WITH_PARENT": "1" * in_main_thread,
             }
             child = subprocess.Popen(
                 [sys.executable, "-m", "dist_int8.rank"],

@@ -96,6 +96,10 @@ class Model:
             ValueError: a bad setting, an empty prompt, or one longer than the context.
             RankDied: a rank ended; the handle is closed then.
         """
+        if not isinstance(stream, bool):
+            raise ValueError(
+                f"generate: stream must be true or false, got {stream!r}; a callback is on_token"
+            )
         chosen = GenerationSettings.from_generation_config(generation_config, settings)
         requests = self._requests(prompts, chosen)
         tokens = self._run(requests)
@@ -116,14 +120,20 @@ class Model:
             ValueError: not two-dimensional, empty, longer than the context, or not a token.
             RankDied: a rank ended; the handle is closed then.
         """
-        rows = torch.as_tensor(input_ids)
+        try:
+            rows = torch.as_tensor(input_ids)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"logits: input_ids must be integers [batch, tokens], got {error}; give "
+                "equally long lists of token ids"
+            ) from None
         if rows.ndim != 2 or not rows.numel() or rows.is_floating_point():
             raise ValueError(
                 "logits: input_ids must be integers [batch, tokens], got "
                 f"{rows.dtype} {list(rows.shape)}; give a list of equally long lists of token ids"
             )
         for index, row in enumerate(rows.tolist()):
-            self._check_prompt(row, index, num_new=0)
+            self._check_prompt(row, index, num_new=0, call="logits")
         logits = torch.empty(*rows.shape, self._spec.vocab_size, dtype=torch.float32)
         with self._running():
             for index, start, values in self._engine.logits(rows.tolist()):
@@ -165,7 +175,13 @@ class Model:
         if isinstance(prompts, str):
             items = [prompts]
         else:
-            items = list(prompts.tolist() if isinstance(prompts, Tensor) else prompts)
+            try:
+                items = list(prompts.tolist() if isinstance(prompts, Tensor) else prompts)
+            except TypeError:
+                raise ValueError(
+                    f"generate: prompts must be text, token ids or a list of either, got "
+                    f"{type(prompts).__name__}; give a string or a list"
+                ) from None
             if items and isinstance(items[0], int):
                 items = [items]
         seed = settings.seed if settings.seed is not None else random.SystemRandom().getrandbits(48)
@@ -177,27 +193,43 @@ class Model:
                         f"generate: prompts must be token ids, got text, and {self.folder} has no "
                         "tokenizer; give token ids or add its tokenizer files"
                     )
+                try:
+                    item.encode()
+                except UnicodeEncodeError:
+                    raise ValueError(
+                        f"generate: prompt {index} must be valid text, got bytes that are not "
+                        "UTF-8; convert it to UTF-8"
+                    ) from None
                 prompt_ids = list(self.tokenizer(item).input_ids)
-            else:
+            elif isinstance(item, Sequence):
                 prompt_ids = list(item)
+            else:
+                raise ValueError(
+                    f"generate: prompt {index} must be text or token ids, got {item!r}; give "
+                    "strings, or lists of integers"
+                )
             self._check_prompt(prompt_ids, index, num_new=1)
             text = TextStream(self.tokenizer, settings.stop)
             requests.append(Request(index, prompt_ids, settings, (seed + index) % 2**63, text))
         return requests
 
-    def _check_prompt(self, token_ids: list[Any], index: int, num_new: int) -> None:
+    def _check_prompt(
+        self, token_ids: list[Any], index: int, num_new: int, call: str = "generate"
+    ) -> None:
         limit = self._engine.limits.max_tokens
         if not token_ids:
-            raise ValueError(f"generate: prompt {index} must have a token at least, got none")
+            raise ValueError(
+                f"{call}: prompt {index} must have a token at least, got none; write something"
+            )
         if len(token_ids) + num_new > limit:
             raise ValueError(
-                f"generate: prompt {index} must be at most {limit - num_new} tokens long (the "
+                f"{call}: prompt {index} must be at most {limit - num_new} tokens long (the "
                 f"context is {limit}), got {len(token_ids)}; shorten it or raise max_tokens"
             )
         for token_id in token_ids:
             if not isinstance(token_id, int) or not 0 <= token_id < self._spec.vocab_size:
                 raise ValueError(
-                    f"generate: token ids of prompt {index} must be integers 0 to "
+                    f"{call}: token ids of prompt {index} must be integers 0 to "
                     f"{self._spec.vocab_size - 1}, got {token_id!r}; use this model's tokenizer"
                 )
 

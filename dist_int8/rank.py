@@ -6,10 +6,14 @@ is gone and this process ends too.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import threading
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def _end_with_rank_0() -> None:
@@ -18,8 +22,18 @@ def _end_with_rank_0() -> None:
     os._exit(1)
 
 
+def _be_killed_with_rank_0() -> None:
+    """Asks the kernel to kill this process when rank 0's main thread ends, even if it is stopped.
+
+    The thread above cannot run in a stopped process. Linux only; elsewhere that thread has to do.
+    """
+    if os.environ.get("DIST_INT8_DIES_WITH_PARENT") and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 def main() -> None:
     """Joins as the rank in the environment and serves its stage until rank 0 shuts down."""
+    _be_killed_with_rank_0()
     settings = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_rank_0, name="end-with-rank-0", daemon=True).start()
     from dist_int8.api import load

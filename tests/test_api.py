@@ -162,6 +162,9 @@ def test_a_stop_string_and_the_context_end_an_answer(one_stage, expected):
         ([[1] * 96], "at most 95 tokens long .*got 96; shorten it or raise max_tokens"),
         ([[1, 288]], "token ids of prompt 0 must be integers 0 to 287, got 288"),
         ([[1], [-1]], "prompt 1"),
+        (None, "prompts must be text, token ids or a list of either, got NoneType"),
+        ([3.5], "prompt 0 must be text or token ids, got 3.5"),
+        ("a\udcff", "prompt 0 must be valid text"),
     ],
 )
 def test_bad_prompts_are_refused_and_the_model_goes_on(one_stage, prompts, message):
@@ -178,6 +181,7 @@ def test_bad_prompts_are_refused_and_the_model_goes_on(one_stage, prompts, messa
         ({"devices": ["cpu"], "max_tokens": 300}, "at most the model's 256 positions, got 300"),
         ({"devices": ["cpu"], "memory": [1000]}, "stage 0 on cpu must fit 1000 B"),
         ({"devices": ["cpu"], "threads": 2}, "threads"),
+        ({"devices": ["cpu"], "threads_per_stage": 10**6}, "at most this machine's .* cores"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_starts(tiny_llama, arguments, message):
@@ -230,6 +234,25 @@ input()
     assert not is_running(child)
 
 
+def test_a_stopped_rank_ends_with_its_session(tiny_llama):
+    program = f"""
+import dist_int8, os, signal
+model = dist_int8.load({str(tiny_llama)!r}, devices=["cpu", "cpu"], progress=False)
+child = model._engine.pipeline.world.children[1].pid
+os.kill(child, signal.SIGSTOP)
+print(child, flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program]
+    output = subprocess.run(command, capture_output=True, text=True, env=environment)
+    child = int(output.stdout)
+    deadline = time.monotonic() + 5
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(child)
+
+
 def test_a_second_load_in_one_session_works(tiny_llama):
     for _ in range(2):
         with dist_int8.load(tiny_llama, devices=["cpu"] * 2, **OPTIONS) as model:
@@ -255,3 +278,12 @@ def test_importing_does_not_import_torch():
     program = "import dist_int8, sys, json; print(json.dumps('torch' in sys.modules))"
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert json.loads(output.stdout) is False
+
+
+def test_logits_of_bad_input_name_logits(one_stage):
+    with pytest.raises(ValueError, match="logits: input_ids must be integers"):
+        one_stage.logits([[1, 2], [1]])
+    with pytest.raises(ValueError, match="logits: token ids of prompt 0"):
+        one_stage.logits([[10**7]])
+    with pytest.raises(ValueError, match="stream must be true or false"):
+        one_stage.generate("abc", stream=print)

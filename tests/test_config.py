@@ -147,6 +147,7 @@ def test_there_are_configs():
 @pytest.mark.parametrize(
     ("values", "part"),
     [
+        ({"temperature": 1e-320}, "temperature must be 0 or at least 0.001"),
         ({"temperature": -0.1}, "temperature must be at least 0.0, got -0.1"),
         ({"temperature": float("nan")}, "temperature must be"),
         ({"top_p": 1.5}, "top_p must be at most 1.0, got 1.5"),

@@ -7,6 +7,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from dist_int8.config.checked import Checked, Count, NonEmpty, listed
 
+LEAST_TEMPERATURE = 1e-3  # below, logits overflow when divided by it
+
 
 class GenerationSettings(Checked):
     """How tokens are chosen. Greedy unless `temperature` is above 0 or `do_sample` is true."""
@@ -59,6 +61,11 @@ class GenerationSettings(Checked):
             raise ValueError(
                 "temperature: temperature must be above 0 when do_sample is true, got 0; "
                 "raise it or leave do_sample out"
+            )
+        if self.temperature and self.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"temperature: temperature must be 0 or at least {LEAST_TEMPERATURE}, got "
+                f"{self.temperature}; 0 takes the likeliest token"
             )
         return self
 

@@ -79,6 +79,11 @@ class Int8Linear(nn.Module):
         Raises ValueError for an unknown rule, a bad threshold, or hot columns that are repeated or
         outside 0 .. K - 1.
         """
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(
+                f"Int8Linear.from_linear: linear must be a torch.nn.Linear, got "
+                f"{type(linear).__name__}; give the linear layer itself"
+            )
         layer = cls(
             linear.in_features,
             linear.out_features,
