@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GenerationConfig,
+    GPTNeoXConfig,
+    OPTConfig,
+    Qwen2Config,
+)
 
 import dist_int8
 from dist_int8.pipeline import RankDied
@@ -287,3 +294,26 @@ def test_logits_of_bad_input_name_logits(one_stage):
         one_stage.logits([[10**7]])
     with pytest.raises(ValueError, match="stream must be true or false"):
         one_stage.generate("abc", stream=print)
+
+
+SMALL = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+FAMILIES = {
+    "bloom": BloomConfig(vocab_size=96, hidden_size=64, n_layer=3, n_head=4),
+    "opt": OPTConfig(**SMALL, ffn_dim=128, max_position_embeddings=64, word_embed_proj_dim=32),
+    "gpt_neox": GPTNeoXConfig(**SMALL, intermediate_size=128, max_position_embeddings=64),
+    "qwen2": Qwen2Config(
+        **SMALL, num_key_value_heads=2, intermediate_size=128, max_position_embeddings=64
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_the_same_tokens_on_two_ranks(family, tmp_path):
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(FAMILIES[family]).save_pretrained(tmp_path)
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14]]
+    options = {"progress": False, "threads_per_stage": 1, "max_tokens": 32}
+    with dist_int8.load(tmp_path, devices=["cpu"], **options) as model:
+        expected = [model.generate(prompt, max_new_tokens=8)[0].token_ids for prompt in prompts]
+    with dist_int8.load(tmp_path, devices=["cpu"] * 2, **options) as model:
+        assert [a.token_ids for a in model.generate(prompts, max_new_tokens=8)] == expected
