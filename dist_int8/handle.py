@@ -157,7 +157,7 @@ class Model:
         try:
             self._engine.pipeline.close()
         except RuntimeError:  # a stage is gone already; end the others all the same
-            self._engine.pipeline.world.kill()
+            self._engine.pipeline.kill()
 
     def __enter__(self) -> Model:
         return self
@@ -277,4 +277,4 @@ class _Running:
             # micro-batches of the failed call may still be under way: nothing can follow them
             self.model._closed = True
             atexit.unregister(self.model.shutdown)
-            self.model._engine.pipeline.world.kill()
+            self.model._engine.pipeline.kill()

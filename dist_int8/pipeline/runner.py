@@ -97,6 +97,14 @@ class Pipeline:
             self.transport.send(MicroBatch(Kind.SHUTDOWN), None)
             self.transport.flush()
         self.world.close()
+        self._join()
+
+    def kill(self) -> None:
+        """Ends every rank at once, for when they cannot be asked to end any more."""
+        self.world.kill()
+        self._join()
+
+    def _join(self) -> None:
         if self.transport is not None:
             self.transport.join(JOIN_S)
 
