@@ -1,5 +1,5 @@
-// Every op's schema, declared once. The kernels behind them are registered in cpu_ops.cpp and
-// cuda_ops.cpp; shapes, units and errors are documented in dist_int8/int8/ops.py.
+// Every op's schema, declared once. The kernels behind them are registered in cpu_ops/ and
+// cuda_ops/; shapes, units and errors are documented in dist_int8/int8/ops.py.
 //
 // outlier_rule is an index into reference.OUTLIER_RULES, norm_kind is 0 (rms) or 1 (layer).
 #include "checks.h"
@@ -21,6 +21,7 @@ STABLE_TORCH_LIBRARY(dist_int8, m) {
       "attention(Tensor qkv, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor segments, "
       "int num_heads, int num_kv_heads, float scale, Tensor? cos, Tensor? sin, "
       "Tensor? alibi_slopes, int window) -> Tensor");
+  m.def("transform_layout(Tensor x, int source, int target, int rows, int cols) -> Tensor");
 }
 
 #define DIST_INT8_EXPORT extern "C" __attribute__((visibility("default")))
