@@ -277,5 +277,6 @@ void linear(const LinearArgs& args, const Runtime& runtime);
 void add_norm(const AddNormArgs& args, const Runtime& runtime);
 void silu_mul(const SiluMulArgs& args, const Runtime& runtime);
 void attention(const AttentionArgs& args, const Runtime& runtime);
+void transform_layout(const TransformLayoutArgs& args, const Runtime& runtime);
 
 }  // namespace dist_int8::DIST_INT8_ISA

@@ -15,6 +15,7 @@ const CpuKernels kernels = {
     add_norm,
     silu_mul,
     attention,
+    transform_layout,
 };
 
 }  // namespace dist_int8::DIST_INT8_ISA

@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPS = ("quantize_rows", "int8_linear", "linear", "add_norm", "norm", "silu_mul", "attention")
+OPS = (
+    "quantize_rows",
+    "int8_linear",
+    "linear",
+    "add_norm",
+    "norm",
+    "silu_mul",
+    "attention",
+    "transform_layout",
+)
 
 _path: str | None = None
 _error: str | None = None
@@ -64,7 +73,10 @@ def has_kernel(name: str, dispatch_key: str) -> bool:
     """Whether op `name` has a compiled kernel for "CPU" or "CUDA"."""
     if _path is None:
         return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"dist_int8::{name}", dispatch_key)
+    op = f"dist_int8::{name}"
+    if not torch._C._dispatch_has_kernel(op):  # an older library does not know the op
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op, dispatch_key)
 
 
 def _string(function: Any) -> str:
@@ -128,3 +140,11 @@ def _register_fakes() -> None:
         window: int,
     ) -> Tensor:
         return qkv.new_empty(qkv.shape[0], num_heads * key_cache.shape[2])
+
+    if torch._C._dispatch_has_kernel("dist_int8::transform_layout"):
+
+        @torch.library.register_fake("dist_int8::transform_layout")
+        def _(x: Tensor, source: int, target: int, rows: int, cols: int) -> Tensor:
+            tile_rows, tile_cols = ((1, 1), (1, 32), (8, 32), (32, 32))[target]
+            stored = (-(-rows // tile_rows) * tile_rows, -(-cols // tile_cols) * tile_cols)
+            return x.new_empty(stored)

@@ -1,6 +1,7 @@
 // What a CPU kernel takes. One struct per op; no torch type crosses this line.
 #pragma once
 
+#include "dist_int8/layouts.h"
 #include "dist_int8/numeric.h"
 
 namespace dist_int8 {
@@ -122,6 +123,7 @@ struct CpuKernels {
   void (*add_norm)(const AddNormArgs&, const Runtime&);
   void (*silu_mul)(const SiluMulArgs&, const Runtime&);
   void (*attention)(const AttentionArgs&, const Runtime&);
+  void (*transform_layout)(const TransformLayoutArgs&, const Runtime&);
 };
 
 // The best kernels this machine runs; DIST_INT8_CPU_ISA=generic|avx2|avx512_vnni narrows the
