@@ -1,6 +1,7 @@
 // What a CUDA kernel takes. Streams are void* so that this header needs no CUDA header.
 #pragma once
 
+#include "cuda/gemm_tiles.h"
 #include "dist_int8/numeric.h"
 
 namespace dist_int8 {
@@ -21,5 +22,28 @@ struct CudaQuantizeRowsArgs {
 
 // Returns null, or what went wrong.
 const char* cuda_quantize_rows(const CudaQuantizeRowsArgs& args, void* stream);
+
+struct CudaInt8GemmArgs {
+  const int8_t* x_int8;    // [M, K]
+  const int8_t* weight;    // [N, K]
+  const float* row_scale;  // [M]
+  const float* col_scale;  // [N]
+  const void* addend;      // [M, N] of out's type, or null; may be the same memory as out
+  void* out;               // [M, N]
+  int64_t M;
+  int64_t N;
+  int64_t K;
+  GemmTile tile;   // of gemm_tile(), not kSmall
+  int32_t device;  // index
+  int32_t num_multiprocessors;
+};
+
+// out = (x_int8 @ weight.T) * (row_scale * col_scale) + addend, one entry for each type of out.
+const char* cuda_int8_gemm_sm80_float32(const CudaInt8GemmArgs& args, void* stream);
+const char* cuda_int8_gemm_sm80_bfloat16(const CudaInt8GemmArgs& args, void* stream);
+const char* cuda_int8_gemm_sm80_float16(const CudaInt8GemmArgs& args, void* stream);
+const char* cuda_int8_gemm_sm90a_float32(const CudaInt8GemmArgs& args, void* stream);
+const char* cuda_int8_gemm_sm90a_bfloat16(const CudaInt8GemmArgs& args, void* stream);
+const char* cuda_int8_gemm_sm90a_float16(const CudaInt8GemmArgs& args, void* stream);
 
 }  // namespace dist_int8
