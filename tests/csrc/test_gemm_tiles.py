@@ -1,0 +1,96 @@
+"""Which GEMM kernel takes a product: every edge of the table, alignment, and the cards."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CUDA = Path(__file__).parents[2] / "csrc/cuda"
+FLOAT32, BFLOAT16, FLOAT16 = range(3)
+TILES = re.findall(r"^  k(Small|Sm\d+_\w+),", (CUDA / "gemm_tiles.h").read_text(), re.MULTILINE)
+# Shared memory a thread block may have, KiB (CUDA C++ Programming Guide, table of technical
+# specifications per compute capability); one for 8.6 and 8.9 too, which run the kernels of 8.0.
+SHARED_MEMORY = {"80": 99, "90": 227}
+
+
+@pytest.fixture(scope="module")
+def tile(compile_program):
+    program = compile_program("gemm_tiles")
+
+    def ask(*shapes):
+        text = "\n".join(" ".join(map(str, shape)) for shape in shapes)
+        done = subprocess.run([program], input=text, capture_output=True, text=True, check=True)
+        return [TILES[int(line)] for line in done.stdout.split()]
+
+    return ask
+
+
+def test_no_rule_is_hidden_by_an_earlier_one(compile_program):
+    done = subprocess.run([compile_program("gemm_tiles"), "rules"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# (architecture, N): the tile at each M where it may change, on both sides of the edge
+EDGES = {
+    (90, 4096): "1 Small 32 Small 33 64x64x256 64 64x64x256 65 64x128x128 128 64x128x128 "
+    "129 128x128x128 512 128x128x128 513 256x128x128 100000 256x128x128",
+    (90, 16384): "32 Small 33 64x128x128 64 64x128x128 65 64x128x128 128 64x128x128 "
+    "129 128x128x128 512 128x128x128 513 256x128x128",
+    (90, 4088): "513 128x128x128 4096 128x128x128",
+    (80, 4096): "1 Small 32 Small 33 64x64x64 64 64x64x64 65 64x128x64 128 64x128x64 "
+    "129 128x128x64 512 128x128x64 513 128x256x64 100000 128x256x64",
+    (80, 12288): "32 Small 33 64x128x64 64 64x128x64 65 128x128x64 128 128x128x64 "
+    "129 128x128x64 512 128x128x64 513 128x256x64",
+    (80, 4088): "513 128x128x64 4096 128x128x64",
+}
+
+
+@pytest.mark.parametrize("type", [BFLOAT16, FLOAT16])
+@pytest.mark.parametrize(("architecture", "N"), list(EDGES))
+def test_edges_of_the_buckets(tile, architecture, N, type):
+    words = EDGES[architecture, N].split()
+    shapes = [(architecture, int(M), N, 4096, type) for M in words[::2]]
+    prefix = f"Sm{architecture}_"
+    want = ["Small" if name == "Small" else prefix + name for name in words[1::2]]
+    assert tile(*shapes) == want
+
+
+def test_cards_of_8_6_and_8_9_run_the_kernels_of_8_0(tile):
+    for M in (33, 100, 129, 2048):
+        for N in (4096, 14336):
+            assert len(set(tile(*[(a, M, N, 4096, BFLOAT16) for a in (80, 86, 89)]))) == 1
+
+
+def test_cards_without_a_kernel_of_their_own(tile):
+    assert tile((75, 2048, 4096, 4096, BFLOAT16), (70, 2048, 4096, 4096, BFLOAT16)) == ["Small"] * 2
+    later = tile((100, 2048, 4096, 4096, BFLOAT16), (120, 100, 4096, 4096, FLOAT32))
+    assert all(name.startswith("Sm80_") for name in later)
+
+
+def test_what_16_byte_accesses_cannot_take_goes_to_our_own_kernel(tile):
+    for architecture in (80, 90):
+        aligned = (architecture, 2048, 4096, 4096)
+        assert tile((*aligned, BFLOAT16), (*aligned, FLOAT32)).count("Small") == 0
+        for K in (1, 8, 4095, 4088, 4104):
+            assert tile((architecture, 2048, 4096, K, BFLOAT16)) == ["Small"], K
+        for N, type in [(4095, BFLOAT16), (4092, FLOAT16), (4094, FLOAT32)]:
+            assert tile((architecture, 2048, N, 4096, type)) == ["Small"], N
+        # 16 bytes of a row of results: 4 in fp32, 8 in 16 bits
+        assert tile((architecture, 2048, 4092, 4096, FLOAT32)) != ["Small"]
+        assert tile((architecture, 2048, 4088, 4112, BFLOAT16)) != ["Small"]
+
+
+@pytest.mark.parametrize("architecture", ["80", "90"])
+def test_every_tile_is_compiled_and_fits_shared_memory(architecture):
+    source = (CUDA / f"int8_gemm_sm{architecture}{'a' * (architecture == '90')}.cu").read_text()
+    for name in TILES:
+        if not name.startswith(f"Sm{architecture}_"):
+            continue
+        case = re.search(rf"case GemmTile::k{name}:\s*return ([^;]*);", source)
+        assert case, name
+        rows, cols, features = map(int, name.split("_")[1].split("x"))
+        numbers = list(map(int, re.findall(r"\b\d+\b", case[1])))
+        assert numbers[:3] == [rows, cols, features], name
+        stages = numbers[6] if architecture == "80" else 2  # CUTLASS fills the memory of 9.0
+        assert stages * (rows + cols) * features <= SHARED_MEMORY[architecture] * 1024, name
