@@ -109,7 +109,8 @@ class Settings(Checked):
     )
     prefill_chunk: Count = Field(
         default=512,
-        description="Prompt tokens that one micro-batch carries at most; longer prompts are cut.",
+        description="Prompt tokens that one micro-batch carries at most; longer prompts are cut, "
+        "and shorter ones too where that keeps every stage busy.",
         examples=[512],
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

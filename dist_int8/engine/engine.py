@@ -57,6 +57,7 @@ class Engine:
         num_stages: stages of the pipeline.
         num_micro_batches: lanes at most.
         prefill_chunk: prompt tokens of one micro-batch at most.
+        smallest_chunk: prompt tokens below which cutting costs more than an idle stage.
         eos_token_ids: tokens that end an answer.
     """
 
@@ -68,6 +69,7 @@ class Engine:
         num_stages: int,
         num_micro_batches: int,
         prefill_chunk: int,
+        smallest_chunk: int,
         eos_token_ids: frozenset[int],
     ) -> None:
         self.pipeline = pipeline
@@ -75,6 +77,7 @@ class Engine:
         self.num_stages = num_stages
         self.num_micro_batches = num_micro_batches
         self.prefill_chunk = prefill_chunk
+        self.smallest_chunk = smallest_chunk
         self.eos_token_ids = eos_token_ids
         self.speed = Speed()
         self._step = 0
@@ -96,15 +99,14 @@ class Engine:
         in_flight: deque[tuple[_Lane, list[Request]]] = deque()
         limit = schedule.in_flight_limit(self.num_stages, len(lanes))
         num_without_token = len(requests)
-        self.speed = Speed(
-            started=time.perf_counter(),
-            num_prompt_tokens=sum(len(request.prompt_ids) for request in requests),
-        )
+        num_prompt_tokens = sum(len(request.prompt_ids) for request in requests)
+        chunk = self._chunk(num_prompt_tokens)
+        self.speed = Speed(started=time.perf_counter(), num_prompt_tokens=num_prompt_tokens)
         self.pipeline.trace.clear()
         try:
             while waiting or in_flight or any(lane.requests for lane in lanes):
                 self._admit(waiting, free_slots, lanes)
-                formed = self._next(lanes) if len(in_flight) < limit else None
+                formed = self._next(lanes, chunk) if len(in_flight) < limit else None
                 if formed is not None:
                     lane, micro_batch, emitting = formed
                     self.pipeline.submit(micro_batch)
@@ -132,10 +134,11 @@ class Engine:
         """(sequence, first position, logits fp32 [tokens, V]) of every chunk of every sequence."""
         limit = schedule.in_flight_limit(self.num_stages, self.num_micro_batches)
         in_flight: deque[tuple[int, int]] = deque()
+        size = self._chunk(sum(map(len, input_ids)))
         for index, token_ids in enumerate(input_ids):
             slot = index % self.limits.num_slots
-            for start in range(0, len(token_ids), self.prefill_chunk):
-                chunk = token_ids[start : start + self.prefill_chunk]
+            for start in range(0, len(token_ids), size):
+                chunk = token_ids[start : start + size]
                 if len(in_flight) >= limit:
                     yield (*in_flight.popleft(), self._result().values)
                 self.pipeline.submit(
@@ -167,10 +170,17 @@ class Engine:
             lane = min(lanes, key=lambda lane: (len(lane.requests), lane.index))
             lane.requests.append(request)
 
-    def _next(self, lanes: deque[_Lane]) -> tuple[_Lane, MicroBatch, list[Request]] | None:
+    def _chunk(self, num_prompt_tokens: int) -> int:
+        return schedule.prefill_chunk(
+            num_prompt_tokens, self.num_stages, self.smallest_chunk, self.prefill_chunk
+        )
+
+    def _next(
+        self, lanes: deque[_Lane], chunk: int
+    ) -> tuple[_Lane, MicroBatch, list[Request]] | None:
         """The micro-batch of the lane that waited longest among those with something to run."""
         for position, lane in enumerate(lanes):
-            parts = self._form(lane)
+            parts = self._form(lane, chunk)
             if parts is None:
                 continue
             # A lane whose prompts are not through keeps its turn: the next chunk waits for nothing.
@@ -180,8 +190,8 @@ class Engine:
             return lane, *parts
         return None
 
-    def _form(self, lane: _Lane) -> tuple[MicroBatch, list[Request]] | None:
-        budget = self.prefill_chunk
+    def _form(self, lane: _Lane, chunk: int) -> tuple[MicroBatch, list[Request]] | None:
+        budget = chunk
         token_ids: list[int] = []
         segments, emits, starts, settings, emitting = [], [], [], [], []
         for request in lane.requests:

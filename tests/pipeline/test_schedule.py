@@ -72,3 +72,16 @@ def test_every_micro_batch_visits_every_stage_in_order_once_a_step():
 def test_bad_counts_are_refused_by_name():
     with pytest.raises(ValueError, match="num_stages must be at least 1, got 0"):
         schedule.build(0, 1)
+
+
+def test_prefill_is_cut_so_that_every_stage_is_busy_most_of_the_time():
+    assert schedule.prefill_chunk(4096, 1, 64, 512) == 512  # one stage: nothing to overlap
+    assert schedule.prefill_chunk(512, 2, 64, 512) == 64  # 8 chunks: busy 8 of 9 clocks
+    assert schedule.prefill_chunk(100, 2, 64, 512) == 64  # never below what a chunk costs anyway
+    assert schedule.prefill_chunk(100_000, 4, 256, 512) == 512
+    assert schedule.prefill_chunk(10, 4, 256, 32) == 32  # the setting is the largest
+    for num_stages in (2, 3, 4, 8):
+        chunk = schedule.prefill_chunk(10_000, num_stages, 1, 10_000)
+        num_chunks = -(-10_000 // chunk)
+        grid = schedule.build(num_stages, 1, num_chunks, 0)
+        assert min(schedule.utilisation(grid)) >= 0.8
