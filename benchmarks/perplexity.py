@@ -119,7 +119,7 @@ def second_plane(model: nn.Module, row: torch.Tensor) -> dict[str, float]:
 
     def look(layer: Int8Linear, arguments: tuple[torch.Tensor]) -> None:
         x = arguments[0].reshape(-1, layer.in_features)
-        high = ops.quantize_rows(x, layer.outlier_rule, layer.outlier_threshold)[1] != 0
+        high = ops.quantize_rows(x, layer.outlier_rule, layer.outlier_threshold).x_high != 0
         shares["elements"].append(high.float().mean().item())
         tiles = high[: len(high) // 16 * 16].view(-1, 16, layer.in_features)
         shares["features"].append(tiles.any(dim=1).float().mean().item())

@@ -1,16 +1,34 @@
 // Every op's schema, declared once. The kernels behind them are registered in cpu_ops/ and
 // cuda_ops/; shapes, units and errors are documented in dist_int8/int8/ops.py.
 //
-// outlier_rule is an index into reference.OUTLIER_RULES, norm_kind is 0 (rms) or 1 (layer).
+// outlier_rule is an index into reference.OUTLIER_RULES, norm_kind is 0 (rms) or 1 (layer),
+// activation is an index into the names of activations.ACTIVATIONS.
 #include "checks.h"
+
+// x_int8, x_high, row_scale, high_tiles, x_hot: reference.QuantizedRows.
+#define QUANTIZED_ROWS "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 STABLE_TORCH_LIBRARY(dist_int8, m) {
   m.def(
       "quantize_rows(Tensor x, int outlier_rule, float outlier_threshold, "
-      "Tensor? hot_columns) -> (Tensor, Tensor, Tensor)");
+      "Tensor? hot_columns) -> " QUANTIZED_ROWS);
+  m.def(
+      "add_norm_quantize(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, "
+      "int norm_kind, int outlier_rule, float outlier_threshold, Tensor? hot_columns) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "silu_mul_quantize(Tensor gate_up, int outlier_rule, float outlier_threshold, "
+      "Tensor? hot_columns) -> " QUANTIZED_ROWS);
+  m.def(
+      "activation_quantize(Tensor x, int activation, int outlier_rule, float outlier_threshold, "
+      "Tensor? hot_columns) -> " QUANTIZED_ROWS);
   m.def(
       "int8_linear(Tensor x, Tensor weight_int8, Tensor col_scale, Tensor? bias, int outlier_rule, "
       "float outlier_threshold, Tensor? hot_columns, Tensor? hot_weight) -> Tensor");
+  m.def(
+      "int8_matmul(Tensor x_int8, Tensor x_high, Tensor row_scale, Tensor high_tiles, "
+      "Tensor x_hot, Tensor weight_int8, Tensor col_scale, Tensor? bias, Tensor? hot_weight, "
+      "Tensor? residual) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
       "add_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, int norm_kind) "

@@ -117,6 +117,14 @@ inline void check_cpu(const char* op, const char* argument, const Tensor& tensor
   }
 }
 
+// A tensor that a kernel on a GPU reads next to x.
+inline void check_same_device(const char* op, const char* argument, const Tensor& tensor,
+                              const Tensor& x) {
+  if (tensor.is_cpu() != x.is_cpu() || tensor.get_device_index() != x.get_device_index()) {
+    fail(op, std::string(argument) + " must be on the device of x, got another one; move it");
+  }
+}
+
 // A contiguous tensor without going through the dispatcher.
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& like) {
   int64_t strides[4];

@@ -88,6 +88,12 @@ static void quantize_row(const QuantizeRowsArgs& args, int64_t m, const float* r
   const int64_t padded = round_up(K, kLanes);
   int8_t* low_out = args.x_int8 + m * args.ld;
   int8_t* high_out = args.x_high == nullptr ? nullptr : args.x_high + m * args.ld;
+  uint32_t* tiles = nullptr;
+  if (args.high_tiles != nullptr) {
+    const int64_t num_words = (K + kHighWordColumns - 1) / kHighWordColumns;
+    tiles = args.high_tiles + m * num_words;
+    memset(tiles, 0, num_words * sizeof(uint32_t));
+  }
 
   const float infinity = __builtin_inff();
   float limit = infinity;
@@ -117,6 +123,10 @@ static void quantize_row(const QuantizeRowsArgs& args, int64_t m, const float* r
         if (!wrote_high) {
           memset(high_out, 0, args.ld);
           wrote_high = true;
+        }
+        // |q| > 127 means that high is not 0, and the lanes of a vector share a tile.
+        if (tiles != nullptr) {
+          tiles[k / kHighWordColumns] |= uint32_t{1} << (k % kHighWordColumns / kHighTileColumns);
         }
         const Vec q_float = __builtin_convertvector(q, Vec);
         const IntVec high = round_to_int(q_float * broadcast(1.0f / 128.0f)) & spills;

@@ -7,25 +7,44 @@
 namespace dist_int8 {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> quantize_rows(const Tensor& x, int64_t rule, double threshold,
-                                                 const std::optional<Tensor>& hot_columns) {
-  constexpr const char* op = "quantize_rows";
+// x_int8, x_high, row_scale, high_tiles, x_hot.
+using QuantizedRows = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <typename Element>
+void gather(const Tensor& x, const int32_t* columns, int64_t num_columns, const Tensor& out) {
+  const Element* from = static_cast<const Element*>(x.const_data_ptr());
+  Element* to = static_cast<Element*>(out.mutable_data_ptr());
+  for (int64_t m = 0; m < x.size(0); ++m, from += x.size(1), to += num_columns) {
+    for (int64_t h = 0; h < num_columns; ++h) to[h] = from[columns[h]];
+  }
+}
+
+QuantizedRows quantize(const char* op, const Tensor& x, int64_t rule, double threshold,
+                       const std::optional<Tensor>& hot_columns) {
   QuantizeRowsArgs args{};
   args.x_type = data_type(op, "x", x);
   check_shape(op, "x", x, {{"M", -1}, {"K", -1}});
   const int64_t M = x.size(0), K = x.size(1);
+  const int64_t H = hot_columns.has_value() ? hot_columns->size(0) : 0;
   check_features(op, K);
+  Tensor x_hot = empty({M, H}, x.scalar_type(), x);
   std::vector<uint8_t> hot;
   if (hot_columns.has_value()) {
     check_hot_columns(op, *hot_columns, K);
     hot.resize(static_cast<size_t>(K));
     const int32_t* columns = hot_columns->const_data_ptr<int32_t>();
-    for (int64_t h = 0; h < hot_columns->size(0); ++h) hot[static_cast<size_t>(columns[h])] = 1;
+    for (int64_t h = 0; h < H; ++h) hot[static_cast<size_t>(columns[h])] = 1;
     args.hot = hot.data();
+    if (args.x_type == DataType::kFloat32) {
+      gather<uint32_t>(x, columns, H, x_hot);
+    } else {
+      gather<uint16_t>(x, columns, H, x_hot);
+    }
   }
   Tensor x_int8 = empty({M, K}, ScalarType::Char, x);
   Tensor x_high = empty({M, K}, ScalarType::Char, x);
   Tensor row_scale = empty({M}, ScalarType::Float, x);
+  Tensor high_tiles = empty({M, (K + kHighWordColumns - 1) / kHighWordColumns}, ScalarType::Int, x);
   args.x = x.const_data_ptr();
   args.num_rows = M;
   args.num_features = K;
@@ -35,8 +54,14 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rows(const Tensor& x, int64_t rule, 
   args.x_high = static_cast<int8_t*>(x_high.mutable_data_ptr());
   args.ld = K;
   args.row_scale = static_cast<float*>(row_scale.mutable_data_ptr());
+  args.high_tiles = static_cast<uint32_t*>(high_tiles.mutable_data_ptr());
   cpu_kernels().quantize_rows(args, runtime());
-  return {x_int8, x_high, row_scale};
+  return {x_int8, x_high, row_scale, high_tiles, x_hot};
+}
+
+QuantizedRows quantize_rows(const Tensor& x, int64_t rule, double threshold,
+                            const std::optional<Tensor>& hot_columns) {
+  return quantize("quantize_rows", x, rule, threshold, hot_columns);
 }
 
 // residual null: a plain norm, and the second tensor is not made.
@@ -90,8 +115,7 @@ Tensor norm(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
   return norm_into("add_norm", x, nullptr, weight, bias, eps, kind, nullptr);
 }
 
-Tensor silu_mul(const Tensor& gate_up) {
-  constexpr const char* op = "silu_mul";
+Tensor silu_mul_of(const char* op, const Tensor& gate_up) {
   SiluMulArgs args{};
   args.type = data_type(op, "gate_up", gate_up);
   check_shape(op, "gate_up", gate_up, {{"T", -1}, {"2*I", -1}});
@@ -107,6 +131,29 @@ Tensor silu_mul(const Tensor& gate_up) {
   return out;
 }
 
+Tensor silu_mul(const Tensor& gate_up) { return silu_mul_of("silu_mul", gate_up); }
+
+// The fused ops are their two halves here: a row passes through the cache anyway.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_norm_quantize(
+    const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
+    const std::optional<Tensor>& bias, double eps, int64_t kind, int64_t rule, double threshold,
+    const std::optional<Tensor>& hot_columns) {
+  constexpr const char* op = "add_norm_quantize";
+  Tensor total;
+  if (!residual.has_value()) total = empty({0}, x.scalar_type(), x);
+  const Tensor normed = norm_into(op, x, residual.has_value() ? &*residual : nullptr, weight, bias,
+                                  eps, kind, &total);
+  auto [x_int8, x_high, row_scale, high_tiles, x_hot] =
+      quantize(op, normed, rule, threshold, hot_columns);
+  return {total, x_int8, x_high, row_scale, high_tiles, x_hot};
+}
+
+QuantizedRows silu_mul_quantize(const Tensor& gate_up, int64_t rule, double threshold,
+                                const std::optional<Tensor>& hot_columns) {
+  constexpr const char* op = "silu_mul_quantize";
+  return quantize(op, silu_mul_of(op, gate_up), rule, threshold, hot_columns);
+}
+
 }  // namespace
 }  // namespace dist_int8
 
@@ -115,4 +162,6 @@ STABLE_TORCH_LIBRARY_IMPL(dist_int8, CPU, m) {
   m.impl("add_norm", TORCH_BOX(&dist_int8::add_norm));
   m.impl("norm", TORCH_BOX(&dist_int8::norm));
   m.impl("silu_mul", TORCH_BOX(&dist_int8::silu_mul));
+  m.impl("add_norm_quantize", TORCH_BOX(&dist_int8::add_norm_quantize));
+  m.impl("silu_mul_quantize", TORCH_BOX(&dist_int8::silu_mul_quantize));
 }

@@ -5,11 +5,11 @@ built, say) every op runs in plain torch; `library_info()` says so and why.
 """
 
 import ctypes
+import importlib
 import importlib.util
 from typing import Any
 
 import torch
-from torch import Tensor
 
 OPS = (
     "quantize_rows",
@@ -18,6 +18,9 @@ OPS = (
     "add_norm",
     "norm",
     "silu_mul",
+    "add_norm_quantize",
+    "silu_mul_quantize",
+    "activation_quantize",
     "attention",
     "transform_layout",
 )
@@ -41,7 +44,7 @@ def load() -> bool:
         _error = f"{spec.origin} did not load: {error}"
         return False
     _path, _error = spec.origin, None
-    _register_fakes()
+    importlib.import_module("dist_int8.int8.fakes")
     return True
 
 
@@ -69,6 +72,11 @@ def library_info() -> dict[str, Any]:
     return info
 
 
+def has_op(name: str) -> bool:
+    """Whether the loaded library knows op `name`, on any device."""
+    return torch._C._dispatch_has_kernel(f"dist_int8::{name}")
+
+
 def has_kernel(name: str, dispatch_key: str) -> bool:
     """Whether op `name` has a compiled kernel for "CPU" or "CUDA"."""
     if _path is None:
@@ -82,69 +90,3 @@ def has_kernel(name: str, dispatch_key: str) -> bool:
 def _string(function: Any) -> str:
     function.restype = ctypes.c_char_p
     return function().decode()
-
-
-def _register_fakes() -> None:
-    """Shapes and dtypes of every op's results, for torch.compile and meta tensors."""
-
-    @torch.library.register_fake("dist_int8::quantize_rows")
-    def _(
-        x: Tensor, outlier_rule: int, outlier_threshold: float, hot_columns: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        planes = [x.new_empty(x.shape, dtype=torch.int8) for _ in range(2)]
-        return planes[0], planes[1], x.new_empty(x.shape[0], dtype=torch.float32)
-
-    @torch.library.register_fake("dist_int8::int8_linear")
-    def _(
-        x: Tensor,
-        weight_int8: Tensor,
-        col_scale: Tensor,
-        bias: Tensor | None,
-        outlier_rule: int,
-        outlier_threshold: float,
-        hot_columns: Tensor | None,
-        hot_weight: Tensor | None,
-    ) -> Tensor:
-        return x.new_empty(x.shape[0], weight_int8.shape[0])
-
-    @torch.library.register_fake("dist_int8::linear")
-    def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return x.new_empty(x.shape[0], weight.shape[0])
-
-    @torch.library.register_fake("dist_int8::add_norm")
-    def _(
-        x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, norm_kind: int
-    ) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(x), torch.empty_like(x)
-
-    @torch.library.register_fake("dist_int8::norm")
-    def _(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, norm_kind: int) -> Tensor:
-        return torch.empty_like(x)
-
-    @torch.library.register_fake("dist_int8::silu_mul")
-    def _(gate_up: Tensor) -> Tensor:
-        return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-
-    @torch.library.register_fake("dist_int8::attention")
-    def _(
-        qkv: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        segments: Tensor,
-        num_heads: int,
-        num_kv_heads: int,
-        scale: float,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        alibi_slopes: Tensor | None,
-        window: int,
-    ) -> Tensor:
-        return qkv.new_empty(qkv.shape[0], num_heads * key_cache.shape[2])
-
-    if torch._C._dispatch_has_kernel("dist_int8::transform_layout"):
-
-        @torch.library.register_fake("dist_int8::transform_layout")
-        def _(x: Tensor, source: int, target: int, rows: int, cols: int) -> Tensor:
-            tile_rows, tile_cols = ((1, 1), (1, 32), (8, 32), (32, 32))[target]
-            stored = (-(-rows // tile_rows) * tile_rows, -(-cols // tile_cols) * tile_cols)
-            return x.new_empty(stored)

@@ -16,6 +16,7 @@ end.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,20 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLANE_MAX = 127  # largest magnitude on one plane
 TWO_PLANES_MAX = 127 * 128  # largest magnitude on two planes: high = 127, low = 0
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # below it is subnormal: the row counts as zero
+TILE = 64  # columns of x_high that share a bit of high_tiles
+TILES_PER_WORD = 32
+
+
+class QuantizedRows(NamedTuple):
+    """What `quantize_rows` makes of x [M, K], and all that a product needs to know of it."""
+
+    x_int8: Tensor  # int8 [M, K], low plane
+    x_high: Tensor  # int8 [M, K], high plane: zero but for outliers
+    row_scale: Tensor  # fp32 [M]
+    # int32 [M, ceil(K / 2048)]: bit (k / 64) % 32 of word k / 2048 says that x_high is not all zero
+    # in the 64 columns around k, so that a kernel leaves out tiles without outliers.
+    high_tiles: Tensor
+    x_hot: Tensor  # x.dtype [M, H]: x[:, hot_columns]; H = 0 without hot columns
 
 
 def check_outlier_rule(outlier_rule: str, outlier_threshold: float) -> str:
@@ -95,8 +110,8 @@ def dequantize_weight(
 
 def quantize_rows(
     x: Tensor, outlier_rule: str, outlier_threshold: float, hot_columns: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x [M, K] -> x_int8 int8 [M, K], x_high int8 [M, K], row_scale fp32 [M].
+) -> QuantizedRows:
+    """x [M, K] -> its planes, scales, flags of outlier tiles and hot columns.
 
     x ~= row_scale * (x_int8 + 128 * x_high), each element within row_scale / 2:
 
@@ -129,7 +144,28 @@ def quantize_rows(
     q = torch.where(row_scale[:, None] > 0, values / row_scale[:, None], 0.0).round()
     high = torch.where(q.abs() <= PLANE_MAX, 0.0, (q / 128).round())
     low = q - 128 * high
-    return low.to(torch.int8), high.to(torch.int8), torch.where(finite, row_scale, math.nan)
+    return QuantizedRows(
+        low.to(torch.int8),
+        high.to(torch.int8),
+        torch.where(finite, row_scale, math.nan),
+        high_tiles(high),
+        x.new_empty(len(x), 0) if hot_columns is None else x[:, hot_columns.long()],
+    )
+
+
+def high_tiles(x_high: Tensor) -> Tensor:
+    """x_high [M, K] -> int32 [M, ceil(K / 2048)], a bit for every tile of 64 columns not all zero.
+
+    Bit (k / 64) % 32 of word k / 2048 belongs to column k.
+    """
+    num_rows, num_features = x_high.shape
+    num_words = -(-num_features // (TILE * TILES_PER_WORD))
+    padding = num_words * TILE * TILES_PER_WORD - num_features
+    nonzero = torch.nn.functional.pad(x_high != 0, (0, padding))
+    tiles = nonzero.view(num_rows, num_words, TILES_PER_WORD, TILE).any(dim=3)
+    bits = torch.arange(TILES_PER_WORD, device=x_high.device)
+    words = (tiles.long() << bits).sum(dim=2)
+    return torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
 
 
 def int8_linear(
@@ -167,11 +203,11 @@ def int8_linear(
             "int8_linear: hot_columns and hot_weight must be given together, got one of them; "
             "give both or neither"
         )
-    x_int8, x_high, row_scale = quantize_rows(x, outlier_rule, outlier_threshold, hot_columns)
-    y = integer_product(x_int8, x_high, weight_int8).float() * (row_scale[:, None] * col_scale)
-    if hot_columns is not None and hot_weight is not None:
-        x_hot = x[:, hot_columns.long()]
-        y = y + (x_hot.double() @ hot_weight.double().T).float()
+    rows = quantize_rows(x, outlier_rule, outlier_threshold, hot_columns)
+    y = integer_product(rows.x_int8, rows.x_high, weight_int8).float()
+    y = y * (rows.row_scale[:, None] * col_scale)
+    if hot_weight is not None:
+        y = y + (rows.x_hot.double() @ hot_weight.double().T).float()
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype)

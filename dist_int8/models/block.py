@@ -5,19 +5,14 @@ The next norm adds and normalizes in one op (`ops.add_norm`), so a Llama block i
 add_norm, qkv, attention, attention_output, add_norm, gate_up, silu_mul, down.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_int8.int8 import ops
-from dist_int8.models.spec import Activation, BlockSpec, NormKind
-
-# The square root of 2/pi and the cubic term of the tanh form of GELU (Hendrycks and Gimpel 2016).
-_SQRT_2_OVER_PI = 0.7978845608028654
-_CUBIC = 0.044715
+from dist_int8.int8.activations import ACTIVATIONS
+from dist_int8.models.spec import BlockSpec, NormKind
 
 
 class PositionTables(NamedTuple):
@@ -26,26 +21,6 @@ class PositionTables(NamedTuple):
     cos: Tensor | None  # fp32 [P, R/2]
     sin: Tensor | None  # fp32 [P, R/2]
     alibi_slopes: Tensor | None  # fp32 [num_heads]
-
-
-# F.gelu(approximate="tanh") and F.silu round differently in the vector body and in the scalar tail
-# of a tensor, so a token's result would depend on the size of its micro-batch. torch.tanh, torch's
-# erf GELU and plain arithmetic do not: the tanh forms are therefore written out.
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return 0.5 * x * (1.0 + torch.tanh(_SQRT_2_OVER_PI * (x + _CUBIC * (x * x * x))))
-
-
-def _bloom_gelu(x: Tensor) -> Tensor:
-    """BLOOM's own rounding of the constant and order of the terms (Megatron-DeepSpeed)."""
-    return x * 0.5 * (1.0 + torch.tanh(0.79788456 * x * (1.0 + _CUBIC * x * x)))
-
-
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": _gelu_tanh,
-    "bloom_gelu": _bloom_gelu,
-}
 
 
 class Norm(nn.Module):

@@ -10,6 +10,7 @@ from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 from dist_int8.int8 import ops, plain, reference
+from dist_int8.int8.activations import ACTIVATIONS
 
 RULES = [("none", 0.0), ("absolute", 6.0), ("absolute", 2.0), ("row_rms", 4.0), ("row_rms", 1.5)]
 RULES += [("all", 0.0), ("absolute", 0.0)]
@@ -41,6 +42,11 @@ def test_the_library_is_loaded():
     assert {"quantize_rows", "int8_linear", "linear", "attention"} <= set(info["cpu_ops"])
 
 
+def assert_same_rows(got, want):
+    for name, ours, theirs in zip(got._fields, got, want, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
+
+
 class TestQuantizeRows:
     @pytest.mark.parametrize("rule, threshold", RULES)
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -50,12 +56,19 @@ class TestQuantizeRows:
             for hot in (None, torch.tensor([0, K // 3], dtype=torch.int32)):
                 got = ops.quantize_rows(x, rule, threshold, hot)
                 want = reference.quantize_rows(x, rule, threshold, hot)
-                for ours, theirs in zip(got, want, strict=True):
-                    assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+                assert_same_rows(got, want)
+
+    def test_flags_of_tiles_in_wide_rows(self):
+        x = torch.randn(4, 5000).bfloat16()
+        x[0, 4999] = x[1, 2048] = x[2, 2047] = x[2, 64 * 31] = 300.0
+        for rule, threshold in RULES:
+            got = ops.quantize_rows(x, rule, threshold)
+            assert_same_rows(got, reference.quantize_rows(x, rule, threshold))
+            assert got.high_tiles.shape == (4, 3)
 
     def test_ties_round_to_even(self):
         x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5]])
-        x_int8, _, row_scale = ops.quantize_rows(x, "none", 0.0)
+        x_int8, _, row_scale, _, _ = ops.quantize_rows(x, "none", 0.0)
         assert row_scale.item() == 1.0
         assert x_int8.tolist() == [[127, 0, 2, 2, 0, -2, -2, 126]]
 
@@ -63,13 +76,13 @@ class TestQuantizeRows:
     def test_a_row_that_is_not_finite_becomes_nan_alone(self, bad):
         x = torch.randn(3, 70)
         x[1, 69] = bad
-        x_int8, x_high, row_scale = ops.quantize_rows(x, "row_rms", 4.0)
+        x_int8, x_high, row_scale, _, _ = ops.quantize_rows(x, "row_rms", 4.0)
         assert row_scale.isnan().tolist() == [False, True, False]
         assert not x_int8[1].any() and not x_high[1].any()
 
     def test_a_step_that_would_be_subnormal_counts_as_zero(self):
         x = torch.full((1, 20), 1e-38)
-        assert ops.quantize_rows(x, "none", 0.0)[2].item() == 0.0
+        assert ops.quantize_rows(x, "none", 0.0).row_scale.item() == 0.0
 
 
 def linear_arguments(M, K, N, dtype=torch.float32):
@@ -208,6 +221,77 @@ def test_silu_mul_agrees_with_torch(dtype):
     got = ops.silu_mul(gate_up).double()
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(got, want, rtol=tolerance, atol=1e-6, equal_nan=True)
+
+
+class TestFusedWithQuantizeRows:
+    """On CPU a fused op is its two halves, bit for bit; so is it without a library."""
+
+    HOT = (None, torch.tensor([5, 0], dtype=torch.int32))
+
+    @pytest.mark.parametrize("rule, threshold", RULES)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_add_norm_quantize(self, rule, threshold, dtype):
+        x, residual = rows_with_outliers(7, 133, dtype), torch.randn(7, 133).to(dtype)
+        for kind, bias in (("rms", None), ("layer", torch.randn(133))):
+            for added in (residual, None):
+                for hot in self.HOT:
+                    norm = (x, added, torch.randn(133), bias, 1e-5, kind)
+                    rows, total = ops.add_norm_quantize(*norm, rule, threshold, hot)
+                    normed, want_total = ops.add_norm(*norm)
+                    assert torch.equal(total, want_total) and total.dtype == dtype
+                    assert_same_rows(rows, ops.quantize_rows(normed, rule, threshold, hot))
+
+    @pytest.mark.parametrize("rule, threshold", RULES)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_silu_mul_quantize(self, rule, threshold, dtype):
+        gate_up = rows_with_outliers(7, 2 * 133, dtype)
+        for hot in self.HOT:
+            rows = ops.silu_mul_quantize(gate_up, rule, threshold, hot)
+            want = ops.quantize_rows(ops.silu_mul(gate_up), rule, threshold, hot)
+            assert_same_rows(rows, want)
+
+    @pytest.mark.parametrize("name", ACTIVATIONS)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_activation_quantize(self, name, dtype):
+        x = rows_with_outliers(7, 133, dtype)
+        for rule, threshold in RULES:
+            for hot in self.HOT:
+                rows = ops.activation_quantize(x, name, rule, threshold, hot)
+                want = ops.quantize_rows(ACTIVATIONS[name](x), rule, threshold, hot)
+                assert_same_rows(rows, want)
+
+    def test_without_a_library(self, monkeypatch):
+        x, weight = torch.randn(3, 40), torch.randn(40)
+        for name in ("add_norm", "quantize_rows", "silu_mul"):
+            for op in (f"_{name}", f"_{name}_quantize"):
+                if hasattr(ops, op):
+                    monkeypatch.setattr(ops, op, None)
+        monkeypatch.setattr(ops, "_activation_quantize", None)
+        rule = ("row_rms", 4.0)
+        rows, total = ops.add_norm_quantize(x, x, weight, None, 1e-5, "rms", *rule)
+        normed = plain.norm(x + x, weight, None, 1e-5, "rms")
+        assert torch.equal(total, x + x)
+        assert_same_rows(rows, reference.quantize_rows(normed, *rule))
+        want = reference.quantize_rows(plain.silu_mul(x), *rule)
+        assert_same_rows(ops.silu_mul_quantize(x, *rule), want)
+        want = reference.quantize_rows(x.relu(), *rule)
+        assert_same_rows(ops.activation_quantize(x, "relu", *rule), want)
+
+    def test_bad_arguments(self):
+        x, rule = torch.ones(2, 40), ("none", 0.0)
+        with pytest.raises(ValueError, match="add_norm_quantize: kind must be 'rms' or 'layer'"):
+            ops.add_norm_quantize(x, None, torch.ones(40), None, 1e-5, "batch", *rule)
+        with pytest.raises(ValueError, match=r"add_norm_quantize: weight must be \[K=40\], got"):
+            ops.add_norm_quantize(x, None, torch.ones(39), None, 1e-5, "rms", *rule)
+        with pytest.raises(ValueError, match="activation must be one of relu, gelu, gelu_tanh, bl"):
+            ops.activation_quantize(x, "silu", *rule)
+        with pytest.raises(ValueError, match="silu_mul_quantize: gate_up must be"):
+            ops.silu_mul_quantize(torch.ones(2, 39), *rule)
+        hot = torch.tensor([20], dtype=torch.int32)
+        with pytest.raises(ValueError, match=r"hot_columns must be in 0\.\.K-1=19, got 20"):
+            ops.silu_mul_quantize(x, *rule, hot)
+        with pytest.raises(ValueError, match="outlier_rule must be one of"):
+            ops.silu_mul_quantize(x, "most", 6.0)
 
 
 # num_heads, num_kv_heads, head_dim, max_tokens, rotary dims, alibi, window
@@ -419,6 +503,9 @@ def compiled_calls():
         "add_norm": (x, x.clone(), torch.ones(40), torch.ones(40), 1e-5, 1),
         "norm": (x, torch.ones(40), None, 1e-5, 0),
         "silu_mul": (x,),
+        "add_norm_quantize": (x, x.clone(), torch.ones(40), None, 1e-5, 0, 2, 4.0, hot[0]),
+        "silu_mul_quantize": (x, 2, 4.0, hot[0]),
+        "activation_quantize": (x, 3, 1, 6.0, None),
         "attention": tuple(attention),
     }
 
@@ -433,6 +520,13 @@ def test_compiles_without_graph_breaks():
     case = Case(4, 2, 16, 24, 8, False, 0)
     segments = torch.tensor([[0, 0, 5]], dtype=torch.int32)
     project = torch.randn(case.width, 80)
+    rule = ("row_rms", 4.0)
+
+    def fused(x):
+        rows, total = ops.add_norm_quantize(x, x, torch.ones(64), None, 1e-5, "rms", *rule)
+        gated = ops.silu_mul_quantize(total, *rule)
+        activated = ops.activation_quantize(x, "bloom_gelu", *rule)
+        return total, *rows, *gated, *activated, *ops.quantize_rows(x, *rule)
 
     def block(x, key_cache, value_cache):
         normed, total = ops.add_norm(x, x, torch.ones(64), None, 1e-5, "rms")
@@ -444,9 +538,11 @@ def test_compiles_without_graph_breaks():
 
     caches, others = case.empty_caches(), case.empty_caches()
     eager = block(x, *caches)
-    fused = torch.compile(block, fullgraph=True, backend="eager")(x, *others)
-    assert eager.isfinite().all() and torch.equal(eager, fused)
+    compiled = torch.compile(block, fullgraph=True, backend="eager")(x, *others)
+    assert eager.isfinite().all() and torch.equal(eager, compiled)
     assert torch.equal(caches[0].nan_to_num(), others[0].nan_to_num())
+    compiled = torch.compile(fused, fullgraph=True, backend="eager")(x)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(compiled, fused(x), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def restored(x_int8: torch.Tensor, x_high: torch.Tensor, row_scale: torch.Tensor
 
 def test_row_worked_by_hand():
     x = torch.tensor([[127.0, -64.0, 0.5, 1.5, 2.5, -3.5], [254.0, 1000.0, -2032.0, 1.0, 3.0, 0.0]])
-    x_int8, x_high, row_scale = reference.quantize_rows(x, "absolute", 500.0)
+    x_int8, x_high, row_scale, _, _ = reference.quantize_rows(x, "absolute", 500.0)
     assert row_scale.tolist() == [1.0, 2.0]
     assert x_int8.tolist() == [[127, -64, 0, 2, 2, -4], [127, -12, 8, 0, 2, 0]]
     assert x_high.tolist() == [[0, 0, 0, 0, 0, 0], [0, 4, -8, 0, 0, 0]]
@@ -41,7 +41,7 @@ def test_row_worked_by_hand():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_planes_restore_x_to_half_a_step(rule, threshold, dtype):
     x = rows_with_outliers(16, 96).to(dtype)
-    x_int8, x_high, row_scale = reference.quantize_rows(x, rule, threshold)
+    x_int8, x_high, row_scale, _, _ = reference.quantize_rows(x, rule, threshold)
     error = (restored(x_int8, x_high, row_scale) - x.double()).abs()
     largest = x.double().abs().amax(dim=1, keepdim=True)
     assert (error <= 0.5 * row_scale.double()[:, None] + 1e-6 * largest).all()
@@ -57,7 +57,7 @@ def test_int8_linear_is_the_float64_product_of_what_was_rounded(rule, threshold,
     y = reference.int8_linear(
         x, weight_int8, col_scale, bias, outlier_rule=rule, outlier_threshold=threshold
     )
-    x_restored = restored(*reference.quantize_rows(x, rule, threshold))
+    x_restored = restored(*reference.quantize_rows(x, rule, threshold)[:3])
     weight = weight_int8.double() * col_scale.double()[:, None]
     expected = x_restored @ weight.T + bias.double()
     assert y.dtype == dtype
@@ -109,7 +109,7 @@ def test_threshold_zero_turns_the_decomposition_off(rule):
 
 def test_row_where_everything_is_an_outlier_uses_both_planes_in_full():
     x = torch.tensor([[16256.0, -8128.0, 100.0, -7.0]])
-    x_int8, x_high, row_scale = reference.quantize_rows(x, "absolute", 6.0)
+    x_int8, x_high, row_scale, _, _ = reference.quantize_rows(x, "absolute", 6.0)
     assert row_scale.tolist() == [1.0]
     assert restored(x_int8, x_high, row_scale).tolist() == x.tolist()
     assert x_high[0, 0] == 127
@@ -133,7 +133,7 @@ def test_rows_of_zeros_nan_and_inf(rule, threshold):
     y = run(x)
     assert (y[1] == 0).all()
     assert y[2:5].isnan().all()
-    x_int8, x_high, row_scale = reference.quantize_rows(x, rule, threshold)
+    x_int8, x_high, row_scale, _, _ = reference.quantize_rows(x, rule, threshold)
     assert not x_int8[1:5].any() and not x_high[1:5].any()
     assert row_scale[1] == 0 and row_scale[2:5].isnan().all()
     assert torch.equal(y[[0, 5]], run(clean)[[0, 5]])
@@ -142,7 +142,7 @@ def test_rows_of_zeros_nan_and_inf(rule, threshold):
 @pytest.mark.parametrize(("rule", "threshold"), RULES)
 def test_a_row_too_small_for_a_normal_scale_counts_as_zero(rule, threshold):
     x = torch.tensor([[190 * 2.0**-149, 0.0], [127 * 2.0**-127, 0.0], [16256 * 2.0**-126, 0.0]])
-    x_int8, x_high, row_scale = reference.quantize_rows(x, rule, threshold)
+    x_int8, x_high, row_scale, _, _ = reference.quantize_rows(x, rule, threshold)
     assert not x_int8[:2].any() and not x_high[:2].any()
     assert row_scale[:2].tolist() == [0.0, 0.0]
     assert restored(x_int8, x_high, row_scale)[2].tolist() == x[2].double().tolist()
@@ -155,7 +155,7 @@ def test_a_row_too_small_for_a_normal_scale_counts_as_zero(rule, threshold):
 @settings(max_examples=300, deadline=None)
 def test_any_finite_row_stays_on_the_planes(row, rule):
     x = torch.tensor([row], dtype=torch.float32)
-    x_int8, x_high, row_scale = reference.quantize_rows(x, *rule)
+    x_int8, x_high, row_scale, _, _ = reference.quantize_rows(x, *rule)
     assert x_int8.abs().max() <= 127 and x_high.abs().max() <= 127
     assert x_int8[x_high != 0].abs().max() <= 64 if (x_high != 0).any() else True
     # Half a step, or nothing at all where the step would be below the smallest normal number.
@@ -174,17 +174,41 @@ def test_a_row_does_not_depend_on_its_neighbours(rule, threshold):
             assert torch.equal(a[0], b[row])
 
 
+@pytest.mark.parametrize("K", [1, 64, 65, 2047, 2048, 2049, 5000])
+def test_high_tiles_name_the_tiles_with_outliers(K):
+    x = torch.randn(4, K)
+    for row, column in [(0, 0), (1, K // 2), (2, K - 1), (3, 0), (3, K - 1)]:
+        x[row, column] = 500.0
+    _, x_high, _, high_tiles, x_hot = reference.quantize_rows(x, "absolute", 6.0)
+    assert high_tiles.dtype == torch.int32 and x_hot.shape == (4, 0) and x_hot.dtype == x.dtype
+    assert high_tiles.shape == (4, -(-K // 2048))
+    for row in range(4):
+        flagged = {
+            tile
+            for tile in range(32 * high_tiles.shape[1])
+            if (high_tiles[row, tile // 32].item() >> (tile % 32)) & 1
+        }
+        assert flagged == {k // 64 for k in range(K) if x_high[row, k] != 0} != set()
+
+
+def test_x_hot_is_what_the_hot_columns_held():
+    x = rows_with_outliers(3, 40).bfloat16()
+    x[1, 7] = float("inf")  # a hot column is not looked at
+    hot = torch.tensor([7, 39, 0], dtype=torch.int32)
+    rows = reference.quantize_rows(x, "row_rms", 4.0, hot)
+    assert torch.equal(rows.x_hot, x[:, [7, 39, 0]]) and rows.row_scale.isfinite().all()
+
+
 def test_hot_columns_take_no_part_in_the_integers_and_add_an_exact_product():
     x, weight, bias = rows_with_outliers(8, 64), torch.randn(24, 64), torch.randn(24)
     hot = x.abs().amax(dim=0).topk(6).indices.to(torch.int32)
-    x_int8, x_high, row_scale = reference.quantize_rows(x, "none", 0.0, hot)
+    x_int8, x_high, row_scale, _, _ = reference.quantize_rows(x, "none", 0.0, hot)
     cold = x.clone()
     cold[:, hot.long()] = 0
     assert not x_int8[:, hot.long()].any()
-    for ours, of_cold in zip(
-        (x_int8, x_high, row_scale), reference.quantize_rows(cold, "none", 0.0), strict=True
-    ):
-        assert torch.equal(ours, of_cold)
+    x_int8_cold, x_high_cold, row_scale_cold, _, _ = reference.quantize_rows(cold, "none", 0.0)
+    assert torch.equal(x_int8, x_int8_cold) and torch.equal(x_high, x_high_cold)
+    assert torch.equal(row_scale, row_scale_cold)
 
     weight_int8, col_scale = reference.quantize_weight(weight)
     y = reference.int8_linear(

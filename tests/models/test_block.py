@@ -5,7 +5,7 @@ import torch
 from transformers.activations import ACT2FN
 from transformers.models.bloom.modeling_bloom import bloom_gelu_forward
 
-from dist_int8.models.block import ACTIVATIONS
+from dist_int8.int8.activations import ACTIVATIONS
 
 TRANSFORMERS = {
     "relu": ACT2FN["relu"],

@@ -29,6 +29,7 @@ struct QuantizeRowsArgs {
   int64_t ld;            // bytes from row to row; columns K..ld are written as zeros
   bool high_is_sparse;   // leave rows of x_high without outliers unwritten
   float* row_scale;      // [M]
+  uint32_t* high_tiles;  // [M, ceil(K / 2048)] a bit for 64 columns of x_high, or null
   int32_t* sum_low;      // [M] sum of x_int8, or null
   int32_t* sum_high;     // [M] sum of x_high, or null
   int32_t* num_high;     // [M] how many x_high are not 0, or null
@@ -46,6 +47,26 @@ struct Int8LinearArgs {
   int64_t num_hot;      // H
   int64_t num_outputs;  // N
   void* out;            // [M, N] of rows.x_type
+};
+
+struct Int8MatmulArgs {
+  const int8_t* x_int8;    // [M, K]
+  const int8_t* x_high;    // [M, K]
+  const float* row_scale;  // [M]
+  const void* x_hot;       // [M, H] of out_type, or null
+  const int8_t* weight;    // [N, K]
+  const float* col_scale;  // [N]
+  const void* bias;        // [N] of bias_type, or null
+  DataType bias_type;
+  const void* hot_weight;  // [N, H] of hot_type, or null
+  DataType hot_type;
+  const void* residual;  // [M, N] of out_type, or null
+  void* out;             // [M, N] of out_type
+  DataType out_type;
+  int64_t num_hot;       // H
+  int64_t num_rows;      // M
+  int64_t num_features;  // K
+  int64_t num_outputs;   // N
 };
 
 struct LinearArgs {
@@ -119,6 +140,7 @@ struct CpuKernels {
   const char* name;
   void (*quantize_rows)(const QuantizeRowsArgs&, const Runtime&);
   void (*int8_linear)(const Int8LinearArgs&, const Runtime&);
+  void (*int8_matmul)(const Int8MatmulArgs&, const Runtime&);
   void (*linear)(const LinearArgs&, const Runtime&);
   void (*add_norm)(const AddNormArgs&, const Runtime&);
   void (*silu_mul)(const SiluMulArgs&, const Runtime&);

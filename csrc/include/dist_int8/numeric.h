@@ -27,6 +27,10 @@ constexpr float kBothMax = 16256.0f;
 // |x_int8 . weight_int8| <= 128 * 127 * K must stay below 2^31.
 constexpr int64_t kMaxInputFeatures = 131072;
 
+// A bit of high_tiles stands for 64 columns of x_high; a word for 2048.
+constexpr int64_t kHighTileColumns = 64;
+constexpr int64_t kHighWordColumns = 2048;
+
 struct BFloat16 {
   uint16_t bits;
 };
@@ -53,6 +57,11 @@ DIST_INT8_INLINE float widen(BFloat16 value) {
 }
 
 DIST_INT8_INLINE float widen(Float16 value) {
+#ifdef __CUDA_ARCH__
+  float widened;  // one instruction, the same value
+  asm("cvt.f32.f16 %0, %1;" : "=f"(widened) : "h"(value.bits));
+  return widened;
+#else
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) {  // infinity, NaN
@@ -61,6 +70,7 @@ DIST_INT8_INLINE float widen(Float16 value) {
   // Rebias the exponent by a multiplication, which also normalises subnormals.
   const float scaled = float_from_bits(magnitude << 13) * float_from_bits(0x77800000u);  // 2^112
   return float_from_bits(sign | bits_from_float(scaled));
+#endif
 }
 
 // Round half to even, NaN stays NaN.
@@ -73,6 +83,11 @@ DIST_INT8_INLINE BFloat16 narrow_bfloat16(float value) {
 }
 
 DIST_INT8_INLINE Float16 narrow_float16(float value) {
+#ifdef __CUDA_ARCH__
+  Float16 narrowed;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrowed.bits) : "f"(value));
+  return narrowed;
+#else
   const uint32_t bits = bits_from_float(value);
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -85,6 +100,7 @@ DIST_INT8_INLINE Float16 narrow_float16(float value) {
   }
   const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
   return Float16{static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
+#endif
 }
 
 DIST_INT8_INLINE void narrow(float value, float* out) { *out = value; }
