@@ -1,0 +1,25 @@
+// transform_layout on a GPU.
+#include "cuda_ops/stream.h"
+#include "dist_int8/cuda_kernels.h"
+#include "layout_checks.h"
+
+namespace dist_int8 {
+namespace {
+
+Tensor transform_layout(const Tensor& x, int64_t source, int64_t target, int64_t rows,
+                        int64_t cols) {
+  TransformLayoutArgs args{};
+  Tensor out = checked_transform(x, source, target, rows, cols, &args);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  if (const char* error = cuda_transform_layout(args, current_stream(x))) {
+    throw std::runtime_error(std::string("transform_layout: launch failed: ") + error);
+  }
+  return out;
+}
+
+}  // namespace
+}  // namespace dist_int8
+
+STABLE_TORCH_LIBRARY_IMPL(dist_int8, CUDA, m) {
+  m.impl("transform_layout", TORCH_BOX(&dist_int8::transform_layout));
+}
