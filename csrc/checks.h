@@ -125,6 +125,14 @@ inline void check_same_device(const char* op, const char* argument, const Tensor
   }
 }
 
+// K is small enough for exact int32 sums.
+inline void check_features(const char* op, int64_t K) {
+  if (K > kMaxInputFeatures) {
+    fail(op, "K must be at most " + std::to_string(kMaxInputFeatures) + ", got " +
+                 std::to_string(K) + "; split the layer over K");
+  }
+}
+
 // A contiguous tensor without going through the dispatcher.
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& like) {
   int64_t strides[4];

@@ -1,304 +1,30 @@
-// int8_linear: y = (x_int8 + 128 * x_high) . weight_int8, scaled, plus hot columns and bias.
-//
-// Weights stay row-major [N, K]; both operands are read along K, and a register tile holds
-// rows x 4 output features as vectors of partial int32 sums:
-//
-//              k ->                          w0   w1   w2   w3
-//   x row 0  [................]            [acc][acc][acc][acc]
-//   x row 1  [................]   times    [acc][acc][acc][acc]    4 weight rows stay in L1 while
-//     ...                                  [acc][acc][acc][acc]    all rows of an x block (in L2)
-//   x row 5  [................]            [acc][acc][acc][acc]    pass by
-//
-// Outliers live in few columns. Those of a block of x rows are gathered into a narrow plane x_high
-// [rows, K'], multiplied first, and their sums shifted left by 7 before the main loop adds to them.
-// int32 arithmetic wraps, so only the true total must fit; where it might not, the planes are
-// summed apart and combined in int64. The integer total is exact whatever the blocking.
-#include "cpu/int8_sums.h"
+// int8_linear: quantize_rows into padded planes, then int8_matmul, which has the picture.
+#include "cpu/int8_rows.h"
 
 namespace dist_int8::DIST_INT8_ISA {
 
-constexpr int64_t kTileRows = 6;             // rows of x in a register tile
-constexpr int64_t kBlockBytes = 384 * 1024;  // of x_int8 in a block of rows: most of L2
-
-// Rows of a block share the columns of x_high: more rows have more of them.
-constexpr int64_t kMaxBlockRows = 96;
-
-// Scratch slots of this op; quantize_rows has slot 0.
-enum Slot {
-  kLowPlane = 1,
-  kHighPlane,
-  kRowState,
-  kHotMask,
-  kColumns,
-  kNarrowPlane,
-  kWeights,
-  kHot
-};
-
-// What the epilogue needs to know about the rows of x, computed by quantize_rows.
-struct RowState {
-  float* scale;
-  int32_t* sum_low;
-  int32_t* sum_high;
-  int32_t* num_high;
-};
-
-// One block of rows of x: rows [first, first + count), and its outlier plane.
-struct RowBlock {
-  int64_t first;
-  int64_t count;
-  Operand high;        // depth 0: no outliers. Its weights are set for each group of weight rows
-  bool high_is_dense;  // x_high as quantize_rows left it, all K columns
-  bool wide;           // the total may leave int32
-  const int32_t* columns;  // [high.depth] of a gathered plane
-};
-
-// Integer totals of kRows rows and 4 output features, as float, in float_totals [kRows][4].
-template <int kRows, bool kPrefetch>
-static void tile(const Operand& low, const Operand& high, const int32_t* sum_low,
-                 const int32_t* sum_high, Vec4* float_totals) {
-  Sums acc[kRows][kTileCols] = {};
-  if (high.depth != 0) {
-    accumulate<kRows, false>(acc, high);
-    unrolled<kRows>([&](auto i) DIST_INT8_FORCED {
-      unrolled<kTileCols>([&](auto j) DIST_INT8_FORCED { shift_left_7(acc[i][j]); });
-    });
-  }
-  accumulate<kRows, kPrefetch>(acc, low);
-  unrolled<kRows>([&](auto i) DIST_INT8_FORCED {
-    const uint32_t both = static_cast<uint32_t>(sum_low[i]) +
-                          (high.depth != 0 ? 128u * static_cast<uint32_t>(sum_high[i]) : 0u);
-    const int32_t offset = static_cast<int32_t>(both * static_cast<uint32_t>(kWeightOffset));
-    float_totals[i] = __builtin_convertvector(totals(acc[i]) - offset, Vec4);
-  });
-}
-
-// The same where a total may leave int32: the planes are summed apart and combined in int64.
-static void wide_tile(int64_t rows, Operand low, Operand high, const int32_t* sum_low,
-                      const int32_t* sum_high, Vec4* float_totals) {
-  for (int64_t i = 0; i < rows; ++i) {
-    Sums high_acc[1][kTileCols] = {}, low_acc[1][kTileCols] = {};
-    accumulate<1, false>(high_acc, high);
-    accumulate<1, false>(low_acc, low);
-    const IntVec4 high_totals = totals(high_acc[0]) - sum_high[i] * kWeightOffset;
-    const IntVec4 low_totals = totals(low_acc[0]) - sum_low[i] * kWeightOffset;
-    for (int j = 0; j < kTileCols; ++j) {
-      const int64_t total = int64_t{high_totals[j]} * 128 + low_totals[j];
-      float_totals[i][j] = static_cast<float>(total);
-    }
-    low.x += low.ld;
-    high.x += high.ld;
-  }
-}
-
-template <bool kPrefetch>
-static void tile_of(int64_t rows, const Operand& low, const Operand& high, const int32_t* sum_low,
-                    const int32_t* sum_high, bool wide, Vec4* float_totals) {
-  if (wide) return wide_tile(rows, low, high, sum_low, sum_high, float_totals);
-  switch (rows) {
-    case 1:
-      return tile<1, kPrefetch>(low, high, sum_low, sum_high, float_totals);
-    case 2:
-      return tile<2, kPrefetch>(low, high, sum_low, sum_high, float_totals);
-    case 3:
-      return tile<3, kPrefetch>(low, high, sum_low, sum_high, float_totals);
-    case 4:
-      return tile<4, kPrefetch>(low, high, sum_low, sum_high, float_totals);
-    case 5:
-      return tile<5, kPrefetch>(low, high, sum_low, sum_high, float_totals);
-    default:
-      return tile<6, kPrefetch>(low, high, sum_low, sum_high, float_totals);
-  }
-}
-
-// Decides how the outliers of a block travel, and gathers them. `columns` and `plane` have room for
-// K entries and count * padded bytes.
-static void gather_outliers(const int8_t* x_high, int64_t ld, int64_t K, const RowState& state,
-                            RowBlock* block, int32_t* columns, int8_t* plane, uint8_t* seen) {
-  int64_t most = 0;
-  for (int64_t i = 0; i < block->count; ++i) {
-    most = max64(most, state.num_high[block->first + i]);
-  }
-  block->high = Operand{};
-  block->high_is_dense = false;
-  block->wide = 128.0 * (127.0 * K + 16256.0 * most) >= 2147483648.0;
-  block->columns = columns;
-  if (most == 0) return;
-
-  memset(seen, 0, ld);
-  for (int64_t i = 0; i < block->count; ++i) {
-    const int64_t m = block->first + i;
-    if (state.num_high[m] == 0) continue;
-    const int8_t* row = x_high + m * ld;
-    for (int64_t k = 0; k < ld; ++k) seen[k] |= static_cast<uint8_t>(row[k]);
-  }
-  int64_t depth = 0;
-  for (int64_t k = 0; k < ld; k += 8) {
-    uint64_t eight;
-    memcpy(&eight, seen + k, 8);
-    if (eight == 0) continue;
-    for (int64_t i = k; i < k + 8; ++i) {
-      if (seen[i] != 0) columns[depth++] = static_cast<int32_t>(i);
-    }
-  }
-  // Products of a plane of that depth, against the bytes of weights to gather, in cycles or so.
-  const auto cost = [&](int64_t depth_of_plane) {
-    return (kTileCols * block->count + 8) * (round_up(depth_of_plane, kStep) / kStep);
-  };
-  block->high_is_dense = cost(K) < cost(depth) + 6 * depth;
-  block->high.depth = block->high_is_dense ? K : depth;
-  block->high.ld = block->high_is_dense ? ld : round_up(depth, kStep);
-  block->high.x = plane;
-  for (int64_t i = 0; i < block->count; ++i) {
-    const int64_t m = block->first + i;
-    const int8_t* row = x_high + m * ld;
-    int8_t* out = plane + i * block->high.ld;
-    if (state.num_high[m] == 0) {
-      memset(out, 0, block->high.ld);
-    } else if (block->high_is_dense) {
-      memcpy(out, row, block->high.ld);
-    } else {
-      for (int64_t c = 0; c < depth; ++c) out[c] = row[columns[c]];
-      memset(out + depth, 0, block->high.ld - depth);
-    }
-  }
-}
-
-// y = totals * (row_scale * col_scale), + hot columns, + bias, in fp32 and in this order.
-template <typename T>
-struct Epilogue {
-  const float* row_scale;
-  const float* col_scale;   // [N]
-  const float* bias;        // [N], or null
-  const float* hot_x;       // [M, H]
-  const float* hot_weight;  // [H][4] of the current weight rows
-  int64_t num_hot;
-  T* out;  // [M, N]
-  int64_t N;
-
-  void operator()(int64_t m, int64_t n, Vec4 total) const {
-    const int64_t count = min64(kTileCols, N - n);
-    Vec4 scale{}, offset{};
-    if (count == kTileCols) {
-      memcpy(&scale, col_scale + n, sizeof(scale));
-      if (bias != nullptr) memcpy(&offset, bias + n, sizeof(offset));
-    } else {
-      for (int64_t j = 0; j < count; ++j) {
-        scale[j] = col_scale[n + j];
-        if (bias != nullptr) offset[j] = bias[n + j];
-      }
-    }
-    Vec4 y = total * (row_scale[m] * scale);
-    if (num_hot != 0) {
-      Vec4 hot{};
-      for (int64_t h = 0; h < num_hot; ++h) {
-        Vec4 w;
-        memcpy(&w, hot_weight + 4 * h, sizeof(w));
-        hot += hot_x[m * num_hot + h] * w;
-      }
-      y += hot;
-    }
-    if (bias != nullptr) y += offset;
-    T* p = out + m * N + n;
-    if constexpr (sizeof(T) == 4) {
-      if (count == kTileCols) {
-        memcpy(p, &y, sizeof(y));
-        return;
-      }
-    }
-    for (int64_t j = 0; j < count; ++j) narrow(y[j], p + j);
-  }
-};
-
-template <typename T>
-static void multiply(const Int8LinearArgs& args, const Runtime& runtime, const int8_t* low_plane,
-                     int64_t ld, const RowState& state, const RowBlock* blocks, int64_t num_blocks,
-                     const float* bias, const float* hot_x) {
-  const int64_t K = args.rows.num_features, N = args.num_outputs, H = args.num_hot;
-  const int64_t num_groups = (N + kTileCols - 1) / kTileCols;
-  // A thread should have at least about 10 us of work.
-  const int64_t work = max64(1, K * kTileCols * (8 + args.rows.num_rows));
-  const int64_t grain = max64(1, 4000000 / work);
-  parallel(runtime, num_groups, grain, [&](int64_t begin, int64_t end) {
-    int8_t* gathered = static_cast<int8_t*>(runtime.scratch(kWeights, kTileCols * ld));
-    float* hot_weight = static_cast<float*>(runtime.scratch(kHot, (kTileCols + 1) * (H + 1) * 4));
-    Epilogue<T> epilogue{
-        state.scale, args.col_scale, bias, hot_x, hot_weight, H, static_cast<T*>(args.out), N};
-    for (int64_t b = 0; b < num_blocks; ++b) {
-      const RowBlock& block = blocks[b];
-      for (int64_t group = begin; group < end; ++group) {
-        const int64_t n = group * kTileCols;
-        Operand low{low_plane + block.first * ld, ld, {}, K};
-        Operand high = block.high;
-        // Behind the last weight row the tile repeats it; the epilogue drops the result.
-        for (int64_t j = 0; j < kTileCols; ++j) {
-          low.weight[j] = args.weight + min64(n + j, N - 1) * K;
-        }
-        for (int64_t j = 0; j < kTileCols && high.depth != 0; ++j) {
-          if (block.high_is_dense) {
-            high.weight[j] = low.weight[j];
-          } else {
-            int8_t* row = gathered + j * ld;
-            for (int64_t c = 0; c < high.depth; ++c) row[c] = low.weight[j][block.columns[c]];
-            high.weight[j] = row;
-          }
-        }
-        for (int64_t j = 0; j < kTileCols && H != 0; ++j) {
-          float* row = hot_weight + kTileCols * H;
-          widen_row(args.hot_type, args.hot_weight, min64(n + j, N - 1) * H, row, H);
-          for (int64_t h = 0; h < H; ++h) hot_weight[kTileCols * h + j] = row[h];
-        }
-        const int64_t num_tiles = (block.count + kTileRows - 1) / kTileRows;
-        int64_t row = 0;
-        for (int64_t t = 0; t < num_tiles; ++t) {
-          const int64_t rows = (block.count - row) / (num_tiles - t);
-          const int64_t m = block.first + row;
-          Vec4 float_totals[kTileRows];
-          // Only the first tile of a group waits for its weights.
-          const auto multiply_tile = t == 0 ? tile_of<true> : tile_of<false>;
-          multiply_tile(rows, low, high, state.sum_low + m, state.sum_high + m, block.wide,
-                        float_totals);
-          for (int64_t i = 0; i < rows; ++i) epilogue(m + i, n, float_totals[i]);
-          low.x += rows * ld;
-          high.x += rows * high.ld;
-          row += rows;
-        }
-      }
-    }
-  });
-}
-
 void int8_linear(const Int8LinearArgs& args, const Runtime& runtime) {
-  const int64_t M = args.rows.num_rows, K = args.rows.num_features, N = args.num_outputs;
-  const int64_t H = args.num_hot;
-  if (M == 0 || N == 0) return;
+  const int64_t M = args.rows.num_rows, K = args.rows.num_features, H = args.num_hot;
+  if (M == 0 || args.num_outputs == 0) return;
 
-  // Rows an odd multiple of 64 bytes apart fall into different cache sets.
-  int64_t ld = max64(round_up(K, kStep), kStep);
-  if ((ld / kStep) % 2 == 0) ld += kStep;
-  const int64_t fitting_rows = kBlockBytes / ld / kTileRows * kTileRows;
-  const int64_t block_rows = min64(M, min64(kMaxBlockRows, max64(kTileRows, fitting_rows)));
-  const int64_t num_blocks = (M + block_rows - 1) / block_rows;
-
+  const int64_t ld = padded_features(K);
   int8_t* low_plane = static_cast<int8_t*>(runtime.scratch(kLowPlane, M * ld));
   int8_t* high_plane = static_cast<int8_t*>(
       args.rows.rule == OutlierRule::kNone ? nullptr : runtime.scratch(kHighPlane, M * ld));
-  float* floats = static_cast<float*>(runtime.scratch(kRowState, (4 * M + N + M * H) * 4));
-  int32_t* ints = reinterpret_cast<int32_t*>(floats + M);
-  const RowState state{floats, ints, ints + M, ints + 2 * M};
-  float* bias = args.bias == nullptr ? nullptr : floats + 4 * M;
-  float* hot_x = floats + 4 * M + N;
-  if (bias != nullptr) widen_row(args.bias_type, args.bias, 0, bias, N);
+  float* scale = static_cast<float*>(runtime.scratch(kRowState, (4 * M + M * H) * 4));
+  int32_t* sum_low = reinterpret_cast<int32_t*>(scale + M);
+  int32_t *sum_high = sum_low + M, *num_high = sum_high + M;
+  float* hot_x = scale + 4 * M;
 
   QuantizeRowsArgs rows = args.rows;
   rows.x_int8 = low_plane;
   rows.x_high = high_plane;
   rows.ld = ld;
   rows.high_is_sparse = true;
-  rows.row_scale = state.scale;
-  rows.sum_low = state.sum_low;
-  rows.sum_high = state.sum_high;
-  rows.num_high = state.num_high;
+  rows.row_scale = scale;
+  rows.sum_low = sum_low;
+  rows.sum_high = sum_high;
+  rows.num_high = num_high;
   if (H != 0) {
     uint8_t* hot = static_cast<uint8_t*>(runtime.scratch(kHotMask, K));
     memset(hot, 0, K);
@@ -313,25 +39,21 @@ void int8_linear(const Int8LinearArgs& args, const Runtime& runtime) {
   }
   quantize_rows(rows, runtime);
 
-  const int64_t block_bytes = round_up(sizeof(RowBlock), 8);
-  char* memory =
-      static_cast<char*>(runtime.scratch(kColumns, num_blocks * (block_bytes + 4 * ld) + ld));
-  RowBlock* blocks = reinterpret_cast<RowBlock*>(memory);
-  int32_t* columns = reinterpret_cast<int32_t*>(memory + num_blocks * block_bytes);
-  uint8_t* seen = reinterpret_cast<uint8_t*>(columns + num_blocks * ld);
-  bool any_high = false;
-  for (int64_t m = 0; m < M && !any_high; ++m) any_high = state.num_high[m] != 0;
-  int8_t* narrow_plane =
-      static_cast<int8_t*>(any_high ? runtime.scratch(kNarrowPlane, M * ld) : nullptr);
-  for (int64_t b = 0; b < num_blocks; ++b) {
-    blocks[b].first = b * block_rows;
-    blocks[b].count = min64(block_rows, M - b * block_rows);
-    gather_outliers(high_plane, ld, K, state, &blocks[b], columns + b * ld,
-                    narrow_plane + b * block_rows * ld, seen);
-  }
-  with_type(args.rows.x_type, [&](auto tag) {
-    multiply<decltype(tag)>(args, runtime, low_plane, ld, state, blocks, num_blocks, bias, hot_x);
-  });
+  Int8MatmulArgs product{};
+  product.weight = args.weight;
+  product.col_scale = args.col_scale;
+  product.bias = args.bias;
+  product.bias_type = args.bias_type;
+  product.hot_weight = args.hot_weight;
+  product.hot_type = args.hot_type;
+  product.num_hot = H;
+  product.out = args.out;
+  product.out_type = args.rows.x_type;
+  product.num_rows = M;
+  product.num_features = K;
+  product.num_outputs = args.num_outputs;
+  multiply_rows(product, runtime,
+                {low_plane, high_plane, ld, scale, sum_low, sum_high, num_high, hot_x});
 }
 
 }  // namespace dist_int8::DIST_INT8_ISA

@@ -1,5 +1,5 @@
 // Exact int32 sums of int8 products, one version an instruction set: rows of x by kTileCols weight
-// rows, both read along K. Used by int8_linear.cpp, which has the picture.
+// rows, both read along K. Used by int8_matmul.cpp, which has the picture.
 #pragma once
 
 #include "cpu/simd.h"

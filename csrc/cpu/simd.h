@@ -273,6 +273,7 @@ DIST_INT8_INLINE void widen_row(DataType type, const void* x, int64_t offset, fl
 
 void quantize_rows(const QuantizeRowsArgs& args, const Runtime& runtime);
 void int8_linear(const Int8LinearArgs& args, const Runtime& runtime);
+void int8_matmul(const Int8MatmulArgs& args, const Runtime& runtime);
 void linear(const LinearArgs& args, const Runtime& runtime);
 void add_norm(const AddNormArgs& args, const Runtime& runtime);
 void silu_mul(const SiluMulArgs& args, const Runtime& runtime);

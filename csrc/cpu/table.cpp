@@ -11,6 +11,7 @@ const CpuKernels kernels = {
     DIST_INT8_STRING(DIST_INT8_ISA),
     quantize_rows,
     int8_linear,
+    int8_matmul,
     linear,
     add_norm,
     silu_mul,

@@ -1,5 +1,6 @@
 // Linear layers on the CPU: checks, outputs, and the call of the chosen instruction set.
 #include "cpu_ops/runtime.h"
+#include "matmul_checks.h"
 
 namespace dist_int8 {
 namespace {
@@ -13,19 +14,8 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight_int8, const Tensor& col
   args.rows.x_type = data_type(op, "x", x);
   check_shape(op, "x", x, {{"M", -1}, {"K", -1}});
   const int64_t M = x.size(0), K = x.size(1);
-  check_features(op, K);
-  check_dtype(op, "weight_int8", weight_int8, ScalarType::Char);
-  check_shape(op, "weight_int8", weight_int8, {{"N", -1}, {"K", K}});
-  check_cpu(op, "weight_int8", weight_int8);
-  const int64_t N = weight_int8.size(0);
-  check_dtype(op, "col_scale", col_scale, ScalarType::Float);
-  check_shape(op, "col_scale", col_scale, {{"N", N}});
-  check_cpu(op, "col_scale", col_scale);
-  if (bias.has_value()) {
-    args.bias_type = data_type(op, "bias", *bias);
-    check_shape(op, "bias", *bias, {{"N", N}});
-    check_cpu(op, "bias", *bias);
-  }
+  const int64_t N = check_weight(op, x, K, weight_int8, col_scale, bias);
+  if (bias.has_value()) args.bias_type = data_type(op, "bias", *bias);
   if (hot_columns.has_value() != hot_weight.has_value()) {
     fail(op, "hot_columns and hot_weight must be given together, got one; give both or neither");
   }
@@ -50,6 +40,35 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight_int8, const Tensor& col
   args.num_outputs = N;
   args.out = out.mutable_data_ptr();
   cpu_kernels().int8_linear(args, runtime());
+  return out;
+}
+
+Tensor int8_matmul(const Tensor& x_int8, const Tensor& x_high, const Tensor& row_scale,
+                   const Tensor& high_tiles, const Tensor& x_hot, const Tensor& weight_int8,
+                   const Tensor& col_scale, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& hot_weight, const std::optional<Tensor>& residual) {
+  const MatmulShape shape = check_matmul("int8_matmul", x_int8, x_high, row_scale, high_tiles,
+                                         x_hot, weight_int8, col_scale, bias, hot_weight, residual);
+  Tensor out = empty({shape.M, shape.N}, x_hot.scalar_type(), x_int8);
+  Int8MatmulArgs args{};
+  args.x_int8 = x_int8.const_data_ptr<int8_t>();
+  args.x_high = x_high.const_data_ptr<int8_t>();
+  args.row_scale = row_scale.const_data_ptr<float>();
+  args.x_hot = x_hot.const_data_ptr();
+  args.weight = weight_int8.const_data_ptr<int8_t>();
+  args.col_scale = col_scale.const_data_ptr<float>();
+  args.bias = pointer(bias);
+  args.bias_type = shape.bias_type;
+  args.hot_weight = pointer(hot_weight);
+  args.hot_type = shape.hot_type;
+  args.residual = pointer(residual);
+  args.out = out.mutable_data_ptr();
+  args.out_type = shape.out_type;
+  args.num_hot = shape.H;
+  args.num_rows = shape.M;
+  args.num_features = shape.K;
+  args.num_outputs = shape.N;
+  cpu_kernels().int8_matmul(args, runtime());
   return out;
 }
 
@@ -83,5 +102,6 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 
 STABLE_TORCH_LIBRARY_IMPL(dist_int8, CPU, m) {
   m.impl("int8_linear", TORCH_BOX(&dist_int8::int8_linear));
+  m.impl("int8_matmul", TORCH_BOX(&dist_int8::int8_matmul));
   m.impl("linear", TORCH_BOX(&dist_int8::linear));
 }

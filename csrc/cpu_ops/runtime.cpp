@@ -37,13 +37,6 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_
 
 Runtime runtime() { return Runtime{parallel_for, scratch, torch::stable::get_num_threads()}; }
 
-void check_features(const char* op, int64_t K) {
-  if (K > kMaxInputFeatures) {
-    fail(op, "K must be at most " + std::to_string(kMaxInputFeatures) + ", got " +
-                 std::to_string(K) + "; split the layer over K");
-  }
-}
-
 void check_hot_columns(const char* op, const Tensor& hot_columns, int64_t K) {
   check_shape(op, "hot_columns", hot_columns, {{"H", -1}});
   check_dtype(op, "hot_columns", hot_columns, ScalarType::Int);

@@ -13,9 +13,6 @@ inline const void* pointer(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }
 
-// K is small enough for exact int32 sums.
-void check_features(const char* op, int64_t K);
-
 // int32 [H] in 0..K-1, on the CPU.
 void check_hot_columns(const char* op, const Tensor& hot_columns, int64_t K);
 

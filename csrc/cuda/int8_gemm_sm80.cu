@@ -96,10 +96,6 @@ const char* DIST_INT8_GEMM_NAME(sm80)(const CudaInt8GemmArgs& args, void* on) {
     case GemmTile::kSm80_128x128x64:
       return Gemm80<Shape<128, 128, 64>, Shape<64, 64, 64>, 4>::launch(args, stream);
 #if !DIST_INT8_OUT_IS_float32
-    case GemmTile::kSm80_64x64x64:
-      return Gemm80<Shape<64, 64, 64>, Shape<32, 32, 64>, 6>::launch(args, stream);
-    case GemmTile::kSm80_64x128x64:
-      return Gemm80<Shape<64, 128, 64>, Shape<32, 64, 64>, 5>::launch(args, stream);
     case GemmTile::kSm80_128x256x64:
       return Gemm80<Shape<128, 256, 64>, Shape<64, 64, 64>, 3>::launch(args, stream);
 #endif

@@ -106,10 +106,6 @@ const char* DIST_INT8_GEMM_NAME(sm90a)(const CudaInt8GemmArgs& args, void* on) {
     case GemmTile::kSm90_128x128x128:
       return Gemm90<128, 128, 128, Cluster<2, 1>, Pingpong>::launch(args, stream);
 #if !DIST_INT8_OUT_IS_float32
-    case GemmTile::kSm90_64x64x256:
-      return Gemm90<64, 64, 256, Cluster<1, 1>, Pingpong>::launch(args, stream);
-    case GemmTile::kSm90_64x128x128:
-      return Gemm90<64, 128, 128, Cluster<1, 1>, Pingpong>::launch(args, stream);
     case GemmTile::kSm90_256x128x128:
       return Gemm90<256, 128, 128, Cluster<2, 1>, Cooperative>::launch(args, stream);
 #endif

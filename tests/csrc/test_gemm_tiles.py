@@ -8,7 +8,9 @@ import pytest
 
 CUDA = Path(__file__).parents[2] / "csrc/cuda"
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
-TILES = re.findall(r"^  k(Small|Sm\d+_\w+),", (CUDA / "gemm_tiles.h").read_text(), re.MULTILINE)
+TILES = re.findall(
+    r"^  k(Small|Tiled|Sm\d+_\w+),", (CUDA / "gemm_tiles.h").read_text(), re.MULTILINE
+)
 # Shared memory a thread block may have, KiB (CUDA C++ Programming Guide, table of technical
 # specifications per compute capability); one for 8.6 and 8.9 too, which run the kernels of 8.0.
 SHARED_MEMORY = {"80": 99, "90": 227}
@@ -33,16 +35,11 @@ def test_no_rule_is_hidden_by_an_earlier_one(compile_program):
 
 # (architecture, N): the tile at each M where it may change, on both sides of the edge
 EDGES = {
-    (90, 4096): "1 Small 32 Small 33 64x64x256 64 64x64x256 65 64x128x128 128 64x128x128 "
+    (90, 4096): "1 Small 32 Small 33 Tiled 128 Tiled "
     "129 128x128x128 512 128x128x128 513 256x128x128 100000 256x128x128",
-    (90, 16384): "32 Small 33 64x128x128 64 64x128x128 65 64x128x128 128 64x128x128 "
-    "129 128x128x128 512 128x128x128 513 256x128x128",
-    (90, 4088): "513 128x128x128 4096 128x128x128",
-    (80, 4096): "1 Small 32 Small 33 64x64x64 64 64x64x64 65 64x128x64 128 64x128x64 "
-    "129 128x128x64 512 128x128x64 513 128x256x64 100000 128x256x64",
-    (80, 12288): "32 Small 33 64x128x64 64 64x128x64 65 128x128x64 128 128x128x64 "
-    "129 128x128x64 512 128x128x64 513 128x256x64",
-    (80, 4088): "513 128x128x64 4096 128x128x64",
+    (90, 4088): "128 Tiled 129 128x128x128 513 128x128x128 4096 128x128x128",
+    (80, 4096): "1 Small 32 Small 33 Tiled 512 Tiled 513 128x256x64 100000 128x256x64",
+    (80, 4088): "512 Tiled 513 128x128x64 4096 128x128x64",
 }
 
 
@@ -52,33 +49,42 @@ def test_edges_of_the_buckets(tile, architecture, N, type):
     words = EDGES[architecture, N].split()
     shapes = [(architecture, int(M), N, 4096, type) for M in words[::2]]
     prefix = f"Sm{architecture}_"
-    want = ["Small" if name == "Small" else prefix + name for name in words[1::2]]
+    want = [name if name in ("Small", "Tiled") else prefix + name for name in words[1::2]]
     assert tile(*shapes) == want
 
 
 def test_cards_of_8_6_and_8_9_run_the_kernels_of_8_0(tile):
-    for M in (33, 100, 129, 2048):
+    for M in (33, 512, 513, 2048):
         for N in (4096, 14336):
             assert len(set(tile(*[(a, M, N, 4096, BFLOAT16) for a in (80, 86, 89)]))) == 1
 
 
 def test_cards_without_a_kernel_of_their_own(tile):
-    assert tile((75, 2048, 4096, 4096, BFLOAT16), (70, 2048, 4096, 4096, BFLOAT16)) == ["Small"] * 2
-    later = tile((100, 2048, 4096, 4096, BFLOAT16), (120, 100, 4096, 4096, FLOAT32))
+    assert tile((75, 2048, 4096, 4096, BFLOAT16), (70, 2048, 4096, 4096, FLOAT32)) == ["Tiled"] * 2
+    later = tile((100, 2048, 4096, 4096, BFLOAT16), (120, 2048, 4096, 4096, FLOAT32))
     assert all(name.startswith("Sm80_") for name in later)
 
 
 def test_what_16_byte_accesses_cannot_take_goes_to_our_own_kernel(tile):
     for architecture in (80, 90):
         aligned = (architecture, 2048, 4096, 4096)
-        assert tile((*aligned, BFLOAT16), (*aligned, FLOAT32)).count("Small") == 0
-        for K in (1, 8, 4095, 4088, 4104):
-            assert tile((architecture, 2048, 4096, K, BFLOAT16)) == ["Small"], K
+        assert all(
+            name.startswith(("Sm80_", "Sm90_"))
+            for name in tile((*aligned, BFLOAT16), (*aligned, FLOAT32))
+        )
+        for K in (0, 1, 8, 4095, 4088, 4104):
+            assert tile((architecture, 2048, 4096, K, BFLOAT16)) == ["Tiled"], K
         for N, type in [(4095, BFLOAT16), (4092, FLOAT16), (4094, FLOAT32)]:
-            assert tile((architecture, 2048, N, 4096, type)) == ["Small"], N
+            assert tile((architecture, 2048, N, 4096, type)) == ["Tiled"], N
         # 16 bytes of a row of results: 4 in fp32, 8 in 16 bits
-        assert tile((architecture, 2048, 4092, 4096, FLOAT32)) != ["Small"]
-        assert tile((architecture, 2048, 4088, 4112, BFLOAT16)) != ["Small"]
+        assert tile((architecture, 2048, 4092, 4096, FLOAT32)) != ["Tiled"]
+        assert tile((architecture, 2048, 4088, 4112, BFLOAT16)) != ["Tiled"]
+
+
+def test_what_is_too_deep_for_the_tiled_kernels_goes_through_the_small_one(tile):
+    for architecture in (75, 80, 90):
+        assert tile((architecture, 2048, 4096, 65536, BFLOAT16)) == ["Small"]
+        assert tile((architecture, 2048, 4096, 65520, BFLOAT16)) != ["Small"]
 
 
 @pytest.mark.parametrize("architecture", ["80", "90"])
