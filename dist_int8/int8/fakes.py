@@ -88,6 +88,22 @@ def _int8_linear(
     return x.new_empty(x.shape[0], weight_int8.shape[0])
 
 
+@_fake("int8_matmul")
+def _int8_matmul(
+    x_int8: Tensor,
+    x_high: Tensor,
+    row_scale: Tensor,
+    high_tiles: Tensor,
+    x_hot: Tensor,
+    weight_int8: Tensor,
+    col_scale: Tensor,
+    bias: Tensor | None,
+    hot_weight: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    return x_hot.new_empty(x_int8.shape[0], weight_int8.shape[0])
+
+
 @_fake("linear")
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])

@@ -14,6 +14,7 @@ import torch
 OPS = (
     "quantize_rows",
     "int8_linear",
+    "int8_matmul",
     "linear",
     "add_norm",
     "norm",

@@ -19,7 +19,9 @@ __all__ = [
     "add_norm",
     "add_norm_quantize",
     "attention",
+    "decode_segments",
     "int8_linear",
+    "int8_matmul",
     "library_info",
     "linear",
     "quantize_rows",
@@ -37,11 +39,15 @@ _add_norm = _ops.add_norm.default if _COMPILED else None
 _norm = _ops.norm.default if _COMPILED else None
 _silu_mul = _ops.silu_mul.default if _COMPILED else None
 _attention = _ops.attention.default if _COMPILED else None
+_int8_matmul = _ops.int8_matmul.default if has_op("int8_matmul") else None
 _add_norm_quantize = _ops.add_norm_quantize.default if has_op("add_norm_quantize") else None
 _silu_mul_quantize = _ops.silu_mul_quantize.default if has_op("silu_mul_quantize") else None
 _activation_quantize = _ops.activation_quantize.default if has_op("activation_quantize") else None
 # The ops over rows have CUDA kernels where the library was built with nvcc.
 _ON_CUDA = has_kernel("quantize_rows", "CUDA")
+_ATTENDS_ON_CUDA = has_kernel("attention", "CUDA")
+_CUDA_HEAD_DIM = 256  # the largest D of the CUDA kernel
+_MATMUL_ON_CUDA = has_kernel("int8_matmul", "CUDA")
 
 _RULES = {rule: index for index, rule in enumerate(reference.OUTLIER_RULES)}
 _KINDS = {"rms": 0, "layer": 1}
@@ -83,8 +89,9 @@ def int8_linear(
     """x [..., K] (fp32, bf16, fp16), weight_int8 [N, K], col_scale fp32 [N] -> [..., N] like x.
 
     bias [N]; hot_columns int32 [H] with hot_weight [N, H], floating. The sum over k is an exact
-    integer; see `reference.int8_linear`. Equal to it bit for bit without hot columns, whose
-    products are summed in fp32. Raises ValueError for shapes, dtypes, rules, and K > 131072.
+    integer; see `reference.int8_linear`. On CPU equal to it bit for bit without hot columns, whose
+    products are summed in fp32; on a GPU see `int8_matmul`. Raises ValueError for shapes, dtypes,
+    rules, and K > 131072.
     """
     if x.dim() != 2:
         rows = int8_linear(
@@ -98,7 +105,7 @@ def int8_linear(
             hot_weight=hot_weight,
         )
         return rows.reshape(*x.shape[:-1], weight_int8.shape[0])
-    if _int8_linear is not None and x.is_cpu:
+    if _int8_linear is not None and (x.is_cpu or (_MATMUL_ON_CUDA and x.is_cuda)):
         return _int8_linear(
             x.contiguous(),
             weight_int8,
@@ -118,6 +125,32 @@ def int8_linear(
         outlier_threshold=outlier_threshold,
         hot_columns=hot_columns,
         hot_weight=hot_weight,
+    )
+
+
+def int8_matmul(
+    rows: QuantizedRows,
+    weight_int8: Tensor,
+    col_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    hot_weight: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`int8_linear` of rows that are quantized already: rows of M, weight_int8 [N, K] -> [M, N].
+
+    The result and residual [M, N] (added last, in fp32) have the dtype of rows.x_hot; hot_weight
+    [N, H] belongs to its columns. See `reference.int8_matmul`, which this equals on CPU as
+    `int8_linear` does. On a GPU the kernels for few rows equal it likewise; where a row count picks
+    a CUTLASS kernel (csrc/cuda/gemm_tiles.h), outliers, hot columns, bias and residual are rounded
+    to the result's dtype once before they meet the product of x_int8, as a layer in 16 bits rounds
+    before its residual is added. Raises ValueError for shapes, dtypes, and K > 131072.
+    """
+    on = rows.x_int8
+    if _int8_matmul is not None and (on.is_cpu or (_MATMUL_ON_CUDA and on.is_cuda)):
+        return _int8_matmul(*rows, weight_int8, col_scale, bias, hot_weight, residual)
+    return reference.int8_matmul(
+        rows, weight_int8, col_scale, bias, hot_weight=hot_weight, residual=residual
     )
 
 
@@ -277,7 +310,8 @@ def attention(
     qkv [T, (H + 2 * KV) * D]: all query heads, all key heads, all value heads. key_cache
     [S, KV, D, L] and value_cache [S, KV, L, D] in qkv's dtype: S slots of L tokens; keys lie
     transposed. segments int32 [B, 3] on the CPU, rows (slot, start, count): the next `count` rows
-    of qkv are the tokens at positions start.. of that slot. cos, sin fp32 [P, R/2]: rotary
+    of qkv are the tokens at positions start.. of that slot. `decode_segments` takes them to a GPU
+    once for many calls where every count is 1. cos, sin fp32 [P, R/2]: rotary
     embedding of the first R of D dimensions, halves paired ("rotate_half"; Su et al. 2021), row =
     position.
     alibi_slopes fp32 [H]: adds slope * key position (Press et al. 2022, up to a constant of the
@@ -285,9 +319,14 @@ def attention(
     in fp32 of scale * q . k. -> [T, H * D] in qkv's dtype.
 
     Raises ValueError, before anything is written, for shapes and dtypes, for a slot or a position
-    outside the caches or the tables, and where segments do not add up to T.
+    outside the caches or the tables, and where segments do not add up to T. Segments on a GPU are
+    not read by the host: one that is not valid there gives NaN and leaves the caches alone.
     """
-    if _attention is not None and qkv.is_cpu and qkv.dtype == torch.float32:
+    if qkv.is_cuda:
+        segments = decode_segments(segments, key_cache, cos)
+    if _attention is not None and (
+        (qkv.is_cpu and qkv.dtype == torch.float32) or (qkv.is_cuda and segments.is_cuda)
+    ):
         return _attention(
             qkv.contiguous(),
             key_cache,
@@ -314,6 +353,24 @@ def attention(
         alibi_slopes,
         window,
     )
+
+
+def decode_segments(segments: Tensor, key_cache: Tensor, cos: Tensor | None = None) -> Tensor:
+    """The segments of `attention`, on the caches' GPU if its kernel takes them, else as they are.
+
+    It takes int32 [B, 3] with every count 1: one new token a sequence. The copy does not wait.
+    Raises ValueError for a slot or a position outside the caches or the tables.
+    """
+    if (
+        segments.is_cuda
+        or not key_cache.is_cuda
+        or not _ATTENDS_ON_CUDA
+        or key_cache.shape[2] > _CUDA_HEAD_DIM
+        or not bool((segments[:, 2] == 1).all())
+    ):
+        return segments
+    plain.check_segments(segments.tolist(), key_cache, cos)
+    return segments.pin_memory().to(key_cache.device, non_blocking=True)
 
 
 def _has_kernels(x: Tensor) -> bool:

@@ -189,28 +189,46 @@ def int8_linear(
     fp32, in an order of its own that is the same for every row.
     """
     _check_matrix("int8_linear", "x", x)
-    if (
-        weight_int8.dim() != 2
-        or weight_int8.dtype != torch.int8
-        or weight_int8.shape[1] != x.shape[1]
-    ):
-        raise ValueError(
-            f"int8_linear: weight_int8 must be int8 [N, K={x.shape[1]}], "
-            f"got {weight_int8.dtype} {list(weight_int8.shape)}; make it with quantize_weight"
-        )
+    _check_weight("int8_linear", weight_int8, x.shape[1])
     if (hot_columns is None) != (hot_weight is None):
         raise ValueError(
             "int8_linear: hot_columns and hot_weight must be given together, got one of them; "
             "give both or neither"
         )
     rows = quantize_rows(x, outlier_rule, outlier_threshold, hot_columns)
+    return int8_matmul(rows, weight_int8, col_scale, bias, hot_weight=hot_weight)
+
+
+def int8_matmul(
+    rows: QuantizedRows,
+    weight_int8: Tensor,
+    col_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    hot_weight: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`int8_linear` of rows that are quantized already -> y [M, N] in x_hot's dtype.
+
+    residual [M, N], in that dtype, is added last, in fp32, before the cast: y += residual. Raises
+    ValueError for a weight of another shape, and for hot columns without their weights.
+    """
+    _check_weight("int8_matmul", weight_int8, rows.x_int8.shape[1])
+    num_hot = rows.x_hot.shape[1]
+    if num_hot and hot_weight is None:
+        raise ValueError(
+            f"int8_matmul: hot_weight must be [N, H={num_hot}], got none; "
+            "x_hot has that many hot columns"
+        )
     y = integer_product(rows.x_int8, rows.x_high, weight_int8).float()
     y = y * (rows.row_scale[:, None] * col_scale)
     if hot_weight is not None:
         y = y + (rows.x_hot.double() @ hot_weight.double().T).float()
     if bias is not None:
         y = y + bias.float()
-    return y.to(x.dtype)
+    if residual is not None:
+        y = y + residual.float()
+    return y.to(rows.x_hot.dtype)
 
 
 def integer_product(x_int8: Tensor, x_high: Tensor, weight_int8: Tensor) -> Tensor:
@@ -237,6 +255,18 @@ def _check_matrix(op: str, argument: str, value: Tensor) -> None:
         raise ValueError(
             f"{op}: {argument} must be float32, bfloat16 or float16, got {value.dtype}; "
             "convert it with .to(torch.float32)"
+        )
+
+
+def _check_weight(op: str, weight_int8: Tensor, num_features: int) -> None:
+    if (
+        weight_int8.dim() != 2
+        or weight_int8.dtype != torch.int8
+        or weight_int8.shape[1] != num_features
+    ):
+        raise ValueError(
+            f"{op}: weight_int8 must be int8 [N, K={num_features}], "
+            f"got {weight_int8.dtype} {list(weight_int8.shape)}; make it with quantize_weight"
         )
 
 
