@@ -7,22 +7,68 @@
 
 namespace dist_int8 {
 
-struct CudaQuantizeRowsArgs {
-  const void* x;  // [M, K] of x_type
-  DataType x_type;
-  int64_t num_rows;            // M
-  int64_t num_features;        // K
+// How rows are quantized, and where to: reference.QuantizedRows.
+struct CudaQuantizedRows {
   OutlierRule rule;            // kNone also stands for a threshold of 0
   double threshold;            // unit of x (kAbsolute) or of rms(row) (kRowRms)
-  const int32_t* hot_columns;  // [H], or null
+  const int32_t* hot_columns;  // [H], or null; one that is not in 0..K-1 matches nothing
   int64_t num_hot;             // H
   int8_t* x_int8;              // [M, K]
   int8_t* x_high;              // [M, K]
   float* row_scale;            // [M]
+  uint32_t* high_tiles;        // [M, ceil(K / 2048)]
+  void* x_hot;                 // [M, H] of the rows' type
 };
 
-// Returns null, or what went wrong.
+struct CudaQuantizeRowsArgs {
+  const void* x;  // [M, K] of x_type
+  DataType x_type;
+  int64_t num_rows;      // M
+  int64_t num_features;  // K, at most kMaxInputFeatures
+  CudaQuantizedRows out;
+};
+
+struct CudaAddNormArgs {
+  const void* x;         // [T, K] of x_type
+  const void* residual;  // [T, K] of x_type, or null
+  DataType x_type;
+  const void* weight;  // [K] of weight_type
+  const void* bias;    // [K] of weight_type, or null
+  DataType weight_type;
+  float eps;
+  NormKind kind;
+  void* total;   // [T, K] of x_type; null without residual
+  void* normed;  // [T, K] of x_type; null where the normed rows are only quantized
+  int64_t num_rows;
+  int64_t num_features;
+  CudaQuantizedRows out;  // of the fused kernel
+};
+
+struct CudaSiluMulArgs {
+  const void* gate_up;  // [T, 2 * I] of type
+  DataType type;
+  int64_t num_rows;
+  int64_t num_features;   // I
+  void* product;          // [T, I] of type; null where it is only quantized
+  CudaQuantizedRows out;  // of the fused kernel
+};
+
+struct CudaActivationArgs {
+  const void* x;  // [T, K] of x_type
+  DataType x_type;
+  Activation activation;
+  int64_t num_rows;
+  int64_t num_features;
+  CudaQuantizedRows out;
+};
+
+// A launch returns null, or what went wrong.
 const char* cuda_quantize_rows(const CudaQuantizeRowsArgs& args, void* stream);
+const char* cuda_add_norm(const CudaAddNormArgs& args, void* stream);
+const char* cuda_add_norm_quantize(const CudaAddNormArgs& args, void* stream);
+const char* cuda_silu_mul(const CudaSiluMulArgs& args, void* stream);
+const char* cuda_silu_mul_quantize(const CudaSiluMulArgs& args, void* stream);
+const char* cuda_activation_quantize(const CudaActivationArgs& args, void* stream);
 
 struct CudaInt8GemmArgs {
   const int8_t* x_int8;    // [M, K]
@@ -98,7 +144,7 @@ const char* cuda_transform_layout(const TransformLayoutArgs& args, void* stream)
 // with K a multiple of 16, is the fast case.
 struct CudaInt8MatmulArgs {
   const int8_t* x_int8;       // [M, K]
-  const int8_t* x_high;       // [M, K]; read only where high_tiles says so
+  const int8_t* x_high;       // [M, K]; zero where high_tiles has no bit
   const float* row_scale;     // [M]
   const int32_t* high_tiles;  // [M, ceil(K / 2048)], or null: x_high counts as zero
   const void* x_hot;          // [M, H] of type; null where H = 0

@@ -1,0 +1,108 @@
+// Runs the bodies of int8_matmul_small, int8_matmul_tiled and outlier_part in the emulator. Cases
+// come on standard input (see test_int8_matmul.py), the results [M, N] go to standard output.
+#include "cuda/int8_matmul_small.cuh"
+
+using namespace dist_int8;
+
+namespace {
+
+struct Case {
+  int64_t kernel;  // 0 small, 1 tiled, 2 outlier part
+  int64_t M, N, K, H;
+  int64_t type, bias_type, hot_type, out_type;  // DataType; bias_type -1: no bias
+  int64_t has_residual, has_high_tiles;
+  int64_t offset;  // bytes by which the int8 matrices are misaligned
+  int64_t num_multiprocessors, max_shared_bytes;
+  int64_t order, seed, early_copies;
+};
+
+// Exactly as many bytes as asked for, from `offset` behind an aligned address on.
+class Array {
+ public:
+  Array(int64_t bytes, int64_t offset = 0) : offset_(offset) {
+    if (posix_memalign(&memory_, 128, bytes + offset) != 0) emulator::fail("out of memory");
+  }
+  ~Array() { std::free(memory_); }
+  Array(const Array&) = delete;
+  void* get() const { return static_cast<char*>(memory_) + offset_; }
+  template <typename T>
+  const T* as() const {
+    return static_cast<const T*>(get());
+  }
+
+ private:
+  void* memory_ = nullptr;
+  int64_t offset_;
+};
+
+void read_exactly(void* to, int64_t bytes) {
+  if (bytes != 0 && std::fread(to, 1, bytes, stdin) != static_cast<size_t>(bytes)) {
+    emulator::fail("the input ends early");
+  }
+}
+
+int64_t size_of(int64_t type) { return type == 0 ? 4 : 2; }
+
+struct Launcher {
+  const CudaInt8MatmulArgs& args;
+  emulator::Options options;
+
+  template <typename Shape>
+  int run(int64_t num_blocks, int num_warps, int shared_bytes) const {
+    emulator::launch({num_blocks, 1, 1}, num_warps * 32, shared_bytes, options,
+                     [&] { int8_matmul_small_body<Shape>(args); });
+    return 0;
+  }
+};
+
+void run(const Case& c) {
+  const int64_t words = (c.K + kHighWordColumns - 1) / kHighWordColumns;
+  const auto read = [](int64_t bytes, int64_t offset = 0) {
+    auto array = std::make_unique<Array>(bytes, offset);
+    read_exactly(array->get(), bytes);
+    return array;
+  };
+  const auto x_int8 = read(c.M * c.K, c.offset), x_high = read(c.M * c.K, c.offset);
+  const auto row_scale = read(c.M * 4), high_tiles = read(c.M * words * 4);
+  const auto x_hot = read(c.M * c.H * size_of(c.type));
+  const auto weight = read(c.N * c.K, c.offset), col_scale = read(c.N * 4);
+  const auto bias = read(c.bias_type < 0 ? 0 : c.N * size_of(c.bias_type));
+  const auto hot_weight = read(c.N * c.H * size_of(c.hot_type));
+  const auto residual = read(c.has_residual ? c.M * c.N * size_of(c.type) : 0);
+  const Array out(c.M * c.N * size_of(c.out_type));
+  std::memset(out.get(), 0xa5, c.M * c.N * size_of(c.out_type));
+
+  CudaInt8MatmulArgs args{};
+  args.x_int8 = x_int8->as<int8_t>();
+  args.x_high = x_high->as<int8_t>();
+  args.row_scale = row_scale->as<float>();
+  args.high_tiles = c.has_high_tiles ? high_tiles->as<int32_t>() : nullptr;
+  args.x_hot = x_hot->get();
+  args.weight = weight->as<int8_t>();
+  args.col_scale = col_scale->as<float>();
+  args.bias = c.bias_type < 0 ? nullptr : bias->get();
+  args.bias_type = static_cast<DataType>(c.bias_type < 0 ? 0 : c.bias_type);
+  args.hot_weight = hot_weight->get();
+  args.hot_type = static_cast<DataType>(c.hot_type);
+  args.residual = c.has_residual ? residual->get() : nullptr;
+  args.out = out.get();
+  args.type = static_cast<DataType>(c.type);
+  args.num_rows = c.M;
+  args.num_features = c.K;
+  args.num_outputs = c.N;
+  args.num_hot = c.H;
+  args.num_multiprocessors = static_cast<int32_t>(c.num_multiprocessors);
+  args.max_shared_bytes = static_cast<int32_t>(c.max_shared_bytes);
+  const emulator::Options options{static_cast<emulator::Order>(c.order),
+                                  static_cast<uint64_t>(c.seed), c.early_copies != 0};
+  dispatch_int8_matmul_small(args, Launcher{args, options});
+  std::fwrite(out.get(), 1, c.M * c.N * size_of(c.out_type), stdout);
+}
+
+}  // namespace
+
+int main() {
+  Case c;
+  while (std::fread(&c, sizeof(c), 1, stdin) == 1) run(c);
+  return 0;
+}
