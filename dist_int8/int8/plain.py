@@ -35,6 +35,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * c - b * s, b * c + a * s, rest], dim=2)
 
 
+def check_segments(rows: list[list[int]], key_cache: Tensor, cos: Tensor | None) -> None:
+    """Raise ValueError for a (slot, start, count) outside the caches or the tables."""
+    num_slots, _, _, max_tokens = key_cache.shape
+    limit = max_tokens if cos is None else min(max_tokens, cos.shape[0])
+    for b, (slot, start, count) in enumerate(rows):
+        if not 0 <= slot < num_slots:
+            raise ValueError(
+                f"attention: segments[{b}] slot must be in 0..{num_slots - 1}, got {slot}; "
+                "the cache has that many slots"
+            )
+        if start < 0 or count < 0 or start + count > limit:
+            raise ValueError(
+                f"attention: segments[{b}] positions must be in 0..{limit - 1}, "
+                f"got {start}..{start + count - 1}; raise max_tokens or shorten the sequence"
+            )
+
+
 def attention(
     qkv: Tensor,
     key_cache: Tensor,
@@ -48,9 +65,8 @@ def attention(
     alibi_slopes: Tensor | None,
     window: int,
 ) -> Tensor:
-    num_slots, _, head_dim, max_tokens = key_cache.shape
+    head_dim = key_cache.shape[2]
     num_tokens = qkv.shape[0]
-    limit = max_tokens if cos is None else min(max_tokens, cos.shape[0])
     heads = qkv.view(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
     query, key, value = heads.float().split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     out = torch.empty_like(query)
@@ -61,17 +77,7 @@ def attention(
             f"attention: segments must cover T={num_tokens} tokens of qkv, got {covered}; "
             "their counts must add up to the rows of qkv"
         )
-    for b, (slot, start, count) in enumerate(rows):
-        if not 0 <= slot < num_slots:
-            raise ValueError(
-                f"attention: segments[{b}] slot must be in 0..{num_slots - 1}, got {slot}; "
-                "the cache has that many slots"
-            )
-        if start < 0 or count < 0 or start + count > limit:
-            raise ValueError(
-                f"attention: segments[{b}] positions must be in 0..{limit - 1}, "
-                f"got {start}..{start + count - 1}; raise max_tokens or shorten the sequence"
-            )
+    check_segments(rows, key_cache, cos)
 
     # Every write comes before the first read: a slot may appear in more than one segment.
     first = 0
