@@ -3,6 +3,8 @@
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 DEEPSPEED ?= deepspeed>=0.19.6
+# Headers of the GEMMs, needed only where nvcc compiles them.
+CUTLASS ?= nvidia-cutlass==4.2.0.0
 PYTHON ?= $(firstword $(foreach version,3.11 3.12 3.13 3.14,$(shell command -v python$(version))) python3)
 
 # Knobs of `make run`.
@@ -13,13 +15,13 @@ MAX_NEW_TOKENS ?= 64
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := $(shell find csrc -type f 2>/dev/null) $(wildcard CMakeLists.txt)
+SOURCES := $(shell find csrc -type f -not -path "*/report/*" -not -name "*.md" -not -path "*__pycache__*" 2>/dev/null) $(wildcard CMakeLists.txt)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 RESULTS := benchmarks/results
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-gpu gpu kernels lint format bench clean
+.PHONY: help install run test test-gpu gpu kernels kernels-report lint format bench clean
 
 help: ## List the verbs
 	@echo "make install && make run   an answer from a real model through two int8 stages"
@@ -46,7 +48,12 @@ $(VENV)/.stamp-tools: $(VENV)/.stamp-torch
 	$(PIP) install "scikit-build-core>=0.11" cmake ninja "$(DEEPSPEED)"
 	touch $@
 
-$(VENV)/.stamp-package: $(VENV)/.stamp-tools pyproject.toml $(SOURCES)
+# Only its headers are wanted, so nothing that it depends on.
+$(VENV)/.stamp-cutlass: $(VENV)/.stamp-tools
+	if command -v nvcc > /dev/null; then $(PIP) install --no-deps "$(CUTLASS)"; fi
+	touch $@
+
+$(VENV)/.stamp-package: $(VENV)/.stamp-cutlass pyproject.toml $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --no-build-isolation -e ".[dev,demo]"
 	touch $@
 
@@ -76,9 +83,12 @@ gpu: install ## Run the GPU tests and benchmarks, write JSON to benchmarks/resul
 	    $(BIN)/python $$script --json $(RESULTS)/$$(basename $$script .py).json || exit 1; \
 	done
 
-kernels: $(VENV)/.stamp-tools ## Compile the kernels again
+kernels: $(VENV)/.stamp-cutlass ## Compile the kernels again
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --no-build-isolation --no-deps --force-reinstall -e .
 	$(BIN)/dist-int8 doctor
+
+kernels-report: install ## Print registers and spills of the CUDA kernels, fail where one got worse
+	$(BIN)/python csrc/report/report.py build
 
 lint: install ## Check style, types and formatting, change nothing
 	$(BIN)/ruff check .
