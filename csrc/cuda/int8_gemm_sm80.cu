@@ -45,8 +45,8 @@ struct Gemm80 {
   static constexpr int kEpilogueStages = 1;
   using Map = evt::OutputTileThreadLayout<Block, Warp, Out, kAlignment, kEpilogueStages>;
   using RowStride = cute::Stride<int64_t, _1, int64_t>;
-  using RowScale = evt::VisitorColBroadcast<Map, float, cute::Stride<_1, _0, int64_t>>;
-  using ColScale = evt::VisitorRowBroadcast<Map, float, cute::Stride<_0, _1, int64_t>>;
+  using RowScale = evt::VisitorColBroadcast<Map, float, cute::Stride<_1, _0, _0>>;
+  using ColScale = evt::VisitorRowBroadcast<Map, float, cute::Stride<_0, _1, _0>>;
   using Addend = OptionalAddend<Map, Out, RowStride>;
   template <template <typename> typename Op>
   using Compute = evt::VisitorCompute<Op, float, float, kRound>;

@@ -49,7 +49,7 @@ struct Gemm90 {
   using Compute = evt::Sm90Compute<Op, Result, float, kRound>;
   using Scale = evt::Sm90EVT<Compute<cutlass::multiplies>, RowScale, ColScale>;
   using Scaled = evt::Sm90EVT<Compute<cutlass::multiplies>, evt::Sm90AccFetch, Scale>;
-  using HasAddend = evt::Sm90ScalarBroadcast<float, cute::Stride<_0, _0, int64_t>>;
+  using HasAddend = evt::Sm90ScalarBroadcast<float, cute::Stride<_0, _0, _0>>;
   using EpilogueTree = evt::Sm90EVT<Compute<cutlass::homogeneous_multiply_add, Out>, HasAddend,
                                     evt::Sm90SrcFetch<Out>, Scaled>;
 

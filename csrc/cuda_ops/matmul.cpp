@@ -121,6 +121,15 @@ const char* run_gemm(Gemm gemm, GemmTile tile, int32_t device, const CudaInt8Mat
   return gemm(product, stream);
 }
 
+// Whether 16-byte accesses may start at these tensors: views into others need not allow it.
+bool is_aligned(const CudaInt8MatmulArgs& args) {
+  const void* const all[] = {args.x_int8, args.weight, args.row_scale, args.col_scale, args.out};
+  for (const void* pointer : all) {
+    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
+  }
+  return true;
+}
+
 // `args` is complete but for what is known about the device; x says which one.
 void multiply(const char* op, const Tensor& x, CudaInt8MatmulArgs args) {
   if (args.num_rows == 0 || args.num_outputs == 0) return;
@@ -131,7 +140,7 @@ void multiply(const char* op, const Tensor& x, CudaInt8MatmulArgs args) {
   void* stream = current_stream(x);
   const GemmTile tile = gemm_tile(
       {device.architecture, args.num_rows, args.num_outputs, args.num_features, args.type});
-  const Gemm gemm = gemm_of(tile, args.type);
+  const Gemm gemm = is_aligned(args) ? gemm_of(tile, args.type) : nullptr;
   const char* error = gemm != nullptr ? run_gemm(gemm, tile, x.get_device_index(), args, stream)
                       : tile == GemmTile::kSmall ? run_small(args, stream)
                                                  : cuda_int8_matmul_tiled(args, stream);
