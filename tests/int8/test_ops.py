@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repea
 
 from dist_int8.int8 import ops, plain, reference
 from dist_int8.int8.activations import ACTIVATIONS
+from dist_int8.int8.library import OPS
 
 RULES = [("none", 0.0), ("absolute", 6.0), ("absolute", 2.0), ("row_rms", 4.0), ("row_rms", 1.5)]
 RULES += [("all", 0.0), ("absolute", 0.0)]
@@ -499,6 +500,14 @@ def compiled_calls():
     return {
         "quantize_rows": (x, 2, 4.0, hot[0]),
         "int8_linear": (x, weight_int8, col_scale, bias, 2, 4.0, *hot),
+        "int8_matmul": (
+            *reference.quantize_rows(x, "row_rms", 4.0, hot[0]),
+            weight_int8,
+            col_scale,
+            bias,
+            hot[1],
+            torch.randn(5, 6),
+        ),
         "linear": (x, torch.randn(6, 40), bias),
         "add_norm": (x, x.clone(), torch.ones(40), torch.ones(40), 1e-5, 1),
         "norm": (x, torch.ones(40), None, 1e-5, 0),
@@ -507,7 +516,12 @@ def compiled_calls():
         "silu_mul_quantize": (x, 2, 4.0, hot[0]),
         "activation_quantize": (x, 3, 1, 6.0, None),
         "attention": tuple(attention),
+        "transform_layout": (weight_int8, 0, 3, 6, 40),
     }
+
+
+def test_every_op_is_checked():
+    assert set(compiled_calls()) == set(OPS)
 
 
 @pytest.mark.parametrize("name", sorted(compiled_calls()))
