@@ -131,12 +131,13 @@ def nvcc_release() -> str | None:
 
 
 def _demangle(symbols: set[str]) -> dict[str, str]:
-    tool = shutil.which("c++filt") or shutil.which("cu++filt")
+    tool = shutil.which("c++filt")
     if tool is None or not symbols:
         return {}
     ordered = sorted(symbols)
+    command = [tool, "-r"]  # without a limit of depth: names of CUTLASS 3.x are deep
     done = subprocess.run(
-        [tool], input="\n".join(ordered), capture_output=True, text=True, check=True
+        command, input="\n".join(ordered), capture_output=True, text=True, check=True
     )
     return dict(zip(ordered, done.stdout.splitlines(), strict=True))
 
