@@ -149,17 +149,29 @@ class Int8Linear(nn.Module):
             weight[:, self.hot_columns.long()] = self.hot_weight.to(dtype)
         return weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] (fp32, bf16 or fp16) -> y [..., N] in x's dtype; rows are independent."""
+    @property
+    def quantization(self) -> tuple[str, float, Tensor | None]:
+        """Rule, threshold, hot columns: what an op that quantizes rows for this layer takes."""
+        return self.outlier_rule, self.outlier_threshold, self._buffers["hot_columns"]
+
+    def forward(self, x: Tensor | ops.QuantizedRows) -> Tensor:
+        """x [..., K] (fp32, bf16 or fp16) -> y [..., N] in x's dtype; rows are independent.
+
+        x may be quantized already, M rows by an op that was given `quantization`: y is [M, N] then.
+        """
+        # Not self.weight_int8 and so on: nn.Module.__getattr__ costs about 1 us for each.
+        buffers = self._buffers
+        weight_int8, col_scale = buffers["weight_int8"], buffers["col_scale"]
+        assert weight_int8 is not None and col_scale is not None
+        if isinstance(x, ops.QuantizedRows):
+            return ops.int8_matmul(
+                x, weight_int8, col_scale, buffers["bias"], hot_weight=buffers["hot_weight"]
+            )
         if x.shape[-1] != self.in_features:
             raise ValueError(
                 f"Int8Linear: x must be [..., K={self.in_features}], got {list(x.shape)}; "
                 "its last dimension is the input features"
             )
-        # Not self.weight_int8 and so on: nn.Module.__getattr__ costs about 1 us for each.
-        buffers = self._buffers
-        weight_int8, col_scale = buffers["weight_int8"], buffers["col_scale"]
-        assert weight_int8 is not None and col_scale is not None
         return ops.int8_linear(
             x,
             weight_int8,

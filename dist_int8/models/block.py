@@ -3,16 +3,29 @@
 Between blocks the residual stream travels as a pair (x, residual): the sum is the hidden state.
 The next norm adds and normalizes in one op (`ops.add_norm`), so a Llama block is eight calls:
 add_norm, qkv, attention, attention_output, add_norm, gate_up, silu_mul, down.
+
+On a GPU, a norm or an activation in front of an `Int8Linear` also quantizes its rows, so that they
+never travel through memory in floating point. On CPUs `int8_linear` quantizes inside.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from dist_int8.int8 import ops
 from dist_int8.int8.activations import ACTIVATIONS
+from dist_int8.int8.linear import Int8Linear
 from dist_int8.models.spec import BlockSpec, NormKind
+
+# Types of devices where norms and activations quantize for the linear behind them.
+FUSED_DEVICES = {"cuda"}
+
+Input = Tensor | ops.QuantizedRows  # of a linear: QuantizedRows only for an Int8Linear
+
+
+def _takes_rows(linear: nn.Module, x: Tensor) -> TypeGuard[Int8Linear]:
+    return isinstance(linear, Int8Linear) and x.device.type in FUSED_DEVICES
 
 
 class PositionTables(NamedTuple):
@@ -41,6 +54,16 @@ class Norm(nn.Module):
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         assert weight is not None
         return ops.add_norm(x, residual, weight, bias, self.eps, self.kind)
+
+    def before(self, linear: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[Input, Tensor]:
+        """(norm(x + residual) as `linear` takes it, x + residual [T, hidden])."""
+        if not _takes_rows(linear, x):
+            return self(x, residual)
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        assert weight is not None
+        return ops.add_norm_quantize(
+            x, residual, weight, bias, self.eps, self.kind, *linear.quantization
+        )
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, kind={self.kind}, eps={self.eps}"
@@ -75,7 +98,7 @@ class DecoderBlock(nn.Module):
 
     def _attention(
         self,
-        x: Tensor,
+        x: Input,
         segments: Tensor,
         key_cache: Tensor,
         value_cache: Tensor,
@@ -97,10 +120,18 @@ class DecoderBlock(nn.Module):
         )
         return self.attention_output(context)
 
-    def _mlp(self, x: Tensor) -> Tensor:
-        if self.spec.gated:
-            return self.down(ops.silu_mul(self.gate_up(x)))
-        return self.down(self.activation(self.up(x)))
+    @property
+    def _first_of_mlp(self) -> nn.Module:
+        return self.gate_up if self.spec.gated else self.up
+
+    def _mlp(self, x: Input) -> Tensor:
+        inner = self._first_of_mlp(x)
+        if _takes_rows(self.down, inner):
+            down: Int8Linear = self.down
+            if self.spec.gated:
+                return down(ops.silu_mul_quantize(inner, *down.quantization))
+            return down(ops.activation_quantize(inner, self.spec.activation, *down.quantization))
+        return self.down(ops.silu_mul(inner) if self.spec.gated else self.activation(inner))
 
     def forward(
         self,
@@ -131,10 +162,15 @@ class DecoderBlock(nn.Module):
             hidden, _ = self.attention_norm(attended, hidden)
             hidden, _ = self.mlp_norm(self._mlp(hidden), hidden)
             return hidden, None
-        normed, total = self.attention_norm(x, residual)
-        attended = self._attention(normed, segments, key_cache, value_cache, tables)
+        if spec.residual_from_norm:
+            normed, _ = self.attention_norm(x, residual)
+            attended = self._attention(normed, segments, key_cache, value_cache, tables)
+            normed, _ = self.mlp_norm(attended, normed)
+            return self._mlp(normed), normed
+        rows, total = self.attention_norm.before(self.qkv, x, residual)
+        attended = self._attention(rows, segments, key_cache, value_cache, tables)
         if spec.parallel_residual:
-            normed, _ = self.mlp_norm(total, None)
-            return self._mlp(normed) + attended, total
-        normed, total = self.mlp_norm(attended, normed if spec.residual_from_norm else total)
-        return self._mlp(normed), normed if spec.residual_from_norm else total
+            rows, _ = self.mlp_norm.before(self._first_of_mlp, total, None)
+            return self._mlp(rows) + attended, total
+        rows, total = self.mlp_norm.before(self._first_of_mlp, attended, total)
+        return self._mlp(rows), total

@@ -219,9 +219,12 @@ class DecoderStage(nn.Module):
         tables = PositionTables(self.rotary_cos, self.rotary_sin, self.alibi_slopes)
         x = self._embed(batch) if hidden_states is None else hidden_states
         residual: Tensor | None = None
+        segments = batch.segments
         for index, block in enumerate(self.blocks.values()):
             key_cache, value_cache = kv_cache.layer(index)
-            x, residual = block(x, residual, batch.segments, key_cache, value_cache, tables)
+            if index == 0:  # once for all blocks
+                segments = ops.decode_segments(segments, key_cache, tables.cos)
+            x, residual = block(x, residual, segments, key_cache, value_cache, tables)
         if self.last:
             return self._logits(x, residual, batch.logit_rows)
         return x if residual is None else x + residual
