@@ -19,9 +19,23 @@ SOURCES := $(shell find csrc -type f -not -path "*/report/*" -not -name "*.md" -
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 RESULTS := benchmarks/results
 
+# `make gpu BUNDLE=.gpu` runs on a machine with a GPU, a python3 with torch, and no network, from what
+# `make gpu-bundle` put there (benchmarks/README.md); nothing is installed or compiled then.
+BUNDLE ?=
+BUNDLE_ARCH ?= 90a-real
+BUNDLE_PYTHON ?= 3.12
+BUNDLE_PACKAGES := bitsandbytes|pydantic|pydantic_core|typing-inspection|annotated-types
+ifeq ($(BUNDLE),)
+GPU_NEEDS := install
+GPU_PYTHON := $(BIN)/python
+else
+GPU_NEEDS := unpack-bundle
+GPU_PYTHON := PYTHONPATH="$(CURDIR):$(abspath $(BUNDLE))/site" DIST_INT8_COMMIT="$$(cat $(BUNDLE)/commit)" python3
+endif
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-gpu gpu kernels kernels-report lint format bench clean
+.PHONY: help install run test test-gpu gpu gpu-bundle unpack-bundle kernels kernels-report lint format bench clean
 
 help: ## List the verbs
 	@echo "make install && make run   an answer from a real model through two int8 stages"
@@ -67,21 +81,42 @@ test: install ## Run every test that needs no GPU
 
 # Exit status 1 without a GPU: nothing was tested, and nobody should read it as a pass.
 define require_gpu
-	@$(BIN)/python -c 'import sys; from dist_int8.devices import probe; g = probe(); print(*[f"cuda:{x.index} {x.name}" for x in g.gpus], sep="\n") if g.gpus else sys.exit(f"make $@: needs a GPU, sees none ({g.reason}); nothing was run")'
+	@$(GPU_PYTHON) -c 'import sys; from dist_int8.devices import probe; g = probe(); print(*[f"cuda:{x.index} {x.name}" for x in g.gpus], sep="\n") if g.gpus else sys.exit(f"make $@: needs a GPU, sees none ({g.reason}); nothing was run")'
 endef
 
-test-gpu: install ## Run the tests that need a GPU
+test-gpu: $(GPU_NEEDS) ## Run the tests that need a GPU
 	$(require_gpu)
-	$(BIN)/python -m pytest tests/gpu
+	$(GPU_PYTHON) -m pytest tests/gpu
 
-gpu: install ## Run the GPU tests and benchmarks, write JSON to benchmarks/results
+# A failing test does not keep the benchmarks from running: time on a GPU is scarce. They fail late.
+gpu: $(GPU_NEEDS) ## Run the GPU tests and benchmarks, write JSON to benchmarks/results
 	$(require_gpu)
 	mkdir -p $(RESULTS)
-	$(BIN)/dist-int8 doctor --json > $(RESULTS)/gpu-machine.json
-	$(BIN)/python -m pytest tests/gpu --junit-xml=$(RESULTS)/gpu-tests.xml
+	$(GPU_PYTHON) -m dist_int8.cli doctor --json > $(RESULTS)/gpu-machine.json
+	failed=""; \
+	$(GPU_PYTHON) -m pytest tests/gpu --junit-xml=$(RESULTS)/gpu-tests.xml || failed="tests/gpu"; \
 	for script in $(wildcard benchmarks/gpu_*.py); do \
-	    $(BIN)/python $$script --json $(RESULTS)/$$(basename $$script .py).json || exit 1; \
-	done
+	    $(GPU_PYTHON) $$script --json $(RESULTS)/$$(basename $$script .py).json || failed="$$failed $$script"; \
+	done; \
+	test -z "$$failed" || { echo "make gpu: failed:$$failed"; exit 1; }
+
+gpu-bundle: install ## Put the compiled library and missing packages in .gpu, for a machine without network
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/bundle -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	    -DPython_EXECUTABLE=$(abspath $(BIN))/python -DCMAKE_CUDA_ARCHITECTURES=$(BUNDLE_ARCH)
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/bundle
+	rm -rf .gpu && mkdir -p .gpu/site
+	cp build/bundle/_ops.so .gpu/_ops.so
+	git rev-parse HEAD > .gpu/commit
+	$(PIP) install --quiet --no-deps --only-binary=:all: --python-version $(BUNDLE_PYTHON) \
+	    --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 \
+	    --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --target .gpu/site \
+	    $$($(PIP) freeze | grep -iE '^($(BUNDLE_PACKAGES))==')
+	find .gpu/site/bitsandbytes -name "libbitsandbytes_*" ! -name "*_cpu.so" ! -name "*_cuda13*.so" -delete
+	du -sh .gpu
+
+unpack-bundle:
+	test -f $(BUNDLE)/_ops.so || { echo "make: BUNDLE must hold _ops.so, got '$(BUNDLE)'; run make gpu-bundle first"; exit 1; }
+	cp $(BUNDLE)/_ops.so dist_int8/_ops.so
 
 kernels: $(VENV)/.stamp-cutlass ## Compile the kernels again
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --no-build-isolation --no-deps --force-reinstall -e .
@@ -104,7 +139,7 @@ format: install ## Rewrite the code in the house style
 
 bench: install ## Run the CPU benchmarks, write JSON to benchmarks/results
 	mkdir -p $(RESULTS)
-	for script in $(filter-out benchmarks/results.py benchmarks/gpu_%,$(wildcard benchmarks/*.py)); do \
+	for script in $(filter-out benchmarks/results.py benchmarks/timing.py benchmarks/gpu_%,$(wildcard benchmarks/*.py)); do \
 	    $(BIN)/python $$script --json $(RESULTS)/$$(basename $$script .py).json || exit 1; \
 	done
 

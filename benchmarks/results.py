@@ -4,6 +4,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -43,11 +44,13 @@ def write_result(name: str, figures: dict[str, Any], path: Path | None = None) -
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    # A copy of the tree without .git is told its commit (make gpu BUNDLE=...).
+    commit = _git("rev-parse", "HEAD") or os.environ.get("DIST_INT8_COMMIT", "")
     record = {
         "benchmark": name,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": _git("rev-parse", "HEAD"),
-        "clean": not _git("status", "--porcelain", "--untracked-files=no"),
+        "commit": commit,
+        "clean": _is_clean(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "python": platform.python_version(),
         "versions": versions,
@@ -58,11 +61,21 @@ def write_result(name: str, figures: dict[str, Any], path: Path | None = None) -
     return path
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    return done.stdout.strip()
+def _git(*arguments: str) -> str | None:
+    """What git prints; None where there is no git or no repository."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent
+        )
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _is_clean() -> bool | None:
+    """Whether the tree is that of the commit; None where nobody can tell."""
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return None if changed is None else not changed
 
 
 def _cpu_name() -> str:

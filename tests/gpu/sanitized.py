@@ -1,0 +1,61 @@
+"""Every op once on small shapes: the program that compute-sanitizer runs in test_sanitizer.py.
+
+compute-sanitizer --tool memcheck --error-exitcode 9 python tests/gpu/sanitized.py
+"""
+
+import os
+import sys
+
+import torch
+
+from dist_int8.int8 import ops, reference
+from dist_int8.int8.activations import ACTIVATIONS
+from dist_int8.int8.layouts import LAYOUTS, transform_layout
+
+DEVICE = os.environ.get("DIST_INT8_GPU_TESTS", "cuda")
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    settings = ("row_rms", 4.0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for M, N, K in ((1, 64, 128), (5, 33, 72), (17, 65, 577), (40, 256, 512)):
+            x = torch.randn(M, K, device=DEVICE, dtype=dtype)
+            x[:, ::50] *= 40
+            weight_int8, col_scale = reference.quantize_weight(torch.randn(N, K, device=DEVICE))
+            hot = torch.arange(16, dtype=torch.int32, device=DEVICE) * 3
+            hot_weight = torch.randn(N, 16, device=DEVICE, dtype=dtype)
+            norm_weight = torch.randn(K, device=DEVICE, dtype=dtype)
+            bias = torch.randn(N, device=DEVICE, dtype=dtype)
+            residual = torch.randn(M, N, device=DEVICE, dtype=dtype)
+            rows = ops.quantize_rows(x, *settings, hot)
+            ops.int8_matmul(
+                rows, weight_int8, col_scale, bias, hot_weight=hot_weight, residual=residual
+            )
+            ops.int8_linear(
+                x, weight_int8, col_scale, outlier_rule=settings[0], outlier_threshold=settings[1]
+            )
+            for kind in ("rms", "layer"):
+                ops.add_norm(x, None, norm_weight, None, 1e-5, kind)
+                ops.add_norm_quantize(x, x, norm_weight, norm_weight, 1e-5, kind, *settings, hot)
+            for name in ACTIVATIONS:
+                ops.activation_quantize(x, name, *settings)
+            ops.silu_mul(x[:, : K // 2 * 2])
+            ops.silu_mul_quantize(x[:, : K // 2 * 2], *settings)
+        for D, L in ((64, 512), (20, 77)):
+            keys = torch.zeros(3, 2, D, L, device=DEVICE, dtype=dtype)
+            values = torch.zeros(3, 2, L, D, device=DEVICE, dtype=dtype)
+            qkv = torch.randn(2, 10 * D, device=DEVICE, dtype=dtype)
+            segments = torch.tensor([(2, L - 1, 1), (0, 3, 1)], dtype=torch.int32)
+            ops.attention(qkv, keys, values, segments, num_heads=6, num_kv_heads=2, scale=D**-0.5)
+    for layout in LAYOUTS:
+        x = torch.randint(-127, 128, (65, 259), dtype=torch.int8, device=DEVICE)
+        stored = transform_layout(x, "row", layout)
+        assert torch.equal(transform_layout(stored, layout, "row", (65, 259)), x)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    print("every op ran")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

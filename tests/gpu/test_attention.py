@@ -1,0 +1,117 @@
+"""Attention of decoding on a GPU against plain torch on the CPU."""
+
+import pytest
+import torch
+
+from dist_int8.int8 import ops, plain
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOLERANCES = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
+
+
+class Case:
+    def __init__(self, dtype, H, KV, D, L, positions, half=0, slopes=False, window=0):
+        generator = torch.Generator().manual_seed(H * D + L)
+        num_slots = len(positions) + 1
+        slots = torch.randperm(num_slots, generator=generator).tolist()
+        self.segments = torch.tensor(
+            [(slot, p, 1) for slot, p in zip(slots, positions, strict=False)], dtype=torch.int32
+        )
+
+        def random(*shape):
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        self.qkv = random(len(positions), (H + 2 * KV) * D)
+        self.keys, self.values = random(num_slots, KV, D, L), random(num_slots, KV, L, D)
+        for slot, position, _ in self.segments.tolist():
+            self.keys[slot, :, :, position:] = torch.nan
+            self.values[slot, :, position:] = torch.nan
+        angles = torch.rand(L, half, generator=generator) * 6
+        self.settings = {
+            "num_heads": H,
+            "num_kv_heads": KV,
+            "scale": D**-0.5,
+            "cos": angles.cos() if half else None,
+            "sin": angles.sin() if half else None,
+            "alibi_slopes": torch.rand(H, generator=generator) / 8 if slopes else None,
+            "window": window,
+        }
+
+    def run(self, attention, device):
+        def to(value):
+            return value.to(device) if isinstance(value, torch.Tensor) else value
+
+        keys, values = self.keys.clone().to(device), self.values.clone().to(device)
+        settings = {name: to(value) for name, value in self.settings.items()}
+        out = attention(self.qkv.to(device), keys, values, self.segments, **settings)
+        return out.cpu(), keys.cpu(), values.cpu()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"H": 16, "KV": 16, "D": 128, "L": 2048, "slopes": True},
+        {"H": 32, "KV": 8, "D": 128, "L": 4096, "half": 64},
+        {"H": 64, "KV": 8, "D": 128, "L": 1024, "half": 64},
+        {"H": 6, "KV": 2, "D": 80, "L": 512, "half": 16},
+        {"H": 5, "KV": 1, "D": 64, "L": 300, "half": 32, "window": 100},
+        {"H": 8, "KV": 8, "D": 96, "L": 20000, "slopes": True},
+        {"H": 2, "KV": 1, "D": 20, "L": 77},
+        {"H": 2, "KV": 2, "D": 256, "L": 640, "window": 300},
+    ],
+    ids=lambda s: f"{s['H']}x{s['KV']}x{s['D']}x{s['L']}",
+)
+def test_decode_equals_plain_torch(device, dtype, sizes):
+    L = sizes["L"]
+    positions = [0, 1, L // 2, L - 1, min(255, L - 1), min(256, L - 1), 63]
+    case = Case(dtype, positions=positions, **sizes)
+    got = case.run(ops.attention, device)
+    want = case.run(plain.attention, "cpu")
+    tolerance = TOLERANCES[dtype]
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def test_segments_on_the_gpu_and_on_the_cpu_are_the_same(device, gpu_only):
+    case = Case(torch.float16, 8, 2, 64, 512, [3, 400, 77], half=32)
+    want = case.run(ops.attention, device)
+    case.segments = case.segments.to(device)
+    for mine, theirs in zip(case.run(ops.attention, device), want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_token_does_not_depend_on_its_batch(device, gpu_only):
+    case = Case(torch.bfloat16, 16, 4, 128, 2048, [2047, 5, 300, 1024], half=64)
+    together = case.run(ops.attention, device)[0]
+    whole, rows = case.segments, case.qkv
+    for b in range(4):
+        case.segments, case.qkv = whole[b : b + 1], rows[b : b + 1]
+        assert torch.equal(case.run(ops.attention, device)[0], together[b : b + 1])
+
+
+@pytest.mark.parametrize("segment", [(9, 5, 1), (-1, 5, 1), (0, 64, 1), (0, -1, 1), (0, 5, 2)])
+def test_an_invalid_segment_on_the_gpu_gives_nan(device, gpu_only, segment):
+    case = Case(torch.float16, 2, 2, 64, 64, [10, 20])
+    want = case.run(ops.attention, device)
+    case.segments[0] = torch.tensor(segment)
+    case.segments = case.segments.to(device)
+    out, keys, _ = case.run(ops.attention, device)
+    assert out[0].isnan().all() and torch.equal(out[1], want[0][1])
+    slot, position, _ = case.segments[1].tolist()
+    expected = case.keys.clone()
+    expected[slot, :, :, position] = keys[slot, :, :, position]
+    torch.testing.assert_close(keys, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_prefill_is_plain_torch(device):
+    case = Case(torch.float32, 4, 2, 32, 64, [0, 8], half=16)
+    case.segments[:, 2] = torch.tensor([5, 3])
+    generator = torch.Generator().manual_seed(0)
+    case.qkv = torch.randn(8, 8 * 32, generator=generator)
+    case.keys.nan_to_num_(0.0)
+    case.values.nan_to_num_(0.0)
+    for mine, theirs in zip(
+        case.run(ops.attention, device), case.run(plain.attention, "cpu"), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)

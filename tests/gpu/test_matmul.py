@@ -1,0 +1,133 @@
+"""int8_matmul and int8_linear on a GPU, every bucket of row counts and its edges."""
+
+import pytest
+import torch
+
+from dist_int8.int8 import ops, reference
+from dist_int8.int8.reference import QuantizedRows
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROWS = [1, 2, 4, 7, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 600]
+# Whole tiles, odd sizes, K that no vector divides, one long K.
+SHAPES = [(256, 512), (1000, 1000), (33, 72), (65, 577), (128, 14336)]
+TOLERANCES = {torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def small_planes(M, K, flagged, generator):
+    """Planes whose sums stay below 2^24: fp32 results are the int32 sums themselves."""
+    largest = 7 if K <= 4096 else 3
+    low = torch.randint(-largest, largest + 1, (M, K), generator=generator, dtype=torch.int8)
+    high = torch.zeros(M, K, dtype=torch.int8)
+    if flagged == "some":
+        high[:: max(1, M // 3), 5 :: max(6, K // 5)] = 1
+    elif flagged == "all":
+        high = torch.randint(-1, 2, (M, K), generator=generator, dtype=torch.int8)
+    tiles = torch.zeros(M, (K + 2047) // 2048, dtype=torch.int64)
+    for k in range(0, K, 64):
+        bit = high[:, k : k + 64].ne(0).any(dim=1).long() << (k // 64 % 32)
+        tiles[:, k // 2048] |= bit
+    tiles = torch.where(tiles >= 2**31, tiles - 2**32, tiles).to(torch.int32)
+    return low, high, tiles
+
+
+@pytest.mark.parametrize("flagged", ["none", "some", "all"])
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+@pytest.mark.parametrize("M", ROWS)
+def test_integer_sums_are_exact(device, M, N, K, flagged):
+    generator = torch.Generator().manual_seed(M + N + K)
+    low, high, tiles = small_planes(M, K, flagged, generator)
+    weight = torch.randint(-7, 8, (N, K), generator=generator, dtype=torch.int8)
+    rows = QuantizedRows(low, high, torch.ones(M), tiles, torch.empty(M, 0))
+    got = ops.int8_matmul(
+        QuantizedRows(*(t.to(device) for t in rows)), weight.to(device), torch.ones(N).to(device)
+    )
+    want = reference.integer_product(low, high, weight)
+    assert want.abs().max() < 2**24
+    assert torch.equal(got.cpu().double(), want)
+
+
+@pytest.mark.parametrize("num_hot", [0, 16, 32])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+@pytest.mark.parametrize("M", [1, 5, 16, 17, 33, 129])
+def test_everything_fused_against_the_specification(
+    device, rows_with_outliers, dtype, M, N, K, num_hot
+):
+    x = rows_with_outliers(M, K, dtype)
+    generator = torch.Generator().manual_seed(N)
+    weight = torch.randn(N, K, generator=generator) / K**0.5
+    hot = torch.arange(num_hot, dtype=torch.int32) * (K // max(1, num_hot)) if num_hot else None
+    hot_weight = None if hot is None else weight[:, hot.long()].to(dtype)
+    weight_int8, col_scale = reference.quantize_weight(weight)
+    bias = torch.randn(N, generator=generator).to(dtype)
+    residual = torch.randn(M, N, generator=generator).to(dtype)
+    rows = reference.quantize_rows(x, "row_rms", 4.0, hot)
+    want = reference.int8_matmul(
+        rows._replace(x_hot=rows.x_hot.float()),
+        weight_int8,
+        col_scale,
+        bias,
+        hot_weight=hot_weight,
+        residual=residual,
+    )
+    got = ops.int8_matmul(
+        QuantizedRows(*(t.to(device) for t in rows)),
+        weight_int8.to(device),
+        col_scale.to(device),
+        bias.to(device),
+        hot_weight=None if hot_weight is None else hot_weight.to(device),
+        residual=residual.to(device),
+    )
+    assert got.dtype == dtype
+    # outliers, bias and residual may be rounded once before they meet the rest
+    tolerance = TOLERANCES[dtype]
+    scale = float(want.abs().max())
+    torch.testing.assert_close(
+        got.cpu().float(), want.float(), rtol=2 * tolerance, atol=tolerance * scale
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", reference.OUTLIER_RULES)
+@pytest.mark.parametrize("M", [1, 17, 130])
+def test_int8_linear_is_near_its_cpu_twin(device, rows_with_outliers, dtype, rule, M):
+    x = rows_with_outliers(M, 1024, dtype)
+    weight = torch.randn(768, 1024, generator=torch.Generator().manual_seed(1)) / 32
+    weight_int8, col_scale = reference.quantize_weight(weight)
+    settings = {"outlier_rule": rule, "outlier_threshold": 6.0}
+    got = ops.int8_linear(x.to(device), weight_int8.to(device), col_scale.to(device), **settings)
+    want = ops.int8_linear(x, weight_int8, col_scale, **settings)
+    tolerance = TOLERANCES[dtype] * float(want.abs().max())
+    torch.testing.assert_close(got.cpu(), want, rtol=2 * TOLERANCES[dtype], atol=tolerance)
+
+
+@pytest.mark.parametrize("M", [1, 8, 17, 32])
+def test_a_row_does_not_depend_on_its_batch(device, rows_with_outliers, M):
+    """Within one bucket of row counts, bit for bit (another bucket is another kernel)."""
+    x = rows_with_outliers(M, 2048, torch.bfloat16)
+    weight_int8, col_scale = reference.quantize_weight(
+        torch.randn(512, 2048, generator=torch.Generator().manual_seed(0))
+    )
+    weight_int8, col_scale = weight_int8.to(device), col_scale.to(device)
+    settings = {"outlier_rule": "row_rms", "outlier_threshold": 4.0}
+    whole = ops.int8_linear(x.to(device), weight_int8, col_scale, **settings)
+    for _ in range(3):
+        again = ops.int8_linear(x.to(device), weight_int8, col_scale, **settings)
+        assert torch.equal(again, whole)
+    for m in range(M):
+        other = rows_with_outliers(M, 2048, torch.bfloat16, seed=m + 1)
+        other[m] = x[m]
+        got = ops.int8_linear(other.to(device), weight_int8, col_scale, **settings)
+        assert torch.equal(got[m], whole[m])
+
+
+def test_a_row_of_nan_gives_a_row_of_nan(device, rows_with_outliers):
+    x = rows_with_outliers(20, 512, torch.float16)
+    x[3, 7] = float("nan")
+    weight_int8, col_scale = reference.quantize_weight(torch.randn(256, 512))
+    settings = {"outlier_rule": "row_rms", "outlier_threshold": 4.0}
+    for M in (4, 20):
+        got = ops.int8_linear(
+            x[:M].to(device), weight_int8.to(device), col_scale.to(device), **settings
+        )
+        assert got[3].isnan().all() and got[:3].isfinite().all()

@@ -1,0 +1,110 @@
+"""Ops over rows on a GPU: the planes of their CPU twins, norms and activations within rounding."""
+
+import pytest
+import torch
+
+from dist_int8.int8 import ops, reference
+from dist_int8.int8.activations import ACTIVATIONS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = [(1, 64), (1, 576), (3, 577), (37, 4096), (5, 14336), (129, 1000), (2, 57344)]
+EPSILON = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def assert_same_rows(got, want):
+    """Planes, scales, flags and hot columns, bit for bit."""
+    for name in reference.QuantizedRows._fields:
+        mine, theirs = getattr(got, name).cpu(), getattr(want, name)
+        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape, name
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def assert_rows_are_near(got, values, dtype):
+    """What the planes stand for is `values` [M, K] fp64, within rounding and half a step."""
+    planes = got.x_int8.cpu().double() + 128 * got.x_high.cpu().double()
+    scale = got.row_scale.cpu().double()[:, None]
+    error = (planes * scale - values).abs()
+    bound = 0.501 * scale + 2 * EPSILON[dtype] * values.abs() + 1e-30
+    assert (error <= bound).all(), (error - bound).max()
+
+
+@pytest.mark.parametrize("hot", [False, True], ids=["no-hot", "hot"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", reference.OUTLIER_RULES)
+@pytest.mark.parametrize(("M", "K"), SHAPES)
+def test_quantize_rows(device, rows_with_outliers, dtype, rule, M, K, hot):
+    x = rows_with_outliers(M, K, dtype)
+    columns = torch.arange(0, K, 37, dtype=torch.int32)[:16] if hot else None
+    on_device = None if columns is None else columns.to(device)
+    got = ops.quantize_rows(x.to(device), rule, 6.0, on_device)
+    assert_same_rows(got, ops.quantize_rows(x, rule, 6.0, columns))
+    assert_same_rows(got, reference.quantize_rows(x, rule, 6.0, columns))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_nan_and_infinity_stay_in_their_rows(device, rows_with_outliers, dtype):
+    x = rows_with_outliers(6, 256, dtype)
+    x[1, 5], x[3, 255] = float("nan"), float("-inf")
+    got = ops.quantize_rows(x.to(device), "row_rms", 4.0)
+    assert_same_rows(got, ops.quantize_rows(x, "row_rms", 4.0))
+    assert got.row_scale.isnan().tolist() == [False, True, False, True, False, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_unaligned_view(device, rows_with_outliers, dtype):
+    x = rows_with_outliers(5, 1025, dtype)
+    view = x.to(device).flatten()[1 : 1 + 4 * 1024].view(4, 1024)
+    assert_same_rows(
+        ops.quantize_rows(view, "row_rms", 4.0), ops.quantize_rows(view.cpu(), "row_rms", 4.0)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize(("M", "K"), SHAPES)
+def test_norm_and_norm_with_quantization(
+    device, rows_with_outliers, dtype, kind, with_residual, M, K
+):
+    x = rows_with_outliers(M, K, dtype)
+    residual = rows_with_outliers(M, K, dtype, seed=1) if with_residual else None
+    weight = torch.randn(K, generator=torch.Generator().manual_seed(2)).to(dtype)
+    bias = torch.randn(K, generator=torch.Generator().manual_seed(3)).to(dtype)
+    bias = bias if kind == "layer" else None
+
+    def to(tensor):
+        return None if tensor is None else tensor.to(device)
+
+    arguments = (to(x), to(residual), to(weight), to(bias), 1e-5, kind)
+    normed, total = ops.add_norm(*arguments)
+    want_total = x if residual is None else x + residual
+    torch.testing.assert_close(total.cpu(), want_total, rtol=0, atol=0)
+    values = want_total.double()
+    if kind == "layer":
+        values = values - values.mean(dim=1, keepdim=True)
+    values = values / (values.square().mean(dim=1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    values = values if bias is None else values + bias.double()
+    tolerance = {"rtol": EPSILON[dtype], "atol": EPSILON[dtype] * float(values.abs().max())}
+    torch.testing.assert_close(normed.cpu().double(), values, **tolerance)
+
+    rows, fused_total = ops.add_norm_quantize(*arguments, "row_rms", 4.0)
+    torch.testing.assert_close(fused_total.cpu(), want_total, rtol=0, atol=0)
+    assert_rows_are_near(rows, values, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("M", "K"), [(1, 64), (7, 1001), (33, 14336)])
+@pytest.mark.parametrize("name", ["silu_mul", *ACTIVATIONS])
+def test_activations_with_quantization(device, rows_with_outliers, dtype, M, K, name):
+    x = rows_with_outliers(M, 2 * K if name == "silu_mul" else K, dtype)
+    if name == "silu_mul":
+        gate, up = x.double().chunk(2, dim=1)
+        values = gate * torch.sigmoid(gate) * up
+        product = ops.silu_mul(x.to(device))
+        tolerance = {"rtol": 2 * EPSILON[dtype], "atol": 1e-6}
+        torch.testing.assert_close(product.cpu().double(), values, **tolerance)
+        rows = ops.silu_mul_quantize(x.to(device), "row_rms", 4.0)
+    else:
+        values = ACTIVATIONS[name](x.double())
+        rows = ops.activation_quantize(x.to(device), name, "row_rms", 4.0)
+    assert_rows_are_near(rows, values, dtype)
