@@ -16,9 +16,11 @@
 #ifdef __CUDACC__
 #define DIST_INT8_DEVICE __device__ __forceinline__
 #define DIST_INT8_UNROLL _Pragma("unroll")
+#define DIST_INT8_NO_UNROLL _Pragma("unroll 1")
 #else
 #define DIST_INT8_DEVICE inline
 #define DIST_INT8_UNROLL
+#define DIST_INT8_NO_UNROLL
 #endif
 
 namespace dist_int8 {

@@ -1,6 +1,8 @@
 // Runs the bodies of int8_matmul_small, int8_matmul_tiled and outlier_part in the emulator. Cases
 // come on standard input (see test_int8_matmul.py), the results [M, N] go to standard output.
 #include "cuda/int8_matmul_small.cuh"
+#include "cuda/int8_matmul_tiled.cuh"
+#include "cuda/outlier_part.cuh"
 
 using namespace dist_int8;
 
@@ -43,7 +45,7 @@ void read_exactly(void* to, int64_t bytes) {
 
 int64_t size_of(int64_t type) { return type == 0 ? 4 : 2; }
 
-struct Launcher {
+struct SmallLauncher {
   const CudaInt8MatmulArgs& args;
   emulator::Options options;
 
@@ -51,6 +53,25 @@ struct Launcher {
   int run(int64_t num_blocks, int num_warps, int shared_bytes) const {
     emulator::launch({num_blocks, 1, 1}, num_warps * 32, shared_bytes, options,
                      [&] { int8_matmul_small_body<Shape>(args); });
+    return 0;
+  }
+};
+
+struct TiledLauncher {
+  const CudaOutlierPartArgs& args;
+  bool only_outlier_part;
+  emulator::Options options;
+
+  template <typename Shape>
+  int run(int64_t row_blocks, int64_t output_blocks) const {
+    emulator::launch({row_blocks, output_blocks, 1}, Shape::kThreads, Shape::kSharedBytes, options,
+                     [&] {
+                       if (only_outlier_part) {
+                         outlier_part_body<Shape>(args);
+                       } else {
+                         int8_matmul_tiled_body<Shape, true>(args.matmul, args.matmul.type);
+                       }
+                     });
     return 0;
   }
 };
@@ -95,7 +116,12 @@ void run(const Case& c) {
   args.max_shared_bytes = static_cast<int32_t>(c.max_shared_bytes);
   const emulator::Options options{static_cast<emulator::Order>(c.order),
                                   static_cast<uint64_t>(c.seed), c.early_copies != 0};
-  dispatch_int8_matmul_small(args, Launcher{args, options});
+  if (c.kernel == 0) {
+    dispatch_int8_matmul_small(args, SmallLauncher{args, options});
+  } else {
+    const CudaOutlierPartArgs part{args, static_cast<DataType>(c.out_type)};
+    dispatch_int8_matmul_tiled(args, TiledLauncher{part, c.kernel == 2, options});
+  }
   std::fwrite(out.get(), 1, c.M * c.N * size_of(c.out_type), stdout);
 }
 

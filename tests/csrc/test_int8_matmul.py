@@ -96,7 +96,7 @@ class Case:
 
 
 def hot_product(x_hot, hot_weight):
-    """16 columns a step on tensor cores (exact, then rounded), else one fp32 fma after the other."""
+    """16 columns a step on tensor cores (exact, then rounded), else one fma after the other."""
     step = 16 if x_hot.dtype == hot_weight.dtype != torch.float32 else 1
     total = torch.zeros(len(x_hot), len(hot_weight))
     for h in range(0, x_hot.shape[1], step):
@@ -144,6 +144,132 @@ def everything(kernel: str, M: int, N: int, K: int, i: int, **options) -> Case:
     return Case(kernel, M, N, K, **(given | options))
 
 
-def test_small_every_number_of_rows(program):
-    cases = [everything("small", M, 40, 272, i) for i, M in enumerate(range(1, 33))]
+def test_every_number_of_rows(program):
+    small = [everything("small", M, 40, 272, i) for i, M in enumerate(range(1, 33))]
+    tiled = [everything("tiled", M, 40, 272, i) for i, M in enumerate(range(1, 41))]
+    run(program, small + tiled)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_edges_of_outputs_and_features(program, kernel):
+    """N and K around the sizes of tiles, words of flags, vectors; odd ones and one."""
+    sizes = [
+        (1, 1),
+        (3, 7),
+        (15, 16),
+        (17, 63),
+        (16, 64),
+        (33, 65),
+        (31, 127),
+        (64, 128),
+        (65, 129),
+    ]
+    sizes += [(7, 2047), (9, 2048), (5, 2064), (2, 4112), (129, 100), (130, 1024)]
+    cases = [
+        everything(kernel, (1, 6, 9, 17, 30)[i % 5], N, K, i) for i, (N, K) in enumerate(sizes)
+    ]
+    run(program, cases, seed=100)
+
+
+@pytest.mark.parametrize("M", [33, 64, 65, 127, 128, 129, 200])
+@pytest.mark.parametrize("kernel", ["tiled", "outlier_part"])
+def test_many_rows(program, kernel, M):
+    """All shapes of tiles: those for few blocks, for many, and for little shared memory."""
+    gpus = [(1, 163 * 1024), (108, 163 * 1024), T4]
+    run(
+        program,
+        [everything(kernel, M, 136, 208, M + i, gpu=gpu) for i, gpu in enumerate(gpus)],
+        seed=M,
+    )
+
+
+@pytest.mark.parametrize("gpu", [A100, T4, (1, 227 * 1024), (1, 99 * 1024), (4, 99 * 1024)])
+def test_small_on_other_gpus(program, gpu):
+    """More rows a block where there are enough blocks, fewer warps where memory is small."""
+    run(program, [everything("small", M, 150, 528, M, gpu=gpu) for M in (1, 8, 9, 16, 17, 32)])
+
+
+@pytest.mark.parametrize("num_hot", [0, 1, 15, 16, 17, 32])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_hot_columns_of_all_types(program, kernel, num_hot):
+    cases = [
+        Case(kernel, 11, 21, 96, num_hot=num_hot, type=x_type, hot_type=hot_type, bias_type=bias)
+        for x_type in TYPES
+        for hot_type, bias in zip(TYPES, (None, *TYPES), strict=False)
+    ]
     run(program, cases)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_memory_that_is_not_aligned(program, kernel):
+    run(program, [everything(kernel, 5, 20, 160, i, offset=o) for i, o in enumerate((1, 4, 8, 15))])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rows_without_outliers_and_without_flags(program, kernel):
+    cases = [
+        Case(kernel, 9, 24, 256, num_outliers=0, rule="none", bias_type=torch.float32),
+        Case(kernel, 9, 24, 256, has_high_tiles=False),
+        Case(kernel, 9, 24, 256, scale=0.0, bias_type=torch.bfloat16),
+    ]
+    run(program, cases)
+
+
+def test_outlier_part_in_another_type(program):
+    run(
+        program,
+        [
+            everything("outlier_part", 40, 24, 192, i, type=x_type, out_type=out_type)
+            for i, (x_type, out_type) in enumerate((x, o) for x in TYPES for o in TYPES)
+        ],
+    )
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_order_of_threads_does_not_show(program, kernel, order):
+    cases = [Case(kernel, 20, 70, 1344, num_hot=16, has_residual=True, order=order)]
+    cases += [Case(kernel, 3, 70, 1344, rule="all", order=order)]
+    run(program, cases)
+
+
+def test_nan_stays_in_its_row(program):
+    for kernel in KERNELS:
+        case = Case(kernel, 4, 8, 64)
+        case.draw(0)
+        case.parts[2][1] = float("nan")
+        done = subprocess.run([program], input=case.encode(), capture_output=True, check=True)
+        got = torch.frombuffer(bytearray(done.stdout), dtype=case.type).view(4, 8)
+        assert got.isnan().all(dim=1).tolist() == [False, True, False, False], kernel
+        assert got.isnan().sum() == 8
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_largest_sums_are_exact(program, kernel):
+    """Rows and weights at both extremes, so that totals need 35 bits; int8 of -128 included."""
+    K = 131072 - 16 if kernel == "small" else 65536 - 16
+    case = Case(kernel, 4, 6, K, type=torch.float32)
+    case.draw(0)
+    x_int8, x_high, row_scale, flags, _, weight, col_scale, _ = case.parts
+    for m, (low, high) in enumerate([(127, 127), (-128, 127), (-128, -128), (64, -127)]):
+        x_int8[m], x_high[m] = low, high
+    for n, value in enumerate([127, -128, 1, -1, 0, 100]):
+        weight[n] = value
+    flags.fill_(-1), row_scale.fill_(1.0), col_scale.fill_(1.0)
+    low = torch.zeros_like(x_int8) if kernel == "outlier_part" else x_int8
+    want = reference.integer_product(low, x_high, weight).float()
+    done = subprocess.run([program], input=case.encode(), capture_output=True, check=True)
+    got = torch.frombuffer(bytearray(done.stdout), dtype=torch.float32)
+    assert torch.equal(got.view(4, 6), want)
+
+
+def test_no_access_outside_of_an_array(compile_program):
+    """Under AddressSanitizer, with arrays that end where their last element does."""
+    sizes = [(1, 1, 1), (2, 17, 33), (9, 33, 160), (20, 70, 272), (31, 129, 100), (70, 130, 144)]
+    cases = [
+        everything(kernel, M, N, K, i, offset=i % 2)
+        for i, (M, N, K) in enumerate(sizes)
+        for kernel in KERNELS
+        if kernel != "small" or M <= 32
+    ]
+    run(compile_program("int8_matmul", sanitize=True), cases)
