@@ -111,7 +111,7 @@ def table(kernels: list[Kernel]) -> str:
 def read(build: Path) -> tuple[list[Kernel], list[tuple[float, str]]]:
     """All kernels of the objects in a build folder, and (seconds, source) of each compilation."""
     kernels, times = [], []
-    for log_path in sorted(build.rglob("*.cu.o.log")):
+    for log_path in sorted((build / "CMakeFiles").rglob("*.cu.o.log")):
         if not log_path.with_suffix("").exists():
             continue  # of an object that is no longer built
         first, _, log = log_path.read_text().partition("\n")
