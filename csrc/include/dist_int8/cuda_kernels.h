@@ -183,4 +183,23 @@ struct CudaOutlierPartArgs {
 };
 const char* cuda_outlier_part(const CudaOutlierPartArgs& args, void* stream);
 
+// The alternative for few rows that quantizes no activations: y = (x @ weight.T) * col_scale
+// (+ bias) (+ residual) with x in 16 bits and sums in fp32, in an order that does not depend on M.
+struct CudaInt8WeightLinearArgs {
+  const void* x;           // [M, K] of type
+  DataType type;           // kBFloat16 or kFloat16: of x, residual and out
+  const int8_t* weight;    // [N, K]
+  const float* col_scale;  // [N]
+  const void* bias;        // [N] of bias_type, or null
+  DataType bias_type;
+  const void* residual;  // [M, N], or null
+  void* out;             // [M, N]; may be the same memory as residual
+  int64_t num_rows;      // M: meant for up to 32, right for any
+  int64_t num_features;  // K
+  int64_t num_outputs;   // N
+  int32_t num_multiprocessors;
+  int32_t max_shared_bytes;
+};
+const char* cuda_int8_weight_linear(const CudaInt8WeightLinearArgs& args, void* stream);
+
 }  // namespace dist_int8

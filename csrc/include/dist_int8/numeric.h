@@ -21,6 +21,9 @@ enum class OutlierRule : int32_t { kNone = 0, kAbsolute = 1, kRowRms = 2, kAll =
 
 enum class NormKind : int32_t { kRms = 0, kLayer = 1 };
 
+// In the order of activations.ACTIVATIONS.
+enum class Activation : int32_t { kRelu = 0, kGelu = 1, kGeluTanh = 2, kBloomGelu = 3 };
+
 // Largest |q| of the low plane, and of both planes together (high 127, low 0).
 constexpr float kLowMax = 127.0f;
 constexpr float kBothMax = 16256.0f;

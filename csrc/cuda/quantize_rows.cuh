@@ -1,0 +1,233 @@
+// A thread block quantizes a row, whatever computes it: reference.quantize_rows.
+//
+// Built without contraction (--fmad=false): squares and steps round as in the specification.
+#pragma once
+
+#include "cuda/row.cuh"
+#include "dist_int8/cuda_kernels.h"
+
+#ifdef __CUDACC__
+#define DIST_INT8_ROLLED _Pragma("unroll 1")
+#else
+#define DIST_INT8_ROLLED
+#endif
+
+namespace dist_int8 {
+namespace rows {
+
+// v / step as an IEEE division gives it, for quotients of at most 2^15, without a division for
+// every element: a product with the reciprocal, and two corrections by the remainder (Markstein
+// 1990), which fma computes exactly while it is not below the subnormal numbers. A small step is
+// therefore scaled up with the elements, exactly.
+struct Divisor {
+  float step, reciprocal, scale;
+
+  explicit DIST_INT8_DEVICE Divisor(float by) {
+    scale = by < 1.2621774e-29f ? 1.8446744e19f : 1.0f;  // 2^-96, 2^64
+    step = by * scale;
+    reciprocal = 1.0f / step;
+  }
+  DIST_INT8_DEVICE float quotient(float v) const {
+    v *= scale;
+    float q = v * reciprocal;
+    q = fmaf(fmaf(-q, step, v), reciprocal, q);
+    return fmaf(fmaf(-q, step, v), reciprocal, q);
+  }
+};
+
+// Round half to even for |v| < 2^22, as an integer.
+DIST_INT8_DEVICE int round_to_int(float v) {
+  return static_cast<int>(bits_from_float(v + 12582912.0f)) - 0x4b400000;
+}
+
+// The low bytes of four integers.
+DIST_INT8_DEVICE uint32_t pack(int a, int b, int c, int d) {
+  const uint32_t ab = device::permute_bytes(a, b, 0x0040);
+  const uint32_t cd = device::permute_bytes(c, d, 0x0040);
+  return device::permute_bytes(ab, cd, 0x5410);
+}
+
+// Zeros and the hot columns' bits; a barrier must come before anybody reads them.
+template <typename T, typename Element>
+DIST_INT8_DEVICE void begin_row(const CudaQuantizedRows& out, int64_t m, int K,
+                                const Shared& shared, const Element& element) {
+  const int thread = device::thread_index();
+  for (int w = thread; w < shared.num_words; w += device::num_threads()) shared.high_tiles[w] = 0;
+  if (out.num_hot == 0) return;
+  for (int w = thread; w < (K + 31) / 32; w += device::num_threads()) shared.hot[w] = 0;
+  device::block_sync();
+  for (int64_t h = thread; h < out.num_hot; h += device::num_threads()) {
+    const int k = out.hot_columns[h];
+    const bool inside = k >= 0 && k < K;
+    if (inside) device::atomic_or(&shared.hot[k / 32], uint32_t{1} << (k % 32));
+    static_cast<T*>(out.x_hot)[m * out.num_hot + h] = inside ? element(k) : T{};
+  }
+}
+
+template <typename T>
+DIST_INT8_DEVICE void clear_hot(const Shared& shared, int c, T (&values)[kChunk]) {
+  const uint32_t bits = shared.hot[c / 2] >> (c % 2 * kChunk) & 0xffffu;
+  if (bits == 0) return;
+  DIST_INT8_UNROLL
+  for (int i = 0; i < kChunk; ++i) {
+    if (bits >> i & 1) values[i] = T{};
+  }
+}
+
+// Writes a chunk's two planes; returns whether the high one is not all zero.
+template <typename T>
+DIST_INT8_DEVICE bool write_planes(const CudaQuantizedRows& out, int64_t m, int K, int c,
+                                   const Divisor& divisor, const T (&values)[kChunk]) {
+  int low[kChunk];
+  bool spills = false;
+  DIST_INT8_UNROLL
+  for (int i = 0; i < kChunk; ++i) {
+    low[i] = round_to_int(divisor.quotient(widen(values[i])));
+    spills |= static_cast<unsigned>(low[i] + 127) > 254u;
+  }
+  device::Vector16 low_bytes, high_bytes{{0, 0, 0, 0}};
+  if (spills) {
+    DIST_INT8_UNROLL
+    for (int w = 0; w < 4; ++w) {
+      int high[4];
+      DIST_INT8_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        int& q = low[4 * w + i];
+        const bool two = static_cast<unsigned>(q + 127) > 254u;
+        high[i] = two ? round_to_int(static_cast<float>(q) * 0.0078125f) : 0;  // q / 128
+        q -= 128 * high[i];
+      }
+      high_bytes.words[w] = pack(high[0], high[1], high[2], high[3]);
+    }
+  }
+  DIST_INT8_UNROLL
+  for (int w = 0; w < 4; ++w) {
+    low_bytes.words[w] = pack(low[4 * w], low[4 * w + 1], low[4 * w + 2], low[4 * w + 3]);
+  }
+  int8_t bytes[kChunk];
+  memcpy(bytes, low_bytes.words, kChunk);
+  store_chunk(out.x_int8 + m * K, K, c, bytes);
+  memcpy(bytes, high_bytes.words, kChunk);
+  store_chunk(out.x_high + m * K, K, c, bytes);
+  return spills;
+}
+
+// Quantizes row m. produce(c, values) computes chunk c, zeros behind K; element(k) computes one
+// column of it, with the same bits. The chunks that fit stay in shared memory.
+//
+// Three passes: facts of the row, absmax of its inliers, planes. They share one loop because
+// `produce` can be long.
+template <typename T, typename Produce, typename Element>
+DIST_INT8_DEVICE void quantize_row(const CudaQuantizedRows& out, int64_t m, int K,
+                                   const Shared& shared, const Produce& produce,
+                                   const Element& element) {
+  enum Pass { kFacts, kInliers, kPlanes };
+  const int num_chunks = (K + kChunk - 1) / kChunk;
+  const int first = device::warp_index() * 32;
+  begin_row<T>(out, m, K, shared, element);
+  device::block_sync();
+
+  uint32_t largest = 0;  // bits of |v|: they compare like the floats, infinity and NaN on top
+  double squares = 0.0;
+  bool finite = true;
+  float absmax = 0.0f, inliers = 0.0f, step = 0.0f;
+  float limit = float_from_bits(0x7f800000u);
+  if (out.rule == OutlierRule::kAbsolute) limit = static_cast<float>(out.threshold);
+  if (out.rule == OutlierRule::kAll) limit = 0.0f;
+
+  DIST_INT8_ROLLED
+  for (int pass = kFacts; pass <= kPlanes; ++pass) {
+    if (pass == kInliers && !(finite && absmax >= limit)) {
+      inliers = absmax;
+      continue;
+    }
+    if (pass == kPlanes && finite) {
+      step = quantization_step(inliers, absmax, out.rule != OutlierRule::kNone);
+    }
+    const Divisor divisor(step > 0.0f ? step : 1.0f);
+    DIST_INT8_ROLLED
+    for (int base = first; base < num_chunks; base += device::num_threads()) {
+      const int c = base + device::lane_index();
+      bool spills = false;
+      if (c < num_chunks) {
+        T values[kChunk];
+        if (pass != kFacts && c < shared.num_kept) {
+          recall(shared, c, values);
+        } else {
+          produce(c, values);
+          if (out.num_hot != 0) clear_hot(shared, c, values);
+          if (c < shared.num_kept) keep(shared, c, values);
+        }
+        if (pass == kFacts) {
+          DIST_INT8_UNROLL
+          for (int i = 0; i < kChunk; ++i) {
+            const uint32_t bits = bits_from_float(widen(values[i])) & 0x7fffffffu;
+            largest = bits > largest ? bits : largest;
+          }
+          if (out.rule == OutlierRule::kRowRms) {
+            DIST_INT8_UNROLL
+            for (int i = 0; i < kChunk; ++i) {
+              const double v = widen(values[i]);
+              squares = fma(v, v, squares);
+            }
+          }
+        } else if (pass == kInliers) {
+          DIST_INT8_UNROLL
+          for (int i = 0; i < kChunk; ++i) {
+            const float a = fabsf(widen(values[i]));
+            if (a < limit && a > inliers) inliers = a;
+          }
+        } else {
+          if (step == 0.0f) {
+            DIST_INT8_UNROLL
+            for (int i = 0; i < kChunk; ++i) values[i] = T{};
+          }
+          spills = write_planes(out, m, K, c, divisor, values);
+        }
+      }
+      if (pass == kPlanes) {
+        // Four lanes share a tile of 64 columns, a warp's 512 columns share a word.
+        const uint32_t lanes = device::warp_ballot(spills);
+        if (lanes != 0 && device::lane_index() == 0) {
+          uint32_t tiles = 0;
+          for (int i = 0; i < 8; ++i) tiles |= ((lanes >> (4 * i) & 15u) != 0 ? 1u : 0u) << i;
+          device::atomic_or(&shared.high_tiles[base / 128], tiles << (base / 4 % 32));
+        }
+      }
+    }
+    if (pass == kFacts) {
+      largest = device::block_reduce<device::Largest>(
+          largest, reinterpret_cast<uint32_t*>(shared.reduction));
+      finite = largest < 0x7f800000u;
+      absmax = float_from_bits(largest);
+      if (out.rule == OutlierRule::kRowRms) {
+        squares = device::block_reduce<device::Sum>(squares, shared.reduction);
+        limit = static_cast<float>(out.threshold * sqrt(squares / static_cast<double>(K)));
+      }
+    } else if (pass == kInliers) {
+      inliers = device::block_reduce<device::Largest>(inliers,
+                                                      reinterpret_cast<float*>(shared.reduction));
+    }
+  }
+
+  device::block_sync();
+  const int thread = device::thread_index();
+  for (int w = thread; w < shared.num_words; w += device::num_threads()) {
+    out.high_tiles[m * shared.num_words + w] = shared.high_tiles[w];
+  }
+  if (thread == 0) out.row_scale[m] = finite ? step : float_from_bits(0x7fc00000u);
+}
+
+template <typename T>
+DIST_INT8_DEVICE void quantize_rows_body(const CudaQuantizeRowsArgs& args, int num_kept) {
+  const int K = static_cast<int>(args.num_features);
+  const int64_t m = device::block_x();
+  const T* row = static_cast<const T*>(args.x) + m * K;
+  const Shared shared = shared_memory(K, args.out.num_hot, num_kept);
+  quantize_row<T>(
+      args.out, m, K, shared, [&](int c, T(&values)[kChunk]) { load_chunk(row, K, c, values); },
+      [&](int k) { return row[k]; });
+}
+
+}  // namespace rows
+}  // namespace dist_int8

@@ -1,0 +1,42 @@
+// Launching kernels of one thread block a row. For .cu files only.
+#pragma once
+
+#include "cuda/launch.cuh"
+#include "cuda/row.cuh"
+
+namespace dist_int8 {
+namespace rows {
+
+// Calls with(T{}) with T the C++ type of `type`.
+template <typename With>
+const char* with_type(DataType type, const With& with) {
+  switch (type) {
+    case DataType::kFloat32:
+      return with(float{});
+    case DataType::kBFloat16:
+      return with(BFloat16{});
+    default:
+      return with(Float16{});
+  }
+}
+
+// Starts kernel(args, num_kept), a thread block for each row.
+template <typename Args>
+const char* launch_rows(void (*kernel)(Args, int), const Args& args, int element_bytes,
+                        int64_t num_hot, void* stream) {
+  if (args.num_rows == 0) return nullptr;
+  if (args.num_rows > 0x7fffffff) return "more than 2^31 - 1 rows";
+  int device = 0, max_shared_bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error =
+        cudaDeviceGetAttribute(&max_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  const Geometry g = geometry(args.num_features, element_bytes, num_hot, max_shared_bytes);
+  return launch(kernel, dim3(static_cast<unsigned>(args.num_rows)), g.num_threads, g.shared_bytes,
+                stream, args, g.num_kept);
+}
+
+}  // namespace rows
+}  // namespace dist_int8
