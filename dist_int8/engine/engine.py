@@ -191,6 +191,9 @@ class Engine:
         return None
 
     def _form(self, lane: _Lane, chunk: int) -> tuple[MicroBatch, list[Request]] | None:
+        prefills = any(request.num_prompt_left for request in lane.requests)
+        if not prefills and any(request.pending for request in lane.requests):
+            return None  # sequences that were prefilled apart decode together
         budget = chunk
         token_ids: list[int] = []
         segments, emits, starts, settings, emitting = [], [], [], [], []

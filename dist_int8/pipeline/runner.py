@@ -69,7 +69,7 @@ class Pipeline:
             if self.transport is None:
                 return None
             try:
-                received = self.transport.next(WATCH_S if wait else 0.0)
+                received = self.transport.next_result(WATCH_S if wait else 0.0)
             except RankDied as error:
                 raise self.world.blame(error) from None
             if received is not None:

@@ -4,7 +4,8 @@ The only user of point-to-point communication. A message is one tensor of bytes:
 data and, between CPU stages, hidden_states; on GPUs hidden_states follow over NCCL, in the same
 order. Two receives are always posted, so a message finds its buffer waiting and leaves the sender
 at once: without, gloo first asks the receiver, and on busy cores the answer waits for a turn of the
-scheduler (8 ms were seen). A thread takes in the next messages while the stage computes.
+scheduler (8 ms were seen). gloo's own thread fills the buffers while the stage computes. Rank 0,
+which must not wait for a result longer than it decides, has a thread that waits in its place.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,25 +54,25 @@ class Transport:
         self.dtype = dtype
         self.device = device
         self._sent: deque[list[tuple[dist.Work, Tensor]]] = deque()
-        self._received: queue.Queue[Any] = queue.Queue(maxsize=BUFFERS)
+        self._received: queue.Queue[Result | BaseException] = queue.Queue(maxsize=BUFFERS)
         self._stream: Any = None
         self._over_nccl = "cuda" in world.groups
         if world.rank == 0:
             capacity = HEADER_BYTES + limits.num_slots * 8
-            receive: Callable[[], Any] = self._receive_result
         else:
             hidden_bytes = 0 if self._over_nccl else limits.hidden_size * dtype.itemsize
             control_bytes = 8 * microbatch.max_control_size(limits)
             capacity = HEADER_BYTES + control_bytes + limits.max_rows * hidden_bytes
-            receive = self._receive_micro_batch
         self._capacity = capacity
         self._posted: deque[tuple[dist.Work, Tensor]] = deque()
         for _ in range(BUFFERS):
             self._post_receive()
-        self._thread = threading.Thread(
-            target=self._receive_forever, args=(receive,), name="receiver", daemon=True
-        )
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        if world.rank == 0:
+            self._thread = threading.Thread(
+                target=self._receive_results, name="receiver", daemon=True
+            )
+            self._thread.start()
 
     def send(self, micro_batch: MicroBatch, hidden_states: Tensor | None) -> None:
         """Starts sending a micro-batch and its hidden_states [T, hidden_size] to the next stage."""
@@ -92,28 +92,34 @@ class Transport:
         else:
             self._send([_as_bytes(header)], logits=result.values.contiguous())
 
-    def next(self, timeout_s: float | None = None) -> Any:
-        """The next (micro-batch, hidden_states), or Result on rank 0; None after timeout_s.
+    def next(self) -> tuple[MicroBatch, Tensor | None]:
+        """The next micro-batch and its hidden_states, on every rank but 0.
 
         Raises:
             RankDied: the connection to the rank before this one is gone.
             BadMessage: that rank sent something that is no message of this pipeline.
         """
         try:
+            return self._receive_micro_batch()
+        except BadMessage:
+            raise
+        except (RuntimeError, dist.DistError) as error:
+            raise self._lost_source(error) from None
+
+    def next_result(self, timeout_s: float) -> Result | None:
+        """The next result, on rank 0; None after timeout_s.
+
+        Raises:
+            RankDied: the connection to the last rank is gone.
+            BadMessage: that rank sent something that is no message of this pipeline.
+        """
+        try:
             item = self._received.get(timeout=timeout_s)
         except queue.Empty:
             return None
-        if isinstance(item, BadMessage):
-            raise item
-        if isinstance(item, BaseException):
-            raise RankDied(f"lost the connection from rank {self.source}: {reason(item)}")
-        if isinstance(item, tuple) and item[2] is not None:
-            micro_batch, hidden_states, event = item
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(event)
-            hidden_states.record_stream(stream)
-            return micro_batch, hidden_states
-        return item if isinstance(item, Result) else item[:2]
+        if isinstance(item, Result):
+            return item
+        raise item if isinstance(item, BadMessage) else self._lost_source(item)
 
     def flush(self) -> None:
         """Returns when everything sent has left."""
@@ -121,11 +127,12 @@ class Transport:
             self._wait_for_oldest()
 
     def join(self, timeout_s: float) -> None:
-        """Waits for the receiving thread, which ends when the rank before this one is gone.
+        """Waits for rank 0's receiving thread, which ends when the last rank is gone.
 
         Python must not shut down around it: in torch's C++ code that aborts the process.
         """
-        self._thread.join(timeout_s)
+        if self._thread is not None:
+            self._thread.join(timeout_s)
 
     def _send(self, tensors: list[Tensor], logits: Tensor | None = None) -> None:
         if len(self._sent) >= BUFFERS:
@@ -152,14 +159,14 @@ class Transport:
     def _lost_target(self, error: BaseException) -> RankDied:
         return RankDied(f"lost the connection to rank {self.target}: {reason(error)}")
 
-    def _receive_forever(self, receive: Callable[[], Any]) -> None:
+    def _lost_source(self, error: BaseException) -> RankDied:
+        return RankDied(f"lost the connection from rank {self.source}: {reason(error)}")
+
+    def _receive_results(self) -> None:
         distributed.stay_on(self._cores)
         try:
             while True:
-                item = receive()
-                self._received.put(item)
-                if isinstance(item, tuple) and item[0].kind == Kind.SHUTDOWN:
-                    return
+                self._received.put(self._receive_result())
         except BaseException as error:  # whatever ends this thread is raised where it is awaited
             self._received.put(error)
 
@@ -174,25 +181,25 @@ class Transport:
         self._post_receive()
         return buffer
 
-    def _receive_micro_batch(self) -> tuple[MicroBatch, Tensor | None, Any]:
+    def _receive_micro_batch(self) -> tuple[MicroBatch, Tensor | None]:
         message = self._next_message()
         header = message[:HEADER_BYTES].view(torch.int64)
         end = HEADER_BYTES + 8 * microbatch.control_size(header, self.limits)
         control = message[HEADER_BYTES:end].view(torch.int64)
         micro_batch = microbatch.unpack(header, control, self.limits)
         if micro_batch.kind == Kind.SHUTDOWN:
-            return micro_batch, None, None
+            return micro_batch, None
         shape = (micro_batch.num_tokens, self.limits.hidden_size)
         if self._over_nccl:
-            return micro_batch, *self._receive_on_gpu(shape)
+            return micro_batch, self._receive_on_gpu(shape)
         num_bytes = shape[0] * shape[1] * self.dtype.itemsize
         hidden_states = message[end : end + num_bytes].view(self.dtype).view(shape)
-        return micro_batch, hidden_states.to(self.device), None
+        return micro_batch, hidden_states.to(self.device)
 
-    def _receive_on_gpu(self, shape: tuple[int, int]) -> tuple[Tensor, Any]:
-        """hidden_states and the event after which they are there.
+    def _receive_on_gpu(self, shape: tuple[int, int]) -> Tensor:
+        """hidden_states, which what the current stream runs from now on may read.
 
-        A stream of its own lets the copy run beside the stage's kernels.
+        A stream of its own lets the copy run beside the kernels that the stage started before.
         """
         if self._stream is None:
             torch.cuda.set_device(self.device)
@@ -200,9 +207,10 @@ class Transport:
         with torch.cuda.stream(self._stream):
             hidden_states = torch.empty(shape, dtype=self.dtype, device=self.device)
             self._groups["cuda"].recv([hidden_states], self.source, TAG).wait()
-            event = torch.cuda.Event()
-            event.record(self._stream)
-        return hidden_states, event
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_stream(self._stream)
+        hidden_states.record_stream(stream)
+        return hidden_states
 
     def _receive_result(self) -> Result:
         message = self._next_message()

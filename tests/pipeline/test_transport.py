@@ -42,7 +42,7 @@ def exchange(world: World):
     if world.rank == 0:
         for step in range(NUM_MESSAGES):
             transport.send(*message(step))
-        values = [int(transport.next().values) for _ in range(NUM_MESSAGES)]
+        values = [int(transport.next_result(60.0).values) for _ in range(NUM_MESSAGES)]
         transport.send(MicroBatch(Kind.SHUTDOWN), None)
         transport.flush()
         return values
