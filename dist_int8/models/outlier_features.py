@@ -1,8 +1,9 @@
 """Give a small model the outlier features that models of 6.7 billion parameters and more have.
 
-A few features of a norm's output are scaled up 20 to 60 times and the columns of the linears that
-read it down by the same factors. In floating point the model computes the same function; in int8 it
-is as hard as a large model (section 4 of the LLM.int8() paper: at most 6 or 7 such features, the
+A few features of a norm's output are scaled up 32 times and the columns of the linears that read it
+down by as much. A power of two only moves exponents, so in floating point, 16 bits included, the
+model computes the same function bit for bit; in int8 it is as hard as a large model (section 4 of
+the LLM.int8() paper: at most 6 or 7 such features, 20 and more times as large as the others, the
 same ones for all tokens). For tests and benchmarks of the outlier rules.
 """
 
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+FACTOR = 32.0
 
 # model_type -> (where the blocks are, the norms of a block each with the linears that read it)
 _LLAMA = (
@@ -53,11 +56,11 @@ def inject_outlier_features(
 ) -> dict[str, Tensor]:
     """Scales `num_channels` random features of every norm of a transformers model, in place.
 
-    Returns the features of each norm by its qualified name (int64 [num_channels]). The factors are
-    uniform in 20 .. 60. In fp32 the logits move by rounding only; in 16 bits the scaled weights
-    round anew, so inject before casting down. Raises ValueError for a family without a description
-    here, and for models whose residual stream comes out of the norms (there the norm's output has
-    another reader: OPT-350m, BLOOM with `apply_residual_connection_post_layernorm`).
+    Returns the features of each norm by its qualified name (int64 [num_channels]). The logits stay
+    bit-equal where the linears sum in the order of before (in fp16, where no scaled weight leaves
+    the normal numbers). Raises ValueError for a family without a description here, and for models
+    whose residual stream comes out of the norms (there the norm's output has another reader:
+    OPT-350m, BLOOM with `apply_residual_connection_post_layernorm`).
     """
     config: Any = model.config
     if config.model_type not in _NORMS:
@@ -79,13 +82,11 @@ def inject_outlier_features(
         for norm_name, linear_names in norms:
             norm: Any = block.get_submodule(norm_name)
             channels = torch.randperm(norm.weight.numel(), generator=generator)[:num_channels]
-            factors = 20 + 40 * torch.rand(num_channels, generator=generator)
-            factors = factors.to(norm.weight)
-            norm.weight[channels] *= factors
+            norm.weight[channels] *= FACTOR
             if getattr(norm, "bias", None) is not None:
-                norm.bias[channels] *= factors
+                norm.bias[channels] *= FACTOR
             for linear_name in linear_names:
                 linear: Any = block.get_submodule(linear_name)
-                linear.weight[:, channels] /= factors
+                linear.weight[:, channels] /= FACTOR
             scaled[f"{blocks_name}.{index}.{norm_name}"] = channels
     return scaled

@@ -60,7 +60,7 @@ IDS = torch.arange(48).view(2, 24)
 
 
 @torch.inference_mode()
-def test_fp32_logits_stay_and_the_features_grow(model):
+def test_logits_stay_bit_for_bit_and_the_features_grow(model):
     before = model(IDS).logits
     outputs: dict[str, torch.Tensor] = {}
 
@@ -79,14 +79,21 @@ def test_fp32_logits_stay_and_the_features_grow(model):
             which.get_submodule(name).register_forward_hook(record(name))
         logits = which(IDS).logits
         sizes.append(dict(outputs))
-    assert (logits - before).abs().max() < 1e-4
+    assert torch.equal(logits, before)
     for name, columns in channels.items():
         growth = sizes[1][name] / sizes[0][name]
         assert len(columns.unique()) == 6
-        assert (growth[columns] > 19.9).all() and (growth[columns] < 60.1).all()
-        others = torch.ones(64, dtype=torch.bool)
-        others[columns] = False
-        torch.testing.assert_close(growth[others], torch.ones(58), rtol=1e-3, atol=0)
+        expected = torch.ones(64)
+        expected[columns] = 32.0
+        assert torch.equal(growth, expected)
+
+
+@torch.inference_mode()
+def test_logits_in_bfloat16_stay_too(model):
+    model = model.to(torch.bfloat16)
+    before = model(IDS).logits
+    inject_outlier_features(model, seed=3)
+    assert torch.equal(model(IDS).logits, before)
 
 
 @torch.inference_mode()
