@@ -279,6 +279,13 @@ DIST_INT8_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t se
   return __byte_perm(low, high, selector);
 }
 
+// Two fp16 differences, rounded to even.
+DIST_INT8_DEVICE uint32_t subtract_halves(uint32_t a, uint32_t b) {
+  uint32_t difference;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
+  return difference;
+}
+
 }  // namespace device
 }  // namespace dist_int8
 

@@ -42,16 +42,16 @@ struct TiledMatmulShape {
   static constexpr int kSharedBytes = kFlagBytes + kThreads * kSums + kStages * kTileBytes;
 };
 
-// Exact sums over both planes. |sum_low| <= 2^14 * K and |sum_high| <= 2^14 * K, so for K < 2^16
-// both lie within 2^30, and sum_high / 2^23 rounded down fits 8 bits. Then with
-//   start = 128 * (top * 2^23 + 2^22), total - start is in [-2^30 - 2^29, 2^30 + 2^29]:
-// its value modulo 2^32, which is what the accumulator holds, is its value.
+// Exact sums over both planes. |sum_low| and |sum_high| are at most 2^14 * K, for K < 2^16 below
+// 2^30, so that top = floor(sum_high / 2^23) fits 8 bits. Then total - top * 2^30 is
+// 128 * (sum_high mod 2^23) + sum_low, in (-2^30, 2^31): its value modulo 2^32, which is what the
+// accumulator holds, is its value.
 DIST_INT8_DEVICE int32_t top_of(int32_t sum_high) { return sum_high >> 23; }
 DIST_INT8_DEVICE int32_t times_128(int32_t sum_high) {
   return static_cast<int32_t>(static_cast<uint32_t>(sum_high) << 7);
 }
 DIST_INT8_DEVICE float restore(int32_t sum, int32_t top) {
-  const int64_t start = static_cast<int64_t>(top) * (int64_t{1} << 30) + (int64_t{1} << 29);
+  const int64_t start = static_cast<int64_t>(top) * (int64_t{1} << 30);
   const int32_t rest =
       static_cast<int32_t>(static_cast<uint32_t>(sum) - static_cast<uint32_t>(start));
   return static_cast<float>(start + rest);

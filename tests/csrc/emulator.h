@@ -607,5 +607,15 @@ inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   return picked;
 }
 
+inline uint32_t subtract_halves(uint32_t a, uint32_t b) {
+  uint32_t difference = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const float left = widen(Float16{static_cast<uint16_t>(a >> shift)});
+    const float right = widen(Float16{static_cast<uint16_t>(b >> shift)});
+    difference |= static_cast<uint32_t>(narrow_float16(left - right).bits) << shift;
+  }
+  return difference;
+}
+
 }  // namespace device
 }  // namespace dist_int8

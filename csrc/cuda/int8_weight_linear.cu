@@ -1,0 +1,36 @@
+// int8_weight_linear: launches.
+#include "cuda/int8_weight_linear.cuh"
+#include "cuda/launch.cuh"
+
+namespace dist_int8 {
+namespace {
+
+template <typename Shape, typename T>
+__global__ void __launch_bounds__(Shape::kWarps * 32, 2)
+    int8_weight_linear_kernel(const __grid_constant__ CudaInt8WeightLinearArgs args) {
+  int8_weight_linear_body<Shape, T>(args);
+}
+
+struct WeightLinearLauncher {
+  const CudaInt8WeightLinearArgs& args;
+  void* stream;
+
+  template <typename Shape>
+  const char* run(int64_t output_blocks, int64_t row_blocks) const {
+    const dim3 grid(static_cast<unsigned>(output_blocks), static_cast<unsigned>(row_blocks));
+    const auto kernel = args.type == DataType::kBFloat16
+                            ? int8_weight_linear_kernel<Shape, BFloat16>
+                            : int8_weight_linear_kernel<Shape, Float16>;
+    return launch(kernel, grid, Shape::kWarps * 32, Shape::kSharedBytes, stream, args);
+  }
+};
+
+}  // namespace
+
+const char* cuda_int8_weight_linear(const CudaInt8WeightLinearArgs& args, void* stream) {
+  if (args.type == DataType::kFloat32) return "int8_weight_linear takes 16-bit activations only";
+  if (args.num_rows == 0 || args.num_outputs == 0) return nullptr;
+  return dispatch_int8_weight_linear(args, WeightLinearLauncher{args, stream});
+}
+
+}  // namespace dist_int8
