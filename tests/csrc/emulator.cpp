@@ -39,8 +39,38 @@ void check_map(const Map& map, int elements, int rows, int columns) {
   expect(static_cast<int>(seen.size()) == rows * columns, "every element");
 }
 
+// The same maps as CUTLASS states them (cute/atom/mma_traits_sm80.hpp): a lane is (quarter of 4,
+// group of 8), an element (v0, v1, v2), and the place row + column * rows is the sum of coordinate
+// times stride.
+struct Strides {
+  int quarter, group, v0, size0, v1, size1, v2;
+};
+
+template <typename Map>
+void check_strides(const Map& map, int elements, int rows, const Strides& s) {
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < elements; ++i) {
+      const int at = lane % 4 * s.quarter + lane / 4 * s.group + i % s.size0 * s.v0 +
+                     i / s.size0 % s.size1 * s.v1 + i / s.size0 / s.size1 * s.v2;
+      const fragments::Place place = map(lane, i);
+      expect(place.row == at % rows && place.column == at / rows, "the places that CUTLASS states");
+    }
+  }
+}
+
 void check_maps() {
   using namespace fragments;
+  // CUTLASS's B is (column of the result, k): our rows and columns change places.
+  const auto turned = [](Place place) { return Place{place.column, place.row}; };
+  check_strides([](int lane, int i) { return m16n8k32_a(lane, i); }, 16, 16,
+                {64, 1, 16, 4, 8, 2, 256});
+  check_strides([&](int lane, int i) { return turned(m16n8k32_b(lane, i)); }, 8, 8,
+                {32, 1, 8, 4, 128, 2, 0});
+  check_strides([](int lane, int i) { return m16n8k16_a(lane, i); }, 8, 16,
+                {32, 1, 16, 2, 8, 2, 128});
+  check_strides([&](int lane, int i) { return turned(m16n8k16_b(lane, i)); }, 4, 8,
+                {16, 1, 8, 2, 64, 2, 0});
+  check_strides([](int lane, int i) { return m16n8_c(lane, i); }, 4, 16, {32, 1, 16, 2, 8, 2, 0});
   check_map([](int lane, int i) { return m16n8_c(lane, i); }, 4, 16, 8);
   check_map([](int lane, int i) { return m16n8k32_a(lane, i); }, 16, 16, 32);
   check_map([](int lane, int i) { return m16n8k32_b(lane, i); }, 8, 32, 8);
