@@ -25,12 +25,13 @@ from dist_int8.distributed import Launched, World
 from dist_int8.engine import Engine, TokenSampler
 from dist_int8.handle import Model
 from dist_int8.models import ModelSpec, describe, load_config, tensor_sources
-from dist_int8.partition import Plan, StagePlan, memory, plan_stages
+from dist_int8.partition import Plan, StagePlan
 from dist_int8.pipeline.kv_cache import KVCache
 from dist_int8.pipeline.microbatch import Limits
 from dist_int8.pipeline.runner import Pipeline, serve
 from dist_int8.pipeline.stage import Stage
 from dist_int8.pipeline.transport import Transport
+from dist_int8.planning import devices_of, formats_of, free_budgets, plan_of
 
 LOAD_TIMEOUT_S = 3600.0
 DEFAULT_MAX_TOKENS = 2048
@@ -91,13 +92,19 @@ def load(
     stage_bytes_to_read(folder, spec, range(spec.num_blocks), first=True, last=True)
     dtype = _dtype(settings, stage_devices, hf_config)
     limits = _limits(settings, spec)
-    plan = plan_stages(
+    plan = plan_of(
+        settings,
         spec,
-        stage_devices,
-        memory.Formats(settings.int8, dtype.itemsize, _vocab_itemsize(folder, spec, dtype)),
-        num_slots=limits.num_slots,
+        devices_of(
+            settings,
+            stage_devices,
+            # under a launcher each rank would see other numbers, and plan for itself
+            budgets=None if place else free_budgets(stage_devices),
+            hosts=_hosts(settings, place),
+        ),
+        formats_of(settings, dtype.itemsize, _vocab_itemsize(folder, spec, dtype)),
+        num_sequences=limits.num_slots,
         max_tokens=limits.max_tokens,
-        budgets=[settings.budget_of(rank, device) for rank, device in enumerate(stage_devices)],
     )
     rank = 0 if place is None else place.rank
     if rank == 0 and on_plan is not None:
@@ -111,6 +118,8 @@ def load(
     else:
         same = settings.model_dump(mode="json", exclude={"gpus", "stages"})
         same |= {"model": str(folder.resolve()), "devices": stage_devices, "revision": None}
+        # the cut of rank 0, whatever the others can see of the devices
+        same |= {"stages": [len(stage.blocks) for stage in plan.stages]}
         timeout_s = settings.rendezvous_timeout
         world = distributed.spawn(len(plan.stages), same, device_types, timeout_s, cores)
     try:
@@ -171,7 +180,7 @@ def _devices(settings: Settings, place: Launched | None) -> list[str]:
     """The device of every stage; under a launcher there is one stage a rank."""
     if place is None:
         return choose_devices(settings)
-    asked = settings.stages or settings.gpus or (settings.devices and len(settings.devices))
+    asked = settings.num_stages or settings.gpus or (settings.devices and len(settings.devices))
     if asked and asked != place.world_size:
         raise ValueError(
             f"load(): stages must be the launcher's number of ranks, {place.world_size}, "
@@ -182,6 +191,18 @@ def _devices(settings: Settings, place: Launched | None) -> list[str]:
     ranks_here = _ranks_here(place)
     local = choose_devices(settings.model_copy(update={"stages": ranks_here, "gpus": None}))
     return [local[rank % ranks_here] for rank in range(place.world_size)]
+
+
+def _hosts(settings: Settings, place: Launched | None) -> list[str] | None:
+    """Machine of each rank of a launcher; in a plain session there is only this one."""
+    if place is not None:
+        return [f"node-{rank // _ranks_here(place)}" for rank in range(place.world_size)]
+    if settings.hosts is not None and len(set(settings.hosts)) > 1:
+        raise ValueError(
+            f"load(): hosts must be one without a launcher, got {settings.hosts}; start a rank on "
+            "each with torchrun, deepspeed or srun"
+        )
+    return None
 
 
 def _dtype(settings: Settings, devices: list[str], hf_config: Any) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The command line: `dist-int8 generate | demo-model | doctor | launch`.
+"""The command line: `dist-int8 generate | plan | bench | demo-model | doctor | launch`.
 
 torch is imported by the commands that need it, after their flags are checked, so that help and
 mistakes answer at once. A mistake is one line on stderr: exit code 2 for bad input, 1 for what
@@ -15,6 +15,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from dist_int8 import cli_plan
 from dist_int8.config import GenerationSettings, Settings, load_settings
 
 BAD_INPUT = 2
@@ -228,9 +229,13 @@ def _layout(
         return _given(stages=stages, gpus=gpus if gpus is not None else stages)
     if stages is None:
         file = load_settings(config)
-        stages = file.stages or file.gpus or len(file.devices or ())
+        stages = file.num_stages or file.gpus or len(file.devices or ())
         stages = stages or int(os.environ.get("WORLD_SIZE") or 1)
     return {"devices": ["cpu"] * stages} if stages > 0 else {"stages": stages}
+
+
+app.command()(cli_plan.plan)
+app.command()(cli_plan.bench)
 
 
 @app.command("demo-model")
@@ -325,7 +330,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("DIST_INT8_DEBUG"):
             raise
-        return _report(error)
+        code = _report(error)
+        given = sys.argv[1:] if arguments is None else arguments
+        # 2 is what `plan` says of a model that does not fit
+        return FAILED if code == BAD_INPUT and list(given[:1]) == ["plan"] else code
 
 
 def _report(error: Exception) -> int:

@@ -73,7 +73,7 @@ def choose_devices(settings: Settings, gpus: Gpus | None = None) -> list[str]:
                 _too_few("gpus", f"at most the number of {_seen(found)}", settings.gpus)
             )
         return [f"cuda:{index}" for index in range(settings.gpus)]
-    num_stages = settings.stages or max(1, len(found.gpus))
+    num_stages = settings.num_stages or max(1, len(found.gpus))
     if found.gpus and num_stages > len(found.gpus):
         raise ValueError(_too_few("stages", f"at most the number of {_seen(found)}", num_stages))
     return [f"cuda:{index}" if found.gpus else "cpu" for index in range(num_stages)]

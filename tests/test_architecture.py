@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "dist_int8"
 # Room (folder or module of dist_int8) -> rooms it may import. What is missing here is refused.
 MAY_IMPORT = {
     "__init__": {"api", "handle", "int8"},
-    "cli": {"config", "console", "demo_model", "devices", "doctor", "launcher"},
+    "cli": {"cli_plan", "config", "console", "demo_model", "devices", "doctor", "launcher"},
+    "cli_plan": {"bench", "config", "models", "partition", "planning"},
     "console": {"api", "config", "engine", "handle", "partition"},
     "rank": {"api"},
     "api": {
@@ -27,7 +28,9 @@ MAY_IMPORT = {
         "models",
         "partition",
         "pipeline",
+        "planning",
     },
+    "bench": {"config", "int8", "partition"},
     "handle": {"config", "engine", "models", "partition", "pipeline"},
     "engine": {"config", "pipeline"},
     "pipeline": {"distributed", "models"},
@@ -41,9 +44,11 @@ MAY_IMPORT = {
     "int8": set(),
     "launcher": set(),
     "partition": set(),
+    "planning": {"config", "devices", "partition"},
 }
 LEAVES = {"int8/reference", "pipeline/schedule", "partition/memory"}  # import nothing of ours
 WITHOUT_TORCH = {"config", "partition", "pipeline/schedule", "launcher", "cli", "devices"}
+WITHOUT_TORCH |= {"cli_plan", "planning"}
 OWNERS = {  # outside dependency -> the only files or rooms that import it
     "accelerate": {"models"},
     "cuda": {"devices"},
@@ -54,7 +59,7 @@ OWNERS = {  # outside dependency -> the only files or rooms that import it
     "torch.distributed": {"distributed", "pipeline/transport"},
     "tqdm": {"api", "demo_model"},
     "transformers": {"models", "engine/sampling", "api", "handle", "demo_model"},
-    "typer": {"cli"},
+    "typer": {"cli", "cli_plan"},
     "yaml": {"config"},
 }
 PEER_TO_PEER = {"send", "recv", "isend", "irecv", "batch_isend_irecv", "P2POp"}

@@ -3,60 +3,56 @@
 from pathlib import Path
 
 import pytest
-from transformers import BloomConfig, OPTConfig
+from transformers import BloomConfig
 
 from dist_int8.config import load_settings
-from dist_int8.models import describe
-from dist_int8.partition import memory, plan_stages
+from dist_int8.models import describe, load_config
+from dist_int8.planning import Asked, answer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-
-# Sizes as published on the models' cards.
 SHAPES = {
-    "bloom-176b-4xa100-80gb.yaml": (
-        BloomConfig(vocab_size=250880, hidden_size=14336, n_layer=70, n_head=112),
-        176.2e9,
-    ),
-    "opt-66b-2xa100-80gb.yaml": (
-        OPTConfig(
-            vocab_size=50272,
-            hidden_size=9216,
-            ffn_dim=36864,
-            num_hidden_layers=64,
-            num_attention_heads=72,
-            word_embed_proj_dim=9216,
-            max_position_embeddings=2048,
-        ),
-        65.7e9,
-    ),
+    "bloom-176b": "bloom-176b",
+    "bloom-3b": "bloom-3b",
+    "opt-66b": "opt-66b",
+}
+DEPLOYMENTS = {
+    path.name: next(shape for name, shape in SHAPES.items() if path.name.startswith(name + "-"))
+    for path in sorted(CONFIGS.glob("*.yaml"))
+    if not path.name.startswith("cpu-")
 }
 
 
-def plan(name, int8=True):
-    config, _ = SHAPES[name]
-    settings = load_settings(CONFIGS / name)
-    devices = [f"cuda:{index}" for index in range(settings.gpus)]
-    budgets = [settings.budget_of(rank, device) for rank, device in enumerate(devices)]
-    formats = memory.Formats(int8=int8, float_size=2, vocab_size=2)
-    return plan_stages(
-        describe(config),
-        devices,
-        formats,
-        num_slots=settings.max_sequences,
-        max_tokens=settings.max_tokens,
-        budgets=budgets,
-    )
+def plan(name, **changes):
+    settings = load_settings(CONFIGS / name, **changes)
+    config = load_config(CONFIGS / "models" / DEPLOYMENTS[name])
+    return answer(settings, Asked(like_load=True), config, describe(config), "test")
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_fits_in_int8_and_not_in_16_bits(name):
-    stages = plan(name).stages
-    assert all(stage.weight_bytes + stage.kv_bytes <= stage.budget for stage in stages)
-    # fp32 bytes of all stages: the parameters, the tied embedding counted on both ends
-    num_parameters = sum(stage.float_bytes for stage in stages) / 4
-    config, published = SHAPES[name]
-    assert num_parameters == pytest.approx(
-        published + config.vocab_size * config.hidden_size, rel=0.01
-    )
-    with pytest.raises(ValueError, match="must fit"):
-        plan(name, int8=False)
+def test_the_deployments_of_the_int8_blog_are_there():
+    machines = ("3xa100-80gb", "4xa100-80gb", "8xa100-80gb", "5xa100-40gb", "8xa100-40gb")
+    assert {f"bloom-176b-{machine}.yaml" for machine in machines} <= DEPLOYMENTS.keys()
+    assert "bloom-3b-1xt4.yaml" in DEPLOYMENTS
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_what_a_file_reserves_fits(name):
+    found = plan(name)
+    assert found.fits, found.refusal()
+    count = int(name.split("-")[2].split("x")[0])
+    assert len(found.stages) == count
+    size = name.rsplit("-", 1)[1].removesuffix(".yaml")
+    budgets = {stage.budget for stage in found.stages}
+    assert budgets == {int(size.removesuffix("gb")) * 10**9 if "gb" in size else 16 * 10**9}
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_16_bits_do_not_fit_there(name):
+    found = plan(name, int8=False)
+    assert not found.fits
+    assert "keep the linear layers in int8 (int8: true)" in found.suggestions
+
+
+def test_shapes_are_what_transformers_reads():
+    ours = describe(load_config(CONFIGS / "models" / "bloom-176b"))
+    theirs = BloomConfig(vocab_size=250880, hidden_size=14336, n_layer=70, n_head=112)
+    assert ours == describe(theirs)

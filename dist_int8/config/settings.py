@@ -52,6 +52,21 @@ def _path_as_text(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
+def _check_stages(stages: object) -> object:
+    is_list = isinstance(stages, list | tuple)
+    counts: Sequence[object] = stages if isinstance(stages, list | tuple) else [stages]
+    if counts and all(type(count) is int and count >= 1 for count in counts):
+        return list(counts) if is_list else stages
+    expected = "a list of numbers of blocks, each at least 1" if is_list else "at least 1"
+    if not is_list and type(stages) is not int:
+        expected = "an integer or a list of integers"
+    raise ValueError(f"must be {expected}, got {stages!r}; write 4 or [17, 18, 18, 17]")
+
+
+def _parse_size(size: object) -> object:
+    return None if size is None else 0 if size == 0 else parse_byte_size(size)
+
+
 Device = Annotated[str, BeforeValidator(_check_device)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -69,10 +84,14 @@ class Settings(Checked):
         description="Commit, tag or branch of a hub id; by default the hub's own choice.",
         examples=["main"],
     )
-    stages: Count | None = Field(
+    stages: Annotated[
+        int | list[int] | None,
+        BeforeValidator(lambda stages: None if stages is None else _check_stages(stages)),
+    ] = Field(
         default=None,
-        description="Number of pipeline stages, one process each; by default one a device.",
-        examples=[2],
+        description="Number of pipeline stages, one process each, or the number of blocks of each; "
+        "by default one stage a device, balanced.",
+        examples=[[17, 18, 18, 17]],
     )
     devices: Annotated[
         Annotated[list[Device], Field(min_length=1)] | None, BeforeValidator(listed)
@@ -151,6 +170,30 @@ class Settings(Checked):
         "size (of each stage there); by default nothing is limited.",
         examples=[["79GiB", "79GiB"]],
     )
+    reserve: Annotated[int | None, BeforeValidator(_parse_size)] = Field(
+        default=None,
+        description="Part of each stage's memory budget that the plan leaves alone, a byte size; "
+        "by default 256MiB on cuda (allocator, libraries), nothing on cpu.",
+        examples=["1GiB"],
+    )
+    objective: Literal["throughput", "latency", "max_kv_tokens"] = Field(
+        default="throughput",
+        description="What the stages are cut for: the fastest slowest stage (throughput), the "
+        "shortest way of one token (latency), or the most tokens in the KV cache (max_kv_tokens).",
+        examples=["throughput"],
+    )
+    profile: Annotated[list[NonEmpty] | None, BeforeValidator(listed)] = Field(
+        default=None,
+        description="How fast the devices are, for the plan: a name such as a100-80, or a file "
+        "written by `dist-int8 bench --profile`; one for all or one a device.",
+        examples=["a100-80"],
+    )
+    hosts: Annotated[list[NonEmpty] | None, BeforeValidator(listed)] = Field(
+        default=None,
+        description="Machines of the stages, for the plan: the stages are spread evenly over them, "
+        "in order; several need a launcher.",
+        examples=[["node-0", "node-1"]],
+    )
     rendezvous_timeout: Seconds = Field(
         default=60.0,
         description="Seconds within which every rank must have joined.",
@@ -170,12 +213,12 @@ class Settings(Checked):
                 f"devices={self.devices}; keep one of the two"
             )
         named = self.gpus if self.devices is None else len(self.devices)
-        if None not in (named, self.stages) and named != self.stages:
+        if None not in (named, self.num_stages) and named != self.num_stages:
             raise ValueError(
                 f"stages: stages must be the number of devices, {named}, got {self.stages}; "
                 "leave stages out or name one device a stage"
             )
-        num_stages = self.stages or named
+        num_stages = self.num_stages or named
         if isinstance(self.memory, list) and num_stages not in (None, len(self.memory)):
             raise ValueError(
                 f"memory: memory must be one byte size a stage, {num_stages}, "
@@ -189,6 +232,16 @@ class Settings(Checked):
                         f"add {device} to the mapping"
                     )
         return self
+
+    @property
+    def num_stages(self) -> int | None:
+        """Number of stages where `stages` says it, as a number or as the blocks of each."""
+        return len(self.stages) if isinstance(self.stages, list) else self.stages
+
+    @property
+    def pinned(self) -> tuple[int, ...] | None:
+        """Number of blocks of each stage, where they are given."""
+        return tuple(self.stages) if isinstance(self.stages, list) else None
 
     def budget_of(self, rank: int, device: str) -> int | None:
         """Budget in bytes of the stage of `rank` on `device`; None where none was set."""

@@ -1,5 +1,6 @@
 """Reading a YAML file of settings: duplicate keys are refused, every error names file and line."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,19 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             'write lines like "stages: 2"'
         )
     return values
+
+
+def write_yaml(path: str | Path, values: Mapping[str, Any], comment: str) -> None:
+    """Writes values, in their order, under a comment; a file that cannot be is a ValueError."""
+    head = "".join(f"# {line}".rstrip() + "\n" for line in comment.splitlines())
+    body = yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=None, width=100)
+    try:
+        Path(path).write_text(f"{head}\n{body}", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"{path}: config must be a file that can be written, got {error.strerror}; "
+            "check the path"
+        ) from None
 
 
 def _flat(error: BaseException) -> str:

@@ -1,6 +1,7 @@
-"""Exact bytes of the parts of a model, from its spec alone. Pure; imports nothing of ours.
+"""Exact bytes of parameters and KV cache, from a spec alone. Pure; imports nothing of ours.
 
-The classes below name what is read of a spec (`models.ModelSpec` and `BlockSpec` have it).
+The classes `Block` and `Model` name what is read of a spec (`models.BlockSpec` and `ModelSpec` have
+it). N output features, K input features.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 FLOAT32_BYTES = 4
+INT32_BYTES = 4
+SIXTEEN_BITS = 2
 
 
 class Block(Protocol):
@@ -48,6 +51,13 @@ class Block(Protocol):
     def qkv_size(self) -> int: ...
 
 
+class Rotary(Protocol):
+    """Rotary position embedding."""
+
+    @property
+    def inv_freq(self) -> tuple[float, ...]: ...
+
+
 class Model(Protocol):
     """Sizes of a whole model."""
 
@@ -62,6 +72,12 @@ class Model(Protocol):
 
     @property
     def num_position_rows(self) -> int: ...
+
+    @property
+    def max_positions(self) -> int | None: ...
+
+    @property
+    def rotary(self) -> Rotary | None: ...
 
     @property
     def embedding_norm(self) -> bool: ...
@@ -82,21 +98,63 @@ class Formats:
 
     Attributes:
         int8: linear layers of blocks are int8 (1 byte a weight, 4 bytes an output feature).
-        float_size: bytes of a floating-point parameter.
+        float_size: bytes of a floating-point parameter, of hidden states and of the KV cache.
         vocab_size: bytes of an element of the token embedding and the head, which keep a 16-bit
             checkpoint's dtype.
+        head_int8: the head is int8 with an fp32 scale a token.
+        embedding_int8: likewise the token embedding.
+        num_hot_columns: input features of every int8 linear of a block that are also kept in
+            16 bits: [N, H] weights and [H] int32 indices.
+        skip: names of linears that stay floating, as in the setting skip_modules.
     """
 
     int8: bool
     float_size: int
     vocab_size: int
+    head_int8: bool = False
+    embedding_int8: bool = False
+    num_hot_columns: int = 0
+    skip: tuple[str, ...] = ()
+
+    def is_int8(self, name: str) -> bool:
+        """Whether the linear of this qualified name is int8 (the rule of `int8.convert`)."""
+        return self.int8 and not any(f".{skipped}." in f".{name}." for skipped in self.skip)
 
 
-def linear_bytes(num_outputs: int, num_inputs: int, bias: bool, formats: Formats) -> int:
-    """Bytes of a linear layer [num_outputs, num_inputs] inside a block."""
-    weight_size = 1 if formats.int8 else formats.float_size
-    scale = FLOAT32_BYTES if formats.int8 else 0
-    return num_outputs * (num_inputs * weight_size + scale + bias * formats.float_size)
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer [N, K] of a block."""
+
+    name: str
+    num_outputs: int
+    num_inputs: int
+    bias: bool
+
+    @property
+    def num_weights(self) -> int:
+        return self.num_outputs * self.num_inputs
+
+
+def block_linears(block: Block) -> tuple[Linear, ...]:
+    """The linears of a decoder block, named as in `models.DecoderBlock`."""
+    hidden, inner = block.hidden_size, block.intermediate_size
+    wide = ("gate_up", 2 * inner) if block.gated else ("up", inner)
+    heads = block.num_heads * block.head_dim
+    return (
+        Linear("qkv", block.qkv_size, hidden, block.qkv_bias),
+        Linear("attention_output", hidden, heads, block.attention_output_bias),
+        Linear(*wide, hidden, block.mlp_bias),
+        Linear("down", hidden, inner, block.mlp_bias),
+    )
+
+
+def linear_bytes(linear: Linear, formats: Formats, *, int8: bool, num_hot_columns: int = 0) -> int:
+    """Bytes of a linear: weight, bias, and in int8 the fp32 scales and the hot columns."""
+    N, H = linear.num_outputs, min(num_hot_columns, linear.num_inputs)
+    bias = linear.bias * N * formats.float_size
+    if not int8:
+        return linear.num_weights * formats.float_size + bias
+    return linear.num_weights + N * FLOAT32_BYTES + bias + H * (N * SIXTEEN_BITS + INT32_BYTES)
 
 
 def norm_bytes(size: int, kind: str, formats: Formats) -> int:
@@ -104,32 +162,73 @@ def norm_bytes(size: int, kind: str, formats: Formats) -> int:
     return size * formats.float_size * (2 if kind == "layer" else 1)
 
 
-def block_bytes(block: Block, formats: Formats) -> int:
-    """Bytes of a decoder block's parameters."""
-    hidden, inner = block.hidden_size, block.intermediate_size
-    shapes = (
-        (block.qkv_size, hidden, block.qkv_bias),
-        (hidden, block.num_heads * block.head_dim, block.attention_output_bias),
-        (inner * (2 if block.gated else 1), hidden, block.mlp_bias),
-        (hidden, inner, block.mlp_bias),
+def block_bytes(block: Block, formats: Formats, index: int = 0) -> int:
+    """Bytes of the parameters of decoder block `index`."""
+    linears = sum(
+        linear_bytes(
+            linear,
+            formats,
+            int8=formats.is_int8(f"blocks.{index}.{linear.name}"),
+            num_hot_columns=formats.num_hot_columns,
+        )
+        for linear in block_linears(block)
     )
-    linears = sum(linear_bytes(*shape, formats) for shape in shapes)
-    return linears + 2 * norm_bytes(hidden, block.norm, formats)
+    return linears + 2 * norm_bytes(block.hidden_size, block.norm, formats)
 
 
 def embedding_bytes(model: Model, formats: Formats) -> int:
     """Bytes of what the first stage holds before its blocks."""
-    tokens = model.vocab_size * model.embedding_size * formats.vocab_size
     positions = model.num_position_rows * model.hidden_size * formats.float_size
     norm = norm_bytes(model.hidden_size, model.blocks[0].norm, formats)
-    return tokens + positions + model.embedding_norm * norm + _projection_bytes(model, formats)
+    return (
+        vocab_bytes(model, formats, int8=formats.embedding_int8)
+        + positions
+        + model.embedding_norm * norm
+        + _projection_bytes(model, formats, "project_in")
+    )
 
 
 def head_bytes(model: Model, formats: Formats) -> int:
     """Bytes of what the last stage holds after its blocks."""
-    head = model.vocab_size * model.embedding_size * formats.vocab_size
     norm = norm_bytes(model.hidden_size, model.blocks[0].norm, formats)
-    return head + model.final_norm * norm + _projection_bytes(model, formats)
+    return (
+        vocab_bytes(model, formats, int8=formats.head_int8)
+        + model.final_norm * norm
+        + _projection_bytes(model, formats, "project_out")
+    )
+
+
+def vocab_bytes(model: Model, formats: Formats, *, int8: bool) -> int:
+    """Bytes of the token embedding's or the head's table [V, E], in int8 with a scale a token."""
+    num_weights = model.vocab_size * model.embedding_size
+    if int8:
+        return num_weights + model.vocab_size * FLOAT32_BYTES
+    return num_weights * formats.vocab_size
+
+
+def shared_bytes(model: Model, formats: Formats) -> int:
+    """Bytes that one stage with both embedding and head saves: a tied table is held once.
+
+    Only in the same format: an int8 head cannot share the table of a 16-bit embedding.
+    """
+    if not model.tied_head or formats.head_int8 != formats.embedding_int8:
+        return 0
+    return vocab_bytes(model, formats, int8=formats.head_int8)
+
+
+def stage_weight_bytes(
+    model: Model, blocks: range, formats: Formats, *, first: bool, last: bool
+) -> int:
+    """Bytes of the parameters of one stage."""
+    total = sum(block_bytes(model.blocks[i], formats, i) for i in blocks)
+    total += embedding_bytes(model, formats) if first else 0
+    total += head_bytes(model, formats) if last else 0
+    return total - (shared_bytes(model, formats) if first and last else 0)
+
+
+def model_bytes(model: Model, formats: Formats) -> int:
+    """Bytes of all parameters on one device: a tied table counts once."""
+    return stage_weight_bytes(model, range(len(model.blocks)), formats, first=True, last=True)
 
 
 def kv_bytes_per_token(block: Block, float_size: int) -> int:
@@ -137,8 +236,10 @@ def kv_bytes_per_token(block: Block, float_size: int) -> int:
     return 2 * block.num_kv_heads * block.head_dim * float_size
 
 
-def _projection_bytes(model: Model, formats: Formats) -> int:
+def _projection_bytes(model: Model, formats: Formats, name: str) -> int:
     """project_in or project_out, where the embedding is narrower than the blocks (OPT-350m)."""
-    if model.embedding_size == model.hidden_size:
+    hidden, narrow = model.hidden_size, model.embedding_size
+    if narrow == hidden:
         return 0
-    return linear_bytes(model.hidden_size, model.embedding_size, False, formats)
+    shape = (hidden, narrow) if name == "project_in" else (narrow, hidden)
+    return linear_bytes(Linear(name, *shape, False), formats, int8=formats.is_int8(name))

@@ -1,190 +1,265 @@
-"""Chooses the stages: contiguous blocks, the slowest stage as fast as can be. Pure Python."""
+"""Chooses the stages of a model on given devices within their budgets. Pure.
+
+Counts bytes (`memory`, `activations`) and times (`cost`), lets `cut` find the best stages, and
+writes down what each holds. Where nothing fits the plan says so: it has the stages that lack the
+fewest bytes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from itertools import accumulate, pairwise
+from typing import get_args
 
-from dist_int8.partition import memory
+from dist_int8.partition import cost, cut, memory
+from dist_int8.partition.activations import Workload, activation_bytes
+from dist_int8.partition.cut import Objective, Problem, Stage
+from dist_int8.partition.plan import Plan, StagePlan
+from dist_int8.partition.profiles import DeviceProfile
 
 FLOAT32 = memory.Formats(int8=False, float_size=4, vocab_size=4)
-COUNT = memory.Formats(int8=False, float_size=1, vocab_size=1)  # one "byte" a parameter
+OBJECTIVES = get_args(Objective)
 
 
 @dataclass(frozen=True)
-class StagePlan:
-    """What one rank holds.
+class Device:
+    """One place for a stage.
 
     Attributes:
-        rank: rank and number of the stage.
-        device: "cpu" or "cuda:N".
-        first_block, last_block: blocks of the stage, both inclusive.
-        weight_bytes: parameters as held.
-        float_bytes: the same parameters in fp32.
-        kv_bytes: KV cache of all slots at full length.
-        budget: bytes that the settings allow here; None where they say nothing.
+        name: "cpu" or "cuda:N", as the host numbers it.
+        profile: how fast it is.
+        budget: bytes that the stage may use there; None: unlimited.
+        reserve: bytes of the budget to leave alone.
+        host: name of its machine; passing hidden states to another one costs more.
     """
 
-    rank: int
-    device: str
-    first_block: int
-    last_block: int
-    weight_bytes: int
-    float_bytes: int
-    kv_bytes: int
+    name: str
+    profile: DeviceProfile
     budget: int | None = None
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of this stage: parameters as held."""
-        return self.weight_bytes
-
-    @property
-    def blocks(self) -> range:
-        return range(self.first_block, self.last_block + 1)
+    reserve: int = 0
+    host: str = "localhost"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The stages of a model, in order."""
+class Request:
+    """Which cut is wanted.
 
-    stages: tuple[StagePlan, ...]
-    num_blocks: int
-
-    def table(self) -> str:
-        """The plan as text, a line a stage."""
-        rows = [("stage", "device", "blocks", "weights", "in fp32", "KV cache", "budget")]
-        for stage in self.stages:
-            rows.append(
-                (
-                    str(stage.rank),
-                    stage.device,
-                    f"{stage.first_block}-{stage.last_block}",
-                    format_bytes(stage.weight_bytes),
-                    format_bytes(stage.float_bytes),
-                    format_bytes(stage.kv_bytes),
-                    "-" if stage.budget is None else format_bytes(stage.budget),
-                )
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-            for row in rows
-        )
-
-
-def format_bytes(num_bytes: int) -> str:
-    """1610612736 as "1.50 GiB"."""
-    size = float(num_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
-        size /= 1024
-    return f"{size:.2f} TiB"
-
-
-def split_blocks(costs: Sequence[int], last_cost: int, num_stages: int) -> list[range]:
-    """Contiguous, non-empty ranges of blocks whose largest sum of costs is the least possible.
-
-    Exact: dynamic programming over (blocks left, stages left). Among equals the earlier stage is
-    the shorter one.
-
-    Args:
-        costs: cost of each block, here the bytes that a decode step reads.
-        last_cost: what the last stage has on top (the head).
-        num_stages: 1 to len(costs).
+    Attributes:
+        objective: what to make best.
+        pinned: number of blocks of each stage; None: the planner chooses.
+        choose_count: leave devices out where that is better; otherwise each gets a stage.
     """
-    assert 1 <= num_stages <= len(costs)
-    sums = [0]
-    for cost in costs:
-        sums.append(sums[-1] + cost)
-    num_blocks = len(costs)
 
-    @cache
-    def best(start: int, stages: int) -> tuple[int, int]:
-        """(largest cost, end of the first stage) for blocks from `start` on `stages` stages."""
-        if stages == 1:
-            return sums[num_blocks] - sums[start] + last_cost, num_blocks
-        return min(
-            (max(sums[end] - sums[start], best(end, stages - 1)[0]), end)
-            for end in range(start + 1, num_blocks - stages + 2)
-        )
-
-    ranges, start = [], 0
-    for stages in range(num_stages, 0, -1):
-        end = best(start, stages)[1]
-        ranges.append(range(start, end))
-        start = end
-    return ranges
+    objective: Objective = "throughput"
+    pinned: tuple[int, ...] | None = None
+    choose_count: bool = False
 
 
 def plan_stages(
     model: memory.Model,
-    devices: Sequence[str],
+    devices: Sequence[Device],
     formats: memory.Formats,
-    *,
-    num_slots: int,
-    max_tokens: int,
-    budgets: Sequence[int | None] | None = None,
+    workload: Workload,
+    request: Request | None = None,
 ) -> Plan:
-    """One stage a device, balanced by what a decode step costs (blocks and head).
-
-    GPUs wait for memory: there the cost is the bytes of the weights that a step reads. CPUs wait
-    for arithmetic from a few rows on, and an int8 product with its outliers takes them about as
-    long as a widened 16-bit one: there the cost is the number of weights. The embedding counts as
-    held but not as read: a step looks up a few of its rows.
+    """The best contiguous stages for one workload; `Plan.fits` says whether they fit.
 
     Raises:
-        ValueError: more stages than blocks, or a stage over its budget.
+        ValueError: more stages than blocks, pinned stages that are not one a device or do not add
+            up to the model's blocks.
     """
-    num_stages, num_blocks = len(devices), len(model.blocks)
-    if num_stages > num_blocks:
+    request = request or Request()
+    assert devices and request.objective in OBJECTIVES
+    problem = problem_of(model, devices, formats, workload, request.choose_count)
+    if request.pinned is not None:
+        stages = _pinned(request.pinned, problem.num_blocks, len(devices))
+    else:
+        check_count(len(devices), problem.num_blocks, request.choose_count)
+        stages = cut.cut(problem, request.objective) or cut.least_missing(problem)
+    return _write_down(model, devices, formats, workload, problem, stages)
+
+
+def can_plan(
+    model: memory.Model,
+    devices: Sequence[Device],
+    formats: memory.Formats,
+    workload: Workload,
+    request: Request,
+) -> bool:
+    """Whether a plan would fit; cheaper than the plan."""
+    problem = problem_of(model, devices, formats, workload, request.choose_count)
+    if request.pinned is not None:
+        stages = _pinned(request.pinned, problem.num_blocks, len(devices))
+        return not any(problem.missing(s.device, s.start, s.end) for s in stages)
+    return cut.fits(problem)
+
+
+def check_count(num_stages: int, num_blocks: int, choose_count: bool = False) -> None:
+    """Raises ValueError for more stages than blocks."""
+    if num_stages > num_blocks and not choose_count:
         raise ValueError(
             f"plan: stages must be at most the model's {num_blocks} blocks, got {num_stages}; "
             f"use {num_blocks} or fewer stages"
         )
-    read = COUNT if devices[0] == "cpu" else formats
-    costs = [memory.block_bytes(block, read) for block in model.blocks]
-    ranges = split_blocks(costs, memory.head_bytes(model, read), num_stages)
-    stages = []
-    for rank, (device, blocks) in enumerate(zip(devices, ranges, strict=True)):
-        kv_bytes = (
-            num_slots
-            * max_tokens
-            * sum(memory.kv_bytes_per_token(model.blocks[i], formats.float_size) for i in blocks)
-        )
-        first, last = rank == 0, rank == num_stages - 1
-        stage = StagePlan(
-            rank=rank,
-            device=device,
-            first_block=blocks.start,
-            last_block=blocks.stop - 1,
-            weight_bytes=_weight_bytes(model, blocks, first, last, formats),
-            float_bytes=_weight_bytes(model, blocks, first, last, FLOAT32),
-            kv_bytes=kv_bytes,
-            budget=budgets[rank] if budgets else None,
-        )
-        needed = stage.weight_bytes + stage.kv_bytes
-        if stage.budget is not None and needed > stage.budget:
-            raise ValueError(
-                f"plan: stage {rank} on {device} must fit {format_bytes(stage.budget)}, got "
-                f"{format_bytes(stage.weight_bytes)} of weights and {format_bytes(kv_bytes)} of KV "
-                f"cache, {format_bytes(needed - stage.budget)} too much; lower max_sequences "
-                f"({num_slots}) or max_tokens ({max_tokens}), or add a stage"
+
+
+def problem_of(
+    model: memory.Model,
+    devices: Sequence[Device],
+    formats: memory.Formats,
+    workload: Workload,
+    choose_count: bool = False,
+) -> Problem:
+    """The numbers of a question."""
+    num_devices = len(devices)
+    middle = activation_bytes(model, formats, workload, first=False, last=False)
+    last = activation_bytes(model, formats, workload, first=False, last=True)
+    both = activation_bytes(model, formats, workload, first=True, last=True)
+    alone = num_devices == 1
+    times = _times(model, devices, formats, workload)
+    rows = _decode_rows(workload, num_devices)
+    return Problem(
+        times=times,
+        last_times=[cost.head_ps(model, formats, d.profile, num_rows=rows) for d in devices],
+        hops=[
+            [
+                cost.hop_ps(
+                    model, formats, d.profile, num_rows=rows, same_host=d.host == other.host
+                )
+                for other in devices
+            ]
+            for d in devices
+        ],
+        block_bytes=[memory.block_bytes(b, formats, i) for i, b in enumerate(model.blocks)],
+        kv_bytes=[memory.kv_bytes_per_token(b, formats.float_size) for b in model.blocks],
+        first_bytes=memory.embedding_bytes(model, formats),
+        last_bytes=memory.head_bytes(model, formats) + last - middle,
+        shared_bytes=memory.shared_bytes(model, formats) + last - both,
+        rooms=[None if d.budget is None else d.budget - d.reserve - middle for d in devices],
+        num_tokens=workload.num_tokens,
+        may_skip=choose_count and not alone,
+    )
+
+
+def _decode_rows(workload: Workload, num_stages: int) -> int:
+    """Sequences of one micro-batch, one token each."""
+    num_micro_batches = min(workload.num_micro_batches or num_stages, workload.num_sequences)
+    return -(-workload.num_sequences // num_micro_batches)
+
+
+def _times(
+    model: memory.Model, devices: Sequence[Device], formats: memory.Formats, workload: Workload
+) -> list[list[int]]:
+    """Picoseconds of a decode step of every block on every device; equal ones counted once."""
+    rows = _decode_rows(workload, len(devices))
+    known: dict[tuple[object, ...], int] = {}
+
+    def time(profile: DeviceProfile, index: int) -> int:
+        block = model.blocks[index]
+        key = (profile, block, index if formats.skip else 0)
+        if key not in known:
+            known[key] = cost.block_ps(
+                block,
+                formats,
+                profile,
+                num_rows=rows,
+                num_sequences=rows,
+                context=workload.max_tokens,
+                index=index,
             )
-        stages.append(stage)
-    return Plan(tuple(stages), num_blocks)
+        return known[key]
+
+    return [[time(d.profile, index) for index in range(len(model.blocks))] for d in devices]
 
 
-def _weight_bytes(
-    model: memory.Model, blocks: range, first: bool, last: bool, formats: memory.Formats
+def _pinned(pinned: Sequence[int], num_blocks: int, num_devices: int) -> list[Stage]:
+    if len(pinned) != num_devices:
+        raise ValueError(
+            f"plan: stages must be one number of blocks a device, {num_devices} devices, got "
+            f"{list(pinned)}; write {num_devices} numbers"
+        )
+    if sum(pinned) != num_blocks or min(pinned) < 1:
+        raise ValueError(
+            f"plan: stages must be numbers of blocks above 0 that add up to the model's "
+            f"{num_blocks}, got {list(pinned)} with sum {sum(pinned)}; correct them"
+        )
+    edges = [0, *accumulate(pinned)]
+    return [Stage(d, start, end) for d, (start, end) in enumerate(pairwise(edges))]
+
+
+def _write_down(
+    model: memory.Model,
+    devices: Sequence[Device],
+    formats: memory.Formats,
+    workload: Workload,
+    problem: Problem,
+    stages: Sequence[Stage],
+) -> Plan:
+    written = []
+    for rank, stage in enumerate(stages):
+        device = devices[stage.device]
+        first, last = rank == 0, rank == len(stages) - 1
+        blocks = range(stage.start, stage.end)
+        hop = 0 if last else problem.hops[stage.device][stages[rank + 1].device]
+        kv_bytes = sum(
+            memory.kv_bytes_per_token(model.blocks[i], formats.float_size) for i in blocks
+        )
+        written.append(
+            StagePlan(
+                rank=rank,
+                host=device.host,
+                device=device.name,
+                first_block=stage.start,
+                last_block=stage.end - 1,
+                weight_bytes=memory.stage_weight_bytes(
+                    model, blocks, formats, first=first, last=last
+                ),
+                float_bytes=memory.stage_weight_bytes(
+                    model, blocks, FLOAT32, first=first, last=last
+                ),
+                kv_bytes=workload.num_tokens * kv_bytes,
+                activation_bytes=activation_bytes(model, formats, workload, first=first, last=last),
+                reserve_bytes=device.reserve,
+                budget=device.budget,
+                ps=problem.time(stage.device, stage.start, stage.end) + hop,
+                prefill_ps=_prefill_ps(model, device, formats, workload, blocks, last),
+            )
+        )
+    tokens = min(problem.tokens(s.device, s.start, s.end) for s in stages)
+    return Plan(
+        stages=tuple(written),
+        num_blocks=problem.num_blocks,
+        block_bytes=max(memory.block_bytes(b, formats, i) for i, b in enumerate(model.blocks)),
+        model_bytes=memory.model_bytes(model, formats),
+        kv_bytes_per_token=sum(
+            memory.kv_bytes_per_token(block, formats.float_size) for block in model.blocks
+        ),
+        kv_tokens=None if tokens == cut.UNLIMITED else max(0, tokens),
+        workload=workload,
+    )
+
+
+def _prefill_ps(
+    model: memory.Model,
+    device: Device,
+    formats: memory.Formats,
+    workload: Workload,
+    blocks: range,
+    last: bool,
 ) -> int:
-    total = sum(memory.block_bytes(model.blocks[i], formats) for i in blocks)
-    if first:
-        total += memory.embedding_bytes(model, formats)
-    if last:
-        total += memory.head_bytes(model, formats)
-    if first and last and model.tied_head:
-        total -= model.vocab_size * model.embedding_size * formats.vocab_size
-    return total
+    """Picoseconds of a micro-batch of as many prompt tokens as it may carry, of one sequence."""
+    rows = min(workload.prefill_chunk, workload.max_tokens)
+    total = sum(
+        cost.block_ps(
+            model.blocks[i],
+            formats,
+            device.profile,
+            num_rows=rows,
+            num_sequences=1,
+            context=workload.max_tokens,
+            index=i,
+        )
+        for i in blocks
+    )
+    return total + (cost.head_ps(model, formats, device.profile, num_rows=1) if last else 0)

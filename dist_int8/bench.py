@@ -1,0 +1,166 @@
+"""Measures what the planner wants to know of a device, with the ops that a stage runs.
+
+Weights are walked through in turn and exceed every cache, as in a real model: a layer that stays in
+a cache would seem several times as fast.
+"""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_int8.int8 import ops, reference
+from dist_int8.partition.profiles import DEFAULT_GPU, PROFILES
+
+NUM_FEATURES = 4096  # of the layers measured, in and out
+REPEATS = 5
+CPU_WEIGHT_BYTES = 1 << 28
+CUDA_WEIGHT_BYTES = 1 << 31
+MANY_ROWS = {"cpu": 128, "cuda": 4096}
+_RULE: dict[str, Any] = {"outlier_rule": "row_rms", "outlier_threshold": 4.0}
+
+
+def measure(
+    device: str = "cpu",
+    threads: int | None = None,
+    name: str | None = None,
+    num_features: int | None = None,
+) -> dict[str, Any]:
+    """The fields of a `partition.DeviceProfile`, measured on `device` in a few seconds.
+
+    Links and networks are not measured: they keep the figures of the table.
+
+    Raises:
+        ValueError: no such device, or more threads than cores.
+    """
+    place = _place(device, threads)
+    num_features = num_features or NUM_FEATURES
+    kind = place.type
+    known = PROFILES["cpu" if kind == "cpu" else DEFAULT_GPU]
+    num_bytes = CPU_WEIGHT_BYTES if kind == "cpu" else CUDA_WEIGHT_BYTES
+    shape = (num_features, num_features)
+    many = MANY_ROWS[kind]
+    dtype = torch.float32 if kind == "cpu" else torch.float16
+    generator = torch.Generator().manual_seed(0)
+    one_row = torch.randn(1, num_features, generator=generator).to(place, dtype)
+    many_rows = torch.randn(many, num_features, generator=generator).to(place, dtype)
+    weight = torch.randn(shape, generator=generator)
+    with torch.inference_mode():
+        quantized, scale = reference.quantize_weight(weight)
+        col_scale = scale.to(place)
+        int8s = _copies(quantized.to(place), num_bytes)
+        floats = _copies(weight.to(place, torch.bfloat16 if kind == "cpu" else dtype), num_bytes)
+
+        def int8(x: Tensor, w: Tensor) -> Tensor:
+            return ops.int8_linear(x, w, col_scale, **_RULE)
+
+        # a matrix-vector product reads; many rows compute on top of it
+        seconds = {
+            (kind_of, len(x)): _seconds(op, x, weights, place)
+            for kind_of, op, weights in (("int8", int8, int8s), ("float", ops.linear, floats))
+            for x in (one_row, many_rows)
+        }
+        overhead = _overhead(place, dtype)
+    operations = 2 * weight.numel() * (many - 1)
+
+    def rate(kind_of: str) -> float:
+        more = seconds[kind_of, many] - seconds[kind_of, 1]
+        whole = seconds[kind_of, many]
+        # a GPU overlaps the two: there the whole time is that of the operations
+        return operations / (max(more, 0.1 * whole) if kind == "cpu" else whole)
+
+    return {
+        **asdict(known),
+        "name": name or (_cpu_name() if kind == "cpu" else torch.cuda.get_device_name(place)),
+        "memory_bytes": _memory_bytes(place),
+        "int8_bandwidth": weight.numel() / seconds["int8", 1],
+        "float_bandwidth": 2 * weight.numel() / seconds["float", 1],
+        "int8_ops": rate("int8"),
+        "float_ops": rate("float"),
+        "overlaps": kind != "cpu",
+        "block_overhead_s": overhead,
+    }
+
+
+def _place(device: str, threads: int | None) -> torch.device:
+    count = torch.cuda.device_count()
+    names = ["cpu", *(f"cuda:{index}" for index in range(count))]
+    if device not in names:
+        raise ValueError(
+            f"dist-int8 bench:device: device must be one of {', '.join(names)}, got {device!r}; "
+            "dist-int8 doctor says which devices are seen"
+        )
+    if threads is not None:
+        cores = os.cpu_count() or threads
+        if threads > cores:
+            raise ValueError(
+                f"dist-int8 bench:threads: threads must be at most {cores}, got {threads}; "
+                "give those of one stage"
+            )
+        torch.set_num_threads(threads)
+    return torch.device(device)
+
+
+def _copies(weight: Tensor, num_bytes: int) -> list[Tensor]:
+    count = max(2, num_bytes // (weight.numel() * weight.element_size()))
+    return [weight.clone() for _ in range(count)]
+
+
+def _seconds(
+    op: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    place: torch.device,
+) -> float:
+    """Median seconds of op(x, weight), each time over a share of the weights."""
+    some = weights if len(x) == 1 else weights[:4]
+    for weight in some[:2]:
+        op(x, weight)
+    rounds = []
+    for _ in range(REPEATS):
+        _wait(place)
+        begin = time.perf_counter()
+        for weight in some:
+            op(x, weight)
+        _wait(place)
+        rounds.append((time.perf_counter() - begin) / len(some))
+    return statistics.median(rounds)
+
+
+def _overhead(place: torch.device, dtype: torch.dtype) -> float:
+    """Seconds of a block whose linears are next to nothing: four small ones and two norms."""
+    size = 64
+    x = torch.ones(1, size, device=place, dtype=dtype)
+    weight = torch.ones(size, size, device=place, dtype=torch.int8)
+    scale = torch.ones(size, device=place)
+
+    def small(x: Tensor, ones: Tensor) -> Tensor:
+        for _ in range(2):
+            x, _ = ops.add_norm(x, x, ones, None, 1e-5, "rms")
+        for _ in range(4):
+            ops.int8_linear(x, weight, scale, **_RULE)
+        return x
+
+    ones = torch.ones(size, device=place, dtype=dtype)
+    return _seconds(small, x, [ones] * 20, place)
+
+
+def _wait(place: torch.device) -> None:
+    if place.type == "cuda":
+        torch.cuda.synchronize(place)
+
+
+def _memory_bytes(place: torch.device) -> int:
+    if place.type == "cuda":
+        return torch.cuda.get_device_properties(place).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cpu_name() -> str:
+    return f"{platform.machine()} cpu, {torch.get_num_threads()} threads"

@@ -1,0 +1,88 @@
+"""Time of a stage, from bytes, operations and a device profile. Pure.
+
+Times are integers in picoseconds: their sums do not depend on the order, so that equal plans are
+equal and the same question always has the same answer.
+
+A linear of M rows reads its weights once (bytes / bandwidth) and computes 2 * M * N * K operations
+(operations / rate). A GPU does both at once and takes the longer of the two; a CPU takes their sum.
+"""
+
+from __future__ import annotations
+
+from dist_int8.partition.memory import (
+    Block,
+    Formats,
+    Model,
+    block_linears,
+    kv_bytes_per_token,
+    linear_bytes,
+    vocab_bytes,
+)
+from dist_int8.partition.profiles import DeviceProfile
+
+PS_PER_S = 10**12
+PS_PER_MS = 10**9
+
+
+def block_ps(
+    block: Block,
+    formats: Formats,
+    profile: DeviceProfile,
+    *,
+    num_rows: int,
+    num_sequences: int,
+    context: int,
+    index: int = 0,
+) -> int:
+    """Picoseconds of decoder block `index` for one micro-batch.
+
+    Args:
+        num_rows: tokens of the micro-batch: num_sequences when they decode, more in prefill.
+        num_sequences: sequences that the rows belong to; each reads its own keys and values.
+        context: positions that every sequence attends to.
+    """
+    total = round(profile.block_overhead_s * PS_PER_S)
+    for linear in block_linears(block):
+        int8 = formats.is_int8(f"blocks.{index}.{linear.name}")
+        num_hot = formats.num_hot_columns if int8 else 0
+        num_bytes = linear_bytes(linear, formats, int8=int8, num_hot_columns=num_hot)
+        total += _linear_ps(linear.num_weights, num_bytes, num_rows, int8, profile)
+    kv_bytes = num_sequences * context * kv_bytes_per_token(block, formats.float_size)
+    # scores and weighted values: 2 operations each for every row, head, dimension and position
+    operations = 4 * num_rows * context * block.num_heads * block.head_dim
+    return total + _ps(kv_bytes, profile.float_bandwidth, operations, profile.float_ops, profile)
+
+
+def head_ps(model: Model, formats: Formats, profile: DeviceProfile, *, num_rows: int) -> int:
+    """Picoseconds of the head for `num_rows` rows, those whose next token is wanted."""
+    num_weights = model.vocab_size * model.embedding_size
+    num_bytes = vocab_bytes(model, formats, int8=formats.head_int8)
+    return _linear_ps(num_weights, num_bytes, num_rows, formats.head_int8, profile)
+
+
+def hop_ps(
+    model: Model, formats: Formats, profile: DeviceProfile, *, num_rows: int, same_host: bool
+) -> int:
+    """Picoseconds in which a stage passes hidden states [num_rows, hidden] to the next."""
+    num_bytes = num_rows * model.hidden_size * formats.float_size
+    if same_host:
+        seconds = profile.link_latency_s + num_bytes / profile.link_bandwidth
+    else:
+        seconds = profile.network_latency_s + num_bytes / profile.network_bandwidth
+    return round(seconds * PS_PER_S)
+
+
+def _linear_ps(
+    num_weights: int, num_bytes: int, num_rows: int, int8: bool, profile: DeviceProfile
+) -> int:
+    bandwidth = profile.int8_bandwidth if int8 else profile.float_bandwidth
+    rate = profile.int8_ops if int8 else profile.float_ops
+    return _ps(num_bytes, bandwidth, 2 * num_rows * num_weights, rate, profile)
+
+
+def _ps(
+    num_bytes: int, bandwidth: float, operations: int, rate: float, profile: DeviceProfile
+) -> int:
+    reading, computing = num_bytes / bandwidth, operations / rate
+    seconds = max(reading, computing) if profile.overlaps else reading + computing
+    return round(seconds * PS_PER_S)

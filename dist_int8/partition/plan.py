@@ -1,0 +1,220 @@
+"""A plan: what every stage holds and how long it takes, as data, text and JSON. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dist_int8.partition.activations import Workload
+from dist_int8.partition.cost import PS_PER_MS
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one rank holds.
+
+    Attributes:
+        rank: rank and number of the stage.
+        host: name of its machine.
+        device: "cpu" or "cuda:N".
+        first_block, last_block: blocks of the stage, both inclusive.
+        weight_bytes: parameters as held.
+        float_bytes: the same parameters in fp32.
+        kv_bytes: KV cache of all slots at full length.
+        activation_bytes: at their peak.
+        reserve_bytes: of the budget, left alone.
+        budget: bytes that the settings allow here; None where they say nothing.
+        ps: picoseconds of a decode step, the hop to the next stage included.
+        prefill_ps: the same of a micro-batch full of prompt tokens.
+    """
+
+    rank: int
+    host: str
+    device: str
+    first_block: int
+    last_block: int
+    weight_bytes: int
+    float_bytes: int
+    kv_bytes: int
+    activation_bytes: int = 0
+    reserve_bytes: int = 0
+    budget: int | None = None
+    ps: int = 0
+    prefill_ps: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of this stage: parameters as held."""
+        return self.weight_bytes
+
+    @property
+    def blocks(self) -> range:
+        return range(self.first_block, self.last_block + 1)
+
+    @property
+    def needed_bytes(self) -> int:
+        """All that has to fit into the budget."""
+        return self.weight_bytes + self.kv_bytes + self.activation_bytes + self.reserve_bytes
+
+    @property
+    def free_bytes(self) -> int | None:
+        """What is left of the budget, negative where it is not enough; None without a budget."""
+        return None if self.budget is None else self.budget - self.needed_bytes
+
+    @property
+    def missing_bytes(self) -> int:
+        """What the budget lacks; 0 where the stage fits."""
+        return max(0, -(self.free_bytes or 0))
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds of a decode step, the hop to the next stage included."""
+        return self.ps / PS_PER_MS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a model, in order.
+
+    Attributes:
+        stages: one a rank.
+        num_blocks: of the model.
+        block_bytes: parameters of the largest block.
+        model_bytes: all parameters, a tied table once.
+        kv_bytes_per_token: KV cache of one token in all blocks.
+        kv_tokens: KV tokens that fit beside all else on the fullest stage, those of `workload`
+            included; None where no stage has a budget.
+        workload: what was asked, or the largest that fits.
+        suggestions: changes that would make it fit, the cheapest first; none if it fits.
+    """
+
+    stages: tuple[StagePlan, ...]
+    num_blocks: int
+    block_bytes: int = 0
+    model_bytes: int = 0
+    kv_bytes_per_token: int = 0
+    kv_tokens: int | None = None
+    workload: Workload | None = None
+    suggestions: tuple[str, ...] = ()
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes that all budgets together lack."""
+        return sum(stage.missing_bytes for stage in self.stages)
+
+    @property
+    def fits(self) -> bool:
+        return self.missing_bytes == 0
+
+    @property
+    def ms_per_token(self) -> float:
+        """Milliseconds in which a micro-batch passes all stages in decode: a token a sequence."""
+        return sum(stage.ps for stage in self.stages) / PS_PER_MS
+
+    def refusal(self) -> str:
+        """One line: which stage does not fit, by how much, and what to change."""
+        worst = max(self.stages, key=lambda stage: stage.missing_bytes)
+        assert worst.budget is not None, "a stage without a budget lacks nothing"
+        cure = "; or ".join(self.suggestions) or "use devices with more memory"
+        return (
+            f"plan: stage {worst.rank} on {worst.device} must fit {format_bytes(worst.budget)}, "
+            f"got {format_bytes(worst.weight_bytes)} of weights, {format_bytes(worst.kv_bytes)} of "
+            f"KV cache, {format_bytes(worst.activation_bytes)} of activations and "
+            f"{format_bytes(worst.reserve_bytes)} of reserve, "
+            f"{format_bytes(worst.missing_bytes)} too much "
+            f"({self.missing_bytes} bytes on all stages); {cure}"
+        )
+
+    def table(self) -> str:
+        """The plan as text, a line a stage."""
+        columns = "stage device blocks weights kv activations reserve free ms/token ms/prefill"
+        rows = [tuple(columns.split())]
+        several_hosts = len({stage.host for stage in self.stages}) > 1
+        for stage in self.stages:
+            rows.append(
+                (
+                    str(stage.rank),
+                    f"{stage.host} {stage.device}" if several_hosts else stage.device,
+                    f"{stage.first_block}-{stage.last_block}",
+                    format_bytes(stage.weight_bytes),
+                    format_bytes(stage.kv_bytes),
+                    format_bytes(stage.activation_bytes),
+                    format_bytes(stage.reserve_bytes),
+                    "-" if stage.free_bytes is None else format_bytes(stage.free_bytes),
+                    f"{stage.ms:.2f}",
+                    f"{stage.prefill_ps / PS_PER_MS:.1f}",
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join(
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            for row in rows
+        )
+
+    def summary(self) -> str:
+        """What the table leaves open, as text."""
+        asked = self.workload
+        lines = [
+            f"model: {format_bytes(self.model_bytes)} ({self.model_bytes} bytes), a block "
+            f"{format_bytes(self.block_bytes)}, KV cache {self.kv_bytes_per_token} bytes a token"
+        ]
+        if asked is not None:
+            lines.append(
+                f"asked: {asked.num_sequences} sequences of {asked.max_tokens} tokens, prompts in "
+                f"chunks of {asked.prefill_chunk}"
+            )
+        if self.fits:
+            tokens = "no budget given" if self.kv_tokens is None else str(self.kv_tokens)
+            lines.append(
+                f"fits; KV tokens in all: {tokens}; predicted {self.ms_per_token:.2f} ms per token"
+            )
+        else:
+            lines.append(
+                f"does not fit: {self.missing_bytes} bytes are missing "
+                f"({format_bytes(self.missing_bytes)}), most of them on stage "
+                f"{max(self.stages, key=lambda stage: stage.missing_bytes).rank}"
+            )
+            lines += [f"  - {suggestion}" for suggestion in self.suggestions]
+        return "\n".join(lines)
+
+    def as_dict(self, model: str) -> dict[str, Any]:
+        """What `dist-int8 plan --json` prints; `model` is the name it was asked by."""
+        return {
+            "fits": self.fits,
+            "model": model,
+            "num_blocks": self.num_blocks,
+            "block_bytes": self.block_bytes,
+            "model_bytes": self.model_bytes,
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "kv_tokens": self.kv_tokens,
+            "ms_per_token": round(self.ms_per_token, 6),
+            "stages": [
+                {
+                    "rank": stage.rank,
+                    "host": stage.host,
+                    "device": stage.device,
+                    "blocks": [stage.first_block, stage.last_block],
+                    "bytes": {
+                        "weights": stage.weight_bytes,
+                        "kv": stage.kv_bytes,
+                        "activations": stage.activation_bytes,
+                        "reserve": stage.reserve_bytes,
+                        "free": stage.free_bytes,
+                    },
+                    "ms": round(stage.ms, 6),
+                }
+                for stage in self.stages
+            ],
+            "missing_bytes": self.missing_bytes,
+            "suggestions": list(self.suggestions),
+        }
+
+
+def format_bytes(num_bytes: int) -> str:
+    """1610612736 as "1.50 GiB"."""
+    size = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1024
+    return f"{size:.2f} TiB"

@@ -1,0 +1,109 @@
+"""How fast devices are and how much they hold: datasheets, and what a measured profile holds. Pure.
+
+Sources of the numbers (dense rates, without sparsity):
+
+- T4: NVIDIA T4 datasheet (320 GB/s, 65 fp16 TFLOPS, 130 int8 TOPS, 16 GB, PCIe 3 x16).
+- V100: NVIDIA V100 datasheet, SXM2 32 GB (900 GB/s, 125 fp16 tensor TFLOPS, NVLink 300 GB/s); its
+  tensor cores have no int8: dp4a gives four int8 products an fp32 lane, 4 * 15.7 TOPS.
+- A10: NVIDIA A10 datasheet (600 GB/s, 125 fp16 TFLOPS, 250 int8 TOPS, 24 GB, PCIe 4 x16).
+- A100: NVIDIA A100 datasheet, SXM (40 GB: 1,555 GB/s; 80 GB: 2,039 GB/s; 312 fp16 TFLOPS, 624 int8
+  TOPS, NVLink 600 GB/s both directions).
+- L4: NVIDIA L4 datasheet (300 GB/s, 121 fp16 TFLOPS, 242.5 int8 TOPS, 24 GB, PCIe 4 x16).
+- L40S: NVIDIA L40S datasheet (864 GB/s, 362 fp16 TFLOPS, 733 int8 TOPS, 48 GB, PCIe 4 x16).
+- H100: NVIDIA H100 datasheet, SXM (3.35 TB/s, 989 fp16 TFLOPS, 1,979 int8 TOPS, 80 GB, NVLink
+  900 GB/s both directions).
+- H200: NVIDIA H200 datasheet, SXM (4.8 TB/s, the rates of H100, 141 GB).
+- cpu: no datasheet; two cores of an AMD EPYC with AVX-512 VNNI, `dist-int8 bench --profile`.
+
+A datasheet is never reached. `ACHIEVED_BANDWIDTH` is what copies and matrix-vector products reach
+(A100: 1.7 to 1.75 of 2.04 TB/s, gpt-fast; H200: 4.3 of 4.8 TB/s), `ACHIEVED_RATE` what large
+matrix products do.
+"""
+
+from dataclasses import dataclass
+
+ACHIEVED_BANDWIDTH = 0.86
+ACHIEVED_RATE = 0.7
+GB = 10**9
+TERA = 10**12
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """What the cost model knows of one kind of device; rates are those achieved.
+
+    Attributes:
+        name: "a100-80", or what a measured profile calls itself.
+        memory_bytes: nominal memory; what a budget is if none is set.
+        int8_bandwidth: bytes/s at which a linear of few rows reads int8 weights.
+        float_bandwidth: bytes/s at which it reads 16-bit weights.
+        int8_ops: int8 operations/s of a linear of many rows; two a weight and row.
+        float_ops: the same of a 16-bit linear.
+        overlaps: reading and computing go on at once (GPUs); otherwise one after the other (CPUs).
+        block_overhead_s: seconds a block takes beside its linears: launches, norms.
+        link_bandwidth: bytes/s to the next device of the same host, one direction.
+        link_latency_s: seconds of the smallest message there.
+        network_bandwidth: bytes/s to another host.
+        network_latency_s: seconds of the smallest message there.
+    """
+
+    name: str
+    memory_bytes: int
+    int8_bandwidth: float
+    float_bandwidth: float
+    int8_ops: float
+    float_ops: float
+    overlaps: bool = True
+    block_overhead_s: float = 20e-6
+    link_bandwidth: float = 25 * GB
+    link_latency_s: float = 15e-6
+    network_bandwidth: float = 12.5 * GB
+    network_latency_s: float = 40e-6
+
+
+def _datasheet(
+    name: str, memory_gb: int, bandwidth_gb: float, int8_tops: float, tflops: float, link_gb: float
+) -> DeviceProfile:
+    bandwidth = ACHIEVED_BANDWIDTH * bandwidth_gb * GB
+    return DeviceProfile(
+        name=name,
+        memory_bytes=memory_gb * GB,
+        int8_bandwidth=bandwidth,
+        float_bandwidth=bandwidth,
+        int8_ops=ACHIEVED_RATE * int8_tops * TERA,
+        float_ops=ACHIEVED_RATE * tflops * TERA,
+        link_bandwidth=ACHIEVED_BANDWIDTH * link_gb * GB,
+    )
+
+
+#                 memory  memory  int8   fp16    link, one
+#                 GB      GB/s    TOPS   TFLOPS  direction GB/s
+_DATASHEETS = (
+    _datasheet("t4", 16, 320, 130, 65, 16),
+    _datasheet("v100", 32, 900, 62.8, 125, 150),
+    _datasheet("a10", 24, 600, 250, 125, 32),
+    _datasheet("a100-40", 40, 1555, 624, 312, 300),
+    _datasheet("a100-80", 80, 2039, 624, 312, 300),
+    _datasheet("l4", 24, 300, 242.5, 121, 32),
+    _datasheet("l40s", 48, 864, 733, 362, 32),
+    _datasheet("h100", 80, 3350, 1979, 989, 450),
+    _datasheet("h200", 141, 4800, 1979, 989, 450),
+)
+# The head of a CPU, widened from 16 bits, takes about as long a weight as an int8 product with its
+# outliers: half the bytes at half the bandwidth.
+CPU = DeviceProfile(
+    name="cpu",
+    memory_bytes=16 * GB,
+    int8_bandwidth=15 * GB,
+    float_bandwidth=30 * GB,
+    int8_ops=0.25 * TERA,
+    float_ops=0.25 * TERA,
+    overlaps=False,
+    block_overhead_s=50e-6,
+    link_bandwidth=2 * GB,
+    link_latency_s=100e-6,
+    network_bandwidth=1 * GB,
+    network_latency_s=200e-6,
+)
+PROFILES = {profile.name: profile for profile in (*_DATASHEETS, CPU)}
+DEFAULT_GPU = "a100-80"

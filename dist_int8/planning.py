@@ -1,0 +1,236 @@
+"""From settings to a plan: what `load()` and `dist-int8 plan` ask the planner, in one way."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dist_int8.config import ProfileSettings, Settings, read_yaml
+from dist_int8.devices import probe
+from dist_int8.partition import (
+    PROFILES,
+    Device,
+    DeviceProfile,
+    Formats,
+    Plan,
+    Question,
+    Request,
+    ask,
+)
+from dist_int8.partition.profiles import DEFAULT_GPU
+from dist_int8.partition.questions import DEFAULT_MAX_TOKENS
+
+# What a CUDA process takes of its budget beside tensors that the plan counts: cuBLAS workspaces,
+# the allocator's rounding, NCCL's buffers. The CUDA context itself lies outside of a nominal size:
+# a GPU sold as 40 GB (40e9 bytes) reports 39.4 GiB (42.3e9).
+CUDA_RESERVE = 256 * 1024**2
+# What CUDA takes of a GPU's free memory before the first tensor.
+CUDA_CONTEXT_BYTES = 1024**3
+_SIXTEEN_BITS = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `dist-int8 plan` may ask beside the settings; None: not said.
+
+    Attributes:
+        num_sequences, max_tokens: what must fit.
+        like_load: what is not said is what `load()` would reserve; otherwise as much as fits.
+        head_int8, embedding_int8: formats of the two tables.
+        num_hot_columns: input features of every linear that are also kept in 16 bits.
+        choose_count: devices may stay unused.
+    """
+
+    num_sequences: int | None = None
+    max_tokens: int | None = None
+    like_load: bool = False
+    head_int8: bool | None = None
+    embedding_int8: bool | None = None
+    num_hot_columns: int = 0
+    choose_count: bool = False
+
+
+def answer(settings: Settings, asked: Asked, config: Any, spec: Any, source: str) -> Plan:
+    """The plan for a model's config alone: no weights, and devices that need not exist.
+
+    Raises:
+        ValueError: settings or a question that make no sense for this model.
+    """
+    names = settings.devices
+    if names is None:
+        num_gpus, num_hosts = settings.gpus or 1, len(settings.hosts or [""])
+        names = [f"cuda:{rank % max(1, num_gpus // num_hosts)}" for rank in range(num_gpus)]
+    budgets = None
+    if settings.memory is None and settings.profile is not None:
+        devices = devices_of(settings, names, source=source)
+        budgets = [device.profile.memory_bytes for device in devices]
+    elif settings.memory is None and any(name != "cpu" for name in names):
+        raise ValueError(
+            f"{source}:memory: memory must be given for GPUs that are not there, got none; write "
+            "--memory 80GB or --profile a100-80"
+        )
+    formats = formats_of_config(settings, config, names)
+    formats = replace(
+        formats,
+        head_int8=formats.head_int8 if asked.head_int8 is None else asked.head_int8,
+        embedding_int8=bool(asked.embedding_int8),
+        num_hot_columns=asked.num_hot_columns,
+    )
+    num_sequences, max_tokens = asked.num_sequences, asked.max_tokens
+    if asked.like_load:
+        limit = spec.max_positions or DEFAULT_MAX_TOKENS
+        num_sequences = settings.max_sequences if num_sequences is None else num_sequences
+        if max_tokens is None:
+            max_tokens = settings.max_tokens or min(DEFAULT_MAX_TOKENS, limit)
+    question = Question(
+        num_sequences=num_sequences,
+        max_tokens=max_tokens,
+        prefill_chunk=settings.prefill_chunk,
+        num_micro_batches=settings.micro_batches,
+        request=Request(settings.objective, settings.pinned, asked.choose_count),
+    )
+    devices = devices_of(settings, names, budgets=budgets, source=source)
+    return ask(spec, devices, formats, question)
+
+
+def saved(settings: Settings, asked: Asked, plan: Plan) -> dict[str, Any]:
+    """Settings that make `load()` run this plan, as YAML keys."""
+    assert plan.workload is not None and plan.fits
+    values = settings.model_dump(mode="json", exclude_defaults=True)
+    for key in ("gpus", "devices", "stages", "memory", "hosts"):
+        values.pop(key, None)
+    stages = plan.stages
+    values["devices"] = [stage.device for stage in stages]
+    values["stages"] = [len(stage.blocks) for stage in stages]
+    if stages[0].budget is not None:
+        values["memory"] = [stage.budget for stage in stages]
+    if settings.hosts is not None:
+        values["hosts"] = [stage.host for stage in stages]
+    if asked.head_int8 is not None:
+        others = [name for name in settings.skip_modules if name != "lm_head"]
+        values["skip_modules"] = others if asked.head_int8 else [*others, "lm_head"]
+    values["max_sequences"] = plan.workload.num_sequences
+    values["max_tokens"] = plan.workload.max_tokens
+    return values
+
+
+def formats_of(settings: Settings, float_size: int, vocab_size: int) -> Formats:
+    """How parameters are held under these settings; the sizes are bytes an element."""
+    formats = Formats(settings.int8, float_size, vocab_size, skip=tuple(settings.skip_modules))
+    return replace(formats, head_int8=formats.is_int8("lm_head"))
+
+
+def formats_of_config(settings: Settings, config: Any, devices: Sequence[str]) -> Formats:
+    """The same from a model's config alone: its dtype is taken for that of its tensors."""
+    stored = str(config.dtype or "").removeprefix("torch.")
+    dtype: str = settings.dtype
+    if dtype == "auto":
+        dtype = "float32" if devices[0] == "cpu" else stored or "float16"
+    float_size = 2 if dtype in _SIXTEEN_BITS else 4
+    return formats_of(settings, float_size, 2 if stored in _SIXTEEN_BITS else float_size)
+
+
+def devices_of(
+    settings: Settings,
+    names: Sequence[str],
+    *,
+    budgets: Sequence[int | None] | None = None,
+    hosts: Sequence[str] | None = None,
+    source: str = "load()",
+) -> list[Device]:
+    """The planner's devices: profile, budget, reserve and host of each name.
+
+    Args:
+        names: "cpu" or "cuda:N" of every stage.
+        budgets: bytes of each where the settings say nothing.
+        hosts: machine of each where the settings say nothing.
+        source: what errors begin with.
+    """
+    profiles = _one_each("profile", settings.profile, len(names), source)
+    if settings.hosts is not None:
+        hosts = _spread(settings.hosts, len(names), source)
+    devices = []
+    for rank, (name, profile_name) in enumerate(zip(names, profiles, strict=True)):
+        is_cpu = name == "cpu"
+        budget = settings.budget_of(rank, name)
+        if budget is None and budgets is not None:
+            budget = budgets[rank]
+        reserve = settings.reserve
+        if reserve is None:
+            reserve = 0 if is_cpu else CUDA_RESERVE
+        devices.append(
+            Device(
+                name=name,
+                profile=profile_of(profile_name or ("cpu" if is_cpu else DEFAULT_GPU), source),
+                budget=budget,
+                reserve=reserve,
+                host=hosts[rank] if hosts is not None else "localhost",
+            )
+        )
+    return devices
+
+
+def free_budgets(names: Sequence[str]) -> list[int | None]:
+    """Bytes to use on each GPU of this machine that is seen, its free memory less a context."""
+    gpus = probe().gpus if any(name != "cpu" for name in names) else ()
+    free = {f"cuda:{gpu.index}": gpu.free_bytes or gpu.total_bytes for gpu in gpus}
+    return [max(1, free[name] - CUDA_CONTEXT_BYTES) if name in free else None for name in names]
+
+
+def profile_of(name: str, source: str = "load()") -> DeviceProfile:
+    """A profile of the table by its name, or a measured one from its YAML file."""
+    if name in PROFILES:
+        return PROFILES[name]
+    if not name.endswith((".yaml", ".yml")):
+        raise ValueError(
+            f"{source}:profile: profile must be one of {', '.join(PROFILES)} or a YAML file, "
+            f"got {name!r}; measure one with `dist-int8 bench --profile FILE.yaml`"
+        )
+    return DeviceProfile(**ProfileSettings.from_values(read_yaml(name), name).model_dump())
+
+
+def plan_of(
+    settings: Settings,
+    model: Any,
+    devices: Sequence[Device],
+    formats: Formats,
+    *,
+    num_sequences: int,
+    max_tokens: int,
+) -> Plan:
+    """The plan that `load()` runs; raises ValueError with the cure if it does not fit."""
+    question = Question(
+        num_sequences=num_sequences,
+        max_tokens=max_tokens,
+        prefill_chunk=settings.prefill_chunk,
+        num_micro_batches=settings.micro_batches,
+        request=Request(settings.objective, settings.pinned),
+    )
+    plan = ask(model, devices, formats, question)
+    if not plan.fits:
+        raise ValueError(plan.refusal())
+    return plan
+
+
+def _one_each(
+    key: str, values: Sequence[str] | None, count: int, source: str
+) -> Sequence[str | None]:
+    if values is None:
+        return [None] * count
+    if len(values) == 1:
+        return list(values) * count
+    if len(values) != count:
+        raise ValueError(
+            f"{source}:{key}: {key} must be one for all or one a device, {count}, got "
+            f"{len(values)}; write one or {count}"
+        )
+    return values
+
+
+def _spread(hosts: Sequence[str], count: int, source: str) -> list[str]:
+    """Host of each of `count` stages, an equal number on each, in order."""
+    if count % len(hosts):
+        raise ValueError(
+            f"{source}:hosts: hosts must divide the {count} stages, got {len(hosts)}; "
+            "name one host a stage where they differ"
+        )
+    return [hosts[rank * len(hosts) // count] for rank in range(count)]
