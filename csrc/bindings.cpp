@@ -29,6 +29,9 @@ STABLE_TORCH_LIBRARY(dist_int8, m) {
       "int8_matmul(Tensor x_int8, Tensor x_high, Tensor row_scale, Tensor high_tiles, "
       "Tensor x_hot, Tensor weight_int8, Tensor col_scale, Tensor? bias, Tensor? hot_weight, "
       "Tensor? residual) -> Tensor");
+  m.def(
+      "int8_weight_linear(Tensor x, Tensor weight_int8, Tensor col_scale, Tensor? bias, "
+      "Tensor? residual) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
       "add_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, int norm_kind) "

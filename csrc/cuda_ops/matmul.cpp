@@ -1,4 +1,5 @@
-// int8_matmul and int8_linear on a GPU: the kernel for the shape, and what it needs.
+// int8_matmul, int8_linear and int8_weight_linear on a GPU: the kernel for the shape, and what it
+// needs.
 //
 // Nothing here reads device memory or allocates but through torch, so a CUDA graph captures it. The
 // addend of a CUTLASS kernel lies in its output: there is no workspace.
@@ -205,10 +206,50 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight_int8, const Tensor& col
                 hot_weight, std::nullopt, has_high);
 }
 
+Tensor int8_weight_linear(const Tensor& x, const Tensor& weight_int8, const Tensor& col_scale,
+                          const std::optional<Tensor>& bias,
+                          const std::optional<Tensor>& residual) {
+  constexpr const char* op = "int8_weight_linear";
+  CudaInt8WeightLinearArgs args{};
+  args.type = data_type(op, "x", x);
+  if (args.type == DataType::kFloat32) {
+    fail(op, "x must be bfloat16 or float16 on a GPU, got float32; convert it first");
+  }
+  check_shape(op, "x", x, {{"M", -1}, {"K", -1}});
+  args.num_rows = x.size(0);
+  args.num_features = x.size(1);
+  args.num_outputs = check_weight(op, x, x.size(1), weight_int8, col_scale, bias);
+  if (residual.has_value()) {
+    check_dtype(op, "residual", *residual, x.scalar_type());
+    check_shape(op, "residual", *residual, {{"M", args.num_rows}, {"N", args.num_outputs}});
+    check_same_device(op, "residual", *residual, x);
+    args.residual = residual->const_data_ptr();
+  }
+  Tensor out = empty({args.num_rows, args.num_outputs}, x.scalar_type(), x);
+  if (args.num_rows == 0 || args.num_outputs == 0) return out;
+  args.x = x.const_data_ptr();
+  args.weight = weight_int8.const_data_ptr<int8_t>();
+  args.col_scale = col_scale.const_data_ptr<float>();
+  if (bias.has_value()) {
+    args.bias = bias->const_data_ptr();
+    args.bias_type = data_type(op, "bias", *bias);
+  }
+  args.out = out.mutable_data_ptr();
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Device& device = device_of(x.get_device_index());
+  args.num_multiprocessors = device.num_multiprocessors;
+  args.max_shared_bytes = device.max_shared_bytes;
+  if (const char* error = cuda_int8_weight_linear(args, current_stream(x))) {
+    throw std::runtime_error(std::string(op) + ": launch failed: " + error);
+  }
+  return out;
+}
+
 }  // namespace
 }  // namespace dist_int8
 
 STABLE_TORCH_LIBRARY_IMPL(dist_int8, CUDA, m) {
   m.impl("int8_matmul", TORCH_BOX(&dist_int8::int8_matmul));
   m.impl("int8_linear", TORCH_BOX(&dist_int8::int8_linear));
+  m.impl("int8_weight_linear", TORCH_BOX(&dist_int8::int8_weight_linear));
 }

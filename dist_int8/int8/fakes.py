@@ -104,6 +104,17 @@ def _int8_matmul(
     return x_hot.new_empty(x_int8.shape[0], weight_int8.shape[0])
 
 
+@_fake("int8_weight_linear")
+def _int8_weight_linear(
+    x: Tensor,
+    weight_int8: Tensor,
+    col_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    return x.new_empty(x.shape[0], weight_int8.shape[0])
+
+
 @_fake("linear")
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])

@@ -15,6 +15,7 @@ OPS = (
     "quantize_rows",
     "int8_linear",
     "int8_matmul",
+    "int8_weight_linear",
     "linear",
     "add_norm",
     "norm",

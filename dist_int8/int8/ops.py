@@ -22,6 +22,7 @@ __all__ = [
     "decode_segments",
     "int8_linear",
     "int8_matmul",
+    "int8_weight_linear",
     "library_info",
     "linear",
     "quantize_rows",
@@ -40,6 +41,7 @@ _norm = _ops.norm.default if _COMPILED else None
 _silu_mul = _ops.silu_mul.default if _COMPILED else None
 _attention = _ops.attention.default if _COMPILED else None
 _int8_matmul = _ops.int8_matmul.default if has_op("int8_matmul") else None
+_int8_weight_linear = _ops.int8_weight_linear.default if has_op("int8_weight_linear") else None
 _add_norm_quantize = _ops.add_norm_quantize.default if has_op("add_norm_quantize") else None
 _silu_mul_quantize = _ops.silu_mul_quantize.default if has_op("silu_mul_quantize") else None
 _activation_quantize = _ops.activation_quantize.default if has_op("activation_quantize") else None
@@ -152,6 +154,25 @@ def int8_matmul(
     return reference.int8_matmul(
         rows, weight_int8, col_scale, bias, hot_weight=hot_weight, residual=residual
     )
+
+
+def int8_weight_linear(
+    x: Tensor,
+    weight_int8: Tensor,
+    col_scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """x [M, K], weight_int8 [N, K], col_scale fp32 [N] -> [M, N] in x's dtype; x is not quantized.
+
+    bias [N], residual [M, N] in x's dtype. Most exact, and on a GPU no slower than `int8_linear`
+    where reading the weights is what takes time; meant for M up to 32 and bf16 or fp16 there. See
+    `reference.int8_weight_linear`; it runs where no kernel is compiled, on CPUs always. Raises
+    ValueError for shapes and dtypes.
+    """
+    if _int8_weight_linear is not None and (x.is_cpu or (_MATMUL_ON_CUDA and x.is_cuda)):
+        return _int8_weight_linear(x.contiguous(), weight_int8, col_scale, bias, residual)
+    return reference.int8_weight_linear(x, weight_int8, col_scale, bias, residual)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -407,3 +428,8 @@ if _activation_quantize is not None:
         activated = list(ACTIVATIONS.values())[activation](x)
         assert _quantize_rows is not None
         return _quantize_rows(activated, outlier_rule, outlier_threshold, hot_columns)
+
+
+if _int8_weight_linear is not None:
+    # No compiled kernel: quantizing rows costs a CPU less than widening weights.
+    torch.library.impl("dist_int8::int8_weight_linear", "CPU")(reference.int8_weight_linear)

@@ -231,6 +231,29 @@ def int8_matmul(
     return y.to(rows.x_hot.dtype)
 
 
+def int8_weight_linear(
+    x: Tensor,
+    weight_int8: Tensor,
+    col_scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """x [M, K] times weights in int8, activations as they are -> y [M, N] in x's dtype.
+
+    y = sum_k x * weight_int8, here in fp64 and rounded to fp32 once; then in fp32 y *= col_scale,
+    y += bias, y += residual [M, N]; last the cast. Outliers are no matter to it: the only error is
+    that of the weights. A kernel may sum in fp32.
+    """
+    _check_matrix("int8_weight_linear", "x", x)
+    _check_weight("int8_weight_linear", weight_int8, x.shape[1])
+    y = (x.double() @ weight_int8.double().T).float() * col_scale
+    if bias is not None:
+        y = y + bias.float()
+    if residual is not None:
+        y = y + residual.float()
+    return y.to(x.dtype)
+
+
 def integer_product(x_int8: Tensor, x_high: Tensor, weight_int8: Tensor) -> Tensor:
     """sum_k (x_int8 + 128 * x_high) * weight_int8 -> fp64 [M, N] of exact integers.
 

@@ -94,6 +94,20 @@ def test_a_row_does_not_depend_on_its_batch():
         assert torch.equal(alone, whole[part])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_weight_linear_errs_by_the_weights_alone(dtype):
+    x, _, arguments = layer(9, 200, 13, dtype)
+    del arguments["hot_weight"]
+    got = ops.int8_weight_linear(x, **arguments)
+    weight = reference.dequantize_weight(arguments["weight_int8"], arguments["col_scale"]).double()
+    want = x.double() @ weight.T + arguments["bias"].double() + arguments["residual"].double()
+    tolerance = torch.finfo(dtype).eps
+    assert got.dtype == dtype
+    torch.testing.assert_close(
+        got.double(), want, rtol=tolerance, atol=2e-7 * float(x.double().norm())
+    )
+
+
 @pytest.mark.parametrize("num_hot", [0, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(num_hot, dtype):

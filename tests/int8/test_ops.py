@@ -508,6 +508,7 @@ def compiled_calls():
             hot[1],
             torch.randn(5, 6),
         ),
+        "int8_weight_linear": (x, weight_int8, col_scale, bias, torch.randn(5, 6)),
         "linear": (x, torch.randn(6, 40), bias),
         "add_norm": (x, x.clone(), torch.ones(40), torch.ones(40), 1e-5, 1),
         "norm": (x, torch.ones(40), None, 1e-5, 0),
