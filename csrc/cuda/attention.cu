@@ -6,10 +6,11 @@ namespace {
 
 using namespace attention;
 
-// More queries keep more sums in registers, unaligned rows more addresses.
-template <int kQueries, bool kAligned>
+// More queries keep more sums in registers, fp32 and unaligned rows more addresses.
+template <typename T, int kQueries, bool kAligned>
 constexpr int blocks_per_multiprocessor() {
-  return !kAligned ? 2 : kQueries == 1 ? 4 : kQueries == 2 ? 3 : 2;
+  if (!kAligned || kQueries > 2) return 2;
+  return (kQueries == 1 ? 4 : 3) - (sizeof(T) == 4 ? 1 : 0);
 }
 
 template <typename T>
@@ -19,7 +20,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int kQueries, bool kAligned>
-__global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor<kQueries, kAligned>())
+__global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor<T, kQueries, kAligned>())
     attend_kernel(const __grid_constant__ CudaAttentionArgs args, int64_t chunks, int64_t items) {
   attend<T, kQueries, kAligned>(args, chunks, items);
 }
@@ -39,7 +40,8 @@ const char* launch_attend(const CudaAttentionArgs& args, void* stream) {
   }
   if (error != cudaSuccess) return cudaGetErrorString(error);
   const int64_t items = num_items(args, kQueries), chunks = num_chunks(args, kQueries);
-  const int64_t most = int64_t{multiprocessors} * blocks_per_multiprocessor<kQueries, kAligned>();
+  const int64_t most =
+      int64_t{multiprocessors} * blocks_per_multiprocessor<T, kQueries, kAligned>();
   const dim3 grid(static_cast<unsigned>(items < most ? items : most));
   return launch(attend_kernel<T, kQueries, kAligned>, grid, kThreads,
                 shared_bytes(args.head_dim, kQueries), stream, args, chunks, items);

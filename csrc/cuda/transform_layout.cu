@@ -5,7 +5,7 @@
 namespace dist_int8 {
 namespace {
 
-__global__ void __launch_bounds__(transform_layout::kThreads, 6)
+__global__ void __launch_bounds__(transform_layout::kThreads, 4)
     transform_layout_kernel(const __grid_constant__ TransformLayoutArgs args) {
   transform_layout::body(args);
 }
