@@ -144,6 +144,7 @@ def load(
                 prefill_chunk=settings.prefill_chunk,
                 smallest_chunk=SMALLEST_CHUNK[torch.device(stage_devices[0]).type],
                 eos_token_ids=_eos_token_ids(folder, hf_config),
+                max_queue=settings.max_queue,
             ),
             plan=plan,
             settings=settings,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import random
-import threading
 from collections.abc import Callable, Generator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 from dist_int8.config import GenerationSettings, Settings
-from dist_int8.engine import Completion, Engine, Request, Token
+from dist_int8.engine import Completion, Engine, Request, Speed, Token
 from dist_int8.engine.text import TextStream
 from dist_int8.models import ModelSpec
 from dist_int8.partition import Plan
@@ -42,7 +41,6 @@ class Model:
         self.folder = folder
         self._spec = spec
         self._engine = engine
-        self._lock = threading.Lock()
         self._closed = False
         atexit.register(self.shutdown)
 
@@ -76,7 +74,7 @@ class Model:
         stream: bool = False,
         **settings: Any,
     ) -> Any:
-        """Answers one prompt or many.
+        """Answers one prompt or many. Calls from several threads share the pipeline.
 
         Args:
             prompts: a string, a list of strings, token ids, or a list of token ids.
@@ -94,7 +92,9 @@ class Model:
 
         Raises:
             ValueError: a bad setting, an empty prompt, or one longer than the context.
+            QueueFull: too many requests of other calls wait already.
             RankDied: a rank ended; the handle is closed then.
+            RuntimeError: the model's logits are NaN.
         """
         if not isinstance(stream, bool):
             raise ValueError(
@@ -155,6 +155,7 @@ class Model:
         self._closed = True
         atexit.unregister(self.shutdown)
         try:
+            self._engine.drain()
             self._engine.pipeline.close()
         except RuntimeError:  # a stage is gone already; end the others all the same
             self._engine.pipeline.kill()
@@ -234,9 +235,11 @@ class Model:
                 )
 
     def _run(self, requests: list[Request]) -> Generator[Token, None, list[Completion]]:
+        speed = Speed(requests)
         with self._running():
-            yield from self._engine.run(requests)
-        speed = self._engine.speed
+            for token in self._engine.run(requests):
+                speed.note(token.index)
+                yield token
         return [
             Completion(
                 prompt=self.tokenizer.decode(request.prompt_ids) if self.tokenizer else "",
@@ -257,7 +260,7 @@ class Model:
 
 
 class _Running:
-    """One call at a time on an open handle; a failure inside the pipeline closes the handle."""
+    """A call on an open handle; a failure inside the pipeline closes the handle."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -265,16 +268,9 @@ class _Running:
     def __enter__(self) -> None:
         if self.model._closed:
             raise ValueError("generate: the model must be loaded, got one shut down; load it again")
-        if not self.model._lock.acquire(blocking=False):
-            raise ValueError(
-                "generate: one call must end before the next, got a second one; give the prompts "
-                "as one list, or read the stream to its end"
-            )
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.model._lock.release()
-        if kind is not None and not issubclass(kind, GeneratorExit):
-            # micro-batches of the failed call may still be under way: nothing can follow them
+        if self.model._engine.failed and not self.model._closed:
             self.model._closed = True
             atexit.unregister(self.model.shutdown)
             self.model._engine.pipeline.kill()

@@ -109,10 +109,14 @@ def test_stage_bytes_are_exact(one_stage, two_stages):
 def test_rank_0_submits_in_the_order_of_the_schedule(two_stages):
     from dist_int8.pipeline import schedule
 
+    engine = two_stages._engine
+    before = engine.num_steps
     two_stages.generate(["ab", "cd"], max_new_tokens=6)
     grid = schedule.build(2, 2, num_prefill_chunks=1, num_decode_steps=5)
     planned = [(row[0].kind, row[0].micro_batch) for row in grid if row[0]]
-    assert two_stages._engine.pipeline.trace == planned
+    done = engine.pipeline.trace.since(before)
+    assert [(record.kind, record.lane) for record in done] == planned
+    assert all(len(record.spans) == 2 for record in done)
     assert two_stages.schedule(2, num_decode_steps=5) == schedule.draw(grid)
 
 

@@ -120,6 +120,11 @@ class Settings(Checked):
         description="Slots of the KV cache: sequences in flight at once; more prompts queue.",
         examples=[8],
     )
+    max_queue: Count = Field(
+        default=1024,
+        description="Prompts that may wait for a slot; more are refused until some are done.",
+        examples=[1024],
+    )
     max_tokens: Count | None = Field(
         default=None,
         description="Tokens of one slot, prompt and answer; by default the model's limit, "

@@ -1,51 +1,30 @@
-"""Runs requests through the pipeline: admits them to slots, forms micro-batches, hands out tokens.
+"""Runs requests through the pipeline: a queue, admission to KV slots, tokens handed out.
 
-Sequences are dealt to lanes, one micro-batch each, as evenly as can be. A lane's micro-batch has
-one token of every sequence that decodes and a chunk of the prompts that do not yet; a sequence that
-ends leaves its slot to the next one waiting.
+Requests join and leave while others run. Whoever wants tokens calls `step`: it submits what is
+ready, takes one result and puts its tokens into the outboxes of their requests, whoever asked. So
+callers in several threads drive the same pipeline without a thread of its own.
 """
 
 from __future__ import annotations
 
-import time
+import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from dist_int8.engine.lanes import Lanes, Turn
 from dist_int8.engine.requests import Request, Token
 from dist_int8.engine.sampling import NOT_A_TOKEN
 from dist_int8.pipeline import schedule
-from dist_int8.pipeline.microbatch import SAMPLING_FIELDS, Kind, Limits, MicroBatch, Result
+from dist_int8.pipeline.microbatch import Kind, Limits, MicroBatch, Result
 from dist_int8.pipeline.runner import Pipeline
 
 
-@dataclass
-class _Lane:
-    index: int
-    requests: list[Request] = field(default_factory=list)
-
-
-@dataclass
-class Speed:
-    """Seconds and tokens of one run."""
-
-    started: float = 0.0
-    prefilled: float = 0.0
-    ended: float = 0.0
-    num_prompt_tokens: int = 0
-    num_early_tokens: int = 0  # sampled until every prompt had its first token
-    num_tokens: int = 0
-
-    @property
-    def prefill_tokens_per_s(self) -> float:
-        return _rate(self.num_prompt_tokens, self.prefilled - self.started)
-
-    @property
-    def decode_tokens_per_s(self) -> float:
-        return _rate(self.num_tokens - self.num_early_tokens, self.ended - self.prefilled)
+class QueueFull(RuntimeError):
+    """More requests wait than the settings allow; try again later."""
 
 
 class Engine:
@@ -59,6 +38,7 @@ class Engine:
         prefill_chunk: prompt tokens of one micro-batch at most.
         smallest_chunk: prompt tokens below which cutting costs more than an idle stage.
         eos_token_ids: tokens that end an answer.
+        max_queue: requests that may wait for a slot.
     """
 
     def __init__(
@@ -71,176 +51,211 @@ class Engine:
         prefill_chunk: int,
         smallest_chunk: int,
         eos_token_ids: frozenset[int],
+        max_queue: int,
     ) -> None:
         self.pipeline = pipeline
         self.limits = limits
         self.num_stages = num_stages
-        self.num_micro_batches = num_micro_batches
+        self.num_micro_batches = min(num_micro_batches, limits.num_slots)
         self.prefill_chunk = prefill_chunk
         self.smallest_chunk = smallest_chunk
         self.eos_token_ids = eos_token_ids
-        self.speed = Speed()
-        self._step = 0
+        self.max_queue = max_queue
+        self.num_steps = 0  # micro-batches submitted so far
+        self._lock = threading.RLock()
+        self._waiting: deque[Request] = deque()
+        self._lanes = Lanes(self.num_micro_batches, limits.num_slots)
+        self._in_flight: deque[Turn] = deque()
+        self._limit = schedule.in_flight_limit(num_stages, self.num_micro_batches)
+        self._chunk = prefill_chunk
+        self._failure: BaseException | None = None
 
     def num_lanes(self, num_requests: int) -> int:
         """Micro-batches that so many requests are dealt to."""
-        return max(1, min(self.num_micro_batches, num_requests, self.limits.num_slots))
+        return max(1, min(self.num_micro_batches, num_requests))
+
+    @property
+    def failed(self) -> bool:
+        """Something went wrong between submission and result: nothing can follow it."""
+        return self._failure is not None
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a slot yet."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a slot."""
+        return len(self._lanes.running)
+
+    def add(self, requests: list[Request]) -> None:
+        """Queues requests, all or none of them.
+
+        Raises:
+            QueueFull: more would wait than max_queue.
+        """
+        with self._lock:
+            room = len(self._lanes.free_slots) + self.max_queue
+            if len(self._waiting) + len(requests) > room:
+                raise QueueFull(
+                    f"engine: at most {self.max_queue} requests may wait for a slot, got "
+                    f"{len(self._waiting) + len(requests) - len(self._lanes.free_slots)}; try "
+                    "again later, or raise max_queue or max_sequences"
+                )
+            self._waiting.extend(requests)
+            self._admit()
+            unfinished = [*self._lanes.running, *self._waiting]
+            self._chunk = self._chunk_for(sum(request.num_prompt_left for request in unfinished))
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request; its slot is free again within one step."""
+        with self._lock:
+            if request.ended:
+                return
+            request.finish_reason = "cancelled"
+            if request in self._waiting:
+                self._waiting.remove(request)
+            elif not request.pending:
+                self._lanes.release(request)
+
+    def step(self) -> bool:
+        """Submits what is ready and takes a result; False when there is nothing to do.
+
+        Raises:
+            RankDied: a rank ended or failed; nothing more will come.
+        """
+        with self._lock, self._guarded():
+            self._admit()
+            turn = None
+            if len(self._in_flight) < self._limit:
+                turn = self._lanes.next(self._chunk, self.num_steps + 1)
+            if turn is not None:
+                self.num_steps += 1
+                self.pipeline.submit(turn.micro_batch)
+                self._in_flight.append(turn)
+            if not self._in_flight:
+                assert not self._waiting and not self.num_running, "a sequence waits for another"
+                return False
+            self._take_result(wait=turn is None)
+            return True
 
     def run(self, requests: list[Request]) -> Iterator[Token]:
         """Runs the requests to their ends; yields every token as it arrives.
 
+        A long list enters the queue bit by bit, so that other callers come in between.
+
         Raises:
+            QueueFull: not even the first may wait.
             RankDied: a rank ended or failed.
             RuntimeError: the model's logits are NaN.
         """
-        waiting = deque(requests)
-        lanes = deque(_Lane(i) for i in range(self.num_lanes(len(requests))))
-        free_slots = deque(range(self.limits.num_slots))
-        in_flight: deque[tuple[_Lane, list[Request]]] = deque()
-        limit = schedule.in_flight_limit(self.num_stages, len(lanes))
-        num_without_token = len(requests)
-        num_prompt_tokens = sum(len(request.prompt_ids) for request in requests)
-        chunk = self._chunk(num_prompt_tokens)
-        self.speed = Speed(started=time.perf_counter(), num_prompt_tokens=num_prompt_tokens)
-        self.pipeline.trace.clear()
+        left = deque(requests)
+        active: list[Request] = []
+        queued = False
         try:
-            while waiting or in_flight or any(lane.requests for lane in lanes):
-                self._admit(waiting, free_slots, lanes)
-                formed = self._next(lanes, chunk) if len(in_flight) < limit else None
-                if formed is not None:
-                    lane, micro_batch, emitting = formed
-                    self.pipeline.submit(micro_batch)
-                    in_flight.append((lane, emitting))
-                assert in_flight, "every sequence waits for another"
-                result = self.pipeline.result(wait=formed is None)
-                if result is None:
-                    continue
-                lane, emitting = in_flight.popleft()
-                for request, token_id in zip(emitting, result.values.tolist(), strict=True):
-                    num_without_token -= not request.token_ids
-                    token = self._take(request, token_id)
-                    self._count(num_without_token)
-                    if token.finish_reason is not None:
-                        lane.requests.remove(request)
-                        free_slots.append(request.slot)
-                    yield token
-            self.speed.ended = time.perf_counter()
-        except GeneratorExit:  # the caller lost interest: leave nothing in flight behind
-            while self.pipeline.in_flight:
-                self.pipeline.result()
-            raise
+            while left or active:
+                with self._lock:
+                    room = len(self._lanes.free_slots) + self.max_queue - self.num_waiting
+                    room = min(room, 2 * self.limits.num_slots - len(active))
+                    count = min(len(left), max(room, 0 if queued else 1))
+                    if count:
+                        batch = [left.popleft() for _ in range(count)]
+                        self.add(batch)
+                        active += batch
+                        queued = True
+                    if not any(request.outbox or request.ended for request in active):
+                        self.step()
+                for request in active:
+                    while request.outbox:
+                        yield request.outbox.popleft()
+                    if request.error is not None:
+                        raise request.error
+                active = [request for request in active if not request.ended]
+        finally:  # the caller may have lost interest
+            for request in active:
+                self.cancel(request)
 
     def logits(self, input_ids: list[list[int]]) -> Iterator[tuple[int, int, Tensor]]:
         """(sequence, first position, logits fp32 [tokens, V]) of every chunk of every sequence."""
-        limit = schedule.in_flight_limit(self.num_stages, self.num_micro_batches)
-        in_flight: deque[tuple[int, int]] = deque()
-        size = self._chunk(sum(map(len, input_ids)))
-        for index, token_ids in enumerate(input_ids):
-            slot = index % self.limits.num_slots
-            for start in range(0, len(token_ids), size):
-                chunk = token_ids[start : start + size]
-                if len(in_flight) >= limit:
-                    yield (*in_flight.popleft(), self._result().values)
-                self.pipeline.submit(
-                    MicroBatch(
-                        Kind.LOGITS,
-                        step=self._next_step(),
-                        token_ids=torch.tensor(chunk),
-                        segments=torch.tensor([[slot, start, len(chunk)]], dtype=torch.int32),
-                        emits=torch.zeros(1, dtype=torch.int64),
+        with self._lock, self._guarded():
+            self.drain()
+            while not self._lanes.free_slots:
+                self.step()
+                self.drain()
+            slots = list(self._lanes.free_slots)
+            size = self._chunk_for(sum(map(len, input_ids)))
+            under_way: deque[tuple[int, int]] = deque()
+            for index, token_ids in enumerate(input_ids):
+                slot = slots[index % len(slots)]
+                for start in range(0, len(token_ids), size):
+                    if len(under_way) >= self._limit:
+                        yield (*under_way.popleft(), self._result().values)
+                    self.num_steps += 1
+                    chunk = token_ids[start : start + size]
+                    self.pipeline.submit(
+                        MicroBatch(
+                            Kind.LOGITS,
+                            step=self.num_steps,
+                            token_ids=torch.tensor(chunk),
+                            segments=torch.tensor([[slot, start, len(chunk)]], dtype=torch.int32),
+                            emits=torch.zeros(1, dtype=torch.int64),
+                        )
                     )
-                )
-                in_flight.append((index, start))
-        while in_flight:
-            yield (*in_flight.popleft(), self._result().values)
+                    under_way.append((index, start))
+            while under_way:
+                yield (*under_way.popleft(), self._result().values)
+
+    def drain(self) -> None:
+        """Takes the results that are still under way."""
+        with self._lock:
+            while self._in_flight:
+                self._take_result(wait=True)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Remembers what went wrong, for the callers that come after."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            yield
+        except BaseException as error:
+            self._failure = error
+            raise
 
     def _result(self) -> Result:
         result = self.pipeline.result()
         assert result is not None
         return result
 
-    def _next_step(self) -> int:
-        self._step += 1
-        return self._step
-
-    def _admit(self, waiting: deque[Request], free_slots: deque[int], lanes: deque[_Lane]) -> None:
-        while waiting and free_slots:
-            request = waiting.popleft()
-            request.slot = free_slots.popleft()
-            lane = min(lanes, key=lambda lane: (len(lane.requests), lane.index))
-            lane.requests.append(request)
-
-    def _chunk(self, num_prompt_tokens: int) -> int:
+    def _chunk_for(self, num_prompt_tokens: int) -> int:
         return schedule.prefill_chunk(
             num_prompt_tokens, self.num_stages, self.smallest_chunk, self.prefill_chunk
         )
 
-    def _next(
-        self, lanes: deque[_Lane], chunk: int
-    ) -> tuple[_Lane, MicroBatch, list[Request]] | None:
-        """The micro-batch of the lane that waited longest among those with something to run."""
-        for position, lane in enumerate(lanes):
-            parts = self._form(lane, chunk)
-            if parts is None:
-                continue
-            # A lane whose prompts are not through keeps its turn: the next chunk waits for nothing.
-            if not any(request.num_prompt_left for request in lane.requests):
-                del lanes[position]
-                lanes.append(lane)
-            return lane, *parts
-        return None
+    def _admit(self) -> None:
+        while self._waiting and self._lanes.free_slots:
+            self._lanes.admit(self._waiting.popleft())
 
-    def _form(self, lane: _Lane, chunk: int) -> tuple[MicroBatch, list[Request]] | None:
-        prefills = any(request.num_prompt_left for request in lane.requests)
-        if not prefills and any(request.pending for request in lane.requests):
-            return None  # sequences that were prefilled apart decode together
-        budget = chunk
-        token_ids: list[int] = []
-        segments, emits, starts, settings, emitting = [], [], [], [], []
-        for request in lane.requests:
-            start = request.num_submitted
-            if request.pending:
-                continue
-            if request.num_prompt_left:
-                count = min(request.num_prompt_left, budget)
-                if not count:
-                    continue
-                budget -= count
-                if start == 0:
-                    starts.append((request.slot, request.seed))
-                    settings.append(_sampling_row(request))
-                token_ids += request.prompt_ids[start : start + count]
-            else:
-                count = 1
-                token_ids.append(request.token_ids[-1])
-            request.num_submitted += count
-            emit = not request.num_prompt_left
-            segments.append((request.slot, start, count))
-            emits.append(int(emit))
-            if emit:
-                request.pending = True
-                emitting.append(request)
-        if not segments:
-            return None
-        micro_batch = MicroBatch(
-            Kind.STEP,
-            lane=lane.index,
-            step=self._next_step(),
-            token_ids=torch.tensor(token_ids, dtype=torch.int64),
-            segments=torch.tensor(segments, dtype=torch.int32),
-            emits=torch.tensor(emits, dtype=torch.int64),
-            starts=torch.tensor(starts, dtype=torch.int64).view(-1, 2),
-            settings=torch.tensor(settings, dtype=torch.float64).view(-1, len(SAMPLING_FIELDS)),
-        )
-        return micro_batch, emitting
+    def _take_result(self, wait: bool) -> None:
+        result = self.pipeline.result(wait)
+        if result is None:
+            return
+        turn = self._in_flight.popleft()
+        for request, token_id in zip(turn.emitting, result.values.tolist(), strict=True):
+            request.pending = False
+            if request.finish_reason != "cancelled":
+                self._take_token(request, token_id)
+            if request.ended:
+                self._lanes.release(request)
 
-    def _take(self, request: Request, token_id: int) -> Token:
+    def _take_token(self, request: Request, token_id: int) -> None:
         if token_id == NOT_A_TOKEN:
-            raise RuntimeError(
+            request.error = RuntimeError(
                 f"generate: logits of prompt {request.index} at position {request.num_submitted} "
                 "must be numbers, got NaN; check the checkpoint, or use a wider dtype"
             )
-        request.pending = False
+            return
         request.token_ids.append(token_id)
         piece = request.text.push(token_id)
         if token_id in self.eos_token_ids:
@@ -254,24 +269,4 @@ class Engine:
             request.finish_reason = "length"
         if request.finish_reason is not None:
             piece += request.text.finish()
-        return Token(request.index, token_id, piece, request.finish_reason)
-
-    def _count(self, num_without_token: int) -> None:
-        self.speed.num_tokens += 1
-        if num_without_token == 0 and not self.speed.prefilled:
-            self.speed.prefilled = time.perf_counter()
-            self.speed.num_early_tokens = self.speed.num_tokens
-
-
-def _sampling_row(request: Request) -> tuple[float, ...]:
-    settings = request.settings
-    return (
-        settings.sampling_temperature if settings.sampling else 0.0,
-        float(settings.top_k or 0),
-        settings.top_p if settings.top_p is not None else 1.0,
-        settings.repetition_penalty,
-    )
-
-
-def _rate(count: int, seconds: float) -> float:
-    return count / seconds if seconds > 0 else 0.0
+        request.outbox.append(Token(request.index, token_id, piece, request.finish_reason))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,7 @@ from dist_int8.config import GenerationSettings
 from dist_int8.engine.text import TextStream
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """One prompt on its way.
 
@@ -23,7 +24,9 @@ class Request:
         num_submitted: tokens that went into the pipeline.
         pending: a token of it is being computed.
         token_ids: the answer so far.
-        finish_reason: "eos", "stop" or "length" once it ended.
+        finish_reason: "eos", "stop", "length" or "cancelled" once it ended.
+        error: why it ended without an answer.
+        outbox: tokens that its caller has not taken yet.
     """
 
     index: int
@@ -36,6 +39,12 @@ class Request:
     pending: bool = False
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    error: Exception | None = None
+    outbox: deque[Token] = field(default_factory=deque)
+
+    @property
+    def ended(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
 
     @property
     def num_prompt_left(self) -> int:

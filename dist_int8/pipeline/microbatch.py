@@ -1,8 +1,8 @@
 """Micro-batches and the typed header in front of them on the wire. Imports nothing of ours.
 
 On the wire a micro-batch is `header` int64 [16], `control` int64 [C] (token ids, segments, sampling
-settings; C follows from the header) and, between stages, hidden_states [num_tokens, hidden_size]. A
-result is `header`, then token ids int64 or logits fp32.
+settings, spans; C follows from the header) and, between stages, hidden_states [num_tokens,
+hidden_size]. A result is `header`, spans, then token ids int64 or logits fp32.
 Nothing is pickled; a header that no rank of this pipeline sends is refused before any of its sizes
 is used.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 HEADER_SIZE = 16
 MAGIC = 0x6473745F696E7438  # "dst_int8"
 VERSION = 1
+MAX_STAGES = 256  # spans of a message at most
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "repetition_penalty")
 
 
@@ -54,6 +55,7 @@ class MicroBatch:
         starts: int64 [R, 2], rows (slot, seed) of sequences whose sampling settings come with this
             micro-batch, their first one.
         settings: float64 [R, len(SAMPLING_FIELDS)].
+        spans: (start, end) of the stages that ran it, in order, in nanoseconds of the wall clock.
     """
 
     kind: Kind
@@ -64,6 +66,7 @@ class MicroBatch:
     emits: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     starts: Tensor = field(default_factory=lambda: _no_rows(2, torch.int64))
     settings: Tensor = field(default_factory=lambda: _no_rows(len(SAMPLING_FIELDS), torch.float64))
+    spans: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -85,6 +88,7 @@ class Result:
     lane: int
     step: int
     values: Tensor
+    spans: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ def pack(micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         micro_batch.num_tokens,
         micro_batch.segments.shape[0],
         micro_batch.starts.shape[0],
+        len(micro_batch.spans),
     )
     control = torch.cat(
         [
@@ -115,6 +120,7 @@ def pack(micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
             micro_batch.emits,
             micro_batch.starts.flatten(),
             micro_batch.settings.flatten().view(torch.int64),
+            _spans_tensor(micro_batch.spans),
         ]
     )
     return header, control
@@ -131,7 +137,8 @@ def control_size(header: Tensor, limits: Limits) -> int:
     Raises:
         BadMessage: the header is not one of this pipeline's.
     """
-    magic, version, kind, lane, step, num_tokens, num_segments, num_starts = header[:8].tolist()
+    fields = header[:9].tolist()
+    magic, version, kind, lane, step, num_tokens, num_segments, num_starts, num_spans = fields
     if magic != MAGIC or version != VERSION:
         raise BadMessage(
             f"header: magic and version must be {MAGIC:#x} {VERSION}, got {magic:#x} {version}"
@@ -148,16 +155,30 @@ def control_size(header: Tensor, limits: Limits) -> int:
     for name, value in (("num_segments", num_segments), ("num_starts", num_starts)):
         if not 0 <= value <= limits.num_slots:
             raise BadMessage(f"header: {name} must be 0 to {limits.num_slots}, got {value}")
-    return _control_size(num_tokens, num_segments, num_starts)
+    _check_num_spans(num_spans)
+    return _control_size(num_tokens, num_segments, num_starts, num_spans)
 
 
 def max_control_size(limits: Limits) -> int:
     """Most int64 that a control tensor has."""
-    return _control_size(limits.max_rows, limits.num_slots, limits.num_slots)
+    return _control_size(limits.max_rows, limits.num_slots, limits.num_slots, MAX_STAGES)
 
 
-def _control_size(num_tokens: int, num_segments: int, num_starts: int) -> int:
-    return num_tokens + num_segments * 4 + num_starts * (2 + len(SAMPLING_FIELDS))
+def _control_size(num_tokens: int, num_segments: int, num_starts: int, num_spans: int) -> int:
+    return num_tokens + num_segments * 4 + num_starts * (2 + len(SAMPLING_FIELDS)) + num_spans * 2
+
+
+def _spans_tensor(spans: list[tuple[int, int]]) -> Tensor:
+    return torch.tensor(spans, dtype=torch.int64).flatten()
+
+
+def _spans_list(values: Tensor) -> list[tuple[int, int]]:
+    return [(start, end) for start, end in values.view(-1, 2).tolist()]
+
+
+def _check_num_spans(num_spans: int) -> None:
+    if not 0 <= num_spans <= MAX_STAGES:
+        raise BadMessage(f"header: num_spans must be 0 to {MAX_STAGES}, got {num_spans}")
 
 
 def unpack(header: Tensor, control: Tensor, limits: Limits) -> MicroBatch:
@@ -168,14 +189,15 @@ def unpack(header: Tensor, control: Tensor, limits: Limits) -> MicroBatch:
     """
     size = control_size(header, limits)
     assert control.numel() == size
-    kind, lane, step, num_tokens, num_segments, num_starts = header[2:8].tolist()
-    token_ids, segments, emits, starts, settings = control.split(
+    kind, lane, step, num_tokens, num_segments, num_starts, num_spans = header[2:9].tolist()
+    token_ids, segments, emits, starts, settings, spans = control.split(
         [
             num_tokens,
             num_segments * 3,
             num_segments,
             num_starts * 2,
             num_starts * len(SAMPLING_FIELDS),
+            num_spans * 2,
         ]
     )
     segments = segments.view(-1, 3)
@@ -192,6 +214,7 @@ def unpack(header: Tensor, control: Tensor, limits: Limits) -> MicroBatch:
         emits=emits.clone(),
         starts=starts.clone(),
         settings=settings.clone().view(torch.float64).view(-1, len(SAMPLING_FIELDS)),
+        spans=_spans_list(spans),
     )
 
 
@@ -229,24 +252,39 @@ def _check_control(
         raise BadMessage("control: emits must be 0 or 1")
 
 
-def pack_result(result: Result) -> Tensor:
-    """`header` int64 [16] of a result; its values follow as they are."""
+def pack_result(result: Result) -> tuple[Tensor, Tensor]:
+    """`header` int64 [16] and spans int64 [2 * num_spans]; the values follow as they are."""
     tokens = result.values.dtype == torch.int64
     kind = Kind.TOKENS_RESULT if tokens else Kind.LOGITS_RESULT
-    return _header(int(kind), result.lane, result.step, result.values.shape[0])
+    header = _header(int(kind), result.lane, result.step, result.values.shape[0], len(result.spans))
+    return header, _spans_tensor(result.spans)
 
 
-def empty_result(header: Tensor, limits: Limits) -> Result:
+def result_spans_size(header: Tensor) -> int:
+    """Number of int64 of spans behind a result's header.
+
+    Raises:
+        BadMessage: the header is not one of this pipeline's.
+    """
+    magic, version, *_, num_spans = header[:7].tolist()
+    if magic != MAGIC or version != VERSION:
+        raise BadMessage(f"result: magic must be {MAGIC:#x}, got {magic:#x}")
+    _check_num_spans(num_spans)
+    return 2 * int(num_spans)
+
+
+def empty_result(header: Tensor, spans: Tensor, limits: Limits) -> Result:
     """A result of the size that this header announces, its values not filled yet.
 
     Raises:
         BadMessage: the header is not one of this pipeline's.
     """
-    magic, version, kind, lane, step, count = header[:6].tolist()
-    if magic != MAGIC or version != VERSION:
-        raise BadMessage(f"result: magic must be {MAGIC:#x}, got {magic:#x}")
+    assert spans.numel() == result_spans_size(header)
+    kind, lane, step, count = header[2:6].tolist()
     if kind == Kind.TOKENS_RESULT and 0 <= count <= limits.num_slots:
-        return Result(lane, step, torch.empty(count, dtype=torch.int64))
-    if kind == Kind.LOGITS_RESULT and 0 < count <= limits.max_rows:
-        return Result(lane, step, torch.empty(count, limits.vocab_size, dtype=torch.float32))
-    raise BadMessage(f"result: kind {kind} with {count} rows is none of this pipeline's")
+        values = torch.empty(count, dtype=torch.int64)
+    elif kind == Kind.LOGITS_RESULT and 0 < count <= limits.max_rows:
+        values = torch.empty(count, limits.vocab_size, dtype=torch.float32)
+    else:
+        raise BadMessage(f"result: kind {kind} with {count} rows is none of this pipeline's")
+    return Result(lane, step, values, _spans_list(spans))

@@ -11,6 +11,7 @@ from dist_int8.distributed import RankDied, World
 from dist_int8.pipeline import schedule
 from dist_int8.pipeline.microbatch import Kind, MicroBatch, Result
 from dist_int8.pipeline.stage import Stage
+from dist_int8.pipeline.trace import Trace
 from dist_int8.pipeline.transport import Transport
 
 WATCH_S = 0.25  # how often rank 0 looks whether the others live while it waits for a result
@@ -35,7 +36,7 @@ class Pipeline:
         self.world = world
         self.transport = transport
         self.in_flight = 0
-        self.trace: list[tuple[str, int]] = []  # (kind, lane) of every submission, in order
+        self.trace = Trace()
         self._results: deque[Result] = deque()
 
     def submit(self, micro_batch: MicroBatch) -> None:
@@ -46,8 +47,8 @@ class Pipeline:
         """
         decodes = micro_batch.num_tokens == micro_batch.segments.shape[0]
         kind = schedule.DECODE if decodes else schedule.PREFILL
-        self.trace.append((kind, micro_batch.lane))
-        output = self.stage.run(micro_batch, None)
+        self.trace.submitted(micro_batch.step, kind, micro_batch.lane, micro_batch.num_tokens)
+        output = _timed(self.stage, micro_batch, None)
         self.in_flight += 1
         if isinstance(output, Result):
             self._results.append(output)
@@ -83,7 +84,9 @@ class Pipeline:
                         f"no result after {self.step_timeout_s:.0f} s (step_timeout): a stage hangs"
                     )
         self.in_flight -= 1
-        return self._results.popleft()
+        done = self._results.popleft()
+        self.trace.finished(done.spans)
+        return done
 
     def _check(self) -> None:
         try:
@@ -109,6 +112,16 @@ class Pipeline:
             self.transport.join(JOIN_S)
 
 
+def _timed(stage: Stage, micro_batch: MicroBatch, hidden_states: Tensor | None) -> Tensor | Result:
+    """Runs the stage and notes when, on what travels on."""
+    started = time.time_ns()
+    output = stage.run(micro_batch, hidden_states)
+    micro_batch.spans.append((started, time.time_ns()))
+    if isinstance(output, Result):
+        output.spans = micro_batch.spans
+    return output
+
+
 def serve(stage: Stage, transport: Transport, last: bool) -> None:
     """Runs what the rank before sends until it says SHUTDOWN.
 
@@ -123,7 +136,7 @@ def serve(stage: Stage, transport: Transport, last: bool) -> None:
                 transport.send(micro_batch, None)
             transport.flush()
             return
-        output = stage.run(micro_batch, hidden_states)
+        output = _timed(stage, micro_batch, hidden_states)
         if isinstance(output, Result):
             transport.send_result(output)
         else:

@@ -61,7 +61,8 @@ def build(
     """The grid [clock][stage] of actions (None is an idle stage) when every action takes one clock.
 
     Stage 0 takes the ready micro-batch that waited longest. A prefill chunk is ready as soon as the
-    chunk before it was submitted; a decode step when the last stage finished the step before it.
+    chunk before it was submitted, and goes before other prefills but after who decodes; a decode
+    step is ready when the last stage finished the step before it.
     """
     for name, value, least in (
         ("num_stages", num_stages, 1),
@@ -93,7 +94,8 @@ def build(
             done[micro_batch] += 1
             in_flight[micro_batch] += 1
             if done[micro_batch] < num_prefill_chunks:
-                ready.appendleft(micro_batch)
+                waits = any(done[other] >= num_prefill_chunks for other in ready)
+                (ready.append if waits else ready.appendleft)(micro_batch)
         moved = [Action(a.stage + 1, a.kind, a.micro_batch) if a else None for a in row[:-1]]
         row = [first, *moved]
         if not any(row):

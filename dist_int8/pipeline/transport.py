@@ -58,7 +58,7 @@ class Transport:
         self._stream: Any = None
         self._over_nccl = "cuda" in world.groups
         if world.rank == 0:
-            capacity = HEADER_BYTES + limits.num_slots * 8
+            capacity = HEADER_BYTES + (2 * microbatch.MAX_STAGES + limits.num_slots) * 8
         else:
             hidden_bytes = 0 if self._over_nccl else limits.hidden_size * dtype.itemsize
             control_bytes = 8 * microbatch.max_control_size(limits)
@@ -86,11 +86,11 @@ class Transport:
 
     def send_result(self, result: Result) -> None:
         """Starts sending a result to rank 0."""
-        header = microbatch.pack_result(result)
+        parts = microbatch.pack_result(result)
         if result.values.dtype == torch.int64:
-            self._send([_as_bytes(header, result.values)])
+            self._send([_as_bytes(*parts, result.values)])
         else:
-            self._send([_as_bytes(header)], logits=result.values.contiguous())
+            self._send([_as_bytes(*parts)], logits=result.values.contiguous())
 
     def next(self) -> tuple[MicroBatch, Tensor | None]:
         """The next micro-batch and its hidden_states, on every rank but 0.
@@ -215,10 +215,12 @@ class Transport:
     def _receive_result(self) -> Result:
         message = self._next_message()
         header = message[:HEADER_BYTES].view(torch.int64)
-        result = microbatch.empty_result(header, self.limits)
+        start = HEADER_BYTES + 8 * microbatch.result_spans_size(header)
+        spans = message[HEADER_BYTES:start].view(torch.int64)
+        result = microbatch.empty_result(header, spans, self.limits)
         if result.values.dtype == torch.int64:
-            end = HEADER_BYTES + 8 * result.values.numel()
-            result.values = message[HEADER_BYTES:end].view(torch.int64)
+            end = start + 8 * result.values.numel()
+            result.values = message[start:end].view(torch.int64)
         else:
             self._groups["cpu"].recv([result.values], self.source, LOGITS_TAG).wait()
         return result

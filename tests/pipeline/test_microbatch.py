@@ -19,6 +19,7 @@ def make_micro_batch() -> MicroBatch:
         emits=torch.tensor([0, 1]),
         starts=torch.tensor([[2, 2**62 + 1]]),
         settings=torch.tensor([[0.7, 50.0, 0.9, 1.1]], dtype=torch.float64),
+        spans=[(10, 25), (2**60, 2**60 + 1)],
     )
 
 
@@ -26,6 +27,7 @@ def test_round_trip_keeps_every_field():
     sent = make_micro_batch()
     got = microbatch.unpack(*microbatch.pack(sent), LIMITS)
     assert (got.kind, got.lane, got.step) == (Kind.STEP, 1, 7)
+    assert got.spans == sent.spans
     for name in ("token_ids", "segments", "emits", "starts", "settings"):
         assert torch.equal(getattr(got, name), getattr(sent, name)), name
         assert getattr(got, name).dtype == getattr(sent, name).dtype, name
@@ -56,6 +58,8 @@ def test_shutdown_has_no_tokens():
         (6, -1, "num_segments must be 0 to 4, got -1"),
         (6, 5, "num_segments"),
         (7, 2**62, "num_starts"),
+        (8, -1, "num_spans must be 0 to 256, got -1"),
+        (8, 257, "num_spans"),
     ],
 )
 def test_forged_headers_are_refused_before_their_sizes_are_used(field, value, message):
@@ -88,17 +92,21 @@ def test_forged_control_data_is_refused(change, message):
 
 
 def test_results_announce_their_size_and_kind():
-    tokens = Result(lane=1, step=2, values=torch.tensor([4, 5]))
-    empty = microbatch.empty_result(microbatch.pack_result(tokens), LIMITS)
+    tokens = Result(lane=1, step=2, values=torch.tensor([4, 5]), spans=[(1, 2), (3, 4)])
+    header, spans = microbatch.pack_result(tokens)
+    assert microbatch.result_spans_size(header) == spans.numel() == 4
+    empty = microbatch.empty_result(header, spans, LIMITS)
     assert (empty.lane, empty.step, empty.values.shape) == (1, 2, (2,))
+    assert empty.spans == tokens.spans
     logits = Result(lane=0, step=3, values=torch.zeros(6, 100))
-    empty = microbatch.empty_result(microbatch.pack_result(logits), LIMITS)
+    empty = microbatch.empty_result(*microbatch.pack_result(logits), LIMITS)
     assert empty.values.shape == (6, 100) and empty.values.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("field", "value"), [(0, 0), (2, 1), (5, -1), (5, 2**50)])
+@pytest.mark.parametrize(("field", "value"), [(0, 0), (2, 1), (5, -1), (5, 2**50), (6, 2**40)])
 def test_forged_results_are_refused(field, value):
-    header = microbatch.pack_result(Result(0, 0, torch.tensor([4, 5])))
+    header, spans = microbatch.pack_result(Result(0, 0, torch.tensor([4, 5])))
     header[field] = value
     with pytest.raises(BadMessage):
-        microbatch.empty_result(header, LIMITS)
+        microbatch.result_spans_size(header)
+        microbatch.empty_result(header, spans, LIMITS)

@@ -1,0 +1,161 @@
+"""Who runs together: requests are dealt to lanes, and each lane's turn is one micro-batch.
+
+A lane's micro-batch has one token of every sequence that decodes and a chunk of the prompts that do
+not yet. Sequences of a lane decode in step, and lanes are kept equally long, so that no stage waits
+for a micro-batch much longer than the others.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+
+from dist_int8.engine.requests import Request
+from dist_int8.pipeline.microbatch import SAMPLING_FIELDS, Kind, MicroBatch
+
+
+@dataclass
+class Lane:
+    """The requests that share micro-batches."""
+
+    index: int
+    requests: list[Request] = field(default_factory=list)
+
+    @property
+    def prefills(self) -> bool:
+        return any(request.num_prompt_left for request in self.requests)
+
+    @property
+    def ready(self) -> bool:
+        """It has a micro-batch to run: of prompts at any time, of decoding ones all together."""
+        return self.prefills or (
+            bool(self.requests) and not any(request.pending for request in self.requests)
+        )
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A micro-batch to submit, and the requests whose next token it brings, in its order."""
+
+    lane: Lane
+    micro_batch: MicroBatch
+    emitting: list[Request]
+
+
+class Lanes:
+    """All lanes, in the order of their turns.
+
+    Args:
+        num_lanes: micro-batches that may be in flight.
+        num_slots: places in the KV cache.
+    """
+
+    def __init__(self, num_lanes: int, num_slots: int) -> None:
+        self._turns = deque(Lane(index) for index in range(num_lanes))
+        self.free_slots = deque(range(num_slots))
+
+    @property
+    def running(self) -> list[Request]:
+        """The requests that hold a slot."""
+        return [request for lane in self._turns for request in lane.requests]
+
+    def admit(self, request: Request) -> None:
+        """Gives the request a slot and the shortest lane. There must be a free slot."""
+        if not self.running:  # a new start takes the lanes in order, whatever ran before
+            self._turns = deque(sorted(self._turns, key=lambda lane: lane.index))
+        request.slot = self.free_slots.popleft()
+        min(self._turns, key=lambda lane: (len(lane.requests), lane.index)).requests.append(request)
+
+    def release(self, request: Request) -> None:
+        """Takes a request that ended out of its lane and frees its slot."""
+        for lane in self._turns:
+            if request in lane.requests:
+                lane.requests.remove(request)
+                self.free_slots.append(request.slot)
+
+    def next(self, chunk: int, step: int) -> Turn | None:
+        """The turn of the lane that waited longest among those with something to run.
+
+        Prefill goes lane by lane, so that the first can decode early, but lets a lane that decodes
+        go first: a long prompt must not hold up who is answering.
+
+        Args:
+            chunk: prompt tokens of a micro-batch at most.
+            step: number of the micro-batch.
+        """
+        share = -(-len(self.running) // len(self._turns))
+        for lane in self._turns:
+            self._level(lane, share)
+        for position, lane in enumerate(self._turns):
+            if not lane.ready:
+                continue
+            turn = _form(lane, chunk, step)
+            decoder_waits = any(
+                other.ready and not other.prefills for other in self._turns if other is not lane
+            )
+            if not lane.prefills or decoder_waits:
+                del self._turns[position]
+                self._turns.append(lane)
+            return turn
+        return None
+
+    def _level(self, lane: Lane, share: int) -> None:
+        """Moves what a lane has beyond its share, ceil(running / lanes), to the shortest one."""
+        idle = [request for request in lane.requests if not request.pending]
+        while len(lane.requests) > share and idle:
+            moved = idle.pop()
+            lane.requests.remove(moved)
+            shortest = min(self._turns, key=lambda other: (len(other.requests), other.index))
+            shortest.requests.append(moved)
+
+
+def _form(lane: Lane, chunk: int, step: int) -> Turn:
+    token_ids: list[int] = []
+    segments, emits, starts, settings, emitting = [], [], [], [], []
+    for request in lane.requests:
+        start = request.num_submitted
+        if request.pending:
+            continue
+        if request.num_prompt_left:
+            count = min(request.num_prompt_left, chunk)
+            if not count:
+                continue
+            chunk -= count
+            if start == 0:
+                starts.append((request.slot, request.seed))
+                settings.append(_sampling_row(request))
+            token_ids += request.prompt_ids[start : start + count]
+        else:
+            count = 1
+            token_ids.append(request.token_ids[-1])
+        request.num_submitted += count
+        emit = not request.num_prompt_left
+        segments.append((request.slot, start, count))
+        emits.append(int(emit))
+        if emit:
+            request.pending = True
+            emitting.append(request)
+    assert segments, "a lane that is ready has something to run"
+    micro_batch = MicroBatch(
+        Kind.STEP,
+        lane=lane.index,
+        step=step,
+        token_ids=torch.tensor(token_ids, dtype=torch.int64),
+        segments=torch.tensor(segments, dtype=torch.int32),
+        emits=torch.tensor(emits, dtype=torch.int64),
+        starts=torch.tensor(starts, dtype=torch.int64).view(-1, 2),
+        settings=torch.tensor(settings, dtype=torch.float64).view(-1, len(SAMPLING_FIELDS)),
+    )
+    return Turn(lane, micro_batch, emitting)
+
+
+def _sampling_row(request: Request) -> tuple[float, ...]:
+    settings = request.settings
+    return (
+        settings.sampling_temperature if settings.sampling else 0.0,
+        float(settings.top_k or 0),
+        settings.top_p if settings.top_p is not None else 1.0,
+        settings.repetition_penalty,
+    )

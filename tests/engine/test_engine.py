@@ -1,0 +1,162 @@
+"""Requests join and leave a real pipeline while others run."""
+
+import threading
+
+import pytest
+
+import dist_int8
+from dist_int8.engine import QueueFull
+
+PROMPTS = [list(range(3 + i, 3 + i + length)) for i, length in enumerate((5, 40, 1, 17, 8, 29))]
+OPTIONS = {
+    "max_sequences": 4,
+    "max_tokens": 96,
+    "threads_per_stage": 1,
+    "progress": False,
+    "max_queue": 8,
+    "prefill_chunk": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama):
+    with dist_int8.load(tiny_llama, devices=["cpu"] * 2, micro_batches=3, **OPTIONS) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """The answer to each prompt with nobody else there."""
+    return [model.generate(prompt, max_new_tokens=16)[0].token_ids for prompt in PROMPTS]
+
+
+def make_requests(model, **settings):
+    from dist_int8.config import GenerationSettings
+
+    settings = GenerationSettings.from_generation_config(None, {"max_new_tokens": 16} | settings)
+    return model._requests(PROMPTS, settings)
+
+
+def test_requests_that_join_late_get_the_same_tokens(model, alone):
+    engine = model._engine
+    requests = make_requests(model)
+    engine.add(requests[:2])
+    for request in requests[2:]:
+        for _ in range(3):
+            engine.step()
+        engine.add([request])
+    while not all(request.ended for request in requests):
+        assert engine.step()
+    assert [request.token_ids for request in requests] == alone
+    assert engine.num_running == engine.num_waiting == 0 and not engine.step()
+
+
+def test_a_long_prompt_does_not_hold_up_who_is_answering(model):
+    engine = model._engine
+    short, long = make_requests(model, max_new_tokens=40)[:2]
+    long.prompt_ids = long.prompt_ids + long.prompt_ids[:40]
+    engine.add([short])
+    while len(short.token_ids) < 2:
+        engine.step()
+    engine.add([long])
+    before = engine.num_steps
+    while not long.token_ids:
+        engine.step()
+    kinds = [record.kind for record in engine.pipeline.trace.since(before)]
+    assert kinds.count("P") >= 5 and "D" in kinds[: kinds.index("P", 2) + 1]
+    while not (short.ended and long.ended):
+        engine.step()
+
+
+def test_lanes_stay_level_when_requests_end(model):
+    engine = model._engine
+    requests = make_requests(model)[:4]  # lanes of 2, 1 and 1
+    for request in requests[1:3]:
+        request.settings = request.settings.model_copy(update={"max_new_tokens": 3})
+    engine.add(requests)
+    while not all(request.ended for request in requests[1:3]):
+        engine.step()
+    before = engine.num_steps
+    while not all(request.ended for request in requests):
+        engine.step()
+    rows = [record.num_tokens for record in engine.pipeline.trace.since(before + 2)]
+    assert rows and max(rows) == 1  # the two that are left decode in lanes of their own
+
+
+def test_a_cancelled_request_frees_its_slot_and_touches_nobody(model, alone):
+    engine = model._engine
+    requests = make_requests(model)
+    engine.add(requests)
+    waiting, running = requests[5], requests[1]
+    engine.cancel(waiting)
+    while not running.token_ids:
+        engine.step()
+    engine.cancel(running)
+    for _ in range(2 * engine.num_stages + 1):
+        engine.step()
+    assert all(running is not request for request in engine._lanes.running)
+    while not all(request.ended for request in requests):
+        engine.step()
+    assert (waiting.finish_reason, running.finish_reason) == ("cancelled", "cancelled")
+    for index in (0, 2, 3, 4):
+        assert requests[index].token_ids == alone[index]
+    assert waiting.token_ids == [] and len(engine._lanes.free_slots) == 4
+
+
+def test_a_full_queue_refuses_and_loses_nothing(model, alone):
+    engine = model._engine
+    first, second = make_requests(model), make_requests(model)
+    engine.add(first)  # 4 run, 2 wait
+    engine.add(second)  # 8 wait
+    with pytest.raises(QueueFull, match="at most 8 requests may wait for a slot, got 9"):
+        engine.add(make_requests(model)[:1])
+    while not all(request.ended for request in first + second):
+        engine.step()
+    assert [request.token_ids for request in first + second] == alone * 2
+
+
+def test_a_list_longer_than_the_queue_runs_to_its_end(model, alone):
+    answers = model.generate(PROMPTS * 5, max_new_tokens=16)
+    assert [answer.token_ids for answer in answers] == alone * 5
+
+
+def test_threads_share_the_pipeline(model, alone):
+    answers: dict[int, list[int]] = {}
+
+    def ask(index: int) -> None:
+        answers[index] = model.generate(PROMPTS[index], max_new_tokens=16)[0].token_ids
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(PROMPTS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [answers[index] for index in range(len(PROMPTS))] == alone
+
+
+def test_two_streams_interleave(model, alone):
+    streams = [model.generate(PROMPTS[i], max_new_tokens=16, stream=True) for i in (0, 1)]
+    pairs = list(zip(*streams, strict=True))
+    for i in (0, 1):
+        assert [pair[i].token_id for pair in pairs] == alone[i]
+
+
+def test_logits_between_running_requests(model, alone):
+    engine = model._engine
+    expected = model.logits([PROMPTS[0]])
+    requests = make_requests(model)
+    engine.add(requests)  # more than there are slots: logits waits for one
+    engine.step()
+    assert (model.logits([PROMPTS[0]]) == expected).all()
+    while not all(request.ended for request in requests):
+        engine.step()
+    assert [request.token_ids for request in requests] == alone
+
+
+def test_utilisation_of_the_stages_is_known(model):
+    from dist_int8.pipeline import trace
+
+    before = model._engine.num_steps
+    model.generate(PROMPTS, max_new_tokens=16)
+    shares = trace.utilisation(model._engine.pipeline.trace.since(before))
+    assert len(shares) == 2 and all(0.0 < share <= 1.0 for share in shares)
