@@ -1,4 +1,4 @@
-"""The command line: `dist-int8 generate | plan | bench | demo-model | doctor | launch`.
+"""The command line: `dist-int8 generate | plan | bench | quantize | dequantize | verify | ...`.
 
 torch is imported by the commands that need it, after their flags are checked, so that help and
 mistakes answer at once. A mistake is one line on stderr: exit code 2 for bad input, 1 for what
@@ -15,7 +15,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from dist_int8 import cli_plan
+from dist_int8 import cli_checkpoint, cli_plan
 from dist_int8.config import GenerationSettings, Settings, load_settings
 
 BAD_INPUT = 2
@@ -236,6 +236,9 @@ def _layout(
 
 app.command()(cli_plan.plan)
 app.command()(cli_plan.bench)
+app.command()(cli_checkpoint.quantize)
+app.command()(cli_checkpoint.dequantize)
+app.command()(cli_checkpoint.verify)
 
 
 @app.command("demo-model")

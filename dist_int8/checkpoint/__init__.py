@@ -1,6 +1,18 @@
-"""Checkpoints: reading safetensors, quantizing each tensor as it arrives."""
+"""Checkpoints: reading safetensors, quantizing each tensor as it arrives, writing int8 ones."""
 
-from dist_int8.checkpoint.load import load_stage, stage_bytes_to_read
-from dist_int8.checkpoint.reader import CheckpointReader, resolve_model
+from dist_int8.checkpoint import manifest
+from dist_int8.checkpoint.hub import resolve_model
+from dist_int8.checkpoint.load import load_stage, stage_bytes_to_read, stored_format
+from dist_int8.checkpoint.reader import CheckpointReader
+from dist_int8.checkpoint.rewrite import dequantize, quantize
 
-__all__ = ["CheckpointReader", "load_stage", "resolve_model", "stage_bytes_to_read"]
+__all__ = [
+    "CheckpointReader",
+    "dequantize",
+    "load_stage",
+    "manifest",
+    "quantize",
+    "resolve_model",
+    "stage_bytes_to_read",
+    "stored_format",
+]

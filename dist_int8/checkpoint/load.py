@@ -1,6 +1,5 @@
-"""Building one stage of a model from a checkpoint, one tensor at a time."""
+"""Building one stage of a model from a checkpoint, slice by slice."""
 
-import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,24 +7,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dist_int8.checkpoint.locate import Located, Piece, is_int8_checkpoint, locate, may_be_int8
+from dist_int8.checkpoint.matrices import Source
 from dist_int8.checkpoint.reader import CheckpointReader
+from dist_int8.checkpoint.tensor_files import TORCH_DTYPES
 from dist_int8.int8.convert import convert
 from dist_int8.int8.linear import Int8Linear
-from dist_int8.models.config import ignored_tensors, tensor_sources
 from dist_int8.models.decoder import DecoderStage
-from dist_int8.models.sources import TensorSource
 from dist_int8.models.spec import ModelSpec
-
-_FLOATING = {"F32": 4, "F16": 2, "BF16": 2}  # bytes an element
-_SHOWN = 12  # problems named in full in one error
 
 
 @dataclass(frozen=True)
-class _Located:
-    """A source with each of its names settled."""
+class StoredFormat:
+    """What an int8 checkpoint has decided already."""
 
-    source: TensorSource
-    names: tuple[str, ...]
+    skip: tuple[str, ...]
+    """Linears that it holds in floating point, by name component."""
+    num_hot_columns: int
+    """The most hot columns of any linear."""
 
 
 def load_stage(
@@ -43,12 +42,15 @@ def load_stage(
     skip: Collection[str] = ("lm_head",),
     progress: Callable[[int], object] | None = None,
     max_tokens: int | None = None,
+    allow_pickle: bool = False,
 ) -> DecoderStage:
-    """Build a stage and fill it from a safetensors checkpoint.
+    """Build a stage and fill it from a checkpoint.
 
-    The stage is made on the meta device; then each parameter is assembled from its checkpoint
-    tensors, moved to `device`, quantized there if it belongs to an `Int8Linear`, and its sources
-    are let go. Host memory holds one assembled parameter at a time besides what stays on the CPU.
+    The stage is made on the meta device; then each parameter gets its place on `device` and is
+    filled from its checkpoint tensors by slices of some MiB, quantized there as they arrive. Host
+    memory holds a few slices besides what stays on the CPU, however large a tensor is (a matrix in
+    an old tiled layout: twice its int8 size). Linears that the checkpoint stores in int8 are taken
+    as they are, hot columns included.
 
     Args:
         folder: a local model folder.
@@ -61,120 +63,155 @@ def load_stage(
             keep a 16-bit dtype they are stored in.
         outlier_rule: rule of the `Int8Linear` layers.
         outlier_threshold: threshold of that rule.
-        int8: False: keep every linear in `dtype`.
-        skip: linears that stay floating, by name component.
+        int8: False: keep every linear in `dtype`, also what is stored in int8.
+        skip: linears that stay floating, by name component; of an int8 checkpoint those that it
+            holds in floating point stay so instead.
         progress: called with the number of checkpoint bytes just read.
         max_tokens: longest sequence to prepare positions for; None: the model's own limit.
+        allow_pickle: read `.bin` files where there is no safetensors file.
 
     Raises:
         ValueError: before anything is allocated, naming every missing, misshapen, non-floating or
             unknown tensor of the checkpoint.
     """
-    reader = CheckpointReader(folder)
-    located = _locate(reader, spec, blocks, first, last)
+    reader = CheckpointReader(folder, allow_pickle=allow_pickle)
+    located = locate(reader, spec, blocks, first=first, last=last)
     stage = DecoderStage.empty(spec, blocks, first, last, dtype, max_tokens)
     if int8:
+        if is_int8_checkpoint(reader):
+            skip = _floating_linears(located)
         convert(stage, outlier_threshold=outlier_threshold, outlier_rule=outlier_rule, skip=skip)
-    stage.move_tables(device)
     device = torch.device(device)
-
-    unreported = _tensor_names(located)
-
-    def assemble(target: str) -> Tensor:
-        entry = located[target]
-        tensor = entry.source.assemble([reader.read(name) for name in entry.names])
-        newly_read = unreported.intersection(entry.names)
-        unreported.difference_update(newly_read)
-        if progress is not None and newly_read:
-            progress(_num_bytes(reader, newly_read))
-        return tensor
+    stage.move_tables(device)
+    source = Source(reader, device, progress)
 
     def shares_embedding() -> bool:
         if not (spec.tied_head and first) or isinstance(stage.lm_head, Int8Linear):
             return False
-        head, embedding = (located[f"{side}.weight"].names[0] for side in ("lm_head", "embedding"))
+        head, embedding = located["lm_head.weight"], located["embedding.weight"]
+        if head.is_int8:
+            return False
         # A tied checkpoint may hold the head too; transformers ties them only if they are equal.
-        return head == embedding or torch.equal(reader.read(head), reader.read(embedding))
+        return head.names == embedding.names or _equal(reader, head.names[0], embedding.names[0])
 
     with torch.no_grad():
-        for target in located:
+        for target, entry in located.items():
             if target == "lm_head.weight" and shares_embedding():
                 stage.lm_head.weight = stage.embedding.weight
                 continue
             path, _, kind = target.rpartition(".")
             module = stage.get_submodule(path)
             if isinstance(module, Int8Linear):
-                if kind == "weight":  # quantize_ takes weight and bias together
-                    bias = f"{path}.bias"
-                    module.quantize_(
-                        assemble(target).to(device),
-                        assemble(bias).to(device, dtype, copy=True) if bias in located else None,
-                    )
+                if kind == "weight":
+                    _fill_int8(module, entry, source, device)
+                else:
+                    module.bias = _floating(entry, source, device, dtype)
                 continue
-            tensor = assemble(target)
-            if path in ("embedding", "lm_head") and dtype == torch.float32 and tensor.itemsize == 2:
-                tensor = tensor.to(device, copy=True)
-            else:
-                tensor = tensor.to(device, dtype, copy=True)
-            setattr(module, kind, nn.Parameter(tensor, requires_grad=False))
+            stored = {reader.dtype(name) for name in entry.names}
+            keeps_16_bits = path in ("embedding", "lm_head") and dtype == torch.float32
+            wanted = dtype
+            if keeps_16_bits and len(stored) == 1 and (name := stored.pop()) in ("F16", "BF16"):
+                wanted = TORCH_DTYPES[name]
+            filled = _floating(entry, source, device, wanted)
+            setattr(module, kind, nn.Parameter(filled, requires_grad=False))
     return stage.eval()
 
 
 def stage_bytes_to_read(
-    folder: str | Path, spec: ModelSpec, blocks: range, *, first: bool, last: bool
+    folder: str | Path,
+    spec: ModelSpec,
+    blocks: range,
+    *,
+    first: bool,
+    last: bool,
+    allow_pickle: bool = False,
 ) -> int:
     """Checkpoint bytes of a stage, each tensor once.
 
     Raises:
         ValueError: as `load_stage`.
     """
-    reader = CheckpointReader(folder)
-    return _num_bytes(reader, _tensor_names(_locate(reader, spec, blocks, first, last)))
+    reader = CheckpointReader(folder, allow_pickle=allow_pickle)
+    located = locate(reader, spec, blocks, first=first, last=last)
+    names = {name for entry in located.values() for name in entry.names}
+    return sum(reader.num_bytes(name) for name in names)
 
 
-def _tensor_names(located: dict[str, _Located]) -> set[str]:
-    return {name for entry in located.values() for name in entry.names}
+def stored_format(
+    folder: str | Path, spec: ModelSpec, *, allow_pickle: bool = False
+) -> StoredFormat | None:
+    """What an int8 checkpoint holds; None: nothing in it is int8.
+
+    Raises:
+        ValueError: as `load_stage`, for the whole model.
+    """
+    reader = CheckpointReader(folder, allow_pickle=allow_pickle)
+    located = locate(reader, spec, range(spec.num_blocks), first=True, last=True)
+    if not is_int8_checkpoint(reader):
+        return None
+    num_hot = [
+        0 if entry.hot_columns is None else len(entry.hot_columns) for entry in located.values()
+    ]
+    return StoredFormat(_floating_linears(located), max(num_hot, default=0))
 
 
-def _num_bytes(reader: CheckpointReader, names: set[str]) -> int:
-    return sum(
-        torch.Size(reader.shape(name)).numel() * _FLOATING[reader.dtype(name)] for name in names
+def _floating_linears(located: dict[str, Located]) -> tuple[str, ...]:
+    return tuple(
+        target.removesuffix(".weight")
+        for target, entry in located.items()
+        if may_be_int8(target, entry.source) and not entry.is_int8
     )
 
 
-def _locate(
-    reader: CheckpointReader, spec: ModelSpec, blocks: range, first: bool, last: bool
-) -> dict[str, _Located]:
-    """Settle every name of the stage, or raise one error with all that is wrong."""
-    whole = tensor_sources(spec, range(spec.num_blocks), first=True, last=True)
-    known = {name for source in whole.values() for names in source.names for name in names}
-    ignored = re.compile("|".join(ignored_tensors(spec)) or r"(?!)")
-    problems = [
-        f"unknown tensor {name}"
-        for name in reader.names
-        if name not in known and not ignored.search(name)
-    ]
-    located: dict[str, _Located] = {}
-    for target, source in tensor_sources(spec, blocks, first=first, last=last).items():
-        names = []
-        for candidates, shape in zip(source.names, source.shapes, strict=False):
-            name = next((name for name in candidates if name in reader), None)
-            if name is None:
-                problems.append(f"missing tensor {candidates[0]}")
-            elif reader.shape(name) != shape:
-                problems.append(
-                    f"{name} must have shape {list(shape)}, got {list(reader.shape(name))}"
-                )
-            elif reader.dtype(name) not in _FLOATING:
-                problems.append(f"{name} must be floating-point, got {reader.dtype(name)}")
-            else:
-                names.append(name)
-        located[target] = _Located(source, tuple(names))
-    if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise ValueError(
-            f"{reader.folder}: checkpoint must fit its config.json, got {len(problems)} "
-            f"problem(s): {'; '.join(problems[:_SHOWN])}{more}; check that config and weights "
-            "belong together"
-        )
-    return located
+def _floating(entry: Located, source: Source, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The parameter in `dtype` on `device`."""
+    if not entry.pieces:
+        return entry.source.assemble([]).to(device, dtype)
+    num_rows = sum(piece.shape[0] for piece in entry.pieces)
+    out = torch.empty((num_rows, *entry.pieces[0].shape[1:]), dtype=dtype, device=device)
+    for begin, piece in _beginnings(entry):
+        for first, rows in source.floating(piece, entry.hot_columns):
+            _put(out, entry.order, begin + first, rows)
+    return out
+
+
+def _fill_int8(module: Int8Linear, entry: Located, source: Source, device: torch.device) -> None:
+    N, K = module.out_features, module.in_features
+    weight_int8 = torch.empty((N, K), dtype=torch.int8, device=device)
+    col_scale = torch.empty(N, dtype=torch.float32, device=device)
+    hot_weight: Tensor | None = None
+    for begin, piece in _beginnings(entry):
+        for part in source.int8(piece):
+            _put(weight_int8, entry.order, begin + part.first, part.weight_int8)
+            _put(col_scale, entry.order, begin + part.first, part.col_scale)
+            if part.hot_weight is not None:
+                if hot_weight is None:
+                    shape = (N, part.hot_weight.shape[1])
+                    hot_weight = torch.empty(shape, dtype=part.hot_weight.dtype, device=device)
+                _put(hot_weight, entry.order, begin + part.first, part.hot_weight)
+    module.weight_int8, module.col_scale = weight_int8, col_scale
+    if entry.hot_columns is not None:
+        module.hot_columns, module.hot_weight = entry.hot_columns.to(device), hot_weight
+
+
+def _beginnings(entry: Located) -> list[tuple[int, Piece]]:
+    """Each piece with the number of stored rows before it."""
+    begin, beginnings = 0, []
+    for piece in entry.pieces:
+        beginnings.append((begin, piece))
+        begin += piece.shape[0]
+    return beginnings
+
+
+def _put(out: Tensor, order: Tensor | None, first: int, rows: Tensor) -> None:
+    """Stored rows to their places."""
+    end = first + len(rows)
+    if order is None:
+        out[first:end] = rows
+    else:
+        out.index_copy_(0, order[first:end].to(out.device), rows.to(out.dtype))
+
+
+def _equal(reader: CheckpointReader, name: str, other: str) -> bool:
+    pairs = zip(reader.slices(name), reader.slices(other), strict=True)
+    return all(torch.equal(rows, other_rows) for (_, rows), (_, other_rows) in pairs)

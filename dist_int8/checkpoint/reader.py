@@ -1,54 +1,65 @@
-"""Reading safetensors checkpoints tensor by tensor, every problem found before the first read."""
+"""Reading checkpoints tensor by tensor, every problem found before the first read."""
 
 import json
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+from dist_int8.checkpoint.pickles import PickleFile
+from dist_int8.checkpoint.tensor_files import (
+    TORCH_DTYPES,
+    SafetensorsFile,
+    StoredTensor,
+    TensorFile,
+)
 
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies and what it is, read from a file's header."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: str
-    """safetensors' name: F32, BF16, F16, I8, ..."""
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLE_SINGLE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+# Rows are read and worked on in slices of about this many elements: what is at work at a time, fp32
+# temporaries of quantizing included, is then a few times 4 MiB, and stays in a CPU's cache.
+SLICE = 1 << 20
+AHEAD = 8  # slices that the disk is asked for in advance
 
 
 class CheckpointReader:
     """The tensors of a model folder: `model.safetensors` or shards with an index.
 
     Opening reads every header (not the data) and raises one ValueError that lists every missing,
-    damaged or contradictory file. A file is mapped only while a tensor of it is alive, so that the
-    memory of a reader is one tensor.
+    damaged or contradictory file. Nothing stays open or in memory between reads.
+
+    Args:
+        folder: of the checkpoint.
+        allow_pickle: read `pytorch_model.bin`, or its shards, where there is no safetensors file.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, allow_pickle: bool = False) -> None:
         self.folder = Path(folder)
+        self._files: dict[str, TensorFile] = {}
         self._tensors: dict[str, StoredTensor] = {}
         problems: list[str] = []
-        if (self.folder / _INDEX).is_file():
-            self._open_index(problems)
-        elif (self.folder / _SINGLE).is_file():
-            self._tensors = dict(_header(self.folder / _SINGLE, problems))
+        names = [(SINGLE, INDEX)] + [(PICKLE_SINGLE, PICKLE_INDEX)] * allow_pickle
+        for single, index in names:
+            if (self.folder / index).is_file():
+                self._open_index(index, problems)
+            elif (self.folder / single).is_file():
+                self._take(single, None, problems)
+            else:
+                continue
+            break
         else:
             raise ValueError(_no_checkpoint(self.folder))
-        _raise(f"{self.folder}", problems)
+        if problems:
+            raise ValueError(
+                f"{self.folder}: checkpoint must be complete, got {len(problems)} problem(s): "
+                f"{'; '.join(problems)}; download the checkpoint again"
+            )
 
-    def _open_index(self, problems: list[str]) -> None:
-        path = self.folder / _INDEX
+    def _open_index(self, index: str, problems: list[str]) -> None:
+        path = self.folder / index
         try:
             weight_map = json.loads(path.read_text())["weight_map"]
             files = sorted(set(weight_map.values()))
@@ -58,20 +69,35 @@ class CheckpointReader:
                 "again"
             ) from None
         for file in files:
-            if Path(file).name != file:
-                problems.append(f"{_INDEX} names {file!r}, which is not a file name of this folder")
+            listed = [name for name, named in weight_map.items() if named == file]
+            if (
+                Path(file).name != file
+                or Path(file).suffix != Path(index.split(".index")[0]).suffix
+            ):
+                problems.append(f"{index} names {file!r}, which is not a file name of this folder")
             elif not (self.folder / file).is_file():
-                count = sum(named == file for named in weight_map.values())
-                problems.append(f"missing file {file} ({count} tensors)")
+                problems.append(f"missing file {file} ({len(listed)} tensors)")
             else:
-                stored = dict(_header(self.folder / file, problems))
-                listed = [name for name, named in weight_map.items() if named == file]
-                self._tensors.update((name, stored[name]) for name in listed if name in stored)
-                absent = [name for name in listed if stored and name not in stored]
-                if absent:
-                    problems.append(
-                        f"{file} lacks tensors that {_INDEX} lists: {', '.join(absent)}"
-                    )
+                self._take(file, listed, problems)
+
+    def _take(self, file: str, listed: list[str] | None, problems: list[str]) -> None:
+        """Add the tensors of a file: those that the index lists there, or all."""
+        path = self.folder / file
+        try:
+            opened: TensorFile = (
+                SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
+            )
+        except ValueError as error:
+            problems.append(str(error))
+            return
+        names = list(opened.tensors) if listed is None else listed
+        absent = [name for name in names if name not in opened.tensors]
+        if absent:
+            problems.append(f"{file} lacks tensors that the index lists: {', '.join(absent)}")
+        for name in names:
+            if name in opened.tensors:
+                self._files[name] = opened
+                self._tensors[name] = opened.tensors[name]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -89,51 +115,32 @@ class CheckpointReader:
         """safetensors' dtype name of a tensor (F32, BF16, F16, I8, ...), from the header."""
         return self._tensors[name].dtype
 
+    def num_bytes(self, name: str) -> int:
+        """Stored size of a tensor, from the header."""
+        return self._tensors[name].num_bytes
+
     def read(self, name: str) -> Tensor:
-        """The tensor on the CPU in its stored dtype, a view of the file: copy what you keep."""
-        stored = self._tensors[name]
-        with safe_open(stored.path, framework="pt", device="cpu") as file:
-            return file.get_tensor(name)
+        """The tensor on the CPU in its stored dtype."""
+        out = torch.empty(self.shape(name), dtype=TORCH_DTYPES[self.dtype(name)])
+        self._files[name].read_into(name, 0, out)
+        return out
 
+    def slices(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """The tensor's rows in order, in slices of about SLICE elements: first row, rows.
 
-def resolve_model(model: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model.
-
-    Args:
-        model: a folder, or a hub id ("organization/name"), whose safetensors, config and tokenizer
-            files are downloaded once into Hugging Face's cache. Never Python files or pickles.
-        revision: branch, tag or commit of a hub id; None: the default branch.
-
-    Raises:
-        ValueError: neither a folder nor a hub id, or a hub id that cannot be fetched.
-    """
-    folder = Path(model).expanduser()
-    if str(model) and folder.is_dir():
-        return folder
-    if folder.exists() or not _HUB_ID.fullmatch(str(model)):
-        raise ValueError(
-            f"model: must be a folder or a hub id such as 'bigscience/bloom', got {str(model)!r}: "
-            "no such folder; check the path"
-        )
-    try:
-        return Path(snapshot_download(str(model), revision=revision, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            "model: must be an existing folder or a hub id that can be fetched, got "
-            f"{str(model)!r} ({reason}); check the path, the name or the network"
-        ) from None
-
-
-def _header(path: Path, problems: list[str]) -> Iterator[tuple[str, StoredTensor]]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            for name in file.keys():  # noqa: SIM118 - a safe_open handle is not a mapping
-                entry = file.get_slice(name)
-                yield name, StoredTensor(path, tuple(entry.get_shape()), str(entry.get_dtype()))
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size
-        problems.append(f"damaged or truncated file {path.name} ({size} bytes): {error}")
+        While the caller works on a slice, the disk reads the next ones.
+        """
+        shape, dtype, file = self.shape(name), self.dtype(name), self._files[name]
+        num_rows = shape[0]
+        step = max(1, SLICE // max(1, torch.Size(shape[1:]).numel()))
+        for first in range(0, num_rows, step):
+            end = min(num_rows, first + step)
+            ahead = min(num_rows, end + AHEAD * step)
+            if ahead > end:
+                file.will_read(name, end, ahead - end)
+            out = torch.empty((end - first, *shape[1:]), dtype=TORCH_DTYPES[dtype])
+            file.read_into(name, first, out)
+            yield first, out
 
 
 def _no_checkpoint(folder: Path) -> str:
@@ -142,18 +149,11 @@ def _no_checkpoint(folder: Path) -> str:
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     if pickles:
         return (
-            f"{folder}: must hold {_SINGLE}, got {pickles[0]} (a pickle, which can run code); "
-            "convert it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            f"{folder}: must hold {SINGLE}, got {pickles[0]} (a pickle, which can run code); "
+            "convert it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), "
+            "or, if you trust who made it, allow_pickle (--allow-pickle)"
         )
     return (
-        f"{folder}: must hold {_SINGLE} or {_INDEX}, got neither; give the folder of a complete "
+        f"{folder}: must hold {SINGLE} or {INDEX}, got neither; give the folder of a complete "
         "transformers checkpoint"
     )
-
-
-def _raise(where: str, problems: list[str]) -> None:
-    if problems:
-        raise ValueError(
-            f"{where}: checkpoint must be complete, got {len(problems)} problem(s): "
-            f"{'; '.join(problems)}; download the checkpoint again"
-        )

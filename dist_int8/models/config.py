@@ -40,6 +40,8 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (None, False),
 }
 _WITHOUT_WINDOW = ("llama", "bloom", "opt", "gpt_neox")
+# The `version` in the quantization_config of our int8 checkpoints.
+INT8_VERSION = 1
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -113,6 +115,8 @@ def describe(config: PretrainedConfig) -> ModelSpec:
         )
     for key, unused in _REFUSED.items():
         value = getattr(config, key, None)
+        if key == "quantization_config" and _is_readable_int8(value):
+            continue
         if value not in unused:
             shown = (
                 value if not isinstance(value, dict) else value.get("quant_method", "a dictionary")
@@ -133,6 +137,16 @@ def describe(config: PretrainedConfig) -> ModelSpec:
             f"{wrong[0]!r}; use a checkpoint with a language-model head"
         )
     return family.describe(config)
+
+
+def _is_readable_int8(quantization: Any) -> bool:
+    """Whether `checkpoint` reads this form: ours, or bitsandbytes' 8 bits."""
+    if not isinstance(quantization, dict):
+        return False
+    method = quantization.get("quant_method", "bitsandbytes")
+    if method == "dist_int8":
+        return quantization.get("version") == INT8_VERSION
+    return method == "bitsandbytes" and quantization.get("load_in_8bit") is True
 
 
 def _is_language_model(architecture: str) -> bool:

@@ -176,7 +176,7 @@ def test_every_missing_and_misshapen_tensor_is_named(folder_of):
     assert "missing tensor model.layers.1.self_attn.k_proj.weight" in message
     assert "up_proj.weight must have shape [80, 48], got [80, 47]" in message
     assert "unknown tensor model.layers.0.self_attn.q_norm.weight" in message
-    assert "down_proj.weight must be floating-point, got I8" in message
+    assert "down_proj.weight is int8 and must have" in message
     assert allocated == []
     assert "\n" not in message
 

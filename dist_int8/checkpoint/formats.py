@@ -1,0 +1,47 @@
+"""What config.json says of a quantized checkpoint, ours and bitsandbytes'."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from dist_int8.models.config import INT8_VERSION
+
+TargetFormat = Literal["dist_int8", "bitsandbytes", "floating"]
+
+
+def config_of(
+    fields: Mapping[str, Any],
+    target: TargetFormat,
+    *,
+    skip: Sequence[str] = (),
+    skipped_modules: Sequence[str] = (),
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """The config.json of a rewritten checkpoint.
+
+    Args:
+        fields: the source's config.json.
+        target: what it is rewritten to.
+        skip: our names of the linears that stay floating.
+        skipped_modules: transformers' names of the same.
+        dtype: of the floating tensors, where it changes.
+    """
+    config = {key: value for key, value in fields.items() if key != "quantization_config"}
+    if dtype is not None:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    if target == "dist_int8":
+        config["quantization_config"] = {
+            "quant_method": "dist_int8",
+            "version": INT8_VERSION,
+            "skip_modules": list(skip),
+        }
+    elif target == "bitsandbytes":
+        config["quantization_config"] = {
+            "quant_method": "bitsandbytes",
+            "load_in_8bit": True,
+            "load_in_4bit": False,
+            "llm_int8_threshold": 6.0,
+            "llm_int8_skip_modules": list(skipped_modules),
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_has_fp16_weight": False,
+        }
+    return config

@@ -1,0 +1,83 @@
+"""Model folders, local or from a hub."""
+
+import json
+import re
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
+
+from dist_int8.checkpoint.reader import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# Never Python files, and no weights but those that are read: hubs keep other formats beside.
+_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def resolve_model(
+    model: str | Path,
+    revision: str | None = None,
+    *,
+    allow_pickle: bool = False,
+    weights: bool = True,
+) -> Path:
+    """The local folder of a model.
+
+    Args:
+        model: a folder, or a hub id ("organization/name"), whose config, tokenizer and safetensors
+            files are downloaded once into Hugging Face's cache, with progress on stderr; what a
+            broken connection left is continued. All files are of one commit.
+        revision: branch, tag or commit of a hub id; None: the default branch.
+        allow_pickle: fetch `pytorch_model.bin` or its shards if there is no safetensors file.
+        weights: False: only the small files.
+
+    Raises:
+        ValueError: neither a folder nor a hub id, or a hub id that cannot be fetched.
+    """
+    folder = Path(model).expanduser()
+    if str(model) and folder.is_dir():
+        return folder
+    if folder.exists() or not _HUB_ID.fullmatch(str(model)):
+        raise ValueError(
+            f"model: must be a folder or a hub id such as 'bigscience/bloom', got {str(model)!r}: "
+            "no such folder; check the path"
+        )
+    try:
+        # the folder is named by its commit, which pins what comes next
+        folder = Path(snapshot_download(str(model), revision=revision, allow_patterns=_SMALL_FILES))
+        if weights:
+            commit = folder.name if _COMMIT.fullmatch(folder.name) else revision
+            files = _weight_files(str(model), commit, folder, allow_pickle)
+            folder = Path(snapshot_download(str(model), revision=commit, allow_patterns=files))
+        return folder
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            "model: must be an existing folder or a hub id that can be fetched, got "
+            f"{str(model)!r} ({reason}); check the path, the name or the network"
+        ) from None
+
+
+def _weight_files(model: str, commit: str | None, folder: Path, allow_pickle: bool) -> list[str]:
+    """Names of the files that the reader will open."""
+    candidates = [(SINGLE, INDEX)] + [(PICKLE_SINGLE, PICKLE_INDEX)] * allow_pickle
+    for single, index in candidates:
+        if (folder / index).is_file():
+            try:
+                return sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                return []  # the reader says what is wrong with it
+        try:
+            hf_hub_download(model, single, revision=commit)
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError) and single == candidates[-1][0]:
+                raise  # no network, and not in the cache
+            continue
+        return [single]
+    return []  # the reader says that there is none

@@ -1,0 +1,253 @@
+"""Where every parameter of a stage lies in a checkpoint and in which form, or all that is wrong.
+
+A matrix is stored in one of three forms, next to its name `X.weight`:
+
+- floating;
+- ours: int8 `X.weight`, fp32 `X.col_scale` [N], and where it has hot columns int32 `X.hot_columns`
+  [H] and floating `X.hot_weight` [N, H];
+- bitsandbytes': int8 `X.weight` in the layout that `X.weight_format` numbers (row where absent),
+  and fp32 `X.SCB` [N], the absmax of each row: 127 times our scale.
+"""
+
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dist_int8.checkpoint.reader import CheckpointReader
+from dist_int8.int8.layouts import LAYOUTS, stored_shape
+from dist_int8.models.config import ignored_tensors, tensor_sources
+from dist_int8.models.sources import TensorSource
+from dist_int8.models.spec import ModelSpec
+
+FLOATING = ("F32", "F16", "BF16")
+ABSMAX_PER_SCALE = 127.0
+_SHOWN = 12  # problems named in full in one error
+_NEVER_INT8 = ("embedding", "positions")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One checkpoint tensor of a parameter and what belongs to it."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the matrix, without the padding of its layout."""
+    scale: str | None = None
+    """Name of the scales of an int8 matrix."""
+    scale_divisor: float = 1.0
+    """What the stored scales are divided by to be ours."""
+    layout: str = "row"
+    extra: tuple[str, ...] = ()
+    """Other tensors that were read already: weight_format, hot_columns."""
+    hot_weight: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor of the piece."""
+        others = (self.scale, *self.extra, self.hot_weight)
+        return (self.name, *(name for name in others if name is not None))
+
+
+@dataclass(frozen=True)
+class Located:
+    """A parameter of ours: its source, with everything settled."""
+
+    source: TensorSource
+    pieces: tuple[Piece, ...]
+    hot_columns: Tensor | None = field(default=None, compare=False)
+    """int32 [H], the same for all pieces."""
+
+    @property
+    def is_int8(self) -> bool:
+        return any(piece.scale is not None for piece in self.pieces)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for piece in self.pieces for name in piece.names)
+
+    @cached_property
+    def order(self) -> Tensor | None:
+        """int64 [N]: the row of the parameter for each stored row; None: as stored."""
+        if self.source.row_order == "as_stored":
+            return None
+        counts = [piece.shape[0] for piece in self.pieces]
+        rows = torch.arange(sum(counts))
+        stored = self.source.assemble(list(rows.split(counts)))
+        order = torch.empty_like(rows)
+        order[stored] = rows
+        return order
+
+
+def may_be_int8(target: str, source: TensorSource) -> bool:
+    """Whether the parameter is the weight of a linear."""
+    return len(source.shapes[0]) == 2 and target.rpartition(".")[0] not in _NEVER_INT8
+
+
+def is_int8_checkpoint(reader: CheckpointReader) -> bool:
+    """Whether any matrix is stored in int8."""
+    return any(reader.dtype(name) == "I8" for name in reader.names)
+
+
+def locate(
+    reader: CheckpointReader, spec: ModelSpec, blocks: range, *, first: bool, last: bool
+) -> dict[str, Located]:
+    """Every parameter of the stage, keyed as `models.tensor_sources` does.
+
+    Raises:
+        ValueError: one error with all that is missing, misshapen, unknown or of a wrong dtype in
+            the stage, and all that is unknown in the whole checkpoint.
+    """
+    problems = _unknown(reader, spec)
+    located = {
+        target: _settle(reader, target, source, problems)
+        for target, source in tensor_sources(spec, blocks, first=first, last=last).items()
+    }
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise ValueError(
+            f"{reader.folder}: checkpoint must fit its config.json, got {len(problems)} "
+            f"problem(s): {'; '.join(problems[:_SHOWN])}{more}; check that config and weights "
+            "belong together"
+        )
+    return located
+
+
+def _unknown(reader: CheckpointReader, spec: ModelSpec) -> list[str]:
+    whole = tensor_sources(spec, range(spec.num_blocks), first=True, last=True)
+    known = {name for source in whole.values() for names in source.names for name in names}
+    for name in list(known):
+        if name in reader and reader.dtype(name) == "I8":
+            base = name.removesuffix("weight")
+            known |= {base + kind for kind in ("col_scale", "hot_columns", "hot_weight")}
+            known |= {base + kind for kind in ("SCB", "weight_format")}
+    ignored = re.compile("|".join(ignored_tensors(spec)) or r"(?!)")
+    return [
+        f"unknown tensor {name}"
+        for name in reader.names
+        if name not in known and not ignored.search(name)
+    ]
+
+
+def _settle(
+    reader: CheckpointReader, target: str, source: TensorSource, problems: list[str]
+) -> Located:
+    pieces: list[Piece] = []
+    hot: list[Tensor | None] = []
+    for candidates, shape in zip(source.names, source.shapes, strict=False):
+        name = next((name for name in candidates if name in reader), None)
+        if name is None:
+            problems.append(f"missing tensor {candidates[0]}")
+            continue
+        if may_be_int8(target, source) and reader.dtype(name) == "I8":
+            piece, columns = _int8_piece(reader, name, shape, problems)
+            pieces.append(piece)
+            hot.append(columns)
+            continue
+        if reader.shape(name) != shape:
+            problems.append(f"{name} must have shape {list(shape)}, got {list(reader.shape(name))}")
+        elif reader.dtype(name) not in FLOATING:
+            problems.append(f"{name} must be floating-point, got {reader.dtype(name)}")
+        pieces.append(Piece(name, shape))
+        hot.append(None)
+    if len({piece.scale is None for piece in pieces}) > 1:
+        problems.append(
+            f"{', '.join(piece.name for piece in pieces)} must be all int8 or all floating-point, "
+            "because they make one matrix here"
+        )
+    columns = hot[0] if hot else None
+    if any(_as_list(other) != _as_list(columns) for other in hot):
+        problems.append(
+            f"{', '.join(piece.name for piece in pieces)} must have the same hot columns, because "
+            "they make one matrix here"
+        )
+    return Located(source, tuple(pieces), columns)
+
+
+def _int8_piece(
+    reader: CheckpointReader, name: str, shape: tuple[int, ...], problems: list[str]
+) -> tuple[Piece, Tensor | None]:
+    num_rows, num_columns = shape
+    base = name.removesuffix("weight")
+    layout, extra = "row", []
+    if (format_name := f"{base}weight_format") in reader:
+        extra.append(format_name)
+        number = (
+            int(reader.read(format_name).reshape(-1)[0]) if _is_number(reader, format_name) else -1
+        )
+        if not 0 <= number < len(LAYOUTS):
+            problems.append(f"{format_name} must be an integer 0..{len(LAYOUTS) - 1}")
+        else:
+            layout = LAYOUTS[number]
+    expected = stored_shape(layout, num_rows, num_columns)
+    if reader.shape(name) != expected:
+        kind = "" if layout == "row" else f" ({layout})"
+        problems.append(
+            f"{name} must have shape {list(expected)}{kind}, got {list(reader.shape(name))}"
+        )
+    scales = [base + kind for kind in ("col_scale", "SCB") if base + kind in reader]
+    if len(scales) != 1:
+        have = " and ".join(scales) or "neither"
+        problems.append(f"{name} is int8 and must have {base}col_scale or {base}SCB, got {have}")
+    for scale in scales:
+        _expect(reader, scale, ("F32",), (num_rows,), problems)
+    hot_names = [base + "hot_columns", base + "hot_weight"]
+    columns = None
+    if all(hot in reader for hot in hot_names):
+        columns = _hot_columns(reader, hot_names[0], hot_names[1], shape, problems)
+        extra.append(hot_names[0])
+    elif any(hot in reader for hot in hot_names):
+        problems.append(f"{name} must have both of {' and '.join(hot_names)} or neither")
+    scale = scales[0] if scales else f"{base}col_scale"
+    divisor = ABSMAX_PER_SCALE if scale.endswith("SCB") else 1.0
+    hot_weight = None if columns is None else hot_names[1]
+    return Piece(name, shape, scale, divisor, layout, tuple(extra), hot_weight), columns
+
+
+def _hot_columns(
+    reader: CheckpointReader,
+    columns_name: str,
+    weight_name: str,
+    shape: tuple[int, ...],
+    problems: list[str],
+) -> Tensor | None:
+    before = len(problems)
+    num_rows, num_columns = shape
+    _expect(reader, columns_name, ("I32",), None, problems)
+    num_hot = reader.shape(columns_name)[0] if len(reader.shape(columns_name)) == 1 else -1
+    if num_hot < 1:
+        problems.append(f"{columns_name} must have shape [H], got {reader.shape(columns_name)}")
+    _expect(reader, weight_name, FLOATING, (num_rows, max(num_hot, 1)), problems)
+    if len(problems) > before:
+        return None
+    columns = reader.read(columns_name)
+    if columns.min() < 0 or columns.max() >= num_columns or len(columns.unique()) != num_hot:
+        problems.append(
+            f"{columns_name} must be distinct input features 0..{num_columns - 1}, got "
+            f"{columns.tolist()}"
+        )
+    return columns
+
+
+def _expect(
+    reader: CheckpointReader,
+    name: str,
+    dtypes: tuple[str, ...],
+    shape: tuple[int, ...] | None,
+    problems: list[str],
+) -> None:
+    if shape is not None and reader.shape(name) != shape:
+        problems.append(f"{name} must have shape {list(shape)}, got {list(reader.shape(name))}")
+    if reader.dtype(name) not in dtypes:
+        problems.append(f"{name} must be {' or '.join(dtypes)}, got {reader.dtype(name)}")
+
+
+def _is_number(reader: CheckpointReader, name: str) -> bool:
+    is_integer = reader.dtype(name) in ("U8", "I8", "I16", "I32", "I64")
+    return is_integer and torch.Size(reader.shape(name)).numel() == 1
+
+
+def _as_list(columns: Tensor | None) -> list[int] | None:
+    return None if columns is None else columns.tolist()

@@ -1,0 +1,122 @@
+"""A stored parameter as a sequence of slices, in whichever form it is wanted."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_int8.checkpoint.locate import Piece
+from dist_int8.checkpoint.reader import SLICE, CheckpointReader
+from dist_int8.int8 import reference
+from dist_int8.int8.layouts import transform_layout
+
+
+@dataclass(frozen=True)
+class Int8Rows:
+    """Some rows of an int8 matrix, beginning with row `first` of their checkpoint tensor."""
+
+    first: int
+    weight_int8: Tensor
+    """int8 [R, K], zero in the hot columns."""
+    col_scale: Tensor
+    """fp32 [R]"""
+    hot_weight: Tensor | None
+    """floating [R, H]"""
+
+
+class Source:
+    """Reads pieces of one checkpoint, on the CPU or from there to a device.
+
+    Args:
+        reader: of the checkpoint.
+        device: where slices are handed out and worked on.
+        progress: called with the number of bytes just read, of each tensor once.
+    """
+
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        device: torch.device | str = "cpu",
+        progress: Callable[[int], object] | None = None,
+    ) -> None:
+        self.reader = reader
+        self._device = torch.device(device)
+        self._progress = progress
+        self._reported: set[str] = set()
+
+    def read(self, name: str) -> Tensor:
+        """A whole (small) tensor."""
+        tensor = self.reader.read(name)
+        self._report(name, tensor, whole=True)
+        return tensor.to(self._device)
+
+    def floating(self, piece: Piece, hot_columns: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+        """Rows in order, in their stored floating dtype, or fp32 if they are stored in int8."""
+        if piece.scale is None:
+            yield from self._slices(piece.name)
+            return
+        for part in self._stored_int8(piece):
+            rows = reference.dequantize_weight(part.weight_int8, part.col_scale)
+            if hot_columns is not None and part.hot_weight is not None:
+                rows[:, hot_columns.long().to(rows.device)] = part.hot_weight.float()
+            yield part.first, rows
+
+    def int8(self, piece: Piece, hot_columns: Tensor | None = None) -> Iterator[Int8Rows]:
+        """Rows in order as int8: as they are stored, or quantized as they arrive.
+
+        A floating piece keeps `hot_columns` exactly and leaves them out of the scales.
+        """
+        if piece.scale is not None:
+            yield from self._stored_int8(piece)
+            return
+        hot = None if hot_columns is None else hot_columns.long().to(self._device)
+        for first, rows in self._slices(piece.name):
+            hot_weight = None
+            if hot is not None:
+                hot_weight = rows[:, hot]
+                rows.index_fill_(1, hot, 0.0)
+            yield Int8Rows(first, *reference.quantize_weight(rows), hot_weight)
+
+    def _stored_int8(self, piece: Piece) -> Iterator[Int8Rows]:
+        assert piece.scale is not None
+        scale = self.read(piece.scale)
+        if piece.scale_divisor != 1.0:
+            scale = scale / piece.scale_divisor
+        hot_weight = None if piece.hot_weight is None else self.read(piece.hot_weight)
+        for name in piece.extra:
+            self._report(name, None)
+        slices = self._slices(piece.name) if piece.layout == "row" else self._from_layout(piece)
+        for first, rows in slices:
+            end = first + len(rows)
+            hot = None if hot_weight is None else hot_weight[first:end]
+            yield Int8Rows(first, rows, scale[first:end], hot)
+
+    def _from_layout(self, piece: Piece) -> Iterator[tuple[int, Tensor]]:
+        """A tiled matrix has its rows all over the file, and is taken as a whole."""
+        num_rows, num_columns = piece.shape
+        tiled = self.read(piece.name)
+        matrix = transform_layout(tiled, piece.layout, "row", (num_rows, num_columns))
+        del tiled
+        yield from _row_slices(matrix)
+
+    def _slices(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        for first, rows in self.reader.slices(name):
+            self._report(name, rows)
+            yield first, rows.to(self._device)
+        self._reported.add(name)
+
+    def _report(self, name: str, rows: Tensor | None, whole: bool = False) -> None:
+        if name in self._reported:
+            return
+        if rows is None or whole:
+            self._reported.add(name)
+        num_bytes = self.reader.num_bytes(name) if rows is None else rows.nbytes
+        if self._progress is not None and num_bytes:
+            self._progress(num_bytes)
+
+
+def _row_slices(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
+    step = max(1, SLICE // max(1, torch.Size(matrix.shape[1:]).numel()))
+    for first in range(0, len(matrix), step):
+        yield first, matrix[first : first + step]
