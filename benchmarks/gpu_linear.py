@@ -6,7 +6,8 @@
 One run: the four linears of each model, every M and every kind of outliers in x. Times are medians
 over replays of a CUDA graph that goes through sets of buffers worth four times the L2 cache, so
 that weights come from memory as in a model. int8 times include the quantization of x. bitsandbytes
-(Linear8bitLt, threshold 6.0, fp16) waits for the host and is timed without a graph.
+(Linear8bitLt, threshold 6.0, fp16) waits for the host and is timed without a graph. "weights only"
+(int8_weight_linear, no quantization of x) is measured up to M = 32.
 
 Every point of the frontier is a rule for outliers (see reference.outlier_mask); its error is
 |y - y64| / |y64| over sampled rows and outputs, y64 in fp64 from x, with the weights as they were
@@ -44,6 +45,8 @@ RULES = {
     DEFAULT: ("row_rms", 4.0),
     "all": ("all", 0.0),  # two full planes: 15-bit activations
 }
+WEIGHT_ONLY = "weights only"  # int8_weight_linear: activations as they are, for few rows
+WEIGHT_ONLY_ROWS = 32
 SAMPLED_ROWS, SAMPLED_OUTPUTS = 16, 512
 
 
@@ -147,6 +150,17 @@ def measure(layer, M, outliers, device):
             [
                 lambda i=i, name=name: layer.ours(xs[i % len(xs)], name, i)
                 for i in range(len(layer.int8))
+            ],
+        )
+    if M <= WEIGHT_ONLY_ROWS:
+        exact = ops.int8_weight_linear(xs[0], layer.int8[0], layer.col_scale)
+        errors[WEIGHT_ONLY] = layer.errors(exact, xs[0])
+        assert errors[WEIGHT_ONLY]["activations"] < 2e-2, errors  # bf16 x and result
+        timed(
+            WEIGHT_ONLY,
+            [
+                lambda i=i, w=w: ops.int8_weight_linear(xs[i % len(xs)], w, layer.col_scale)
+                for i, w in enumerate(layer.int8)
             ],
         )
     rule, threshold = RULES[DEFAULT]

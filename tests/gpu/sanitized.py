@@ -35,6 +35,8 @@ def main() -> None:
             ops.int8_linear(
                 x, weight_int8, col_scale, outlier_rule=settings[0], outlier_threshold=settings[1]
             )
+            if dtype != torch.float32:
+                ops.int8_weight_linear(x, weight_int8, col_scale, bias, residual)
             for kind in ("rms", "layer"):
                 ops.add_norm(x, None, norm_weight, None, 1e-5, kind)
                 ops.add_norm_quantize(x, x, norm_weight, norm_weight, 1e-5, kind, *settings, hot)

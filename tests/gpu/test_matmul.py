@@ -131,3 +131,25 @@ def test_a_row_of_nan_gives_a_row_of_nan(device, rows_with_outliers):
             x[:M].to(device), weight_int8.to(device), col_scale.to(device), **settings
         )
         assert got[3].isnan().all() and got[:3].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+@pytest.mark.parametrize("M", [1, 3, 8, 9, 16, 17, 32, 40])
+def test_int8_weight_linear(device, rows_with_outliers, dtype, M, N, K):
+    x = rows_with_outliers(M, K, dtype)
+    generator = torch.Generator().manual_seed(N)
+    weight_int8, col_scale = reference.quantize_weight(torch.randn(N, K, generator=generator))
+    col_scale = col_scale / K**0.5
+    bias = torch.randn(N, generator=generator).to(dtype)
+    residual = torch.randn(M, N, generator=generator).to(dtype)
+    arguments = (x, weight_int8, col_scale, bias, residual)
+    want = reference.int8_weight_linear(*arguments)
+    got = ops.int8_weight_linear(*(tensor.to(device) for tensor in arguments))
+    tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(
+        got.cpu().float(),
+        want.float(),
+        rtol=tolerance,
+        atol=tolerance * 1e-2 * float(want.float().abs().max()),
+    )
