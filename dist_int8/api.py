@@ -5,28 +5,23 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig
 
 from dist_int8 import distributed
-from dist_int8.checkpoint import (
-    CheckpointReader,
-    load_stage,
-    resolve_model,
-    stage_bytes_to_read,
-)
+from dist_int8.checkpoint import resolve_model
 from dist_int8.config import Settings, load_settings
 from dist_int8.devices import choose_devices
 from dist_int8.distributed import Launched, World
-from dist_int8.engine import Engine, TokenSampler
+from dist_int8.engine import Engine
 from dist_int8.handle import Model
-from dist_int8.models import ModelSpec, describe, load_config, tensor_sources
-from dist_int8.partition import Plan, StagePlan
-from dist_int8.pipeline.kv_cache import KVCache
+from dist_int8.loading import as_stored, build_stage, vocab_dtype_of
+from dist_int8.models import ModelSpec, describe, load_config
+from dist_int8.partition import Plan
 from dist_int8.pipeline.microbatch import Limits
 from dist_int8.pipeline.runner import Pipeline, serve
 from dist_int8.pipeline.stage import Stage
@@ -85,12 +80,17 @@ def load(
         raise ValueError("load(): model must be a folder or a hub id, got nothing; name the model")
     place = distributed.launched()
     stage_devices = _devices(settings, place)
-    folder = resolve_model(settings.model, settings.revision)
+    folder = resolve_model(
+        settings.model,
+        settings.revision,
+        allow_pickle=settings.allow_pickle,
+        weights=not settings.random_weights,
+    )
     hf_config = load_config(folder)
     spec = describe(hf_config)
-    # the whole checkpoint is looked through before any rank starts, not only this rank's stage
-    stage_bytes_to_read(folder, spec, range(spec.num_blocks), first=True, last=True)
+    settings, num_hot_columns = as_stored(settings, folder, spec)
     dtype = _dtype(settings, stage_devices, hf_config)
+    vocab_dtype = vocab_dtype_of(settings, folder, spec, hf_config, dtype)
     limits = _limits(settings, spec)
     plan = plan_of(
         settings,
@@ -102,7 +102,10 @@ def load(
             budgets=None if place else free_budgets(stage_devices),
             hosts=_hosts(settings, place),
         ),
-        formats_of(settings, dtype.itemsize, _vocab_itemsize(folder, spec, dtype)),
+        replace(
+            formats_of(settings, dtype.itemsize, vocab_dtype.itemsize),
+            num_hot_columns=num_hot_columns,
+        ),
         num_sequences=limits.num_slots,
         max_tokens=limits.max_tokens,
     )
@@ -123,8 +126,8 @@ def load(
         timeout_s = settings.rendezvous_timeout
         world = distributed.spawn(len(plan.stages), same, device_types, timeout_s, cores)
     try:
-        stage = _build_stage(
-            folder, spec, plan.stages[rank], plan, settings, limits, dtype, progress
+        stage = build_stage(
+            folder, spec, plan.stages[rank], plan, settings, limits, dtype, vocab_dtype, progress
         )
         transport = None
         if len(plan.stages) > 1:
@@ -214,15 +217,6 @@ def _dtype(settings: Settings, devices: list[str], hf_config: Any) -> torch.dtyp
     return hf_config.dtype or torch.float16
 
 
-def _vocab_itemsize(folder: Path, spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Bytes of an element of the embedding and the head, which below fp32 keep a 16-bit dtype."""
-    reader = CheckpointReader(folder)
-    source = tensor_sources(spec, range(0), first=True, last=False)["embedding.weight"]
-    name = next(name for name in source.names[0] if name in reader)
-    stored_in_16_bits = reader.dtype(name) in ("F16", "BF16")
-    return 2 if dtype == torch.float32 and stored_in_16_bits else dtype.itemsize
-
-
 def _limits(settings: Settings, spec: ModelSpec) -> Limits:
     max_tokens = settings.max_tokens
     if max_tokens is None:
@@ -272,58 +266,6 @@ def _share_cores(settings: Settings, plan: Plan, place: Launched | None) -> froz
 def _ranks_here(place: Launched) -> int:
     text = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
     return int(text) if text else place.world_size
-
-
-def _build_stage(
-    folder: Path,
-    spec: ModelSpec,
-    place: StagePlan,
-    plan: Plan,
-    settings: Settings,
-    limits: Limits,
-    dtype: torch.dtype,
-    progress: bool,
-) -> Stage:
-    last = place.rank == len(plan.stages) - 1
-    device = torch.device(place.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    first = place.rank == 0
-    with tqdm(
-        total=stage_bytes_to_read(folder, spec, place.blocks, first=first, last=last),
-        desc=f"[rank {place.rank} stage {place.rank}] loading",
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        disable=None if progress and first else True,
-        leave=False,
-    ) as bar:
-        model = load_stage(
-            folder,
-            spec,
-            place.blocks,
-            first=first,
-            last=last,
-            device=device,
-            dtype=dtype,
-            outlier_rule=settings.outlier_rule,
-            outlier_threshold=settings.outlier_threshold,
-            int8=settings.int8,
-            skip=tuple(settings.skip_modules),
-            max_tokens=limits.max_tokens,
-            progress=bar.update,
-        )
-    block = spec.blocks[0]
-    kv_cache = KVCache(
-        num_blocks=len(place.blocks),
-        num_slots=limits.num_slots,
-        num_kv_heads=block.num_kv_heads,
-        head_dim=block.head_dim,
-        max_tokens=limits.max_tokens,
-        dtype=dtype,
-        device=device,
-    )
-    return Stage(model, kv_cache, TokenSampler(limits.max_tokens) if last else None)
 
 
 def _eos_token_ids(folder: Path, hf_config: Any) -> frozenset[int]:

@@ -71,6 +71,13 @@ def generate(
         _option(_WHAT, "A prompt; repeat it for a batch of prompts.", "--prompt", "-p"),
     ] = None,
     model: Annotated[str | None, _setting(_WHAT, "model", "--model", "-m")] = None,
+    revision: Annotated[str | None, _setting(_WHAT, "revision")] = None,
+    allow_pickle: Annotated[
+        bool | None, _setting(_WHAT, "allow_pickle", "--allow-pickle/--no-allow-pickle")
+    ] = None,
+    random_weights: Annotated[
+        bool | None, _setting(_WHAT, "random_weights", "--random-weights/--stored-weights")
+    ] = None,
     config: Annotated[
         Path | None, _option(_WHAT, "YAML file of settings; flags win over it. See configs/.")
     ] = None,
@@ -153,6 +160,9 @@ def generate(
         config,
         source=source,
         model=model,
+        revision=revision,
+        allow_pickle=allow_pickle,
+        random_weights=random_weights,
         **_layout(source, config, device, stages, gpus, devices),
         micro_batches=micro_batches,
         threads_per_stage=threads,

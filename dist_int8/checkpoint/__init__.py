@@ -2,7 +2,7 @@
 
 from dist_int8.checkpoint import manifest
 from dist_int8.checkpoint.hub import resolve_model
-from dist_int8.checkpoint.load import load_stage, stage_bytes_to_read, stored_format
+from dist_int8.checkpoint.load import load_stage, random_stage, stage_bytes_to_read, stored_format
 from dist_int8.checkpoint.reader import CheckpointReader
 from dist_int8.checkpoint.rewrite import dequantize, quantize
 
@@ -12,6 +12,7 @@ __all__ = [
     "load_stage",
     "manifest",
     "quantize",
+    "random_stage",
     "resolve_model",
     "stage_bytes_to_read",
     "stored_format",

@@ -9,12 +9,35 @@ from torch import Tensor, nn
 
 from dist_int8.checkpoint.locate import Located, Piece, is_int8_checkpoint, locate, may_be_int8
 from dist_int8.checkpoint.matrices import Source
+from dist_int8.checkpoint.random_weights import fill_with_random_weights
 from dist_int8.checkpoint.reader import CheckpointReader
 from dist_int8.checkpoint.tensor_files import TORCH_DTYPES
 from dist_int8.int8.convert import convert
 from dist_int8.int8.linear import Int8Linear
 from dist_int8.models.decoder import DecoderStage
 from dist_int8.models.spec import ModelSpec
+
+
+def random_stage(
+    spec: ModelSpec,
+    blocks: range,
+    *,
+    first: bool,
+    last: bool,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    vocab_dtype: torch.dtype = torch.float32,
+    outlier_rule: str = "absolute",
+    outlier_threshold: float = 6.0,
+    int8: bool = True,
+    skip: Collection[str] = ("lm_head",),
+    max_tokens: int | None = None,
+) -> DecoderStage:
+    """The stage that `load_stage` builds, with random weights made on `device`, no checkpoint."""
+    stage = DecoderStage.empty(spec, blocks, first, last, dtype, max_tokens)
+    if int8:
+        convert(stage, outlier_threshold=outlier_threshold, outlier_rule=outlier_rule, skip=skip)
+    return fill_with_random_weights(stage, device, vocab_dtype)
 
 
 @dataclass(frozen=True)

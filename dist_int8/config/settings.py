@@ -163,8 +163,21 @@ class Settings(Checked):
     )
     skip_modules: Annotated[list[NonEmpty], BeforeValidator(listed)] = Field(
         default=["lm_head"],
-        description="Names of modules whose linear layers stay in floating point.",
+        description="Names of modules whose linear layers stay in floating point; an int8 "
+        "checkpoint has chosen already.",
         examples=[["lm_head"]],
+    )
+    allow_pickle: bool = Field(
+        default=False,
+        description="Read pytorch_model.bin files, pickles, where there is no safetensors file; "
+        "only if you trust who made them.",
+        examples=[False],
+    )
+    random_weights: bool = Field(
+        default=False,
+        description="Make up the weights on the devices, by the shapes of config.json alone, to "
+        "rehearse a deployment and its memory without the download.",
+        examples=[False],
     )
     memory: Annotated[
         dict[str, int] | Annotated[list[int], Field(min_length=1)] | None,
