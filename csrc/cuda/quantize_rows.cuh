@@ -16,9 +16,11 @@ namespace dist_int8 {
 namespace rows {
 
 // v / step as an IEEE division gives it, for quotients of at most 2^15, without a division for
-// every element: a product with the reciprocal, and two corrections by the remainder (Markstein
-// 1990), which fma computes exactly while it is not below the subnormal numbers. A small step is
-// therefore scaled up with the elements, exactly.
+// every element: a product with the reciprocal, and two corrections by the remainder, which fma
+// computes exactly while it is not below the subnormal numbers (a small step is therefore scaled up
+// with the elements, exactly). The first brings q within one last place of the quotient; from there
+// the second rounds it as a division would (Markstein 1990, for a reciprocal that is correctly
+// rounded).
 struct Divisor {
   float step, reciprocal, scale;
 
