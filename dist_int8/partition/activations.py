@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from dist_int8.partition.memory import FLOAT32_BYTES, Block, Formats, Model
 
+INT64_BYTES = 8
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -40,42 +42,56 @@ def activation_bytes(
 ) -> int:
     """Peak bytes of what a stage allocates beside parameters and KV cache.
 
-    The largest of the phases of a micro-batch of `max_rows` tokens, each with what is alive in it
-    (models/block.py, int8/plain.py; a test counts the live tensors of real steps):
-
-    - attention: the residual stream, qkv, its fp32 copies, and for the longest prompt chunk the
-      fp32 keys and values of its slot and three score tables [heads, chunk, context];
-    - an MLP: the residual stream, the widened hidden states with the temporaries of the
-      activation, and the two int8 planes of the input of `down`;
-    - the head: fp32 logits of one row a sequence, twice while sampling;
-
-    and the receive buffers of the transport and the position tables on top.
+    The largest of the phases of a micro-batch of `max_rows` tokens, each with what is alive in it;
+    receive buffers of the transport and position tables on top. A test counts the live tensors of
+    real steps.
     """
     rows, size = workload.max_rows, formats.float_size
-    phases = [phase for block in set(model.blocks) for phase in _phases(block, formats, workload)]
+    phases = []
+    for block in set(model.blocks):
+        stream = 3 * rows * block.hidden_size * size  # x, the residual, what a norm makes of them
+        rotates = model.rotary is not None
+        phases += [stream + phase for phase in _attention_phases(block, size, workload, rotates)]
+        phases.append(stream + _mlp_bytes(block, formats, workload))
     if last:
         emitting = min(rows, workload.num_sequences)
         stream = (rows + 2 * emitting) * model.hidden_size * size
-        logits = emitting * model.vocab_size * (2 * FLOAT32_BYTES + size)
-        phases.append(stream + logits)
+        # in the head's dtype, in fp32, and once more while sampling
+        phases.append(stream + emitting * model.vocab_size * (size + 2 * FLOAT32_BYTES))
     buffers = 0 if first and last else 2 * rows * model.hidden_size * size
-    return max(phases) + buffers + _table_bytes(model, workload)
+    indices = 4 * INT64_BYTES * (rows + workload.max_tokens)  # positions, token ids, rows to keep
+    return max(phases) + buffers + indices + _table_bytes(model, workload)
 
 
-def _phases(block: Block, formats: Formats, workload: Workload) -> Iterator[int]:
-    """Bytes alive in the attention and in the MLP of a block."""
-    rows, size = workload.max_rows, formats.float_size
-    hidden, inner = block.hidden_size, block.intermediate_size
+def _attention_phases(block: Block, size: int, workload: Workload, rotates: bool) -> Iterator[int]:
+    """Bytes alive in attention: scores, softmax, weighted values (int8/plain.py).
+
+    Sequences are attended one by one, all in fp32: the largest is a chunk of a prompt whose
+    sequence is full.
+    """
+    rows, context = workload.max_rows, workload.max_tokens
+    chunk = min(workload.prefill_chunk, context)
     heads = block.num_heads * block.head_dim
-    stream = 3 * rows * hidden * size  # x, the residual, and their normalized sum
-    chunk = min(workload.prefill_chunk, workload.max_tokens)
-    slot = 2 * block.num_kv_heads * block.head_dim * workload.max_tokens * FLOAT32_BYTES
-    scores = 3 * block.num_heads * chunk * workload.max_tokens * FLOAT32_BYTES
-    copies = rows * (block.qkv_size * (size + FLOAT32_BYTES) + 3 * heads * FLOAT32_BYTES)
-    yield stream + copies + slot + scores
-    planes = 2 * rows * max(inner, hidden) if formats.int8 else 0
-    temporaries = 2 if block.gated else 4  # gate, up | x, its cube, tanh, the product
-    yield stream + rows * inner * size * (temporaries + 1) + planes
+    kv_heads = block.num_kv_heads * block.head_dim
+    # qkv and its fp32 copy, rotated queries and keys, the result
+    copies = rows * (block.qkv_size * (size + FLOAT32_BYTES) + heads * FLOAT32_BYTES)
+    copies += rotates * rows * (heads + kv_heads) * FLOAT32_BYTES
+    scores = block.num_heads * chunk * context * FLOAT32_BYTES
+    # keys or values of the slot; where query heads share them, repeated for the product
+    repeated = heads if block.num_heads > block.num_kv_heads else 0
+    slot = (kv_heads + repeated) * context * FLOAT32_BYTES
+    copies += chunk * context * (INT64_BYTES + 1)  # ages of the positions, and what they hide
+    yield copies + slot + chunk * heads * FLOAT32_BYTES + scores
+    yield copies + 3 * scores  # as they are, masked, and their softmax
+    yield copies + slot + chunk * heads * FLOAT32_BYTES + 2 * scores
+
+
+def _mlp_bytes(block: Block, formats: Formats, workload: Workload) -> int:
+    """Bytes alive in an MLP: the widened rows, its activation's temporaries, two int8 planes."""
+    rows, inner = workload.max_rows, block.intermediate_size
+    copies = 3 if block.gated else 5  # gate, up and their product; or x, its cube, tanh, ...
+    planes = 2 * inner if formats.int8 else 0
+    return rows * (copies * inner * formats.float_size + planes)
 
 
 def _table_bytes(model: Model, workload: Workload) -> int:
