@@ -28,6 +28,9 @@ class Int8Rows:
 class Source:
     """Reads pieces of one checkpoint, on the CPU or from there to a device.
 
+    Slices lie in buffers that the next slice takes over: copy what you keep. Fresh memory for every
+    slice would cost more in page faults than the work itself.
+
     Args:
         reader: of the checkpoint.
         device: where slices are handed out and worked on.
@@ -44,6 +47,7 @@ class Source:
         self._device = torch.device(device)
         self._progress = progress
         self._reported: set[str] = set()
+        self._quantizer = _Quantizer()
 
     def read(self, name: str) -> Tensor:
         """A whole (small) tensor."""
@@ -76,7 +80,7 @@ class Source:
             if hot is not None:
                 hot_weight = rows[:, hot]
                 rows.index_fill_(1, hot, 0.0)
-            yield Int8Rows(first, *reference.quantize_weight(rows), hot_weight)
+            yield Int8Rows(first, *self._quantizer(rows), hot_weight)
 
     def _stored_int8(self, piece: Piece) -> Iterator[Int8Rows]:
         assert piece.scale is not None
@@ -114,6 +118,29 @@ class Source:
         num_bytes = self.reader.num_bytes(name) if rows is None else rows.nbytes
         if self._progress is not None and num_bytes:
             self._progress(num_bytes)
+
+
+class _Quantizer:
+    """`reference.quantize_weight` bit for bit, in memory that it keeps."""
+
+    def __init__(self) -> None:
+        self._values = torch.empty(0)
+        self._weight_int8 = torch.empty(0, dtype=torch.int8)
+
+    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        if self._values.numel() < rows.numel() or self._values.device != rows.device:
+            self._values = torch.empty(rows.numel(), dtype=torch.float32, device=rows.device)
+            self._weight_int8 = torch.empty_like(self._values, dtype=torch.int8)
+        values = self._values[: rows.numel()].view(rows.shape).copy_(rows)
+        lowest, highest = values.aminmax(dim=1)
+        col_scale = torch.maximum(-lowest, highest) / reference.PLANE_MAX
+        col_scale = torch.where(col_scale < reference.SMALLEST_SCALE, 0.0, col_scale)
+        is_finite = col_scale.isfinite()
+        col_scale = torch.where(is_finite, col_scale, torch.nan)
+        values.div_(torch.where(col_scale > 0, col_scale, torch.inf)[:, None]).round_()
+        if not is_finite.all():
+            values[~is_finite] = 0.0
+        return self._weight_int8[: rows.numel()].view(rows.shape).copy_(values), col_scale
 
 
 def _row_slices(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:

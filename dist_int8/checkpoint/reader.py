@@ -128,17 +128,19 @@ class CheckpointReader:
     def slices(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """The tensor's rows in order, in slices of about SLICE elements: first row, rows.
 
-        While the caller works on a slice, the disk reads the next ones.
+        While the caller works on a slice, the disk reads the next ones. All slices lie in the same
+        memory: copy what you keep.
         """
         shape, dtype, file = self.shape(name), self.dtype(name), self._files[name]
         num_rows = shape[0]
         step = max(1, SLICE // max(1, torch.Size(shape[1:]).numel()))
+        buffer = torch.empty((min(step, num_rows), *shape[1:]), dtype=TORCH_DTYPES[dtype])
         for first in range(0, num_rows, step):
             end = min(num_rows, first + step)
             ahead = min(num_rows, end + AHEAD * step)
             if ahead > end:
                 file.will_read(name, end, ahead - end)
-            out = torch.empty((end - first, *shape[1:]), dtype=TORCH_DTYPES[dtype])
+            out = buffer[: end - first]
             file.read_into(name, first, out)
             yield first, out
 

@@ -1,0 +1,192 @@
+"""Int8 checkpoints: the same stage as from the floating one, bit for bit, and refusals."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dist_int8.checkpoint import dequantize, load_stage, manifest, quantize, stored_format
+from dist_int8.int8.linear import Int8Linear
+from dist_int8.models import describe, load_config
+
+MODELS = ["llama", "llama_tied", "bloom", "opt", "gpt_neox"]
+SHARD = 30_000  # several files a model
+
+
+def load(folder, blocks=None, **options):
+    spec = describe(load_config(folder))
+    options = {"first": True, "last": True, **options}
+    return load_stage(folder, spec, blocks or range(spec.num_blocks), **options)
+
+
+def assert_same(stage, other):
+    one, two = stage.state_dict(), other.state_dict()
+    assert list(one) == list(two)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def rewrite(folder, file, change):
+    tensors = load_file(folder / file)
+    change(tensors)
+    save_file(tensors, folder / file)
+
+
+@pytest.fixture
+def int8_llama(originals, tmp_path):
+    quantize(originals["llama"], tmp_path / "int8").run()
+    return tmp_path / "int8"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_int8_checkpoint_gives_the_same_stages(originals, tmp_path, name):
+    job = quantize(originals[name], tmp_path / "int8", shard_bytes=SHARD)
+    written = []
+    assert job.num_shards > 1 and job.run(written.append)
+    assert sum(written) == job.num_bytes
+    assert manifest.verify(tmp_path / "int8") >= job.num_shards + 2
+    assert_same(load(tmp_path / "int8"), load(originals[name]))
+    last = {"blocks": range(1, 2), "first": False}
+    assert_same(load(tmp_path / "int8", **last), load(originals[name], **last))
+    assert not (tmp_path / ".int8.partial").exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_hot_columns_go_through(originals, tmp_path, name):
+    original = originals[name]
+    hot = {"blocks.0.qkv": [3, 17, 40], "blocks.1.down": [0, 5]}
+    quantize(original, tmp_path / "int8", hot_columns=hot, shard_bytes=SHARD).run()
+    assert stored_format(tmp_path / "int8", describe(load_config(original))).num_hot_columns == 3
+    # once more through our own form, which must not lose them either
+    quantize(tmp_path / "int8", tmp_path / "again").run()
+    floating = load(original, int8=False)
+    for folder in (tmp_path / "int8", tmp_path / "again"):
+        stage = load(folder)
+        for path, columns in hot.items():
+            linear = floating.get_submodule(path)
+            expected = Int8Linear.from_linear(linear, hot_columns=columns).state_dict()
+            got = stage.get_submodule(path).state_dict()
+            assert list(got) == list(expected)
+            assert all(torch.equal(got[key], expected[key]) for key in got)
+        assert stage.blocks["0"].down.hot_columns is None
+    dequantize(tmp_path / "int8", tmp_path / "floating").run()
+    restored = load(tmp_path / "floating", int8=False).blocks["0"].qkv.weight
+    kept = floating.blocks["0"].qkv.weight
+    assert torch.equal(restored[:, [3, 17, 40]], kept[:, [3, 17, 40]])
+    assert not torch.equal(restored, kept)
+
+
+def test_what_is_floating_in_the_checkpoint_stays_so(originals, tmp_path):
+    quantize(originals["llama"], tmp_path / "int8", skip=["down", "blocks.1"]).run()
+    spec = describe(load_config(tmp_path / "int8"))
+    stored = stored_format(tmp_path / "int8", spec)
+    assert "blocks.0.down" in stored.skip and "lm_head" not in stored.skip
+    stage = load(tmp_path / "int8", skip=())
+    assert_same(stage, load(originals["llama"], skip=stored.skip))
+    assert isinstance(stage.lm_head, Int8Linear)
+    assert stored_format(originals["llama"], spec) is None
+
+
+def test_an_int8_head_of_a_tied_model(originals, tmp_path):
+    quantize(originals["llama_tied"], tmp_path / "int8", skip=[]).run()
+    stage = load(tmp_path / "int8")
+    assert_same(stage, load(originals["llama_tied"], skip=[]))
+    assert isinstance(stage.lm_head, Int8Linear)
+
+
+def test_int8_weights_back_into_floating_ones(originals, tmp_path, int8_llama):
+    stage = load(int8_llama)
+    floating = load(int8_llama, int8=False)
+    dequantize(int8_llama, tmp_path / "floating", dtype="float32").run()
+    assert_same(load(tmp_path / "floating", int8=False), floating)
+    qkv = floating.blocks["0"].qkv.weight
+    assert torch.equal(qkv, stage.blocks["0"].qkv.dequantize())
+    config = json.loads((tmp_path / "floating" / "config.json").read_text())
+    assert "quantization_config" not in config and config["dtype"] == "float32"
+    with pytest.raises(ValueError, match="must have int8 weights, got none"):
+        dequantize(tmp_path / "floating", tmp_path / "x")
+
+
+def test_two_runs_write_the_same_bytes_and_the_second_of_one_nothing(originals, tmp_path):
+    contents = []
+    for out in ("one", "two"):
+        job = quantize(originals["bloom"], tmp_path / out, shard_bytes=SHARD)
+        assert job.run() and not job.run()
+        contents.append({p.name: p.read_bytes() for p in (tmp_path / out).iterdir()})
+    assert contents[0] == contents[1]
+    with pytest.raises(ValueError, match="OUT must be a new folder or the same checkpoint"):
+        quantize(originals["llama"], tmp_path / "one").run()
+
+
+def test_every_change_is_found(int8_llama):
+    shard = next(int8_llama.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 4
+    shard.write_bytes(content)
+    load(int8_llama)  # no header can tell
+    (int8_llama / "generation_config.json").unlink()
+    (int8_llama / "stray.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="3 problem") as error:
+        manifest.verify(int8_llama)
+    for part in ("generation_config.json", "stray.safetensors", f"{shard.name} has changed"):
+        assert part in str(error.value)
+    (int8_llama / "SHA256SUMS").unlink()
+    with pytest.raises(ValueError, match="must hold a manifest"):
+        manifest.verify(int8_llama)
+
+
+def test_a_weight_that_is_not_finite_is_refused(folder_of, tmp_path):
+    folder = folder_of("llama")
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(folder, "model.safetensors", lambda tensors: tensors[name][7].fill_(torch.inf))
+    with pytest.raises(ValueError, match=rf"{name}: weights must be finite"):
+        quantize(folder, tmp_path / "int8").run()
+    assert not (tmp_path / "int8").exists()
+
+
+def test_everything_wrong_with_an_int8_checkpoint_is_listed(int8_llama):
+    base = "model.layers.0.self_attn"
+
+    def damage(tensors):
+        del tensors[f"{base}.q_proj.col_scale"]
+        tensors[f"{base}.k_proj.SCB"] = torch.ones(24)
+        tensors[f"{base}.v_proj.col_scale"] = torch.ones(23)
+        tensors[f"{base}.o_proj.weight_format"] = torch.tensor(9)
+        tensors["model.layers.1.mlp.up_proj.hot_columns"] = torch.tensor([1], dtype=torch.int32)
+        tensors["model.layers.1.mlp.up_proj.hot_weight"] = torch.ones(80, 1)
+        tensors["model.layers.2.mlp.up_proj.weight"] = torch.ones(80, 48)
+        tensors["model.norm.SCB"] = torch.ones(48)
+
+    rewrite(int8_llama, "model-00001-of-00001.safetensors", damage)
+    index = int8_llama / "model.safetensors.index.json"
+    (int8_llama / "model-00001-of-00001.safetensors").rename(int8_llama / "model.safetensors")
+    index.unlink()
+    with pytest.raises(ValueError, match="problem") as error:
+        load(int8_llama)
+    message = str(error.value)
+    for part in (
+        f"{base}.q_proj.weight is int8 and must have {base}.q_proj.col_scale or",
+        "got model.layers.0.self_attn.k_proj.col_scale and",
+        f"{base}.v_proj.col_scale must have shape [24], got [23]",
+        f"{base}.o_proj.weight_format must be an integer 0..3",
+        "must have the same hot columns",
+        "must be all int8 or all floating-point",
+        "unknown tensor model.norm.SCB",
+        "unknown tensor model.layers.2.mlp.up_proj.col_scale",
+    ):
+        assert part in message, (part, message)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"hot_columns": {"blocks.0.quack": [1]}}, "must name int8 linears, got blocks.0.quack"),
+        ({"hot_columns": {"blocks.0.qkv": [48]}}, "must be input features 0 .. 47"),
+        ({"hot_columns": {"blocks.0.qkv": [1]}, "target": "bitsandbytes"}, "which has none"),
+        ({"skip": [], "target": "bitsandbytes"}, "skip must name lm_head for bitsandbytes"),
+    ],
+)
+def test_arguments_that_do_not_fit_the_model(originals, tmp_path, options, part):
+    with pytest.raises(ValueError, match=part):
+        quantize(originals["llama_tied"], tmp_path / "int8", **options)
+    assert not list(tmp_path.glob("*int8*"))
