@@ -1,4 +1,6 @@
 // int8_weight_linear: launches.
+#include <type_traits>
+
 #include "cuda/int8_weight_linear.cuh"
 #include "cuda/launch.cuh"
 
@@ -8,7 +10,13 @@ namespace {
 template <typename Shape, typename T>
 __global__ void __launch_bounds__(Shape::kWarps * 32, 2)
     int8_weight_linear_kernel(const __grid_constant__ CudaInt8WeightLinearArgs args) {
+#if __CUDA_ARCH__ < 800
+  // No bf16 tensor cores: the op refuses it there, and what stands in for them needs more registers
+  // than there are.
+  if constexpr (!std::is_same_v<T, BFloat16>) int8_weight_linear_body<Shape, T>(args);
+#else
   int8_weight_linear_body<Shape, T>(args);
+#endif
 }
 
 struct WeightLinearLauncher {

@@ -237,6 +237,11 @@ Tensor int8_weight_linear(const Tensor& x, const Tensor& weight_int8, const Tens
   args.out = out.mutable_data_ptr();
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Device& device = device_of(x.get_device_index());
+  if (device.architecture < 80 && args.type == DataType::kBFloat16) {
+    fail(op,
+         "x must be float16 on a GPU of compute capability below 8.0, got bfloat16; convert it, "
+         "or call int8_linear");
+  }
   args.num_multiprocessors = device.num_multiprocessors;
   args.max_shared_bytes = device.max_shared_bytes;
   if (const char* error = cuda_int8_weight_linear(args, current_stream(x))) {
