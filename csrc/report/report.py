@@ -109,7 +109,7 @@ def table(kernels: list[Kernel]) -> str:
 
 
 def read(build: Path) -> tuple[list[Kernel], list[tuple[float, str]]]:
-    """All kernels of the objects in a build folder, and (seconds, source) of each compilation."""
+    """All kernels of the objects in a build folder, and (processor seconds, source) of each compilation."""
     kernels, times = [], []
     for log_path in sorted((build / "CMakeFiles").rglob("*.cu.o.log")):
         if not log_path.with_suffix("").exists():
@@ -175,7 +175,9 @@ def main() -> int:
         print(f"report: no logs of nvcc in {arguments.build}; run make kernels first")
         return 1
     print(table(kernels))
-    print(f"\nnvcc {release}, {sum(seconds for seconds, _ in times):.0f} s of compiling in all")
+    print(
+        f"\nnvcc {release}, {sum(seconds for seconds, _ in times):.0f} s of processor time in all"
+    )
     for seconds, name in sorted(times, reverse=True)[:5]:
         print(f"  {seconds:6.1f} s  {name}")
     for library in arguments.build.glob("_ops.so"):
