@@ -8,7 +8,8 @@ figures come out of the same `Int8Linear` and ops that the runtime uses. Text: P
 (`pydoc_data.topics`), tokens 5,000 to 17,288 in 12 rows of 1,024, or any file. Each row of tokens
 is one forward pass; perplexity is exp of the mean cross entropy. "features": the same model with
 outlier features injected (`models/outlier_features.py`), one run a seed; that leaves its fp32
-logits as they are to 1e-4, which is checked first. "+-" is the standard error of a change over the rows.
+logits as they are to 1e-4, which is checked first. "+-" is the standard error of a change over the
+rows.
 """
 
 import collections
