@@ -1,7 +1,8 @@
 """Runs a compiler and keeps what it said beside the object: `record.py nvcc ... -o X.o` -> X.o.log.
 
-CMake puts this in front of nvcc. The first line of the log is the processor time of the compiler (how
-long it waits for other jobs says nothing); the rest is its output, registers and spills of every kernel among it (-Xptxas=-v). report.py reads the logs.
+CMake puts this in front of nvcc. The first line of the log is the processor time of the compiler
+(how long it waits for other jobs says nothing); the rest is its output, registers and spills of
+every kernel among it (-Xptxas=-v). report.py reads the logs.
 """
 
 import resource

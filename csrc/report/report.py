@@ -109,7 +109,7 @@ def table(kernels: list[Kernel]) -> str:
 
 
 def read(build: Path) -> tuple[list[Kernel], list[tuple[float, str]]]:
-    """All kernels of the objects in a build folder, and (processor seconds, source) of each compilation."""
+    """All kernels of a build folder, and (processor seconds, source) of each compilation."""
     kernels, times = [], []
     for log_path in sorted((build / "CMakeFiles").rglob("*.cu.o.log")):
         if not log_path.with_suffix("").exists():
