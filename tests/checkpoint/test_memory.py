@@ -1,0 +1,83 @@
+"""Host memory: a few slices, whatever the size of a tensor."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from dist_int8.checkpoint import load_stage, quantize
+from dist_int8.models import describe, load_config
+
+LARGEST = 2 * 3072 * 3072  # bytes of the largest tensor
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A block of large matrices in bf16: 0.13 GB in three files."""
+    folder = tmp_path_factory.mktemp("large")
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=3072,
+        intermediate_size=3072,
+        num_hidden_layers=1,
+        num_attention_heads=24,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.view(torch.int16).random_(15000, 16000)  # finite, quickly
+    model.save_pretrained(folder, max_shard_size="50MB")
+    return folder
+
+
+def status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def extra_bytes(work):
+    """Peak resident memory of a copy of this process over its beginning, less what `work` keeps."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            torch.set_num_threads(1)
+            Path("/proc/self/clear_refs").write_text("5")
+            before = status("VmRSS")
+            kept = work()
+            os.write(writing, str(status("VmHWM") - before - kept).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    os.waitpid(pid, 0)
+    with os.fdopen(reading) as answer:
+        return int(answer.read())
+
+
+def loaded(folder, **options):
+    spec = describe(load_config(folder))
+    stage = load_stage(
+        folder,
+        spec,
+        range(1),
+        first=True,
+        last=True,
+        dtype=torch.bfloat16,
+        max_tokens=64,
+        **options,
+    )
+    return sum(tensor.nbytes for tensor in stage.state_dict().values())
+
+
+def test_peak_is_below_twice_the_largest_tensor(folder, tmp_path):
+    loaded(folder)  # what is paged in or allocated once is no part of it
+    bound = 2 * LARGEST
+    assert extra_bytes(lambda: loaded(folder)) <= bound
+    assert extra_bytes(lambda: loaded(folder, int8=False)) <= bound
+    assert extra_bytes(lambda: quantize(folder, tmp_path / "int8").run() and 0) <= bound
+    assert extra_bytes(lambda: loaded(tmp_path / "int8")) <= bound

@@ -1,0 +1,80 @@
+"""`dist-int8 quantize`, `dequantize`, `verify`: answers, exit codes, a model that runs."""
+
+import json
+
+import pytest
+
+import dist_int8
+from dist_int8 import cli
+
+
+def run(capsys, *arguments):
+    code = cli.run([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_there_and_back(tiny_llama, tmp_path, capsys):
+    int8, bnb, again = tmp_path / "int8", tmp_path / "bnb", tmp_path / "again"
+    code, out, _ = run(capsys, "quantize", tiny_llama, int8, "--shard-size", "100KB", "--verify")
+    assert code == 0 and "files are as they were written" in out
+    assert {path.name for path in int8.iterdir()} >= {"tokenizer.json", "SHA256SUMS"}
+    code, _, err = run(capsys, "quantize", tiny_llama, int8, "--shard-size", "100KB")
+    assert code == 0 and "complete already" in err
+    assert run(capsys, "quantize", int8, bnb, "--format", "bitsandbytes", "-q") == (0, "", "")
+    code, out, _ = run(capsys, "dequantize", bnb, again, "--dtype", "bfloat16")
+    assert code == 0 and out.startswith(f"{again}: 1 file(s), ")
+    config = json.loads((again / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and "quantization_config" not in config
+    assert run(capsys, "verify", again)[0] == 0
+    answers = []
+    for folder in (int8, bnb):
+        with dist_int8.load(folder, devices=["cpu"], max_tokens=32, progress=False) as model:
+            answers.append(model.generate("Hi", max_new_tokens=4)[0].token_ids)
+    assert answers[0] == answers[1]
+    shard = next(int8.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    code, out, err = run(capsys, "verify", int8)
+    assert code == 2 and f"{shard.name} has changed" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["quantize", "MODEL", "OUT", "--format", "gguf"], "format must be one of dist_int8"),
+        (["quantize", "MODEL", "OUT", "--shard-size", "big"], "shard_size must be a byte size"),
+        (["quantize", "MODEL", "OUT", "--hot-columns", "/no.json"], "must be a JSON file"),
+        (["quantize", "/no/such", "OUT"], "no such folder"),
+        (["quantize", "MODEL", "MODEL"], "OUT must be a new folder"),
+        (["quantize", "MODEL"], "Missing argument 'OUT'"),
+        (["dequantize", "MODEL", "OUT"], "must have int8 weights, got none"),
+        (["dequantize", "MODEL", "OUT", "--dtype", "int4"], "must have int8 weights"),
+        (["verify", "MODEL"], "must hold a manifest"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tiny_llama, tmp_path, capsys, arguments, part):
+    places = {"MODEL": str(tiny_llama), "OUT": str(tmp_path / "out")}
+    code, out, err = run(capsys, *(places.get(word, word) for word in arguments))
+    assert (code, out, err.count("\n")) == (2, "", 1), (out, err)
+    assert part in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_exit_code_1(tiny_llama, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    code, _, err = run(capsys, "quantize", tiny_llama, tmp_path / "out")
+    assert code == 1 and "bytes free, got 10" in err
+    # with the same arguments and room it goes on
+    monkeypatch.undo()
+    assert run(capsys, "quantize", tiny_llama, tmp_path / "out")[0] == 0
+
+
+def test_hot_columns_from_a_file(tiny_llama, tmp_path, capsys):
+    path = tmp_path / "hot.json"
+    path.write_text('{"blocks.0.qkv": [1, 2]}')
+    assert run(capsys, "quantize", tiny_llama, tmp_path / "out", "--hot-columns", path)[0] == 0
+    path.write_text('{"blocks.0.qkv": 1}')
+    code, _, err = run(capsys, "quantize", tiny_llama, tmp_path / "x", "--hot-columns", path)
+    assert code == 2 and "must map names of linears to lists" in err
