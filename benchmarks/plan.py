@@ -11,6 +11,7 @@ loaded on the CPU: the demo model and two random ones.
 import logging
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,8 @@ def by_our_count(plan: Plan, spec: Any, devices: list[Device], blocks: list[int]
     """
     assert plan.workload is not None
     problem = problem_of(spec, devices, FORMATS, plan.workload)
+    # ours is timed for the one sequence that its cut was made for
+    timed = problem_of(spec, devices, FORMATS, replace(plan.workload, num_sequences=1))
     kv_bytes = memory.kv_bytes_per_token(spec.blocks[0], FORMATS.float_size)
     tokens, times = [], []
     for device, count in enumerate(blocks):
@@ -149,8 +152,8 @@ def by_our_count(plan: Plan, spec: Any, devices: list[Device], blocks: list[int]
         room = problem.rooms[device]
         assert room is not None
         tokens.append((room - middle) // (kv_bytes * count))
-        head = problem.last_times[device] if device == 0 else 0
-        times.append(problem.time(device, 0, count) + head)
+        head = timed.last_times[device] if device == 0 else 0
+        times.append(timed.time(device, 0, count) + head)
     return {"kv_tokens": min(tokens), "slowest_stage_ms": max(times) / PS_PER_MS}
 
 

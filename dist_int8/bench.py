@@ -22,7 +22,7 @@ NUM_FEATURES = 4096  # of the layers measured, in and out
 REPEATS = 5
 CPU_WEIGHT_BYTES = 1 << 28
 CUDA_WEIGHT_BYTES = 1 << 31
-MANY_ROWS = {"cpu": 128, "cuda": 4096}
+MANY_ROWS = {"cpu": 32, "cuda": 4096}
 _RULE: dict[str, Any] = {"outlier_rule": "row_rms", "outlier_threshold": 4.0}
 
 
@@ -67,22 +67,25 @@ def measure(
             for x in (one_row, many_rows)
         }
         overhead = _overhead(place, dtype)
-    operations = 2 * weight.numel() * (many - 1)
+    num_weights = weight.numel()
 
-    def rate(kind_of: str) -> float:
-        more = seconds[kind_of, many] - seconds[kind_of, 1]
-        whole = seconds[kind_of, many]
-        # a GPU overlaps the two: there the whole time is that of the operations
-        return operations / (max(more, 0.1 * whole) if kind == "cpu" else whole)
+    def bandwidth_and_rate(kind_of: str, itemsize: int) -> tuple[float, float]:
+        one, whole = seconds[kind_of, 1], seconds[kind_of, many]
+        if kind == "cpu":  # reading and computing add up: the slope is a row's share of computing
+            a_row = max(whole - one, 0.1 * whole) / (many - 1)
+            return itemsize * num_weights / max(one - a_row, 0.1 * one), 2 * num_weights / a_row
+        return itemsize * num_weights / one, 2 * num_weights * many / whole
 
+    int8_bandwidth, int8_ops = bandwidth_and_rate("int8", 1)
+    float_bandwidth, float_ops = bandwidth_and_rate("float", 2)
     return {
         **asdict(known),
         "name": name or (_cpu_name() if kind == "cpu" else torch.cuda.get_device_name(place)),
         "memory_bytes": _memory_bytes(place),
-        "int8_bandwidth": weight.numel() / seconds["int8", 1],
-        "float_bandwidth": 2 * weight.numel() / seconds["float", 1],
-        "int8_ops": rate("int8"),
-        "float_ops": rate("float"),
+        "int8_bandwidth": int8_bandwidth,
+        "float_bandwidth": float_bandwidth,
+        "int8_ops": int8_ops,
+        "float_ops": float_ops,
         "overlaps": kind != "cpu",
         "block_overhead_s": overhead,
     }

@@ -104,6 +104,19 @@ class Problem:
         kv_bytes = self.num_tokens * (self._kv_sums[end] - self._kv_sums[start])
         return max(0, self.weight_bytes(start, end) + kv_bytes - room)
 
+    def reach(self, device: int) -> list[int]:
+        """For each first block the furthest end, below num_blocks, within the room.
+
+        Both ends only move on: a stage within its room stays so without its first or last block.
+        """
+        ends, end = [], 0
+        for start in range(self.num_blocks):
+            end = max(end, start)
+            while end < self.num_blocks - 1 and not self.missing(device, start, end + 1):
+                end += 1
+            ends.append(end)
+        return ends
+
 
 def cut(problem: Problem, objective: Objective) -> list[Stage] | None:
     """The best stages within every room, or None if there are none.
@@ -112,25 +125,20 @@ def cut(problem: Problem, objective: Objective) -> list[Stage] | None:
     for max_kv_tokens the fastest, for latency the one whose slowest stage is fastest.
     """
     if objective == "latency":
-        return _search(problem, _total_time, _add, _enough_tokens(problem))
-    enough = _enough_tokens(problem)
-    first, then = (_slowest, _fewest_tokens)
+        return _search(problem, _total_time, _add)
+    first, then = _slowest, _fewest_tokens
     if objective == "max_kv_tokens":
         first, then = then, first
-    found = _search(problem, first, max, enough)
+    found = _search(problem, first, max)
     if found is None or (objective == "throughput" and None in problem.rooms):
         return found
     best = max(first(problem, *stage) for stage in _with_hops(problem, found))
-
-    def as_good(*stage: int) -> bool:
-        return enough(*stage) and first(problem, *stage) <= best
-
-    return _search(problem, then, max, as_good)
+    return _search(problem, then, max, lambda *stage: first(problem, *stage) <= best)
 
 
 def least_missing(problem: Problem) -> list[Stage]:
     """The stages that lack the fewest bytes in all; among those, the least on one device."""
-    found = _search(problem, _missing, _add, lambda *_: True)
+    found = _search(problem, _missing, _add, unlimited=True)
     assert found is not None
     return found
 
@@ -141,12 +149,9 @@ def fits(problem: Problem) -> bool:
     reached = {0}  # ends of what the devices so far can hold
     for device in range(problem.num_devices):
         ends = set(reached) if problem.may_skip else set()
-        end = 0
-        for start in sorted(reached - {n}):
-            end = max(end, start)
-            while end < n - 1 and not problem.missing(device, start, end + 1):
-                end += 1
-            ends.update(range(start + 1, end + 1))
+        reach = problem.reach(device)
+        for start in reached - {n}:
+            ends.update(range(start + 1, reach[start] + 1))
             if not problem.missing(device, start, n):
                 ends.add(n)
         reached = ends
@@ -157,13 +162,15 @@ def _search(
     problem: Problem,
     value: Callable[..., Value],
     combine: Callable[[Value, Value], Value],
-    allowed: Callable[..., bool],
+    good_enough: Callable[..., bool] | None = None,
+    unlimited: bool = False,
 ) -> list[Stage] | None:
     """Dynamic programming from the last device to the first.
 
     best[d][i] is the least combined value of blocks i.. when a stage begins with block i on device
-    d. `value` grows with the end of a stage, so a stage that alone is no better than what was found
-    ends the loop; so does one that is not allowed.
+    d. `value` of (problem, device, start, end, hop) grows with `end`, so a stage that alone is no
+    better than what was found ends the loop. `good_enough` of (device, start, end, hop) refuses
+    stages that the rooms allow; `unlimited` ignores the rooms.
     """
     n, num_devices = problem.num_blocks, problem.num_devices
     best: list[list[Value | None]] = [[None] * n for _ in range(num_devices)]
@@ -171,23 +178,30 @@ def _search(
     for device in reversed(range(num_devices)):
         followers = _followers(problem, device, best)
         left = num_devices - 1 - device
+        reach = [n - 1] * n if unlimited else problem.reach(device)
         starts = range(n)
         if not problem.may_skip:
             starts = range(device, n - left) if device else range(1)
         for start in starts:
             found: Value | None = None
             chosen = None
-            if (problem.may_skip or not left) and allowed(device, start, n, 0):
+            may_end = problem.may_skip or not left
+            if may_end and good_enough is not None:
+                may_end = good_enough(device, start, n, 0)
+            if may_end and (unlimited or not problem.missing(device, start, n)):
                 found, chosen = value(problem, device, start, n, 0), (n, device)
-            for end in range(start + 1, n if left else start):
+            for end in range(start + 1, reach[start] + 1 if left else start):
                 own = value(problem, device, start, end, 0)
-                if (found is not None and own >= found) or not allowed(device, start, end, 0):
+                if found is not None and own >= found:
                     break
                 for hop, table in followers:
                     rest, follower = table[end]
-                    if rest is None or not allowed(device, start, end, hop):
+                    if rest is None:
                         continue
-                    total = combine(value(problem, device, start, end, hop), rest)
+                    if good_enough is not None and not good_enough(device, start, end, hop):
+                        continue
+                    with_hop = value(problem, device, start, end, hop) if hop else own
+                    total = combine(with_hop, rest)
                     if found is None or total < found:
                         found, chosen = total, (end, follower)
             best[device][start], choice[device][start] = found, chosen
@@ -260,7 +274,3 @@ def _missing(problem: Problem, device: int, start: int, end: int, hop: int) -> t
 
 def _add(stage: tuple[int, int], rest: tuple[int, int]) -> tuple[int, int]:
     return stage[0] + rest[0], max(stage[1], rest[1])
-
-
-def _enough_tokens(problem: Problem) -> Callable[..., bool]:
-    return lambda device, start, end, hop: not problem.missing(device, start, end)

@@ -158,9 +158,9 @@ def test_seventy_blocks_on_sixteen_mixed_devices_within_100_ms(bloom, objective)
     workload = Workload(num_sequences=4, max_tokens=2048)
 
     def seconds():
-        begin = time.perf_counter()
+        begin = time.process_time()  # of this process: others may be busy
         plan_stages(bloom, devices, SIXTEEN_BITS, workload, Request(objective))
-        return time.perf_counter() - begin
+        return time.process_time() - begin
 
     assert min(seconds() for _ in range(3)) < 0.1
     plans = [
