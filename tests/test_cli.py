@@ -32,7 +32,9 @@ def error_line(capsys, *arguments):
     return code, captured.err
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["demo-model"], ["doctor"], ["launch"]])
+@pytest.mark.parametrize(
+    "command", [[], ["generate"], ["plan"], ["bench"], ["demo-model"], ["doctor"], ["launch"]]
+)
 def test_help_teaches_with_an_example(command, capsys):
     assert cli.run([*command, "--help"]) == 0
     assert f"dist-int8 {' '.join(command)}".strip() in capsys.readouterr().out
