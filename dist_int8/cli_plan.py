@@ -54,14 +54,14 @@ def plan(
         _option(
             _LAYOUT,
             "How fast devices are: t4, v100, a10, a100-40, a100-80, l4, l40s, h100, h200, cpu, or "
-            "a file of `dist-int8 bench --profile`; one, or one a device. [default: a100-80]",
+            "a file of `dist-int8 bench --profile`; one, or one a device. (default: a100-80)",
         ),
     ] = None,
     hosts: Annotated[
         str | None, _option(_LAYOUT, "Machines that the devices are spread over, as in a,b.")
     ] = None,
     objective: Annotated[
-        str | None, _option(_ASKED, "throughput, latency or max_kv_tokens. [default: throughput]")
+        str | None, _option(_ASKED, "throughput, latency or max_kv_tokens. (default: throughput)")
     ] = None,
     sequences: Annotated[
         int | None, _option(_ASKED, "Sequences in flight; without it as many as fit.")
@@ -70,24 +70,24 @@ def plan(
         int | None, _option(_ASKED, "Tokens of a sequence; without it up to 2048 as fit.")
     ] = None,
     prefill_chunk: Annotated[
-        int | None, _option(_ASKED, "Prompt tokens of a micro-batch. [default: 512]")
+        int | None, _option(_ASKED, "Prompt tokens of a micro-batch. (default: 512)")
     ] = None,
     micro_batches: Annotated[
-        int | None, _option(_ASKED, "Micro-batches in flight. [default: one a stage]")
+        int | None, _option(_ASKED, "Micro-batches in flight. (default: one a stage)")
     ] = None,
     reserve: Annotated[
         str | None,
-        _option(_ASKED, "Left alone of each budget. [default: 256MiB on cuda, 0 on cpu]"),
+        _option(_ASKED, "Left alone of each budget. (default: 256MiB on cuda, 0 on cpu)"),
     ] = None,
-    head: Annotated[str | None, _option(_ASKED, "int8 or 16bit. [default: 16bit]")] = None,
+    head: Annotated[str | None, _option(_ASKED, "int8 or 16bit. (default: 16bit)")] = None,
     embedding: Annotated[
         str | None,
-        _option(_ASKED, "int8 or 16bit; int8 for planning only, load() has none. [default: 16bit]"),
+        _option(_ASKED, "int8 or 16bit; int8 for planning only, load() has none. (default: 16bit)"),
     ] = None,
     hot_columns: Annotated[
-        int, _option(_ASKED, "Input features of each linear kept in 16 bits too. [default: 0]")
+        int, _option(_ASKED, "Input features of each linear kept in 16 bits too. (default: 0)")
     ] = 0,
-    dtype: Annotated[str | None, _option(_ASKED, "As in the settings. [default: auto]")] = None,
+    dtype: Annotated[str | None, _option(_ASKED, "As in the settings. (default: auto)")] = None,
     as_json: Annotated[
         bool, _option(_OUTPUT, "One JSON object on stdout, nothing else.", "--json")
     ] = False,

@@ -185,7 +185,8 @@ class Settings(Checked):
     ] = Field(
         default=None,
         description="Memory budget: a byte size a stage in order, or a mapping of device to byte "
-        "size (of each stage there); by default nothing is limited.",
+        "size (of each stage there); by default what is free on each GPU less 1 GiB (nothing is "
+        "limited under a launcher and on CPUs).",
         examples=[["79GiB", "79GiB"]],
     )
     reserve: Annotated[int | None, BeforeValidator(_parse_size)] = Field(
