@@ -21,7 +21,7 @@ from dist_int8.config import GenerationSettings, Settings, load_settings
 BAD_INPUT = 2
 FAILED = 1
 INTERRUPTED = 130
-_AFTER_RANK_0_SECONDS = 2.0
+_AFTER_RANK_0_SECONDS = 5.0
 COMMAND = "dist-int8"
 
 app = typer.Typer(
