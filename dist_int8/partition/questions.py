@@ -61,7 +61,7 @@ def ask(
     num_sequences = question.num_sequences or 1
     max_tokens = question.max_tokens
     if max_tokens is None:
-        max_tokens = _most(1, limit, lambda n: fits(question.workload(num_sequences, n))) or 1
+        max_tokens = largest(1, limit, lambda n: fits(question.workload(num_sequences, n))) or 1
     workload = question.workload(num_sequences, max_tokens)
     plan = plan_stages(model, devices, formats, workload, question.request)
     if not plan.fits:
@@ -92,7 +92,7 @@ def _with_most_sequences(
         return can_plan(model, used, formats, workload, request)
 
     most = min(MOST_SEQUENCES, max(1, plan.kv_tokens // max_tokens))
-    num_sequences = max(1, _most(1, most, fits))
+    num_sequences = max(1, largest(1, most, fits))
     settled = question.workload(num_sequences, max_tokens)
     larger = plan_stages(model, used, formats, settled, request)
     times = zip(larger.stages, plan.stages, strict=True)
@@ -120,7 +120,7 @@ def _check(model: memory.Model, question: Question) -> None:
         )
 
 
-def _most(least: int, most: int, fits: Callable[[int], bool]) -> int:
+def largest(least: int, most: int, fits: Callable[[int], bool]) -> int:
     """The largest number of least..most that fits, by bisection; 0 if not even `least` does."""
     if not fits(least):
         return 0
@@ -167,15 +167,15 @@ def _changes(
         if changed != formats and fits(formats=changed):
             yield f"take {what} ({_hint(changed, formats)})"
             break
-    chunk = _most(
+    chunk = largest(
         1, question.prefill_chunk, lambda n: fits(workload=replace(workload, prefill_chunk=n))
     )
     if chunk:
         yield f"cut prompts into chunks of {chunk} instead of {question.prefill_chunk} tokens"
-    fewer = _most(1, num_sequences, lambda n: fits(workload=question.workload(n, max_tokens)))
+    fewer = largest(1, num_sequences, lambda n: fits(workload=question.workload(n, max_tokens)))
     if fewer:
         yield f"lower sequences from {num_sequences} to {fewer}"
-    shorter = _most(1, max_tokens, lambda n: fits(workload=question.workload(num_sequences, n)))
+    shorter = largest(1, max_tokens, lambda n: fits(workload=question.workload(num_sequences, n)))
     if shorter:
         yield f"shorten the context from {max_tokens} to {shorter} tokens"
     for more in range(1, len(model.blocks) - len(devices) + 1):

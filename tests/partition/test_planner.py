@@ -8,6 +8,7 @@ import pytest
 
 from dist_int8.models import BlockSpec, ModelSpec, describe, load_config
 from dist_int8.partition import PROFILES, Device, Formats, Request, Workload, plan_stages
+from dist_int8.partition.planner import can_plan
 
 BLOOM = Path(__file__).parents[2] / "configs" / "models" / "bloom-176b"
 INT8 = Formats(int8=True, float_size=4, vocab_size=2)
@@ -127,6 +128,27 @@ def test_what_does_not_fit_lacks_the_fewest_bytes(bloom):
     line = plan.refusal()
     assert "stage 1 on cuda:1 must fit 37.25 GiB" in line and "too much" in line
     assert str(plan.missing_bytes) in line and "\n" not in line
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("tied_head", [True, False])
+def test_budgets_to_the_byte(count, tied_head):
+    """What the search counts is what the plan writes down: one byte less, and it does not fit."""
+    spec = make_spec(tied_head=tied_head)
+    pinned = Request(pinned=(6 // count,) * count)
+    needed = [
+        stage.needed_bytes for stage in plan_stages(spec, cpus(count), INT8, ONE, pinned).stages
+    ]
+    exact = [replace(d, budget=n) for d, n in zip(cpus(count), needed, strict=True)]
+    for request in (pinned, Request()):
+        plan = plan_stages(spec, exact, INT8, ONE, request)
+        assert plan.fits and plan.kv_tokens == ONE.num_tokens
+        assert [stage.free_bytes for stage in plan.stages] == [0] * count
+        assert can_plan(spec, exact, INT8, ONE, request)
+    for short in range(count):
+        less = [replace(d, budget=d.budget - (i == short)) for i, d in enumerate(exact)]
+        plan = plan_stages(spec, less, INT8, ONE, pinned)
+        assert plan.missing_bytes == 1 and not can_plan(spec, less, INT8, ONE, pinned)
 
 
 def test_pinned_stages(bloom):

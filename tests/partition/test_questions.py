@@ -6,6 +6,7 @@ import pytest
 
 from dist_int8.models import describe, load_config
 from dist_int8.partition import PROFILES, Device, Formats, Question, Request, ask
+from dist_int8.partition.questions import largest
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 FORMATS = Formats(int8=True, float_size=2, vocab_size=2)
@@ -52,6 +53,12 @@ def test_what_is_left_open_is_the_most_that_fits(bloom):
     longest = ask(bloom, devices, FORMATS, Question(num_sequences=12)).workload.max_tokens
     free = Question(12, longest), Question(12, longest + 1)
     assert [ask(bloom, devices, FORMATS, q).fits for q in free] == [True, False]
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 16])
+def test_the_largest_number_that_fits(most):
+    for limit in range(most + 2):
+        assert largest(1, most, lambda n, limit=limit: n <= limit) == min(limit, most)
 
 
 def test_suggestions_name_the_cheapest_changes_and_each_works(bloom):
