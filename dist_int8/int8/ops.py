@@ -425,6 +425,11 @@ if _activation_quantize is not None:
         hot_columns: Tensor | None,
     ) -> list[Tensor]:
         """In Python: on CPU a model runs torch's own activations, and this has to equal them."""
+        if not 0 <= activation < len(ACTIVATIONS):
+            raise ValueError(
+                f"activation_quantize: activation must be 0 to {len(ACTIVATIONS) - 1}, got "
+                f"{activation}; call it through dist_int8.int8.ops"
+            )
         activated = list(ACTIVATIONS.values())[activation](x)
         assert _quantize_rows is not None
         return _quantize_rows(activated, outlier_rule, outlier_threshold, hot_columns)

@@ -246,6 +246,17 @@ def int8_weight_linear(
     """
     _check_matrix("int8_weight_linear", "x", x)
     _check_weight("int8_weight_linear", weight_int8, x.shape[1])
+    M, N = x.shape[0], weight_int8.shape[0]
+    for argument, value, shape in (
+        ("col_scale", col_scale, [N]),
+        ("bias", bias, [N]),
+        ("residual", residual, [M, N]),
+    ):
+        if value is not None and list(value.shape) != shape:
+            raise ValueError(
+                f"int8_weight_linear: {argument} must be {shape}, got {list(value.shape)}; "
+                "check the shapes of this layer"
+            )
     y = (x.double() @ weight_int8.double().T).float() * col_scale
     if bias is not None:
         y = y + bias.float()

@@ -392,3 +392,21 @@ def test_bad_arguments_are_named(call, message):
     weight_int8, col_scale = reference.quantize_weight(torch.randn(3, 8))
     with pytest.raises(ValueError, match=message):
         call(torch.randn(2, 8), weight_int8, col_scale)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"residual": torch.ones(3, 3)}, r"residual must be \[2, 4\], got \[3, 3\]"),
+        ({"bias": torch.ones(3)}, r"bias must be \[4\], got \[3\]"),
+        ({"col_scale": torch.ones(1, 4)}, r"col_scale must be \[4\], got \[1, 4\]"),
+    ],
+)
+def test_int8_weight_linear_names_the_shape_that_does_not_fit(change, message):
+    arguments = {
+        "x": torch.ones(2, 5),
+        "weight_int8": torch.ones(4, 5, dtype=torch.int8),
+        "col_scale": torch.ones(4),
+    }
+    with pytest.raises(ValueError, match=message):
+        reference.int8_weight_linear(**(arguments | change))
