@@ -83,8 +83,7 @@ def _with_most_sequences(
     """The same cut for as many sequences as it has room for."""
     if plan.kv_tokens is None:
         return plan
-    places = {(device.host, device.name): device for device in devices}
-    used = [places[stage.host, stage.device] for stage in plan.stages]
+    used = _devices_of(plan, devices)
     request = Request(pinned=tuple(len(stage.blocks) for stage in plan.stages))
 
     def fits(num_sequences: int) -> bool:
@@ -101,6 +100,18 @@ def _with_most_sequences(
         larger,
         stages=tuple(replace(new, ps=old.ps, prefill_ps=old.prefill_ps) for new, old in times),
     )
+
+
+def _devices_of(plan: Plan, devices: Sequence[Device]) -> list[Device]:
+    """The device of each stage: its name alone does not say, several stages may share one."""
+    left = list(devices)
+    used = []
+    for stage in plan.stages:
+        wanted = (stage.host, stage.device, stage.budget)
+        device = next(d for d in left if (d.host, d.name, d.budget) == wanted)
+        left.remove(device)
+        used.append(device)
+    return used
 
 
 def _check(model: memory.Model, question: Question) -> None:

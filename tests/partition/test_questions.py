@@ -107,3 +107,14 @@ def test_a_context_beyond_the_positions_is_refused():
     spec = describe(load_config(MODELS / "opt-66b"))
     with pytest.raises(ValueError, match="at most the model's 2048 positions, got 4096"):
         ask(spec, gpus(2, 80), FORMATS, Question(max_tokens=4096))
+
+
+@pytest.mark.parametrize("gigabytes", [(2, 8), (8, 2)])
+def test_stages_that_share_a_device_keep_their_own_budgets(gigabytes):
+    bloom_560m = describe(load_config(MODELS / "bloom-560m"))
+    devices = [Device("cpu", PROFILES["cpu"], number * 10**9) for number in gigabytes]
+    plan = ask(bloom_560m, devices, FORMATS, Question(request=Request(pinned=(12, 12))))
+    assert [stage.budget for stage in plan.stages] == [device.budget for device in devices]
+    other = [Device(f"cuda:{i}", d.profile, d.budget) for i, d in enumerate(devices)]
+    apart = ask(bloom_560m, other, FORMATS, Question(request=Request(pinned=(12, 12))))
+    assert plan.kv_tokens == apart.kv_tokens
