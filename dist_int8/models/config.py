@@ -45,6 +45,11 @@ INT8_VERSION = 1
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
+# The sizes that every config states, under the names that the families give them.
+_SIZES = (("hidden_size", "n_embed"), ("num_hidden_layers", "n_layer"))
+_LARGEST_SIZE = 131072  # of K in one int8 product; no model has as many blocks
+
+
 def load_config(model: str | Path) -> PretrainedConfig:
     """Read the config of a model folder or of a hub id ("organization/name").
 
@@ -85,12 +90,27 @@ def load_config(model: str | Path) -> PretrainedConfig:
                 f"{str(model)!r} ({reason}); check the path or the name"
             ) from None
         where = f"{model}/config.json"
-    model_type = fields.get("model_type") if isinstance(fields, dict) else None
+    if not isinstance(fields, dict):
+        raise ValueError(
+            f"{where}: must be a JSON object, got {type(fields).__name__}; download the file again"
+        )
+    model_type = fields.get("model_type")
     if model_type not in BY_MODEL_TYPE:
         raise ValueError(
             f"{where}:model_type: must be one of {', '.join(BY_MODEL_TYPE)}, got {model_type!r}; "
             "use a model of a supported family"
         )
+    for names in _SIZES:  # transformers would fill in the sizes of some other model
+        found = [fields[name] for name in names if name in fields]
+        if not found:
+            raise ValueError(
+                f"{where}:{names[0]}: must be an integer, got nothing; download the file again"
+            )
+        if isinstance(found[0], int) and not 1 <= found[0] <= _LARGEST_SIZE:
+            raise ValueError(
+                f"{where}:{names[0]}: must be 1 to {_LARGEST_SIZE}, got {found[0]}; correct the "
+                "field"
+            )
     try:
         return CONFIG_MAPPING[model_type].from_dict(fields)
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:

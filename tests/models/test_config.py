@@ -117,7 +117,26 @@ def test_config_that_is_not_json(tmp_path):
         load_config(tmp_path)
 
 
-@pytest.mark.parametrize("fields", [{"model_type": "t5"}, {"hidden_size": 4}, [1, 2]])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", r"config\.json: must be a JSON object, got list"),
+        ('{"model_type": "bloom", "n_layer": 2}', "hidden_size: must be an integer, got nothing"),
+        ('{"model_type": "opt", "hidden_size": 64}', "num_hidden_layers: must be an integer"),
+        (
+            '{"model_type": "bloom", "hidden_size": 64, "n_layer": 1000000000}',
+            "num_hidden_layers: must be 1 to 131072, got 1000000000",
+        ),
+        ('{"model_type": "llama", "hidden_size": -3, "num_hidden_layers": 2}', "got -3"),
+    ],
+)
+def test_configs_without_usable_sizes(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("fields", [{"model_type": "t5"}, {"hidden_size": 4}])
 def test_unknown_family_lists_the_known_ones(folder_of, fields):
     with pytest.raises(ValueError, match="llama, mistral, qwen2, bloom, opt, gpt_neox"):
         load_config(folder_of(fields))
