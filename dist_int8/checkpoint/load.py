@@ -97,7 +97,7 @@ def load_stage(
         ValueError: before anything is allocated, naming every missing, misshapen, non-floating or
             unknown tensor of the checkpoint.
     """
-    reader = CheckpointReader(folder, allow_pickle=allow_pickle)
+    reader = CheckpointReader(folder, allow_pickle=allow_pickle, complete=False)
     located = locate(reader, spec, blocks, first=first, last=last)
     stage = DecoderStage.empty(spec, blocks, first, last, dtype, max_tokens)
     if int8:
@@ -154,7 +154,7 @@ def stage_bytes_to_read(
     Raises:
         ValueError: as `load_stage`.
     """
-    reader = CheckpointReader(folder, allow_pickle=allow_pickle)
+    reader = CheckpointReader(folder, allow_pickle=allow_pickle, complete=False)
     located = locate(reader, spec, blocks, first=first, last=last)
     names = {name for entry in located.values() for name in entry.names}
     return sum(reader.num_bytes(name) for name in names)
@@ -168,7 +168,7 @@ def stored_format(
     Raises:
         ValueError: as `load_stage`, for the whole model.
     """
-    reader = CheckpointReader(folder, allow_pickle=allow_pickle)
+    reader = CheckpointReader(folder, allow_pickle=allow_pickle, complete=False)
     located = locate(reader, spec, range(spec.num_blocks), first=True, last=True)
     if not is_int8_checkpoint(reader):
         return None

@@ -24,7 +24,7 @@ from dist_int8.models.spec import ModelSpec
 
 FLOATING = ("F32", "F16", "BF16")
 ABSMAX_PER_SCALE = 127.0
-_SHOWN = 12  # problems named in full in one error
+_SHOWN = 100  # problems named in full in one error
 _NEVER_INT8 = ("embedding", "positions")
 
 
@@ -97,10 +97,10 @@ def locate(
     """Every parameter of the stage, keyed as `models.tensor_sources` does.
 
     Raises:
-        ValueError: one error with all that is missing, misshapen, unknown or of a wrong dtype in
-            the stage, and all that is unknown in the whole checkpoint.
+        ValueError: one error with every damaged file, all that is missing, misshapen or of a wrong
+            dtype in the stage, and all that is unknown in the whole checkpoint.
     """
-    problems = _unknown(reader, spec)
+    problems = [*reader.problems, *_unknown(reader, spec)]
     located = {
         target: _settle(reader, target, source, problems)
         for target, source in tensor_sources(spec, blocks, first=first, last=last).items()
@@ -139,7 +139,8 @@ def _settle(
     for candidates, shape in zip(source.names, source.shapes, strict=False):
         name = next((name for name in candidates if name in reader), None)
         if name is None:
-            problems.append(f"missing tensor {candidates[0]}")
+            if not reader.unreadable.intersection(candidates):  # its file is named already
+                problems.append(f"missing tensor {candidates[0]}")
             continue
         if may_be_int8(target, source) and reader.dtype(name) == "I8":
             piece, columns = _int8_piece(reader, name, shape, problems)

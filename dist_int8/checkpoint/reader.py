@@ -28,19 +28,30 @@ AHEAD = 8  # slices that the disk is asked for in advance
 class CheckpointReader:
     """The tensors of a model folder: `model.safetensors` or shards with an index.
 
-    Opening reads every header (not the data) and raises one ValueError that lists every missing,
-    damaged or contradictory file. Nothing stays open or in memory between reads.
+    Opening reads every header (not the data). Nothing stays open or in memory between reads.
 
     Args:
         folder: of the checkpoint.
         allow_pickle: read `pytorch_model.bin`, or its shards, where there is no safetensors file.
+        complete: False: do not raise for what `problems` lists.
+
+    Attributes:
+        problems: every missing, damaged or contradictory file, a sentence each.
+        unreadable: tensors that the index says to be in such files.
+
+    Raises:
+        ValueError: no checkpoint, a broken index, or one error with all problems.
     """
 
-    def __init__(self, folder: str | Path, *, allow_pickle: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path, *, allow_pickle: bool = False, complete: bool = True
+    ) -> None:
         self.folder = Path(folder)
+        self.problems: list[str] = []
+        self.unreadable: set[str] = set()
         self._files: dict[str, TensorFile] = {}
         self._tensors: dict[str, StoredTensor] = {}
-        problems: list[str] = []
+        problems = self.problems
         names = [(SINGLE, INDEX)] + [(PICKLE_SINGLE, PICKLE_INDEX)] * allow_pickle
         for single, index in names:
             if (self.folder / index).is_file():
@@ -52,7 +63,7 @@ class CheckpointReader:
             break
         else:
             raise ValueError(_no_checkpoint(self.folder))
-        if problems:
+        if problems and (complete or not self._tensors):
             raise ValueError(
                 f"{self.folder}: checkpoint must be complete, got {len(problems)} problem(s): "
                 f"{'; '.join(problems)}; download the checkpoint again"
@@ -68,14 +79,14 @@ class CheckpointReader:
                 f"{path}: must be a JSON object with a weight_map, got something else; download it "
                 "again"
             ) from None
+        suffix = Path(index.removesuffix(".index.json")).suffix  # no pickle behind another index
         for file in files:
             listed = [name for name, named in weight_map.items() if named == file]
-            if (
-                Path(file).name != file
-                or Path(file).suffix != Path(index.split(".index")[0]).suffix
-            ):
+            if Path(file).name != file or Path(file).suffix != suffix:
+                self.unreadable.update(listed)
                 problems.append(f"{index} names {file!r}, which is not a file name of this folder")
             elif not (self.folder / file).is_file():
+                self.unreadable.update(listed)
                 problems.append(f"missing file {file} ({len(listed)} tensors)")
             else:
                 self._take(file, listed, problems)
@@ -88,11 +99,13 @@ class CheckpointReader:
                 SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
             )
         except ValueError as error:
+            self.unreadable.update(listed or ())
             problems.append(str(error))
             return
         names = list(opened.tensors) if listed is None else listed
         absent = [name for name in names if name not in opened.tensors]
         if absent:
+            self.unreadable.update(absent)
             problems.append(f"{file} lacks tensors that the index lists: {', '.join(absent)}")
         for name in names:
             if name in opened.tensors:

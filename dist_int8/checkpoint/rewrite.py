@@ -165,7 +165,7 @@ class _Rewriter:
         self.folder = folder
         self.config = load_config(folder)
         self.spec: ModelSpec = describe(self.config)
-        self.reader = CheckpointReader(folder, allow_pickle=allow_pickle)
+        self.reader = CheckpointReader(folder, allow_pickle=allow_pickle, complete=False)
         blocks = range(self.spec.num_blocks)
         self.located = locate(self.reader, self.spec, blocks, first=True, last=True)
         self.is_int8 = is_int8_checkpoint(self.reader)

@@ -181,6 +181,30 @@ def test_every_missing_and_misshapen_tensor_is_named(folder_of):
     assert "\n" not in message
 
 
+def test_damaged_files_and_misfit_tensors_are_listed_together(folder_of):
+    folder = folder_of("llama")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    down = "model.layers.2.mlp.down_proj.weight"
+    tensors[down] = tensors[down][:, 1:].contiguous()
+    names = list(tensors)
+    weight_map = {name: f"model-{i % 4}.safetensors" for i, name in enumerate(names)}
+    weight_map[down] = "model-0.safetensors"
+    for file in sorted(set(weight_map.values())):
+        save_file({n: t for n, t in tensors.items() if weight_map[n] == file}, folder / file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model-1.safetensors").unlink()
+    whole = (folder / "model-2.safetensors").read_bytes()
+    (folder / "model-2.safetensors").write_bytes(whole[:-7])
+    with pytest.raises(ValueError, match="3 problem") as error:
+        load(folder)
+    message = str(error.value)
+    assert "missing file model-1.safetensors" in message
+    assert "truncated file model-2.safetensors" in message
+    assert f"{down} must have shape [48, 80], got [48, 79]" in message
+
+
 def test_config_with_fewer_blocks_than_the_checkpoint(folder_of):
     folder = folder_of("llama")
     config = json.loads((folder / "config.json").read_text())
