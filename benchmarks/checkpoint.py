@@ -54,23 +54,31 @@ def main() -> None:
     figures = {"size": args.size, "threads": args.threads, "repeats": args.repeats}
     figures |= {"model_bytes": size(source), "int8_bytes": size(int8)}
     figures |= {"largest_tensor_bytes": largest_tensor(source)}
-    rows = {}
-    for name, step, folder in (
+    steps = (
         ("plain read", "read", source),
         ("load, quantizing", "load", source),
         ("quantize to disk", "quantize", source),
         ("plain read of int8", "read", int8),
         ("load int8", "load", int8),
         ("verify int8", "verify", int8),
-    ):
+    )
+    runs: dict[str, list[dict[str, float]]] = {}
+    for _ in range(args.repeats):  # in turn: disks of virtual machines have good and bad minutes
         for cache in ("cold", "warm"):
-            runs = [measure(step, folder, cache, args.threads) for _ in range(args.repeats)]
-            rows[f"{name}, {cache}"] = {
-                "seconds": statistics.median(run["seconds"] for run in runs),
-                "peak_bytes": max(run["peak_bytes"] for run in runs),
-            }
-            shown = rows[f"{name}, {cache}"]
-            print(f"{name}, {cache}: {shown['seconds']:.2f} s, {shown['peak_bytes'] / 1e6:.1f} MB")
+            for name, step, folder in steps:
+                run = measure(step, folder, cache, args.threads)
+                runs.setdefault(f"{name}, {cache}", []).append(run)
+                print(f"{name}, {cache}: {run['seconds']:.2f} s", flush=True)
+    rows = {
+        name: {
+            "seconds": statistics.median(run["seconds"] for run in of_step),
+            "peak_bytes": max(run["peak_bytes"] for run in of_step),
+            "all_seconds": [round(run["seconds"], 3) for run in of_step],
+        }
+        for name, of_step in runs.items()
+    }
+    for name, row in rows.items():
+        print(f"{name}: {row['seconds']:.2f} s, {row['peak_bytes'] / 1e6:.1f} MB")
     figures["kills"] = killed_at_random(source, int8, args.kills)
     for run in rows.values():
         assert run["peak_bytes"] <= 2 * figures["largest_tensor_bytes"], run
