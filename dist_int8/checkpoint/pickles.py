@@ -38,9 +38,6 @@ class PickleFile:
         tensor = self._open()[name]
         out.copy_(tensor[first : first + len(out)] if out.dim() else tensor)
 
-    def will_read(self, name: str, first: int, num_rows: int) -> None:
-        """Nothing: torch maps the file."""
-
     def _open(self) -> Mapping[str, Tensor]:
         try:
             state = torch.load(

@@ -22,7 +22,6 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 # Rows are read and worked on in slices of about this many elements: what is at work at a time, fp32
 # temporaries of quantizing included, is then a few times 4 MiB, and stays in a CPU's cache.
 SLICE = 1 << 20
-AHEAD = 8  # slices that the disk is asked for in advance
 
 
 class CheckpointReader:
@@ -141,8 +140,7 @@ class CheckpointReader:
     def slices(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """The tensor's rows in order, in slices of about SLICE elements: first row, rows.
 
-        While the caller works on a slice, the disk reads the next ones. All slices lie in the same
-        memory: copy what you keep.
+        All slices lie in the same memory: copy what you keep.
         """
         shape, dtype, file = self.shape(name), self.dtype(name), self._files[name]
         num_rows = shape[0]
@@ -150,9 +148,6 @@ class CheckpointReader:
         buffer = torch.empty((min(step, num_rows), *shape[1:]), dtype=TORCH_DTYPES[dtype])
         for first in range(0, num_rows, step):
             end = min(num_rows, first + step)
-            ahead = min(num_rows, end + AHEAD * step)
-            if ahead > end:
-                file.will_read(name, end, ahead - end)
             out = buffer[: end - first]
             file.read_into(name, first, out)
             yield first, out

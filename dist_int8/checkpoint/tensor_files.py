@@ -56,10 +56,6 @@ class TensorFile(Protocol):
         """Fill `out` (contiguous, on the CPU, of the stored dtype) from row `first` on."""
         ...
 
-    def will_read(self, name: str, first: int, num_rows: int) -> None:
-        """Let the disk begin with rows that are read next."""
-        ...
-
 
 class SafetensorsFile:
     """A .safetensors file.
@@ -99,12 +95,6 @@ class SafetensorsFile:
                         f"at byte {position}; write the checkpoint aside and rename it"
                     )
                 left, position = left[count:], position + count
-
-    def will_read(self, name: str, first: int, num_rows: int) -> None:
-        position = self._position(name, first)
-        with self._path.open("rb", buffering=0) as file:
-            num_bytes = self._position(name, first + num_rows) - position
-            os.posix_fadvise(file.fileno(), position, num_bytes, os.POSIX_FADV_WILLNEED)
 
     def _position(self, name: str, row: int) -> int:
         stored = self.tensors[name]
