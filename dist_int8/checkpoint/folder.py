@@ -62,35 +62,61 @@ def write_folder(
     if not out.parent.is_dir():
         raise ValueError(f"{out}: its parent must be a folder, got none; create {out.parent}")
     aside = out.parent / f".{out.name}.partial"
-    if _is_made(out, config):
+    index = _index_of(shards)
+    if _is_made(out, config, index):
         shutil.rmtree(aside, ignore_errors=True)  # killed between the rename and its end
         return False
     with _locked(aside):
-        if _is_made(out, config):  # by the process that we waited for
+        if _is_made(out, config, index):  # by the process that we waited for
             return False
         _begin(aside, job, note)
         with _full_disk_in_one_line(out):
-            _write(out, aside, config, small_files, shards, progress)
+            _write(out, aside, config, small_files, shards, index, progress)
     return True
 
 
-def _is_made(out: Path, config: Mapping[str, Any]) -> bool:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+def _index_of(shards: Sequence[Sequence[Group]]) -> dict[str, Any]:
+    """The index file: which tensor is in which shard."""
+    return {
+        "metadata": {"total_size": sum(group.num_bytes for groups in shards for group in groups)},
+        "weight_map": {
+            output.name: shard_name(number, len(shards))
+            for number, groups in enumerate(shards)
+            for group in groups
+            for output in group.outputs
+        },
+    }
+
+
+def _is_made(out: Path, config: Mapping[str, Any], index: Mapping[str, Any]) -> bool:
+    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return False
-    complete = all((out / name).is_file() for name in (CONFIG, manifest.NAME, INDEX))
-    if complete and (out / CONFIG).read_bytes() == as_json(config):
-        return True
+    what = "something else"
+    if out.is_dir() and all((out / name).is_file() for name in (CONFIG, manifest.NAME, INDEX)):
+        if (out / CONFIG).read_bytes() == as_json(config):
+            if (out / INDEX).read_bytes() == as_json(index):
+                return True
+            what = "the same model with other tensors or another shard size"
+        else:
+            what = "a checkpoint of another model or with other settings"
     raise ValueError(
-        f"{out}: OUT must be a new folder or the same checkpoint, got one that holds something "
-        "else; name another or remove it"
+        f"{out}: OUT must be a new folder or the same checkpoint, got one that holds {what}; "
+        "name another or remove it"
     )
 
 
 @contextlib.contextmanager
 def _locked(aside: Path) -> Iterator[None]:
     """The folder aside, for this process alone; the kernel lets go when the process ends."""
-    aside.mkdir(exist_ok=True)
-    with (aside / "lock").open("w") as lock:
+    try:
+        aside.mkdir(exist_ok=True)
+        opened = (aside / "lock").open("w")
+    except OSError as error:
+        raise ValueError(
+            f"{aside}: OUT must be in a folder that can be written, got {error.strerror}; name "
+            "another"
+        ) from None
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -122,6 +148,7 @@ def _write(
     config: Mapping[str, Any],
     small_files: Sequence[Path],
     shards: Sequence[Sequence[Group]],
+    index: Mapping[str, Any],
     progress: Callable[[int], object],
 ) -> None:
     model = aside / "model"
@@ -137,6 +164,8 @@ def _write(
     needed += sum(path.stat().st_size for path in small_files) + _HEADROOM
     free = shutil.disk_usage(aside).free
     if needed > free:
+        if not any(path.is_file() for path in done.values()):
+            shutil.rmtree(aside)  # nothing there that a rerun could take over
         raise RuntimeError(
             f"{out}: disk must have {needed} bytes free, got {free}; free "
             f"{needed - free} bytes or name a folder on another disk"
@@ -152,15 +181,6 @@ def _write(
         else:
             progress(sizes[name])
         sums[name] = done[name].read_text()
-    index = {
-        "metadata": {"total_size": sum(sizes.values())},
-        "weight_map": {
-            output.name: name
-            for name, groups in zip(names, shards, strict=True)
-            for group in groups
-            for output in group.outputs
-        },
-    }
     files = {path.name: path.read_bytes() for path in small_files}
     files |= {CONFIG: as_json(config), INDEX: as_json(index)}
     sums |= {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}

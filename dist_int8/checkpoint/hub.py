@@ -1,6 +1,7 @@
 """Model folders, local or from a hub."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def resolve_model(
     folder = Path(model).expanduser()
     if str(model) and folder.is_dir():
         return folder
-    if folder.exists() or not _HUB_ID.fullmatch(str(model)):
+    if os.path.lexists(folder) or not _HUB_ID.fullmatch(str(model)):
         raise ValueError(
             f"model: must be a folder or a hub id such as 'bigscience/bloom', got {str(model)!r}: "
             "no such folder; check the path"

@@ -22,6 +22,8 @@ def read(folder: str | Path) -> dict[str, str]:
         ValueError: no manifest, or not one.
     """
     path = Path(folder) / NAME
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: must be a folder, got none there; check the path")
     if not path.is_file():
         raise ValueError(
             f"{path}: folder must hold a manifest, got none; only what `dist-int8 quantize` and "

@@ -1,6 +1,7 @@
 """Reading a config into a `ModelSpec`. No code of the model is ever executed."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def load_config(model: str | Path) -> PretrainedConfig:
                 f"{path}: must be JSON, got {error}; download the file again"
             ) from None
         where = str(path)
-    elif folder.exists() or not _HUB_ID.fullmatch(str(model)):
+    elif os.path.lexists(folder) or not _HUB_ID.fullmatch(str(model)):
         raise ValueError(
             f"model: must be a folder or a hub id such as 'bigscience/bloom', got {str(model)!r}, "
             "which is neither; check the path"

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -122,7 +123,7 @@ def test_a_disk_without_room_is_refused_before_the_first_byte(job, tmp_path, mon
     with pytest.raises(RuntimeError, match=r"disk must have \d+ bytes free, got 1000; free \d+"):
         make(tmp_path / "out").run()
     assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.rglob(".out.partial/model/*"))
+    assert not (tmp_path / ".out.partial").exists()
 
 
 def test_a_disk_that_fills_up_keeps_what_is_finished(job, tmp_path):
@@ -172,6 +173,20 @@ def test_out_must_have_a_parent_and_may_be_an_empty_folder(job, tmp_path):
     make, expected = job
     with pytest.raises(ValueError, match="its parent must be a folder"):
         make(tmp_path / "no" / "out").run()
+    with pytest.raises(ValueError, match="a folder that can be written"):
+        make(Path("/proc/out")).run()
     (tmp_path / "out").mkdir()
     make(tmp_path / "out").run()
+    assert contents(tmp_path / "out") == expected
+
+
+def test_a_finished_folder_is_not_taken_for_that_of_other_options(job, originals, tmp_path):
+    make, expected = job
+    make(tmp_path / "out").run()
+    for options, part in (
+        ({"shard_bytes": 2 * SHARD}, "another shard size"),
+        ({"shard_bytes": SHARD, "skip": []}, "other settings"),
+    ):
+        with pytest.raises(ValueError, match=part):
+            quantize(originals["llama"], tmp_path / "out", **options).run()
     assert contents(tmp_path / "out") == expected
