@@ -115,7 +115,9 @@ def load(
     device_types = {torch.device(device).type for device in stage_devices}
     cores = _share_cores(settings, plan, place)
     if place is not None:
-        world = distributed.join(place, device_types, settings.rendezvous_timeout, cores)
+        world = distributed.join(
+            place, device_types, settings.rendezvous_timeout, cores, settings.interface
+        )
     elif len(plan.stages) == 1:
         world = distributed.alone()
     else:

@@ -3,8 +3,7 @@
 Under deepspeed, torchrun, srun or `dist-int8 launch` the environment has RANK and WORLD_SIZE and a
 process joins as that rank. In a plain Python session rank 0 starts the others itself. Either way
 the ranks meet in a torch store, where each leaves its state ("joined", "ready", "failed: why" or
-"lost: which neighbour"), so that rank 0 can name the rank that is missing or broken. Imports
-nothing of ours.
+"lost: which neighbour"), so that rank 0 can name the rank that is missing or broken.
 """
 
 from __future__ import annotations
@@ -27,12 +26,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dist_int8 import interfaces, slurm
+
 SHUTDOWN_TIMEOUT_S = 5.0
 POLL_S = 0.1
 # A stage may wait for its next micro-batch as long as the user thinks; a dead peer is noticed by
 # its closed connection and by rank 0's watch over the others, not by this.
 IDLE_TIMEOUT = timedelta(days=30)
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class RankDied(RuntimeError):
@@ -54,6 +54,7 @@ def launched() -> Launched | None:
     Raises:
         ValueError: RANK and WORLD_SIZE do not fit each other.
     """
+    slurm.adopt()
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return None
     values = {}
@@ -235,7 +236,7 @@ def spawn(
             child.stdin.write(line)
             child.stdin.flush()
         world.wait_for("joined", timeout_s)
-        _start_groups_on_cores(world, device_types, on_loopback=True)
+        _start_groups_on_cores(world, device_types, interfaces.choose(None, one_machine=True))
     except BaseException:
         world.kill()
         raise
@@ -247,12 +248,15 @@ def join(
     device_types: set[str],
     timeout_s: float,
     cores: frozenset[int] = frozenset(),
+    interface: str | None = None,
 ) -> World:
-    """Joins the ranks that a launcher, or `spawn`, started."""
+    """Joins the ranks that a launcher, or `spawn`, started; `interfaces` says where they listen."""
     world = World(place.rank, place.world_size, cores=cores)
     if place.world_size == 1:
         return world
     spawned = os.environ.get("DIST_INT8_STORE")
+    one_machine = bool(spawned) or interfaces.on_one_machine(os.environ)
+    listen_on = interfaces.choose(None if spawned else interface, one_machine)
     if spawned:
         world.store = dist.FileStore(spawned, place.world_size)
     elif dist.is_initialized():
@@ -262,9 +266,7 @@ def join(
     world.report("joined")
     if place.rank == 0:
         world.wait_for("joined", timeout_s)
-    _start_groups_on_cores(
-        world, device_types, on_loopback=bool(spawned) or _master_address() in LOOPBACK
-    )
+    _start_groups_on_cores(world, device_types, listen_on)
     return world
 
 
@@ -274,7 +276,7 @@ def stay_on(cores: frozenset[int]) -> None:
         os.sched_setaffinity(0, cores)
 
 
-def _start_groups_on_cores(world: World, device_types: set[str], on_loopback: bool) -> None:
+def _start_groups_on_cores(world: World, device_types: set[str], listen_on: dict[str, str]) -> None:
     """Starts the groups so that gloo's own thread stays on this rank's cores.
 
     On the core of another busy stage that thread would wait for its turn of the scheduler, several
@@ -286,7 +288,7 @@ def _start_groups_on_cores(world: World, device_types: set[str], on_loopback: bo
     def start() -> None:
         try:
             stay_on(world.cores)
-            _start_groups(world, device_types, on_loopback)
+            _start_groups(world, device_types, listen_on)
         except BaseException as error:  # raised again where it is awaited
             failure.append(error)
 
@@ -297,15 +299,12 @@ def _start_groups_on_cores(world: World, device_types: set[str], on_loopback: bo
         raise failure[0]
 
 
-def _start_groups(world: World, device_types: set[str], on_loopback: bool) -> None:
+def _start_groups(world: World, device_types: set[str], listen_on: dict[str, str]) -> None:
     """Connects the ranks: gloo for headers, results and CPU stages, NCCL between GPUs."""
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
     options._timeout = IDLE_TIMEOUT
-    # gloo would take the interface of the host's name; without remote ranks loopback is enough
-    options._devices = [
-        gloo.create_device(hostname="127.0.0.1") if on_loopback else gloo.create_default_device()
-    ]
+    options._devices = [gloo.create_device(**listen_on)]
     place = (world.rank, world.world_size)
     world.groups["cpu"] = gloo(dist.PrefixStore("gloo", world.store), *place, options)
     if device_types == {"cuda"}:  # mixed with CPU stages, hidden_states go through gloo

@@ -1,5 +1,6 @@
 """Settings of a deployment: which model, on which devices, in how much memory, how it is run."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ BYTE_UNITS = {
     **{f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", start=1)},
 }
 _BYTE_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+MOST_STAGES = 1024  # no model has as many blocks
 _DEVICE = re.compile(r"cpu|cuda:(0|[1-9]\d*)")
 
 
@@ -55,11 +57,14 @@ def _path_as_text(value: object) -> object:
 def _check_stages(stages: object) -> object:
     is_list = isinstance(stages, list | tuple)
     counts: Sequence[object] = stages if isinstance(stages, list | tuple) else [stages]
-    if counts and all(type(count) is int and count >= 1 for count in counts):
+    highest = math.inf if is_list else MOST_STAGES
+    if counts and all(type(count) is int and 1 <= count <= highest for count in counts):
         return list(counts) if is_list else stages
     expected = "a list of numbers of blocks, each at least 1" if is_list else "at least 1"
     if not is_list and type(stages) is not int:
         expected = "an integer or a list of integers"
+    elif not is_list and isinstance(stages, int) and stages > MOST_STAGES:
+        expected = f"at most {MOST_STAGES}"
     raise ValueError(f"must be {expected}, got {stages!r}; write 4 or [17, 18, 18, 17]")
 
 
@@ -100,7 +105,7 @@ class Settings(Checked):
         description="Device of each stage in order, cpu or cuda:N; excludes `gpus`.",
         examples=[["cpu", "cpu"]],
     )
-    gpus: Count | None = Field(
+    gpus: Annotated[int, Field(ge=1, le=MOST_STAGES)] | None = Field(
         default=None,
         description="Use this many GPUs, cuda:0 upwards, one stage each; excludes `devices`.",
         examples=[4],
@@ -212,6 +217,12 @@ class Settings(Checked):
         description="Machines of the stages, for the plan: the stages are spread evenly over them, "
         "in order; several need a launcher.",
         examples=[["node-0", "node-1"]],
+    )
+    interface: NonEmpty | None = Field(
+        default=None,
+        description="Network interface on which ranks listen for each other; by default loopback "
+        "on one machine, else GLOO_SOCKET_IFNAME or the way to MASTER_ADDR.",
+        examples=["eth0"],
     )
     rendezvous_timeout: Seconds = Field(
         default=60.0,
