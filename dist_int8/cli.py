@@ -15,7 +15,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from dist_int8 import cli_checkpoint, cli_plan
+from dist_int8 import cli_checkpoint, cli_plan, slurm
 from dist_int8.config import GenerationSettings, Settings, load_settings
 
 BAD_INPUT = 2
@@ -333,6 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     try:
+        slurm.adopt()
         code = app(args=arguments, prog_name=COMMAND, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
