@@ -148,7 +148,13 @@ def plan(
         choose_count=stages == "auto",
     )
     model_config = load_config(settings.model)
-    found = answer(settings, asked, model_config, describe(model_config), _SOURCE)
+    spec = describe(model_config)
+    if hot_columns > spec.hidden_size:
+        raise ValueError(
+            f"{_SOURCE}:hot_columns: hot_columns must be at most the model's {spec.hidden_size} "
+            f"features, got {hot_columns}; 16 is the usual number"
+        )
+    found = answer(settings, asked, model_config, spec, _SOURCE)
     if as_json:
         typer.echo(json.dumps(found.as_dict(settings.model)))
     else:

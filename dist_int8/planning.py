@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from dist_int8.config import ProfileSettings, Settings, read_yaml
@@ -184,6 +185,11 @@ def profile_of(name: str, source: str = "load()") -> DeviceProfile:
         raise ValueError(
             f"{source}:profile: profile must be one of {', '.join(PROFILES)} or a YAML file, "
             f"got {name!r}; measure one with `dist-int8 bench --profile FILE.yaml`"
+        )
+    if not Path(name).is_file():
+        raise ValueError(
+            f"{source}:profile: profile must be one of {', '.join(PROFILES)} or a YAML file, got "
+            f"{name!r}, which is not there; check the path"
         )
     return DeviceProfile(**ProfileSettings.from_values(read_yaml(name), name).model_dump())
 

@@ -88,7 +88,8 @@ def load_config(model: str | Path) -> PretrainedConfig:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
                 "model: must be an existing folder or a hub id that can be reached, got "
-                f"{str(model)!r} ({reason}); check the path or the name"
+                f"{str(model)!r} ({reason}); check the path, the name or the network (a "
+                "plan needs only a folder with a config.json, such as configs/models/...)"
             ) from None
         where = f"{model}/config.json"
     if not isinstance(fields, dict):

@@ -26,6 +26,7 @@ class StagePlan:
         budget: bytes that the settings allow here; None where they say nothing.
         ps: picoseconds of a decode step, the hop to the next stage included.
         prefill_ps: the same of a micro-batch full of prompt tokens.
+        profile: name of the speed that its times are predicted for.
     """
 
     rank: int
@@ -41,6 +42,7 @@ class StagePlan:
     budget: int | None = None
     ps: int = 0
     prefill_ps: int = 0
+    profile: str = ""
 
     @property
     def bytes(self) -> int:
@@ -86,6 +88,7 @@ class Plan:
             included; None where no stage has a budget.
         workload: what was asked, or the largest that fits.
         suggestions: changes that would make it fit, the cheapest first; none if it fits.
+        notes: what else the user should know, a line each.
     """
 
     stages: tuple[StagePlan, ...]
@@ -96,6 +99,7 @@ class Plan:
     kv_tokens: int | None = None
     workload: Workload | None = None
     suggestions: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def missing_bytes(self) -> int:
@@ -160,13 +164,15 @@ class Plan:
         ]
         if asked is not None:
             lines.append(
-                f"asked: {asked.num_sequences} sequences of {asked.max_tokens} tokens, prompts in "
-                f"chunks of {asked.prefill_chunk}"
+                f"asked: {_count(asked.num_sequences, 'sequence')} of "
+                f"{_count(asked.max_tokens, 'token')}, prompts in chunks of {asked.prefill_chunk}"
             )
         if self.fits:
             tokens = "no budget given" if self.kv_tokens is None else str(self.kv_tokens)
+            speeds = sorted({stage.profile for stage in self.stages})
             lines.append(
-                f"fits; KV tokens in all: {tokens}; predicted {self.ms_per_token:.2f} ms per token"
+                f"fits; KV tokens in all: {tokens}; predicted for {', '.join(speeds)}: "
+                f"{self.ms_per_token:.2f} ms per token"
             )
         else:
             lines.append(
@@ -175,6 +181,7 @@ class Plan:
                 f"{max(self.stages, key=lambda stage: stage.missing_bytes).rank}"
             )
             lines += [f"  - {suggestion}" for suggestion in self.suggestions]
+        lines += self.notes
         return "\n".join(lines)
 
     def as_dict(self, model: str) -> dict[str, Any]:
@@ -208,6 +215,10 @@ class Plan:
             "missing_bytes": self.missing_bytes,
             "suggestions": list(self.suggestions),
         }
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def format_bytes(num_bytes: int) -> str:

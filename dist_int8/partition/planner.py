@@ -227,6 +227,7 @@ def _write_down(
                 budget=device.budget,
                 ps=problem.time(stage.device, stage.start, stage.end) + hop,
                 prefill_ps=_prefill_ps(model, device, formats, workload, blocks, last),
+                profile=device.profile.name,
             )
         )
     tokens = min(problem.tokens(s.device, s.start, s.end) for s in stages)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from dist_int8.partition import memory
 from dist_int8.partition.activations import Workload
-from dist_int8.partition.plan import Plan
+from dist_int8.partition.plan import Plan, format_bytes
 from dist_int8.partition.planner import Device, Request, can_plan, check_count, plan_stages
 
 DEFAULT_MAX_TOKENS = 2048
 MOST_SEQUENCES = 4096  # that a question which names none is answered with
+_MOST_BYTES = 2**50
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,11 @@ def _with_most_sequences(
     most = min(MOST_SEQUENCES, max(1, plan.kv_tokens // max_tokens))
     num_sequences = max(1, largest(1, most, fits))
     settled = question.workload(num_sequences, max_tokens)
-    larger = plan_stages(model, used, formats, settled, request)
-    times = zip(larger.stages, plan.stages, strict=True)
-    # what is shown beside the cut is the time it was made for: that of one sequence
-    return replace(
-        larger,
-        stages=tuple(replace(new, ps=old.ps, prefill_ps=old.prefill_ps) for new, old in times),
-    )
+    settled_plan = plan_stages(model, used, formats, settled, request)
+    if num_sequences == MOST_SEQUENCES:
+        note = f"more than {MOST_SEQUENCES} sequences may fit; ask with --sequences"
+        return replace(settled_plan, notes=(note,))
+    return settled_plan
 
 
 def _devices_of(plan: Plan, devices: Sequence[Device]) -> list[Device]:
@@ -189,11 +189,53 @@ def _changes(
     shorter = largest(1, max_tokens, lambda n: fits(workload=question.workload(num_sequences, n)))
     if shorter:
         yield f"shorten the context from {max_tokens} to {shorter} tokens"
+    reserve = max(device.reserve for device in devices)
+    if reserve and fits(devices=_with_reserve(devices, 0)):
+        lower = largest(0, reserve, lambda n: fits(devices=_with_reserve(devices, n)))
+        yield f"lower the reserve from {format_bytes(reserve)} to {format_bytes(lower)}"
+    if not request.choose_count and fits(request=replace(free, choose_count=True)):
+        yield "leave devices without a stage (--stages auto)"
     for more in range(1, len(model.blocks) - len(devices) + 1):
         if fits(devices=[*devices, *[devices[-1]] * more], request=free):
             noun = "device" if more == 1 else "devices"
             yield f"add {more} more {noun} like {devices[-1].name}: {len(devices) + more} in all"
             break
+    yield from _larger_budgets(devices, lambda changed: fits(devices=changed))
+
+
+def _with_reserve(devices: Sequence[Device], reserve: int) -> list[Device]:
+    return [replace(device, reserve=min(device.reserve, reserve)) for device in devices]
+
+
+def _larger_budgets(
+    devices: Sequence[Device], fits: Callable[[Sequence[Device]], bool]
+) -> Iterator[str]:
+    """The least budget with which it fits: of the one device that is too small, or of each."""
+    budgets = [device.budget for device in devices]
+
+    def smallest(of: Callable[[int], Sequence[Device]]) -> int | None:
+        if not fits(of(_MOST_BYTES)):
+            return None
+        return _MOST_BYTES - largest(0, _MOST_BYTES, lambda less: fits(of(_MOST_BYTES - less)))
+
+    for index, device in enumerate(devices):
+        if device.budget is not None and len(set(budgets)) > 1:
+            found = smallest(partial(_with_budget, devices, {index}))
+            if found is not None:
+                yield f"give {device.name} {found} bytes instead of {device.budget}"
+                return
+    found = smallest(partial(_with_budget, devices, set(range(len(devices)))))
+    if found is not None:
+        yield f"give every device {found} bytes ({format_bytes(found)})"
+
+
+def _with_budget(devices: Sequence[Device], which: set[int], least: int) -> list[Device]:
+    return [
+        replace(device, budget=max(least, device.budget))
+        if index in which and device.budget is not None
+        else device
+        for index, device in enumerate(devices)
+    ]
 
 
 def _hint(changed: memory.Formats, before: memory.Formats) -> str:

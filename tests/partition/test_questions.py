@@ -1,5 +1,7 @@
 """Open questions are answered with the most that fits; refusals come with changes that work."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,10 @@ def test_bloom_on_the_machines_of_the_int8_blog(bloom, count, gigabytes, fits):
     plan = ask(bloom, gpus(count, gigabytes), FORMATS, Question())
     assert plan.fits == fits
     if not fits:
-        assert plan.suggestions == ("add 1 more device like cuda:3: 5 in all",)
+        assert plan.suggestions == (
+            "add 1 more device like cuda:3: 5 in all",
+            "give every device 47146008640 bytes (43.91 GiB)",
+        )
         return
     used = plan.workload.num_tokens
     assert used <= plan.kv_tokens
@@ -118,3 +123,45 @@ def test_stages_that_share_a_device_keep_their_own_budgets(gigabytes):
     other = [Device(f"cuda:{i}", d.profile, d.budget) for i, d in enumerate(devices)]
     apart = ask(bloom_560m, other, FORMATS, Question(request=Request(pinned=(12, 12))))
     assert plan.kv_tokens == apart.kv_tokens
+
+
+def gpu(index, budget, reserve=256 * 1024**2):
+    return Device(f"cuda:{index}", PROFILES["a100-80"], budget, reserve)
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [
+        # smaller than the reserve alone: no number of such devices helps
+        ([gpu(0, 10**8)], r"give every device (\d+) bytes"),
+        ([gpu(0, 10**10, 11 * 10**9)], r"lower the reserve from 10.24 GiB to 5.91"),
+        (
+            [gpu(0, 10**10), gpu(1, 10**8)],
+            r"give cuda:1 (\d+) bytes instead of 100000000",
+        ),
+        (
+            [gpu(0, 10**10), gpu(1, 10**8)],
+            r"leave devices without a stage",
+        ),
+    ],
+)
+def test_what_no_single_other_change_mends_has_a_budget_that_would(devices, expected):
+    model = describe(load_config(MODELS / "bloom-3b"))
+    plan = ask(model, devices, FORMATS, Question())
+    assert not plan.fits
+    (match,) = [m for m in (re.match(expected, s) for s in plan.suggestions) if m]
+    if match.groups():  # exactly enough
+        for less, fits in ((0, True), (1, False)):
+            budget = int(match[1]) - less
+            changed = [*devices[:-1], replace(devices[-1], budget=budget)]
+            assert ask(model, changed, FORMATS, Question()).fits == fits
+
+
+def test_open_questions_predict_the_time_of_what_they_settle_on(bloom):
+    devices = gpus(4, 80)
+    opened = ask(bloom, devices, FORMATS, Question())
+    pinned = Request(pinned=tuple(len(stage.blocks) for stage in opened.stages))
+    settled = opened.workload
+    asked = Question(settled.num_sequences, settled.max_tokens, request=pinned)
+    assert ask(bloom, devices, FORMATS, asked) == opened
+    assert opened.ms_per_token > ask(bloom, devices, FORMATS, Question(1)).ms_per_token
