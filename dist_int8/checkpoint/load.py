@@ -1,7 +1,8 @@
 """Building one stage of a model from a checkpoint, slice by slice."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,10 +10,17 @@ from torch import Tensor, nn
 
 from dist_int8.checkpoint.locate import Located, Piece, is_int8_checkpoint, locate, may_be_int8
 from dist_int8.checkpoint.matrices import Source
-from dist_int8.checkpoint.random_weights import fill_with_random_weights
+from dist_int8.checkpoint.random_weights import (
+    EMBEDDING,
+    HEAD,
+    fill_with_random_weights,
+    has_same_format,
+    share_embedding,
+)
 from dist_int8.checkpoint.reader import CheckpointReader
 from dist_int8.checkpoint.tensor_files import TORCH_DTYPES
 from dist_int8.int8.convert import convert
+from dist_int8.int8.embedding import Int8Embedding
 from dist_int8.int8.linear import Int8Linear
 from dist_int8.models.decoder import DecoderStage
 from dist_int8.models.spec import ModelSpec
@@ -31,13 +39,20 @@ def random_stage(
     outlier_threshold: float = 6.0,
     int8: bool = True,
     skip: Collection[str] = ("lm_head",),
+    embedding_int8: bool = False,
+    num_hot_columns: int = 0,
     max_tokens: int | None = None,
 ) -> DecoderStage:
-    """The stage that `load_stage` builds, with random weights made on `device`, no checkpoint."""
+    """The stage that `load_stage` builds, with random weights made on `device`, no checkpoint.
+
+    The first `num_hot_columns` input features of every linear of the blocks are the hot ones.
+    """
     stage = DecoderStage.empty(spec, blocks, first, last, dtype, max_tokens)
     if int8:
         convert(stage, outlier_threshold=outlier_threshold, outlier_rule=outlier_rule, skip=skip)
-    return fill_with_random_weights(stage, device, vocab_dtype)
+        if embedding_int8:
+            stage.make_embedding_int8()
+    return fill_with_random_weights(stage, device, vocab_dtype, num_hot_columns)
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,9 @@ class StoredFormat:
     """Linears that it holds in floating point, by name component."""
     num_hot_columns: int
     """The most hot columns of any linear."""
+    hot_size: int
+    """The most bytes of an element of their weights."""
+    embedding_int8: bool
 
 
 def load_stage(
@@ -63,6 +81,9 @@ def load_stage(
     outlier_threshold: float = 6.0,
     int8: bool = True,
     skip: Collection[str] = ("lm_head",),
+    embedding_int8: bool = False,
+    hot_columns: Mapping[str, Sequence[int]] | None = None,
+    embedding_rows: Tensor | None = None,
     progress: Callable[[int], object] | None = None,
     max_tokens: int | None = None,
     allow_pickle: bool = False,
@@ -89,6 +110,11 @@ def load_stage(
         int8: False: keep every linear in `dtype`, also what is stored in int8.
         skip: linears that stay floating, by name component; of an int8 checkpoint those that it
             holds in floating point stay so instead.
+        embedding_int8: hold the token embedding in int8 (with `int8`); an int8 checkpoint has
+            decided.
+        hot_columns: input features that linears keep exactly, by name ("blocks.0.qkv"), of a
+            checkpoint that is not int8.
+        embedding_rows: int64 [U], in ascending order; hold only these rows of the embedding.
         progress: called with the number of checkpoint bytes just read.
         max_tokens: longest sequence to prepare positions for; None: the model's own limit.
         allow_pickle: read `.bin` files where there is no safetensors file.
@@ -103,30 +129,24 @@ def load_stage(
     if int8:
         if is_int8_checkpoint(reader):
             skip = _floating_linears(located)
+            embedding_int8 = first and located[EMBEDDING].is_int8
         convert(stage, outlier_threshold=outlier_threshold, outlier_rule=outlier_rule, skip=skip)
+        if embedding_int8:
+            stage.make_embedding_int8()
     device = torch.device(device)
     stage.move_tables(device)
     source = Source(reader, device, progress)
 
-    def shares_embedding() -> bool:
-        if not (spec.tied_head and first) or isinstance(stage.lm_head, Int8Linear):
-            return False
-        head, embedding = located["lm_head.weight"], located["embedding.weight"]
-        if head.is_int8:
-            return False
-        # A tied checkpoint may hold the head too; transformers ties them only if they are equal.
-        return head.names == embedding.names or _equal(reader, head.names[0], embedding.names[0])
-
     with torch.no_grad():
         for target, entry in located.items():
-            if target == "lm_head.weight" and shares_embedding():
-                stage.lm_head.weight = stage.embedding.weight
+            if target == HEAD and first and _shares_embedding(stage, located, reader):
+                share_embedding(stage)
                 continue
             path, _, kind = target.rpartition(".")
             module = stage.get_submodule(path)
-            if isinstance(module, Int8Linear):
+            if isinstance(module, Int8Linear | Int8Embedding):
                 if kind == "weight":
-                    _fill_int8(module, entry, source, device)
+                    _fill_int8(module, entry, source, device, (hot_columns or {}).get(path))
                 else:
                     module.bias = _floating(entry, source, device, dtype)
                 continue
@@ -135,7 +155,8 @@ def load_stage(
             wanted = dtype
             if keeps_16_bits and len(stored) == 1 and (name := stored.pop()) in ("F16", "BF16"):
                 wanted = TORCH_DTYPES[name]
-            filled = _floating(entry, source, device, wanted)
+            rows = embedding_rows if target == EMBEDDING else None
+            filled = _floating(entry, source, device, wanted, rows)
             setattr(module, kind, nn.Parameter(filled, requires_grad=False))
     return stage.eval()
 
@@ -172,39 +193,77 @@ def stored_format(
     located = locate(reader, spec, range(spec.num_blocks), first=True, last=True)
     if not is_int8_checkpoint(reader):
         return None
-    num_hot = [
-        0 if entry.hot_columns is None else len(entry.hot_columns) for entry in located.values()
-    ]
-    return StoredFormat(_floating_linears(located), max(num_hot, default=0))
+    hot = [entry for entry in located.values() if entry.hot_columns is not None]
+    num_hot = [0, *(len(entry.hot_columns) for entry in hot if entry.hot_columns is not None)]
+    names = [piece.hot_weight for entry in hot for piece in entry.pieces]
+    sizes = [0, *(TORCH_DTYPES[reader.dtype(name)].itemsize for name in names if name is not None)]
+    return StoredFormat(
+        _floating_linears(located), max(num_hot), max(sizes), located[EMBEDDING].is_int8
+    )
 
 
 def _floating_linears(located: dict[str, Located]) -> tuple[str, ...]:
     return tuple(
         target.removesuffix(".weight")
         for target, entry in located.items()
-        if may_be_int8(target, entry.source) and not entry.is_int8
+        if target != EMBEDDING and may_be_int8(target, entry.source) and not entry.is_int8
     )
 
 
-def _floating(entry: Located, source: Source, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The parameter in `dtype` on `device`."""
+def _shares_embedding(
+    stage: DecoderStage, located: dict[str, Located], reader: CheckpointReader
+) -> bool:
+    """Whether head and embedding of a stage with both are one table in memory."""
+    if not stage.spec.tied_head or not has_same_format(stage):
+        return False
+    head, embedding = located[HEAD], located[EMBEDDING]
+    if head.is_int8 != embedding.is_int8 or head.hot_columns is not None:
+        return False
+    # A tied checkpoint may hold the head too; transformers ties them only if they are equal.
+    return head.names == embedding.names or (
+        len(head.names) == len(embedding.names)
+        and all(map(partial(_equal, reader), head.names, embedding.names))
+    )
+
+
+def _floating(
+    entry: Located,
+    source: Source,
+    device: torch.device,
+    dtype: torch.dtype,
+    only: Tensor | None = None,
+) -> Tensor:
+    """The parameter in `dtype` on `device`; `only` the rows of these numbers, ascending."""
     if not entry.pieces:
         return entry.source.assemble([]).to(device, dtype)
-    num_rows = sum(piece.shape[0] for piece in entry.pieces)
+    num_rows = sum(piece.shape[0] for piece in entry.pieces) if only is None else len(only)
     out = torch.empty((num_rows, *entry.pieces[0].shape[1:]), dtype=dtype, device=device)
     for begin, piece in _beginnings(entry):
         for first, rows in source.floating(piece, entry.hot_columns):
-            _put(out, entry.order, begin + first, rows)
+            if only is None:
+                _put(out, entry.order, begin + first, rows)
+                continue
+            left, right = torch.searchsorted(only, torch.tensor([first, first + len(rows)]))
+            out[left:right] = rows[(only[left:right] - first).to(rows.device)]
     return out
 
 
-def _fill_int8(module: Int8Linear, entry: Located, source: Source, device: torch.device) -> None:
-    N, K = module.out_features, module.in_features
+def _fill_int8(
+    module: Int8Linear | Int8Embedding,
+    entry: Located,
+    source: Source,
+    device: torch.device,
+    columns: Sequence[int] | None,
+) -> None:
+    N, K = module.weight_int8.shape
     weight_int8 = torch.empty((N, K), dtype=torch.int8, device=device)
     col_scale = torch.empty(N, dtype=torch.float32, device=device)
     hot_weight: Tensor | None = None
+    hot_columns = entry.hot_columns
+    if columns and not entry.is_int8:
+        hot_columns = torch.tensor(columns, dtype=torch.int32)
     for begin, piece in _beginnings(entry):
-        for part in source.int8(piece):
+        for part in source.int8(piece, hot_columns):
             _put(weight_int8, entry.order, begin + part.first, part.weight_int8)
             _put(col_scale, entry.order, begin + part.first, part.col_scale)
             if part.hot_weight is not None:
@@ -213,8 +272,8 @@ def _fill_int8(module: Int8Linear, entry: Located, source: Source, device: torch
                     hot_weight = torch.empty(shape, dtype=part.hot_weight.dtype, device=device)
                 _put(hot_weight, entry.order, begin + part.first, part.hot_weight)
     module.weight_int8, module.col_scale = weight_int8, col_scale
-    if entry.hot_columns is not None:
-        module.hot_columns, module.hot_weight = entry.hot_columns.to(device), hot_weight
+    if hot_columns is not None:
+        module.hot_columns, module.hot_weight = hot_columns.to(device), hot_weight
 
 
 def _beginnings(entry: Located) -> list[tuple[int, Piece]]:

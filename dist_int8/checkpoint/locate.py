@@ -25,7 +25,7 @@ from dist_int8.models.spec import ModelSpec
 FLOATING = ("F32", "F16", "BF16")
 ABSMAX_PER_SCALE = 127.0
 _SHOWN = 100  # problems named in full in one error
-_NEVER_INT8 = ("embedding", "positions")
+_NEVER_INT8 = ("positions",)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Located:
 
 
 def may_be_int8(target: str, source: TensorSource) -> bool:
-    """Whether the parameter is the weight of a linear."""
+    """Whether the parameter is the weight of a linear, or the token embedding."""
     return len(source.shapes[0]) == 2 and target.rpartition(".")[0] not in _NEVER_INT8
 
 

@@ -1,6 +1,7 @@
 """`convert`: swap the linears of a module for `Int8Linear`."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -13,6 +14,7 @@ def convert(
     outlier_threshold: float = 6.0,
     outlier_rule: str = "absolute",
     skip: Collection[str] = ("lm_head",),
+    hot_columns: Mapping[str, Sequence[int]] | None = None,
 ) -> nn.Module:
     """Swaps every `nn.Linear` inside `module` for an `Int8Linear`, in place; returns `module`.
 
@@ -20,8 +22,9 @@ def convert(
     components ("lm_head"; "mlp.down"; "layers.0"), and subclasses of `nn.Linear`, which may do more
     than a product. A linear used under two names stays one layer. Each floating weight is freed as
     soon as its linear is swapped (if nothing else holds it); linears on the meta device give layers
-    on the meta device. Raises ValueError for an unknown rule, a bad threshold, or a `module` that
-    is itself a linear.
+    on the meta device. `hot_columns` holds, by qualified name, the input features that a linear
+    keeps exactly. Raises ValueError for an unknown rule, a bad threshold, hot columns that a linear
+    does not have, or a `module` that is itself a linear.
     """
     if type(module) is nn.Linear:
         raise ValueError(
@@ -29,26 +32,28 @@ def convert(
         )
     if isinstance(skip, str):
         raise ValueError(f"convert: skip must be a list of names, got {skip!r}; write [{skip!r}]")
-    for same_linear in _places(module, skip):
-        parent, name = same_linear[0]
-        layer = Int8Linear.from_linear(getattr(parent, name), outlier_threshold, outlier_rule)
-        for parent, name in same_linear:
-            setattr(parent, name, layer)
+    for names in _places(module, skip):
+        columns = next((c for name in names if (c := (hot_columns or {}).get(name))), None)
+        linear: Any = module.get_submodule(names[0])
+        layer = Int8Linear.from_linear(linear, outlier_threshold, outlier_rule, columns)
+        del linear
+        for name in names:
+            module.set_submodule(name, layer)
     return module
 
 
-def _places(module: nn.Module, skip: Collection[str]) -> list[list[tuple[nn.Module, str]]]:
-    """For every linear to swap, the (parent, name) pairs it stands at.
+def is_skipped(qualified_name: str, skip: Collection[str]) -> bool:
+    """Whether `skip` names the linear as `convert` understands it."""
+    return any(f".{skipped}." in f".{qualified_name}." for skipped in skip)
+
+
+def _places(module: nn.Module, skip: Collection[str]) -> list[list[str]]:
+    """For every linear to swap, the qualified names it stands at.
 
     It does not hold the linears themselves: that would keep all their weights alive to the end.
     """
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent_name, parent in module.named_modules():
-        for name, child in parent._modules.items():
-            if type(child) is nn.Linear and not _is_skipped(f"{parent_name}.{name}", skip):
-                places.setdefault(id(child), []).append((parent, name))
+    places: dict[int, list[str]] = {}
+    for name, child in module.named_modules(remove_duplicate=False):
+        if type(child) is nn.Linear and not is_skipped(name, skip):
+            places.setdefault(id(child), []).append(name)
     return list(places.values())
-
-
-def _is_skipped(qualified_name: str, skip: Collection[str]) -> bool:
-    return any(f".{skipped}." in f".{qualified_name}." for skipped in skip)

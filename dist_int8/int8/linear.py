@@ -1,19 +1,20 @@
 """`Int8Linear`: a linear layer that keeps int8 weights and multiplies in int8."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from dist_int8.int8 import ops, reference
+from dist_int8.int8.module import Int8Module
 
 # quantize_ works through the weight in slices of about this many elements, so that the fp32
 # temporaries of a very large weight stay small (64 MiB each).
 QUANTIZE_SLICE = 1 << 24
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(Int8Module):
     """y = x @ weight.T + bias with weight in int8 (N output features, K input features).
 
     Buffers: `weight_int8` int8 [N, K]; `col_scale` fp32 [N]; `bias` floating [N] or None; and,
@@ -190,16 +191,6 @@ class Int8Linear(nn.Module):
             f"bias={self.bias is not None}, outlier_rule={self.outlier_rule!r}, "
             f"outlier_threshold={self.outlier_threshold}, num_hot_columns={num_hot_columns}"
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves follow `fn`; casts do not: rounding the scales would change every weight."""
-        stored = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, before in stored.items():
-            after = self._buffers[name]
-            if before is not None and after is not None and after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
-        return self
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

@@ -10,6 +10,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from dist_int8.int8 import ops
+from dist_int8.int8.embedding import Int8Embedding
 from dist_int8.models.block import DecoderBlock, Norm, PositionTables
 from dist_int8.models.rotary import alibi_slopes, rotary_tables
 from dist_int8.models.spec import ModelSpec
@@ -120,7 +121,8 @@ class DecoderStage(nn.Module):
         self.last = last
         self.dtype = dtype
         if first:
-            self.embedding = nn.Embedding(spec.vocab_size, spec.embedding_size)
+            table = nn.Embedding(spec.vocab_size, spec.embedding_size)
+            self.embedding: nn.Embedding | Int8Embedding = table
             if spec.num_position_rows:
                 self.positions = nn.Embedding(spec.num_position_rows, spec.hidden_size)
             if spec.embedding_norm:
@@ -151,6 +153,12 @@ class DecoderStage(nn.Module):
         with init_empty_weights(include_buffers=False):
             return cls(spec, blocks, first, last, dtype, max_tokens)
 
+    def make_embedding_int8(self) -> None:
+        """Puts an `Int8Embedding` without content in the place of the first stage's embedding."""
+        if self.first:
+            shape = (self.spec.vocab_size, self.spec.embedding_size)
+            self.embedding = Int8Embedding(*shape, device="meta")
+
     def _norm(self) -> Norm:
         block = self.spec.blocks[0]
         return Norm(self.spec.hidden_size, block.norm, block.norm_eps)
@@ -174,7 +182,11 @@ class DecoderStage(nn.Module):
 
     def _embed(self, batch: TokenBatch) -> Tensor:
         assert batch.token_ids is not None, "the first stage needs token ids"
-        hidden = F.embedding(batch.token_ids, self.embedding.weight).to(self.dtype)
+        table = self.embedding
+        if isinstance(table, Int8Embedding):
+            hidden = table(batch.token_ids, self.dtype)
+        else:
+            hidden = F.embedding(batch.token_ids, table.weight).to(self.dtype)
         if self.spec.embedding_norm:
             hidden, _ = self.embedding_norm(hidden, None)
         if self.spec.has_projections:

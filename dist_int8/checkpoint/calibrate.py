@@ -1,0 +1,153 @@
+"""Hot columns: which input features of each linear keep exact weights, found on some tokens.
+
+A few features are far larger than the rest, the same ones for all tokens (section 4 of the
+LLM.int8() paper), so that a short run over any tokens finds them. The model streams past: a block
+is read in floating point, the tokens' hidden states pass through it, and it is let go of before the
+next one. Which tokens does not matter much; random ones will do.
+"""
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor, nn
+
+from dist_int8.checkpoint.load import load_stage
+from dist_int8.int8.convert import is_skipped
+from dist_int8.models.decoder import DecoderStage, TokenBatch
+from dist_int8.models.spec import ModelSpec
+
+NUM_TOKENS = 1024
+# Tokens of a sequence: attention looks at as many, and a model may be asked for so many positions.
+WINDOW = 1024
+
+
+def random_tokens(vocab_size: int) -> Tensor:
+    """int64 [1024], the same ones every time."""
+    return torch.randint(vocab_size, (NUM_TOKENS,), generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def find_hot_columns(
+    folder: str,
+    spec: ModelSpec,
+    token_ids: Tensor,
+    num_hot_columns: int,
+    *,
+    skip: Collection[str] = (),
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    allow_pickle: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, list[int]]:
+    """The input features with the largest magnitude over the tokens, of every linear of the blocks.
+
+    Memory: one block in `dtype` and the hidden states [tokens, hidden]. Reads every block once.
+
+    Args:
+        folder: of a checkpoint that is not int8.
+        spec: `models.describe` of its config.
+        token_ids: int64 [tokens], run in sequences of 1,024 or what the model allows.
+        num_hot_columns: of each linear; all of them where it has fewer input features.
+        skip: linears that stay floating, by name component.
+        device: where blocks run.
+        dtype: of weights and hidden states there.
+        allow_pickle: read `.bin` files where there is no safetensors file.
+        progress: called with the number of checkpoint bytes just read.
+
+    Returns:
+        For the name of each linear ("blocks.0.qkv") its columns in ascending order.
+
+    Raises:
+        ValueError: as `load_stage`, or for a token that the model does not have.
+    """
+    if len(token_ids) == 0 or token_ids.min() < 0 or token_ids.max() >= spec.vocab_size:
+        raise ValueError(
+            f"calibrate: tokens must be some of 0..{spec.vocab_size - 1}, got {len(token_ids)} "
+            "that are not; use the tokenizer of this model"
+        )
+    window = min(WINDOW, spec.max_positions or WINDOW)
+    batches = [
+        TokenBatch.from_segments(ids, [(0, 0, len(ids))], device=device)
+        for ids in token_ids.split(window)
+    ]
+
+    def load(blocks: range, embedding_rows: Tensor | None = None) -> DecoderStage:
+        return load_stage(
+            folder,
+            spec,
+            blocks,
+            first=embedding_rows is not None,
+            last=False,
+            device=device,
+            dtype=dtype,
+            int8=False,
+            progress=progress,
+            max_tokens=window,
+            allow_pickle=allow_pickle,
+            embedding_rows=embedding_rows,
+        )
+
+    rows, places = token_ids.unique(return_inverse=True)
+    first = load(range(0), rows)
+    hidden_states = [
+        first(TokenBatch(ids.to(device), batch.segments, batch.positions), None, NO_CACHES)
+        for ids, batch in zip(places.split(window), batches, strict=True)
+    ]
+    del first
+    found: dict[str, list[int]] = {}
+    for index in range(spec.num_blocks):
+        stage = load(range(index, index + 1))
+        caches = _OneBlock(spec, index, window, dtype, device)
+        block = stage.blocks[str(index)]
+        largest = _watch(block)
+        hidden_states = [
+            stage(batch, hidden, caches)
+            for batch, hidden in zip(batches, hidden_states, strict=True)
+        ]
+        for name, absmax in largest.items():
+            if not is_skipped(qualified := f"blocks.{index}.{name}", skip):
+                columns = absmax.topk(min(num_hot_columns, len(absmax))).indices
+                found[qualified] = sorted(columns.tolist())
+        del stage, block, caches
+    return found
+
+
+def _watch(block: nn.Module) -> dict[str, Tensor]:
+    """Will hold the largest magnitude of every input feature of each linear, fp32 [K]."""
+    largest: dict[str, Tensor] = {}
+
+    def note(name: str, x: Tensor) -> None:
+        absmax = x.detach().float().abs().amax(dim=0)
+        largest[name] = torch.maximum(largest.get(name, absmax), absmax)
+
+    for name, child in block.named_modules():
+        if type(child) is nn.Linear:
+            child.register_forward_pre_hook(
+                lambda module, arguments, name=name: note(name, arguments[0])
+            )
+    return largest
+
+
+class _NoCaches:
+    """Of a stage without blocks."""
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        raise AssertionError("no block, no cache")
+
+
+NO_CACHES = _NoCaches()
+
+
+class _OneBlock:
+    """Keys and values of one sequence in one block; every sequence begins anew in it."""
+
+    def __init__(
+        self, spec: ModelSpec, index: int, window: int, dtype: torch.dtype, device: object
+    ) -> None:
+        block = spec.blocks[index]
+        shape = (1, block.num_kv_heads, block.head_dim, window)
+        self._key = torch.zeros(shape, dtype=dtype, device=str(device))
+        self._value = torch.zeros_like(self._key).transpose(2, 3).contiguous()
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        return self._key, self._value
