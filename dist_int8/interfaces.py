@@ -6,14 +6,19 @@ needed. Imports nothing of ours and no torch.
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
 import os
 import socket
+import struct
 from collections.abc import Mapping
+from pathlib import Path
 
 LOOPBACK_ADDRESS = "127.0.0.1"
 LOOPBACK_NAMES = (LOOPBACK_ADDRESS, "localhost", "::1")
 VARIABLE = "GLOO_SOCKET_IFNAME"
+_SIOCGIFADDR = 0x8915  # linux/sockios.h
+_LINK_LOCAL = "20"  # scope of an IPv6 address in /proc/net/if_inet6
 
 
 def on_one_machine(environment: Mapping[str, str]) -> bool:
@@ -47,6 +52,30 @@ def choose(setting: str | None, one_machine: bool) -> dict[str, str]:
         _check_exists(name, f"environment: {VARIABLE}", "unset it")
         return {"interface": name}
     return {"hostname": route_to(os.environ["MASTER_ADDR"])}
+
+
+def address_of(listen_on: dict[str, str]) -> str:
+    """The address of what `choose` chose, for sockets of our own.
+
+    Raises:
+        ValueError: the interface has no address.
+    """
+    name = listen_on.get("interface")
+    if name is None:
+        return listen_on["hostname"]
+    request = struct.pack("256s", name.encode())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            return socket.inet_ntoa(fcntl.ioctl(probe, _SIOCGIFADDR, request)[20:24])
+        except OSError:  # IPv6 only, perhaps
+            pass
+    for line in Path("/proc/net/if_inet6").read_text().splitlines():
+        digits, _, _, scope, _, owner = line.split()
+        if owner == name and scope != _LINK_LOCAL:
+            return str(ipaddress.ip_address(bytes.fromhex(digits)))
+    raise ValueError(
+        f"interface: {name} must have an address, got none; configure it or name another interface"
+    )
 
 
 def route_to(master: str) -> str:

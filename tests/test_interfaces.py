@@ -76,3 +76,8 @@ def test_a_master_that_others_cannot_reach_is_named(monkeypatch, master, message
     monkeypatch.setenv("MASTER_ADDR", master)
     with pytest.raises(ValueError, match=message):
         interfaces.choose(None, one_machine=False)
+
+
+def test_address_of_what_was_chosen():
+    assert interfaces.address_of({"hostname": "10.1.2.3"}) == "10.1.2.3"
+    assert interfaces.address_of({"interface": "lo"}) in ("127.0.0.1", "::1")
