@@ -11,7 +11,6 @@ loaded on the CPU: the demo model and two random ones.
 import logging
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +141,6 @@ def by_our_count(plan: Plan, spec: Any, devices: list[Device], blocks: list[int]
     """
     assert plan.workload is not None
     problem = problem_of(spec, devices, FORMATS, plan.workload)
-    # ours is timed for the one sequence that its cut was made for
-    timed = problem_of(spec, devices, FORMATS, replace(plan.workload, num_sequences=1))
     kv_bytes = memory.kv_bytes_per_token(spec.blocks[0], FORMATS.float_size)
     tokens, times = [], []
     for device, count in enumerate(blocks):
@@ -152,8 +149,8 @@ def by_our_count(plan: Plan, spec: Any, devices: list[Device], blocks: list[int]
         room = problem.rooms[device]
         assert room is not None
         tokens.append((room - middle) // (kv_bytes * count))
-        head = timed.last_times[device] if device == 0 else 0
-        times.append(timed.time(device, 0, count) + head)
+        head = problem.last_times[device] if device == 0 else 0
+        times.append(problem.time(device, 0, count) + head)
     return {"kv_tokens": min(tokens), "slowest_stage_ms": max(times) / PS_PER_MS}
 
 
