@@ -6,7 +6,10 @@ is read in floating point, the tokens' hidden states pass through it, and it is 
 next one. Which tokens does not matter much; random ones will do.
 """
 
+import hashlib
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,23 +18,65 @@ from dist_int8.checkpoint.load import load_stage
 from dist_int8.int8.convert import is_skipped
 from dist_int8.models.decoder import DecoderStage, TokenBatch
 from dist_int8.models.spec import ModelSpec
+from dist_int8.models.text import tokens_of_file
 
+OFF, RANDOM = "off", "random"
 NUM_TOKENS = 1024
-# Tokens of a sequence: attention looks at as many, and a model may be asked for so many positions.
+# Tokens of a sequence at most.
 WINDOW = 1024
 
 
-def random_tokens(vocab_size: int) -> Tensor:
-    """int64 [1024], the same ones every time."""
-    return torch.randint(vocab_size, (NUM_TOKENS,), generator=torch.Generator().manual_seed(0))
+@dataclass(frozen=True)
+class Calibration:
+    """What hot columns are found with.
+
+    Attributes:
+        token_ids: int64 [tokens].
+        num_hot_columns: of each linear.
+        source: "random", or "text" with the sum of its tokens.
+    """
+
+    token_ids: Tensor
+    num_hot_columns: int
+    source: str
+
+
+def calibration_of(
+    folder: str | Path, spec: ModelSpec, calibrate: str, num_hot_columns: int
+) -> Calibration | None:
+    """The calibration that the settings ask for; None: off, or without hot columns.
+
+    Args:
+        folder: of the checkpoint; its tokenizer reads a text.
+        spec: `models.describe` of its config.
+        calibrate: "random" (1,024 tokens, the same ones every time), a text file (its first 1,024
+            tokens), or "off".
+        num_hot_columns: of each linear.
+
+    Raises:
+        ValueError: no such file, or one without text, or no tokenizer.
+    """
+    if calibrate == OFF or num_hot_columns == 0:
+        return None
+    if calibrate == RANDOM:
+        seed = torch.Generator().manual_seed(0)
+        token_ids = torch.randint(spec.vocab_size, (NUM_TOKENS,), generator=seed)
+        return Calibration(token_ids, num_hot_columns, RANDOM)
+    token_ids = tokens_of_file(folder, calibrate, NUM_TOKENS)
+    if len(token_ids) == 0:
+        raise ValueError(
+            f"calibrate: calibrate must be a file with text, got {calibrate!r} without a token; "
+            "name another, or random"
+        )
+    digest = hashlib.sha256(token_ids.numpy().tobytes()).hexdigest()
+    return Calibration(token_ids, num_hot_columns, f"text {digest[:16]}")
 
 
 @torch.inference_mode()
 def find_hot_columns(
-    folder: str,
+    folder: str | Path,
     spec: ModelSpec,
-    token_ids: Tensor,
-    num_hot_columns: int,
+    calibration: Calibration,
     *,
     skip: Collection[str] = (),
     device: torch.device | str = "cpu",
@@ -46,8 +91,8 @@ def find_hot_columns(
     Args:
         folder: of a checkpoint that is not int8.
         spec: `models.describe` of its config.
-        token_ids: int64 [tokens], run in sequences of 1,024 or what the model allows.
-        num_hot_columns: of each linear; all of them where it has fewer input features.
+        calibration: the tokens, run in sequences of 1,024 or what the model allows, and the number
+            of columns: of a linear with fewer input features all of them.
         skip: linears that stay floating, by name component.
         device: where blocks run.
         dtype: of weights and hidden states there.
@@ -60,10 +105,11 @@ def find_hot_columns(
     Raises:
         ValueError: as `load_stage`, or for a token that the model does not have.
     """
-    if len(token_ids) == 0 or token_ids.min() < 0 or token_ids.max() >= spec.vocab_size:
+    token_ids = calibration.token_ids
+    if token_ids.max() >= spec.vocab_size:
         raise ValueError(
-            f"calibrate: tokens must be some of 0..{spec.vocab_size - 1}, got {len(token_ids)} "
-            "that are not; use the tokenizer of this model"
+            f"calibrate: tokens must be in 0..{spec.vocab_size - 1}, got {token_ids.max()}; the "
+            "folder's tokenizer must be that of the model"
         )
     window = min(WINDOW, spec.max_positions or WINDOW)
     batches = [
@@ -106,7 +152,7 @@ def find_hot_columns(
         ]
         for name, absmax in largest.items():
             if not is_skipped(qualified := f"blocks.{index}.{name}", skip):
-                columns = absmax.topk(min(num_hot_columns, len(absmax))).indices
+                columns = absmax.topk(min(calibration.num_hot_columns, len(absmax))).indices
                 found[qualified] = sorted(columns.tolist())
         del stage, block, caches
     return found

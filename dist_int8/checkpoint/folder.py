@@ -3,6 +3,7 @@
     .OUT.partial/          beside OUT
         lock               held while a process works here
         job.json           what is being made, from which files
+        hot_columns.json   what calibration found
         done/<shard>       sha256 of a finished shard
         model/             becomes OUT by one rename, when all of it is on the disk
 
@@ -26,6 +27,7 @@ from dist_int8.checkpoint.reader import INDEX
 from dist_int8.checkpoint.shards import Group, shard_name, write_shard
 
 CONFIG = "config.json"
+HOT_COLUMNS = "hot_columns.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HEADROOM = 1 << 20  # headers and directories
 
@@ -42,6 +44,7 @@ def write_folder(
     job: Mapping[str, Any],
     progress: Callable[[int], object],
     note: Callable[[str], object],
+    prepare: Callable[[Path], object] = lambda aside: None,
 ) -> bool:
     """Makes the folder `out`; returns False if it is there already, made with the same config.
 
@@ -53,6 +56,8 @@ def write_folder(
         job: what an interrupted run must have in common with this one to be continued.
         progress: called with the bytes of every tensor slice written or taken over.
         note: called with a line for the user.
+        prepare: called with the folder aside before the first shard is made; a rerun finds there
+            what it left.
 
     Raises:
         ValueError: `out` holds something else, or another process is at it.
@@ -71,6 +76,7 @@ def write_folder(
             return False
         _begin(aside, job, note)
         with _full_disk_in_one_line(out):
+            prepare(aside)
             _write(out, aside, config, small_files, shards, index, progress)
     return True
 
@@ -135,7 +141,8 @@ def _begin(aside: Path, job: Mapping[str, Any], note: Callable[[str], object]) -
     if not begun:
         for name in ("model", "done"):
             shutil.rmtree(aside / name, ignore_errors=True)
-        _write_file(path, as_json(job))
+        (aside / HOT_COLUMNS).unlink(missing_ok=True)
+        write_file(path, as_json(job))
         (aside / "done").mkdir()
         (aside / "model").mkdir()
     elif num_done := len(list((aside / "done").glob("*.safetensors"))):
@@ -177,7 +184,7 @@ def _write(
             sum_of_file = write_shard(writing, [_reporting(group, progress) for group in groups])
             writing.rename(model / name)
             _sync(model)
-            _write_file(done[name], sum_of_file.encode())
+            write_file(done[name], sum_of_file.encode())
         else:
             progress(sizes[name])
         sums[name] = done[name].read_text()
@@ -186,9 +193,9 @@ def _write(
     sums |= {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     last = files.pop(INDEX)
     for name, content in files.items():
-        _write_file(model / name, content)
-    _write_file(model / manifest.NAME, manifest.as_text(sums).encode())
-    _write_file(model / INDEX, last)
+        write_file(model / name, content)
+    write_file(model / manifest.NAME, manifest.as_text(sums).encode())
+    write_file(model / INDEX, last)
     model.rename(out)  # replaces an empty folder
     _sync(out.parent)
     shutil.rmtree(aside)
@@ -203,7 +210,7 @@ def _reporting(group: Group, progress: Callable[[int], object]) -> Group:
     return Group(group.outputs, make)
 
 
-def _write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """On the disk under its name, whole, or not there."""
     writing = path.with_name(f"{path.name}.writing")
     with writing.open("wb") as file:

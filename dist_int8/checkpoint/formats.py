@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from dist_int8.checkpoint.calibrate import Calibration
 from dist_int8.models.config import INT8_VERSION
 
 TargetFormat = Literal["dist_int8", "bitsandbytes", "floating"]
@@ -15,6 +16,7 @@ def config_of(
     skip: Sequence[str] = (),
     skipped_modules: Sequence[str] = (),
     dtype: str | None = None,
+    calibration: Calibration | None = None,
 ) -> dict[str, Any]:
     """The config.json of a rewritten checkpoint.
 
@@ -24,6 +26,7 @@ def config_of(
         skip: our names of the linears that stay floating.
         skipped_modules: transformers' names of the same.
         dtype: of the floating tensors, where it changes.
+        calibration: what the hot columns were found with.
     """
     config = {key: value for key, value in fields.items() if key != "quantization_config"}
     if dtype is not None:
@@ -34,6 +37,11 @@ def config_of(
             "version": INT8_VERSION,
             "skip_modules": list(skip),
         }
+        if calibration is not None:
+            config["quantization_config"] |= {
+                "num_hot_columns": calibration.num_hot_columns,
+                "calibrate": calibration.source,
+            }
     elif target == "bitsandbytes":
         config["quantization_config"] = {
             "quant_method": "bitsandbytes",

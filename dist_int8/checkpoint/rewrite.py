@@ -7,15 +7,18 @@ our blocks join them or on any number of stages.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from dist_int8.checkpoint.folder import CONFIG, write_folder
+from dist_int8.checkpoint.calibrate import OFF, Calibration, calibration_of, find_hot_columns
+from dist_int8.checkpoint.folder import CONFIG, HOT_COLUMNS, write_file, write_folder
 from dist_int8.checkpoint.formats import TargetFormat, config_of
 from dist_int8.checkpoint.groups import bitsandbytes_group, floating_group, int8_group
+from dist_int8.checkpoint.job import Job
+from dist_int8.checkpoint.load import stage_bytes_to_read
 from dist_int8.checkpoint.locate import Located, is_int8_checkpoint, locate
+from dist_int8.checkpoint.random_weights import EMBEDDING, HEAD
 from dist_int8.checkpoint.reader import CheckpointReader
 from dist_int8.checkpoint.shards import Group, cut
 from dist_int8.int8.convert import convert
@@ -29,50 +32,16 @@ _FLOAT_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SHARD_BYTES = 2 * 1000**3
 
 
-@dataclass(frozen=True)
-class Job:
-    """A rewriting that is checked and planned; nothing is written yet.
-
-    Attributes:
-        source: folder of the checkpoint to read.
-        out: folder to write.
-        num_bytes: of the tensors to write.
-        num_shards: files they are cut into.
-    """
-
-    source: Path
-    out: Path
-    num_bytes: int
-    num_shards: int
-    _run: Callable[[Callable[[int], object], Callable[[str], object]], bool]
-
-    def run(
-        self,
-        progress: Callable[[int], object] = lambda num_bytes: None,
-        note: Callable[[str], object] = lambda line: None,
-    ) -> bool:
-        """Writes `out`; False if it was there already, complete and from the same config.
-
-        Args:
-            progress: called with bytes written, or found written by an interrupted run.
-            note: called with a line for the user.
-
-        Raises:
-            ValueError: `out` holds something else, another process is at it, or a weight is not
-                finite.
-            RuntimeError: the disk is full.
-        """
-        with torch.no_grad():
-            return self._run(progress, note)
-
-
 def quantize(
     folder: str | Path,
     out: str | Path,
     *,
     target: TargetFormat = "dist_int8",
     skip: Sequence[str] = ("lm_head",),
+    embedding_int8: bool = False,
     hot_columns: Mapping[str, Sequence[int]] | None = None,
+    calibrate: str = OFF,
+    num_hot_columns: int = 16,
     shard_bytes: int = SHARD_BYTES,
     device: torch.device | str = "cpu",
     allow_pickle: bool = False,
@@ -86,7 +55,11 @@ def quantize(
         out: new folder.
         target: "dist_int8" or "bitsandbytes" (loads in transformers).
         skip: linears that stay floating, by name component, as in `load_stage`.
+        embedding_int8: the token embedding too, if the source is floating.
         hot_columns: input features to keep exactly, by our name of a linear ("blocks.0.qkv").
+        calibrate: or find them with "random" tokens or a text file, block by block, when the job
+            runs; see `calibrate.find_hot_columns`.
+        num_hot_columns: of each linear that calibration finds.
         shard_bytes: size of the files; a tensor alone may be larger.
         device: where rows are quantized.
         allow_pickle: read `.bin` files where there is no safetensors file.
@@ -97,20 +70,27 @@ def quantize(
     rewriter = _Rewriter(Path(folder), device, allow_pickle)
     if rewriter.is_int8:
         quantized = {target for target, entry in rewriter.located.items() if entry.is_int8}
-        if hot_columns:
+        if hot_columns or calibrate != OFF:
             raise ValueError(
                 f"{folder}: hot_columns must be chosen when a checkpoint is quantized, got them "
                 "for one that is int8 already; start from the floating checkpoint"
             )
     else:
-        quantized = rewriter.linears(skip)
+        quantized = rewriter.linears(skip) | ({EMBEDDING} if embedding_int8 else set())
+    calibration = calibration_of(folder, rewriter.spec, calibrate, num_hot_columns)
+    if calibration is not None and hot_columns:
+        raise ValueError(
+            f"quantize: calibrate must be off where hot_columns are given, got {calibrate!r}; "
+            "leave one out"
+        )
     if target == "bitsandbytes":
-        if hot_columns:
+        quantized.discard(EMBEDDING)
+        if hot_columns or calibration:
             raise ValueError(
                 "quantize: hot_columns must be left out for bitsandbytes, which has none; "
                 "write the dist_int8 format"
             )
-        if rewriter.spec.tied_head and "lm_head.weight" in quantized:
+        if rewriter.spec.tied_head and HEAD in quantized:
             raise ValueError(
                 "quantize: skip must name lm_head for bitsandbytes, because the head is tied to "
                 "the embedding; add it"
@@ -123,7 +103,7 @@ def quantize(
                 " names are those of blocks, as in blocks.0.qkv"
             )
         rewriter.check_columns(name, columns)
-    return rewriter.job(Path(out), target, quantized, by_target, shard_bytes, None)
+    return rewriter.job(Path(out), target, quantized, by_target, shard_bytes, None, calibration)
 
 
 def dequantize(
@@ -151,7 +131,7 @@ def dequantize(
         raise ValueError(
             f"{folder}: checkpoint must have int8 weights, got none; it is floating-point already"
         )
-    chosen = dtype or str(rewriter.config.dtype or "float16").removeprefix("torch.")
+    chosen = dtype or rewriter.dtype
     if chosen not in _FLOAT_NAMES:
         raise ValueError(
             f"dequantize: dtype must be one of {', '.join(_FLOAT_NAMES)}, got {chosen!r}; "
@@ -170,6 +150,12 @@ class _Rewriter:
         self.located = locate(self.reader, self.spec, blocks, first=True, last=True)
         self.is_int8 = is_int8_checkpoint(self.reader)
         self._device = device
+        self._allow_pickle = allow_pickle
+
+    @property
+    def dtype(self) -> str:
+        """The config's, of what is floating again."""
+        return str(self.config.dtype or "float16").removeprefix("torch.")
 
     def linears(self, skip: Sequence[str]) -> set[str]:
         """Names of the weights that `load_stage` would quantize."""
@@ -196,11 +182,13 @@ class _Rewriter:
         hot_columns: Mapping[str, Sequence[int]],
         shard_bytes: int,
         dtype: str | None,
+        calibration: Calibration | None = None,
     ) -> Job:
         groups: list[Group] = []
         floating_linears: list[str] = []
         floating_modules: list[str] = []
         linears = self.linears(())
+        to_find: dict[str, torch.Tensor] = {}  # places for the columns, filled before a row is made
         for name, entry in self.located.items():
             if name in linears and name not in quantized:
                 floating_linears.append(name.removesuffix(".weight"))
@@ -208,15 +196,20 @@ class _Rewriter:
                 floating_modules += [
                     other.removesuffix(".weight") for names in entry.source.names for other in names
                 ]
-            if self._is_the_embedding_again(name, entry) and name not in quantized:
+            if self._is_the_embedding_again(name, entry, quantized, hot_columns):
                 continue  # transformers ties them
             columns = entry.hot_columns
             if name in hot_columns:
                 columns = torch.tensor(hot_columns[name], dtype=torch.int32)
+            elif calibration and name in quantized and name.startswith("blocks."):
+                count = min(calibration.num_hot_columns, entry.pieces[0].shape[1])
+                columns = torch.zeros(count, dtype=torch.int32)
+                to_find[name.removesuffix(".weight")] = columns
             for piece, names in zip(entry.pieces, entry.source.names, strict=False):
                 where = (self.reader, self._device, piece, names[0], columns)
                 if name not in quantized:
-                    groups.append(floating_group(*where, dtype and _FLOAT_NAMES[dtype]))
+                    chosen = dtype or (self.dtype if piece.scale is not None else None)
+                    groups.append(floating_group(*where, chosen and _FLOAT_NAMES[chosen]))
                 elif target == "bitsandbytes":
                     groups.append(bitsandbytes_group(*where))
                 else:
@@ -229,6 +222,7 @@ class _Rewriter:
             skip=floating_linears,
             skipped_modules=floating_modules,
             dtype=dtype,
+            calibration=calibration,
         )
         small_files = sorted(
             path
@@ -252,13 +246,52 @@ class _Rewriter:
             },
         }
 
+        num_bytes_read = self._bytes_to_calibrate() if to_find else 0
+
         def run(progress: Callable[[int], object], note: Callable[[str], object]) -> bool:
-            return write_folder(out, config, small_files, shards, job, progress, note)
+            def prepare(aside: Path) -> None:
+                if calibration is not None:
+                    found = self._columns(aside / HOT_COLUMNS, calibration, progress)
+                    for name, columns in to_find.items():
+                        columns.copy_(torch.tensor(found[name]))
+
+            return write_folder(out, config, small_files, shards, job, progress, note, prepare)
 
         num_bytes = sum(group.num_bytes for group in groups)
-        return Job(self.folder, out, num_bytes, len(shards), run)
+        return Job(self.folder, out, num_bytes, len(shards), num_bytes_read, run)
 
-    def _is_the_embedding_again(self, name: str, entry: Located) -> bool:
-        if name != "lm_head.weight" or not self.spec.tied_head:
+    def _columns(
+        self, path: Path, calibration: Calibration, progress: Callable[[int], object]
+    ) -> dict[str, list[int]]:
+        """What calibration finds, or found in a run that was interrupted."""
+        if path.is_file():
+            progress(self._bytes_to_calibrate())
+            columns: dict[str, list[int]] = json.loads(path.read_text())
+            return columns
+        device = torch.device(self._device)
+        dtype = torch.float32 if device.type == "cpu" else self.config.dtype or torch.float16
+        columns = find_hot_columns(
+            self.folder,
+            self.spec,
+            calibration,
+            device=device,
+            dtype=dtype,
+            allow_pickle=self._allow_pickle,
+            progress=progress,
+        )
+        write_file(path, json.dumps(columns).encode())
+        return columns
+
+    def _bytes_to_calibrate(self) -> int:
+        blocks = range(self.spec.num_blocks)
+        return stage_bytes_to_read(
+            self.folder, self.spec, blocks, first=True, last=False, allow_pickle=self._allow_pickle
+        )
+
+    def _is_the_embedding_again(
+        self, name: str, entry: Located, quantized: set[str], hot_columns: Mapping[str, object]
+    ) -> bool:
+        if name != HEAD or not self.spec.tied_head or name in hot_columns:
             return False
-        return entry.names == self.located["embedding.weight"].names
+        same_format = (HEAD in quantized) == (EMBEDDING in quantized)
+        return same_format and entry.names == self.located[EMBEDDING].names
