@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import random
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ from dist_int8.engine.text import TextStream
 from dist_int8.models import ModelSpec
 from dist_int8.partition import Plan
 from dist_int8.pipeline import schedule
+from dist_int8.pipeline.trace import Trace
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
@@ -113,6 +114,50 @@ class Model:
             if on_token is not None:
                 on_token(token)
 
+    def request(
+        self, prompt: str | Sequence[int], settings: GenerationSettings, index: int = 0
+    ) -> Request:
+        """One prompt with settings of its own, for `run`.
+
+        Args:
+            prompt: text or token ids.
+            settings: how its tokens are chosen and when it ends.
+            index: what its tokens are told apart by; it samples with seed + index.
+
+        Raises:
+            ValueError: an empty prompt, one longer than the context, or ids that are no tokens.
+        """
+        seed = settings.seed if settings.seed is not None else random.SystemRandom().getrandbits(48)
+        prompt_ids = self._prompt_ids(prompt, index)
+        text = TextStream(self.tokenizer, settings.stop)
+        return Request(index, prompt_ids, settings, (seed + index) % 2**63, text)
+
+    def run(self, requests: Iterable[Request], keep_going: bool = False) -> Iterator[Token]:
+        """Answers requests made by `request`, taken as there is room; yields tokens as they arrive.
+
+        Args:
+            requests: any number, lazily made if need be.
+            keep_going: one that fails by itself (its logits are NaN) has its `error` set and does
+                not end the others.
+
+        Raises:
+            QueueFull: too many requests of other calls wait already.
+            RankDied: a rank ended; the handle is closed then.
+            RuntimeError: the model's logits are NaN.
+        """
+        with self._running():
+            yield from self._engine.run(requests, keep_going)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Lanes of the engine, micro-batches that are in flight when there is enough to do."""
+        return self._engine.num_micro_batches
+
+    @property
+    def trace(self) -> Trace:
+        """When each stage worked on which micro-batch since the model was loaded."""
+        return self._engine.pipeline.trace
+
     def logits(self, input_ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
         """Logits fp32 [batch, tokens, vocab] of token ids [batch, tokens], on the CPU.
 
@@ -185,34 +230,35 @@ class Model:
                 ) from None
             if items and isinstance(items[0], int):
                 items = [items]
-        seed = settings.seed if settings.seed is not None else random.SystemRandom().getrandbits(48)
-        requests = []
-        for index, item in enumerate(items):
-            if isinstance(item, str):
-                if self.tokenizer is None:
-                    raise ValueError(
-                        f"generate: prompts must be token ids, got text, and {self.folder} has no "
-                        "tokenizer; give token ids or add its tokenizer files"
-                    )
-                try:
-                    item.encode()
-                except UnicodeEncodeError:
-                    raise ValueError(
-                        f"generate: prompt {index} must be valid text, got bytes that are not "
-                        "UTF-8; convert it to UTF-8"
-                    ) from None
-                prompt_ids = list(self.tokenizer(item).input_ids)
-            elif isinstance(item, Sequence):
-                prompt_ids = list(item)
-            else:
+        if settings.seed is None:  # drawn once: prompts that are the same get different answers
+            settings = settings.model_copy(update={"seed": random.SystemRandom().getrandbits(48)})
+        return [self.request(item, settings, index) for index, item in enumerate(items)]
+
+    def _prompt_ids(self, item: Any, index: int) -> list[int]:
+        """Token ids of a prompt, checked."""
+        if isinstance(item, str):
+            if self.tokenizer is None:
                 raise ValueError(
-                    f"generate: prompt {index} must be text or token ids, got {item!r}; give "
-                    "strings, or lists of integers"
+                    f"generate: prompts must be token ids, got text, and {self.folder} has no "
+                    "tokenizer; give token ids or add its tokenizer files"
                 )
-            self._check_prompt(prompt_ids, index, num_new=1)
-            text = TextStream(self.tokenizer, settings.stop)
-            requests.append(Request(index, prompt_ids, settings, (seed + index) % 2**63, text))
-        return requests
+            try:
+                item.encode()
+            except UnicodeEncodeError:
+                raise ValueError(
+                    f"generate: prompt {index} must be valid text, got bytes that are not "
+                    "UTF-8; convert it to UTF-8"
+                ) from None
+            prompt_ids = list(self.tokenizer(item).input_ids)
+        elif isinstance(item, Sequence):
+            prompt_ids = list(item)
+        else:
+            raise ValueError(
+                f"generate: prompt {index} must be text or token ids, got {item!r}; give "
+                "strings, or lists of integers"
+            )
+        self._check_prompt(prompt_ids, index, num_new=1)
+        return prompt_ids
 
     def _check_prompt(
         self, token_ids: list[Any], index: int, num_new: int, call: str = "generate"
@@ -236,10 +282,9 @@ class Model:
 
     def _run(self, requests: list[Request]) -> Generator[Token, None, list[Completion]]:
         speed = Speed(requests)
-        with self._running():
-            for token in self._engine.run(requests):
-                speed.note(token.index)
-                yield token
+        for token in self.run(requests):
+            speed.note(token.index)
+            yield token
         return [
             Completion(
                 prompt=self.tokenizer.decode(request.prompt_ids) if self.tokenizer else "",

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "__init__": {"api", "handle", "int8"},
     "cli": {
         "cli_checkpoint",
+        "cli_generate",
         "cli_plan",
         "config",
         "console",
@@ -27,7 +28,9 @@ MAY_IMPORT = {
     },
     "cli_checkpoint": {"checkpoint", "config"},
     "cli_plan": {"bench", "config", "models", "partition", "planning"},
-    "console": {"api", "config", "engine", "handle", "partition"},
+    "cli_generate": {"batch", "config", "console", "devices"},
+    "batch": {"config"},
+    "console": {"api", "batch", "config", "engine", "handle", "partition"},
     "rank": {"api"},
     "api": {
         "checkpoint",
@@ -41,19 +44,26 @@ MAY_IMPORT = {
         "partition",
         "pipeline",
         "planning",
+        "recovery",
+        "spawned",
+        "world",
     },
     "loading": {"checkpoint", "config", "engine", "models", "partition", "pipeline"},
     "bench": {"config", "int8", "partition"},
     "handle": {"config", "engine", "models", "partition", "pipeline"},
     "engine": {"config", "pipeline"},
-    "pipeline": {"distributed", "models"},
+    "pipeline": {"distributed", "models", "world"},
     "checkpoint": {"int8", "models"},
     "models": {"int8"},
     "doctor": {"devices", "int8"},
     "devices": {"config"},
     "config": set(),
     "demo_model": set(),
-    "distributed": {"interfaces", "slurm"},
+    "distributed": {"heartbeat", "interfaces", "slurm", "world"},
+    "heartbeat": set(),
+    "recovery": {"pipeline", "spawned", "world"},
+    "spawned": {"distributed", "heartbeat", "interfaces", "world"},
+    "world": {"heartbeat"},
     "int8": set(),
     "interfaces": set(),
     "launcher": set(),
@@ -61,9 +71,11 @@ MAY_IMPORT = {
     "slurm": set(),
     "planning": {"config", "devices", "partition"},
 }
-LEAVES = {"int8/reference", "pipeline/schedule", "partition/memory"}  # import nothing of ours
+LEAVES = {"int8/reference", "partition/memory"}  # import nothing of ours
+LEAVES |= {"pipeline/schedule", "pipeline/simulator", "pipeline/trace"}
 WITHOUT_TORCH = {"config", "partition", "pipeline/schedule", "launcher", "cli", "devices"}
 WITHOUT_TORCH |= {"cli_checkpoint", "cli_plan", "interfaces", "planning", "slurm"}
+WITHOUT_TORCH |= {"batch", "cli_generate", "pipeline/simulator", "pipeline/trace"}
 OWNERS = {  # outside dependency -> the only files or rooms that import it
     "accelerate": {"models"},
     "cuda": {"devices"},
@@ -72,9 +84,9 @@ OWNERS = {  # outside dependency -> the only files or rooms that import it
     "rich": {"doctor"},
     "safetensors": {"checkpoint"},
     "torch.distributed": {"distributed", "pipeline/transport"},
-    "tqdm": {"cli_checkpoint", "demo_model", "loading"},
+    "tqdm": {"cli_checkpoint", "console", "demo_model", "loading"},
     "transformers": {"models", "engine/sampling", "api", "handle", "demo_model"},
-    "typer": {"cli", "cli_checkpoint", "cli_plan"},
+    "typer": {"cli", "cli_checkpoint", "cli_generate", "cli_plan"},
     "yaml": {"config"},
 }
 PEER_TO_PEER = {"send", "recv", "isend", "irecv", "batch_isend_irecv", "P2POp"}

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dist_int8 import cli
+from dist_int8 import cli, cli_generate
 
 SMALL = ["--device", "cpu", "--max-tokens", "96", "--threads", "1"]
 
@@ -80,7 +80,7 @@ def test_flags_win_over_the_file(tmp_path, capsys):
     code, line = error_line(capsys, "generate", "--config", tmp_path / "s.yaml")
     assert code == 2 and "s.yaml:foo: foo must be a known setting" in line
     (tmp_path / "s.yaml").write_text("devices: [cpu, cpu, cpu]\n")
-    layout = cli._layout("generate", tmp_path / "s.yaml", "cpu", 2, None, None)
+    layout = cli_generate._layout("generate", tmp_path / "s.yaml", "cpu", 2, None, None)
     assert layout == {"devices": ["cpu", "cpu"]}
 
 
@@ -95,7 +95,7 @@ def test_device_cpu_takes_the_number_of_stages_from_where_it_is(
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if world_size is not None:
         monkeypatch.setenv("WORLD_SIZE", world_size)
-    layout = cli._layout("generate", tmp_path / "s.yaml", "cpu", None, None, None)
+    layout = cli_generate._layout("generate", tmp_path / "s.yaml", "cpu", None, None, None)
     assert layout == {"devices": ["cpu"] * num_stages}
 
 

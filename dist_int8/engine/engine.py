@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -66,7 +67,12 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._lanes = Lanes(self.num_micro_batches, limits.num_slots)
         self._in_flight: deque[Turn] = deque()
-        self._limit = schedule.in_flight_limit(num_stages, self.num_micro_batches)
+        # one micro-batch is what it says; otherwise chunks of one prompt stream through the stages
+        self._limit = (
+            schedule.in_flight_limit(num_stages, self.num_micro_batches)
+            if num_micro_batches > 1
+            else 1
+        )
         self._chunk = prefill_chunk
         self._failure: BaseException | None = None
 
@@ -129,7 +135,7 @@ class Engine:
             self._admit()
             turn = None
             if len(self._in_flight) < self._limit:
-                turn = self._lanes.next(self._chunk, self.num_steps + 1)
+                turn = self._lanes.next(self._budget(), self.num_steps + 1)
             if turn is not None:
                 self.num_steps += 1
                 self.pipeline.submit(turn.micro_batch)
@@ -140,36 +146,43 @@ class Engine:
             self._take_result(wait=turn is None)
             return True
 
-    def run(self, requests: list[Request]) -> Iterator[Token]:
+    def run(self, requests: Iterable[Request], keep_going: bool = False) -> Iterator[Token]:
         """Runs the requests to their ends; yields every token as it arrives.
 
-        A long list enters the queue bit by bit, so that other callers come in between.
+        They are taken bit by bit, so that other callers come in between and a long list need not
+        be there as a whole.
+
+        Args:
+            requests: any number.
+            keep_going: a request that fails by itself stays without an answer, its `error` set,
+                and does not end the others.
 
         Raises:
             QueueFull: not even the first may wait.
             RankDied: a rank ended or failed.
             RuntimeError: the model's logits are NaN.
         """
-        left = deque(requests)
+        left = iter(requests)
         active: list[Request] = []
-        queued = False
+        more, queued = True, False
         try:
-            while left or active:
+            while more or active:
                 with self._lock:
                     room = len(self._lanes.free_slots) + self.max_queue - self.num_waiting
                     room = min(room, 2 * self.limits.num_slots - len(active))
-                    count = min(len(left), max(room, 0 if queued else 1))
-                    if count:
-                        batch = [left.popleft() for _ in range(count)]
+                    count = max(room, 0 if queued else 1) if more else 0
+                    batch = list(islice(left, count))
+                    more = len(batch) == count if count else more
+                    if batch:
                         self.add(batch)
                         active += batch
                         queued = True
-                    if not any(request.outbox or request.ended for request in active):
+                    if active and not any(request.outbox or request.ended for request in active):
                         self.step()
                 for request in active:
                     while request.outbox:
                         yield request.outbox.popleft()
-                    if request.error is not None:
+                    if request.error is not None and not keep_going:
                         raise request.error
                 active = [request for request in active if not request.ended]
         finally:  # the caller may have lost interest
@@ -232,6 +245,14 @@ class Engine:
         return schedule.prefill_chunk(
             num_prompt_tokens, self.num_stages, self.smallest_chunk, self.prefill_chunk
         )
+
+    def _budget(self) -> int:
+        """Prompt tokens of the next micro-batch at most.
+
+        Who is answering waits for the micro-batches of prompts in between, so these are then no
+        longer than a chunk must be to cost little more than its share.
+        """
+        return min(self._chunk, self.smallest_chunk) if self._lanes.answering else self._chunk
 
     def _admit(self) -> None:
         while self._waiting and self._lanes.free_slots:

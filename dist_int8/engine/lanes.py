@@ -28,6 +28,11 @@ class Lane:
         return any(request.num_prompt_left for request in self.requests)
 
     @property
+    def decodes(self) -> bool:
+        """Somebody in it waits for the next token of an answer, and nothing else."""
+        return any(not request.pending and not request.num_prompt_left for request in self.requests)
+
+    @property
     def ready(self) -> bool:
         """It has a micro-batch to run: of prompts at any time, of decoding ones all together."""
         return self.prefills or (
@@ -61,6 +66,11 @@ class Lanes:
         """The requests that hold a slot."""
         return [request for lane in self._turns for request in lane.requests]
 
+    @property
+    def answering(self) -> bool:
+        """Somebody's prompt is through and his answer is not."""
+        return any(not request.num_prompt_left for lane in self._turns for request in lane.requests)
+
     def admit(self, request: Request) -> None:
         """Gives the request a slot and the shortest lane. There must be a free slot."""
         if not self.running:  # a new start takes the lanes in order, whatever ran before
@@ -93,7 +103,7 @@ class Lanes:
                 continue
             turn = _form(lane, chunk, step)
             decoder_waits = any(
-                other.ready and not other.prefills for other in self._turns if other is not lane
+                other.ready and other.decodes for other in self._turns if other is not lane
             )
             if not lane.prefills or decoder_waits:
                 del self._turns[position]
@@ -126,7 +136,7 @@ def _form(lane: Lane, chunk: int, step: int) -> Turn:
             if start == 0:
                 starts.append((request.slot, request.seed))
                 settings.append(_sampling_row(request))
-            token_ids += request.prompt_ids[start : start + count]
+            token_ids += request.prefill_ids[start : start + count]
         else:
             count = 1
             token_ids.append(request.token_ids[-1])

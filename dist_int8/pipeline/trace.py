@@ -8,8 +8,11 @@ it. On a GPU they are those of the host, which runs ahead of the device except w
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 MAX_RECORDS = 100_000  # the oldest are forgotten
@@ -49,51 +52,98 @@ class Trace:
         """Results come in the order of submission."""
         self.records.append(Record(*self._submitted.popleft(), tuple(spans)))
 
+    @property
+    def last_step(self) -> int:
+        """Of the newest record; 0 if there is none."""
+        return self.records[-1].step if self.records else 0
+
+    def utilisation(self, since: int = 0) -> list[float]:
+        """Share of the time that each stage worked on submissions after `since`, in [0, 1]."""
+        return utilisation(self.since(since))
+
+    def save(self, path: str | Path, since: int = 0) -> None:
+        """Writes what came after `since` as a trace that chrome://tracing and Perfetto open."""
+        Path(path).write_text(json.dumps(chrome(self.since(since))))
+
+    def forget_submitted(self) -> None:
+        """What is under way will not finish."""
+        self._submitted.clear()
+
     def since(self, step: int) -> list[Record]:
         """The records of submissions after `step`."""
         return [record for record in self.records if record.step > step]
 
 
-def utilisation(records: list[Record]) -> list[float]:
-    """Share of the time from the first start to the last end that each stage worked, in [0, 1]."""
+def utilisation(
+    records: list[Record], begin: int | None = None, end: int | None = None
+) -> list[float]:
+    """Share of the time that each stage worked, in [0, 1].
+
+    Args:
+        records: of one pipeline.
+        begin, end: nanoseconds; by default from the first start to the last end.
+    """
     if not records:
         return []
-    begin = min(record.spans[0][0] for record in records)
-    end = max(record.spans[-1][1] for record in records)
+    begin = min(record.spans[0][0] for record in records) if begin is None else begin
+    end = max(record.spans[-1][1] for record in records) if end is None else end
     stages = zip(*(record.spans for record in records), strict=True)
-    return [sum(stop - start for start, stop in spans) / max(1, end - begin) for spans in stages]
+    return [
+        sum(max(0, min(stop, end) - max(start, begin)) for start, stop in spans)
+        / max(1, end - begin)
+        for spans in stages
+    ]
+
+
+def steady(records: list[Record]) -> tuple[list[Record], int, int]:
+    """The longest time in which everybody only decoded: its records, begin and end.
+
+    It begins when the last stage takes up the first of them and ends when stage 0 is done with the
+    last, so that filling and draining the pipeline do not count. Nothing decoded: ([], 0, 0).
+    """
+    longest: list[Record] = []
+    for kind, group in groupby(records, key=lambda record: record.kind):
+        run = list(group)
+        if kind == "D" and len(run) > len(longest):
+            longest = run
+    if not longest:
+        return [], 0, 0
+    return longest, longest[0].spans[-1][0], longest[-1].spans[0][1]
 
 
 def chrome(records: list[Record]) -> dict[str, Any]:
     """The records in the trace event format that chrome://tracing and Perfetto read.
 
-    A row a stage, a slice a micro-batch (`D1` is a decode step of lane 1), and on rows between them
-    the time from the end on one stage to the start on the next: transfer and waiting.
+    A track a stage with a slice a micro-batch (`D1` is a decode step of lane 1), and between stages
+    a slice from the end on one to the start on the next, transfer and waiting; an arrow ties them.
+    Transfers overlap, which slices of a track must not, so they are asynchronous ones.
     """
     events: list[dict[str, Any]] = []
     if not records:
         return {"traceEvents": events, "displayTimeUnit": "ms"}
     zero = min(record.spans[0][0] for record in records)
-    num_stages = len(records[0].spans)
-    for stage in range(num_stages):
-        rows = [(2 * stage, f"stage {stage}"), (2 * stage + 1, f"{stage} -> {stage + 1}")]
-        for row, name in rows[: 2 if stage + 1 < num_stages else 1]:
-            events.append(_event("M", "thread_name", row, args={"name": name}))
-            events.append(_event("M", "thread_sort_index", row, args={"sort_index": row}))
+    for stage in range(len(records[0].spans)):
+        events.append(_event("M", "thread_name", stage, args={"name": f"stage {stage}"}))
+        events.append(_event("M", "thread_sort_index", stage, args={"sort_index": stage}))
     for record in records:
         name = f"{record.kind}{record.lane}"
-        details = {"step": record.step, "tokens": record.num_tokens}
+        details = {"step": record.step, "lane": record.lane, "tokens": record.num_tokens}
         for stage, (start, end) in enumerate(record.spans):
-            events.append(_slice(name, 2 * stage, start - zero, end - start, details))
-            if stage + 1 < num_stages:
-                wait = max(0, record.spans[stage + 1][0] - end)
-                events.append(_slice(name, 2 * stage + 1, end - zero, wait, details))
+            begin, duration = (start - zero) / 1e3, (end - start) / 1e3
+            events.append(_event("X", name, stage, ts=begin, dur=duration, args=details))
+            if stage + 1 == len(record.spans):
+                continue
+            there = max(end, record.spans[stage + 1][0])  # clocks of two hosts may differ
+            hop = f"{stage} -> {stage + 1}"
+            key = {"cat": "transfer", "id": f"{record.step}.{stage}"}
+            ends = ((end - zero) / 1e3, (there - zero) / 1e3)
+            events.append(_event("b", hop, stage, ts=ends[0], args=details, **key))
+            events.append(_event("e", hop, stage, ts=ends[1], **key))
+            # an arrow starts inside the slice that it leaves
+            events.append(_event("s", hop, stage, ts=begin, **key))
+            events.append(_event("f", hop, stage + 1, ts=ends[1], bp="e", **key))
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
 def _event(phase: str, name: str, row: int, **more: Any) -> dict[str, Any]:
     return {"ph": phase, "name": name, "pid": 0, "tid": row, **more}
-
-
-def _slice(name: str, row: int, start: int, duration: int, details: dict[str, int]) -> Any:
-    return _event("X", name, row, ts=start / 1e3, dur=duration / 1e3, args=details)
