@@ -88,7 +88,7 @@ def load(
     )
     hf_config = load_config(folder)
     spec = describe(hf_config)
-    settings, num_hot_columns = as_stored(settings, folder, spec)
+    settings, hot = as_stored(settings, folder, spec)
     dtype = _dtype(settings, stage_devices, hf_config)
     vocab_dtype = vocab_dtype_of(settings, folder, spec, hf_config, dtype)
     limits = _limits(settings, spec)
@@ -104,7 +104,8 @@ def load(
         ),
         replace(
             formats_of(settings, dtype.itemsize, vocab_dtype.itemsize),
-            num_hot_columns=num_hot_columns,
+            num_hot_columns=hot.num_columns,
+            hot_size=hot.element_size,
         ),
         num_sequences=limits.num_slots,
         max_tokens=limits.max_tokens,
@@ -129,7 +130,16 @@ def load(
         world = distributed.spawn(len(plan.stages), same, device_types, timeout_s, cores)
     try:
         stage = build_stage(
-            folder, spec, plan.stages[rank], plan, settings, limits, dtype, vocab_dtype, progress
+            folder,
+            spec,
+            plan.stages[rank],
+            plan,
+            settings,
+            limits,
+            dtype,
+            vocab_dtype,
+            progress,
+            hot,
         )
         transport = None
         if len(plan.stages) > 1:

@@ -7,7 +7,7 @@ tell the two apart (`cli.run` sees to the 1).
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +16,6 @@ from dist_int8.config import Settings, load_settings, parse_byte_size, write_yam
 DOES_NOT_FIT = 2
 _WHAT, _LAYOUT, _ASKED, _OUTPUT = "What to plan", "Where it runs", "What is asked", "What is shown"
 _SOURCE = "dist-int8 plan"
-VocabFormat = Literal["int8", "16bit"]
 
 
 def _option(group: str, text: str, *names: str) -> Any:
@@ -82,11 +81,16 @@ def plan(
     head: Annotated[str | None, _option(_ASKED, "int8 or 16bit. (default: 16bit)")] = None,
     embedding: Annotated[
         str | None,
-        _option(_ASKED, "int8 or 16bit; int8 for planning only, load() has none. (default: 16bit)"),
+        _option(_ASKED, "int8 or 16bit. (default: 16bit)"),
     ] = None,
     hot_columns: Annotated[
-        int, _option(_ASKED, "Input features of each linear kept in 16 bits too. (default: 0)")
-    ] = 0,
+        int | None,
+        _option(
+            _ASKED,
+            "Input features of each linear that keep 16 bits: 0 or a multiple of 16. (default: as "
+            "the settings calibrate)",
+        ),
+    ] = None,
     dtype: Annotated[str | None, _option(_ASKED, "As in the settings. (default: auto)")] = None,
     as_json: Annotated[
         bool, _option(_OUTPUT, "One JSON object on stdout, nothing else.", "--json")
@@ -117,23 +121,15 @@ def plan(
         micro_batches=micro_batches,
         reserve=_reserve(reserve),
         dtype=dtype,
+        head=head,
+        embedding=embedding,
+        num_hot_columns=hot_columns,
+        calibrate="random" if hot_columns else None,
     )
     if settings.model is None:
         raise ValueError(
             f"{_SOURCE}:model: model must be a folder with a config.json or a hub id, got none; "
             "give --model, as in --model configs/models/bloom-176b"
-        )
-    head_int8 = _is_int8("head", head)
-    embedding_int8 = _is_int8("embedding", embedding)
-    if hot_columns < 0:
-        raise ValueError(
-            f"{_SOURCE}:hot_columns: hot_columns must be at least 0, got {hot_columns}; "
-            "leave it out for none"
-        )
-    if save is not None and (embedding_int8 or hot_columns):
-        raise ValueError(
-            f"{_SOURCE}:save: a saved plan must be one that load() runs, got --embedding int8 or "
-            "--hot-columns; leave them out"
         )
     from dist_int8.models import describe, load_config
     from dist_int8.planning import Asked, answer, saved
@@ -142,14 +138,11 @@ def plan(
         num_sequences=sequences,
         max_tokens=context,
         like_load=config is not None,
-        head_int8=head_int8,
-        embedding_int8=embedding_int8,
-        num_hot_columns=hot_columns,
         choose_count=stages == "auto",
     )
     model_config = load_config(settings.model)
     spec = describe(model_config)
-    if hot_columns > spec.hidden_size:
+    if hot_columns is not None and hot_columns > spec.hidden_size:
         raise ValueError(
             f"{_SOURCE}:hot_columns: hot_columns must be at most the model's {spec.hidden_size} "
             f"features, got {hot_columns}; 16 is the usual number"
@@ -205,13 +198,6 @@ def _reserve(text: str | None) -> int | None:
         return parse_byte_size(text)
     except ValueError as error:
         raise ValueError(f"{_SOURCE}:reserve: reserve {error}") from None
-
-
-def _is_int8(key: str, value: str | None) -> bool | None:
-    """None where nothing was said."""
-    if value is not None and value not in get_args(VocabFormat):
-        raise ValueError(f"{_SOURCE}:{key}: {key} must be int8 or 16bit, got {value!r}; write one")
-    return None if value is None else value == "int8"
 
 
 def bench(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
 
 from dist_int8.checkpoint import (
+    OFF,
+    Calibration,
     CheckpointReader,
+    calibration_of,
+    find_hot_columns,
     load_stage,
     random_stage,
     stage_bytes_to_read,
@@ -24,18 +29,45 @@ from dist_int8.pipeline.microbatch import Limits
 from dist_int8.pipeline.stage import Stage
 
 
-def as_stored(settings: Settings, folder: Path, spec: ModelSpec) -> tuple[Settings, int]:
-    """The settings with what an int8 checkpoint has decided, and its most hot columns of a linear.
+@dataclass(frozen=True)
+class HotColumns:
+    """What a model's hot columns are, or are found with.
+
+    Attributes:
+        num_columns: the most of any linear.
+        element_size: bytes of one of their weights.
+        calibration: None: they are in the checkpoint, or made up, or there are none.
+    """
+
+    num_columns: int = 0
+    element_size: int = 2
+    calibration: Calibration | None = None
+
+
+def as_stored(settings: Settings, folder: Path, spec: ModelSpec) -> tuple[Settings, HotColumns]:
+    """The settings with what an int8 checkpoint has decided, and the hot columns.
 
     The whole checkpoint is looked through before any rank starts, not only this rank's stage.
     """
     if settings.random_weights:
-        return settings, 0
+        return settings, HotColumns(settings.num_hot_columns if settings.calibrates else 0)
     stored = stored_format(folder, spec, allow_pickle=settings.allow_pickle)
-    if stored is None or not settings.int8:
-        return settings, 0
-    chosen = {"skip_modules": list(stored.skip)}
-    return settings.model_copy(update=chosen), stored.num_hot_columns
+    if not settings.int8:
+        return settings, HotColumns()
+    if stored.is_int8:
+        chosen = {
+            "skip_modules": list(stored.skip),
+            "head": None,
+            "embedding": "int8" if stored.embedding_int8 else "16bit",
+            "calibrate": OFF,
+        }
+        changed = settings.model_copy(update=chosen)
+        return changed, HotColumns(stored.num_hot_columns, stored.linear_size)
+    if not settings.calibrates:
+        return settings, HotColumns()
+    count = settings.num_hot_columns
+    calibration = calibration_of(folder, spec, settings.calibrate, count)
+    return settings, HotColumns(count, stored.linear_size, calibration)
 
 
 def vocab_dtype_of(
@@ -62,6 +94,7 @@ def build_stage(
     dtype: torch.dtype,
     vocab_dtype: torch.dtype,
     progress: bool,
+    hot: HotColumns,
 ) -> Stage:
     """The stage of rank `place.rank`, with its KV cache."""
     last = place.rank == len(plan.stages) - 1
@@ -77,13 +110,21 @@ def build_stage(
         "outlier_rule": settings.outlier_rule,
         "outlier_threshold": settings.outlier_threshold,
         "int8": settings.int8,
-        "skip": tuple(settings.skip_modules),
+        "skip": settings.skipped,
+        "embedding_int8": settings.embedding == "int8",
         "max_tokens": limits.max_tokens,
     }
     if settings.random_weights:
-        model = random_stage(spec, place.blocks, vocab_dtype=vocab_dtype, **how)
+        model = random_stage(
+            spec, place.blocks, vocab_dtype=vocab_dtype, num_hot_columns=hot.num_columns, **how
+        )
     else:
-        model = _load_stage(folder, spec, place, settings.allow_pickle, progress and first, how)
+        shows = progress and first
+        if hot.calibration is not None:
+            how["hot_columns"] = _find_hot_columns(
+                folder, spec, place, settings.allow_pickle, shows, how, hot.calibration
+            )
+        model = _load_stage(folder, spec, place, settings.allow_pickle, shows, how)
     block = spec.blocks[0]
     kv_cache = KVCache(
         num_blocks=len(place.blocks),
@@ -95,6 +136,36 @@ def build_stage(
         device=device,
     )
     return Stage(model, kv_cache, TokenSampler(limits.max_tokens) if last else None)
+
+
+def _find_hot_columns(
+    folder: Path,
+    spec: ModelSpec,
+    place: StagePlan,
+    allow_pickle: bool,
+    progress: bool,
+    how: dict[str, Any],
+    calibration: Calibration,
+) -> dict[str, list[int]]:
+    """Of this stage's linears. Every rank streams the blocks up to its own, at the same time.
+
+    No rank waits for another, also when one is started again.
+    """
+    num_bytes = stage_bytes_to_read(
+        folder, spec, range(place.blocks.stop), first=True, last=False, allow_pickle=allow_pickle
+    )
+    with _bar(place, "calibrating", num_bytes, progress) as bar:
+        return find_hot_columns(
+            folder,
+            spec,
+            calibration,
+            blocks=place.blocks,
+            skip=how["skip"],
+            device=how["device"],
+            dtype=how["dtype"],
+            allow_pickle=allow_pickle,
+            progress=bar.update,
+        )
 
 
 def _load_stage(
@@ -113,15 +184,19 @@ def _load_stage(
         last=how["last"],
         allow_pickle=allow_pickle,
     )
-    with tqdm(
-        total=num_bytes,
-        desc=f"[rank {place.rank} stage {place.rank}] loading",
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        disable=None if progress else True,
-        leave=False,
-    ) as bar:
+    with _bar(place, "loading", num_bytes, progress) as bar:
         return load_stage(
             folder, spec, place.blocks, progress=bar.update, allow_pickle=allow_pickle, **how
         )
+
+
+def _bar(place: StagePlan, verb: str, num_bytes: int, shown: bool) -> tqdm[NoReturn]:
+    return tqdm(
+        total=num_bytes,
+        desc=f"[rank {place.rank} stage {place.rank}] {verb}",
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        disable=None if shown else True,
+        leave=False,
+    )

@@ -36,17 +36,12 @@ class Asked:
     Attributes:
         num_sequences, max_tokens: what must fit.
         like_load: what is not said is what `load()` would reserve; otherwise as much as fits.
-        head_int8, embedding_int8: formats of the two tables.
-        num_hot_columns: input features of every linear that are also kept in 16 bits.
         choose_count: devices may stay unused.
     """
 
     num_sequences: int | None = None
     max_tokens: int | None = None
     like_load: bool = False
-    head_int8: bool | None = None
-    embedding_int8: bool | None = None
-    num_hot_columns: int = 0
     choose_count: bool = False
 
 
@@ -70,12 +65,6 @@ def answer(settings: Settings, asked: Asked, config: Any, spec: Any, source: str
             "--memory 80GB or --profile a100-80"
         )
     formats = formats_of_config(settings, config, names)
-    formats = replace(
-        formats,
-        head_int8=formats.head_int8 if asked.head_int8 is None else asked.head_int8,
-        embedding_int8=bool(asked.embedding_int8),
-        num_hot_columns=asked.num_hot_columns,
-    )
     num_sequences, max_tokens = asked.num_sequences, asked.max_tokens
     if asked.like_load:
         limit = spec.max_positions or DEFAULT_MAX_TOKENS
@@ -106,9 +95,6 @@ def saved(settings: Settings, asked: Asked, plan: Plan) -> dict[str, Any]:
         values["memory"] = [stage.budget for stage in stages]
     if settings.hosts is not None:
         values["hosts"] = [stage.host for stage in stages]
-    if asked.head_int8 is not None:
-        others = [name for name in settings.skip_modules if name != "lm_head"]
-        values["skip_modules"] = others if asked.head_int8 else [*others, "lm_head"]
     values["max_sequences"] = plan.workload.num_sequences
     values["max_tokens"] = plan.workload.max_tokens
     return values
@@ -116,18 +102,41 @@ def saved(settings: Settings, asked: Asked, plan: Plan) -> dict[str, Any]:
 
 def formats_of(settings: Settings, float_size: int, vocab_size: int) -> Formats:
     """How parameters are held under these settings; the sizes are bytes an element."""
-    formats = Formats(settings.int8, float_size, vocab_size, skip=tuple(settings.skip_modules))
+    formats = Formats(
+        settings.int8,
+        float_size,
+        vocab_size,
+        embedding_int8=settings.int8 and settings.embedding == "int8",
+        num_hot_columns=settings.num_hot_columns if settings.calibrates else 0,
+        skip=settings.skipped,
+    )
     return replace(formats, head_int8=formats.is_int8("lm_head"))
 
 
 def formats_of_config(settings: Settings, config: Any, devices: Sequence[str]) -> Formats:
-    """The same from a model's config alone: its dtype is taken for that of its tensors."""
+    """The same from a model's config alone: its dtype is taken for that of its tensors.
+
+    The config of an int8 checkpoint says what that has decided.
+    """
+    written = getattr(config, "quantization_config", None)
+    if settings.int8 and isinstance(written, dict) and written.get("quant_method") == "dist_int8":
+        settings = settings.model_copy(
+            update={
+                "skip_modules": written["skip_modules"],
+                "head": None,
+                "embedding": written.get("embedding", "16bit"),
+                "calibrate": written.get("calibrate", "off"),
+                "num_hot_columns": written.get("num_hot_columns", 0),
+            }
+        )
     stored = str(config.dtype or "").removeprefix("torch.")
     dtype: str = settings.dtype
     if dtype == "auto":
         dtype = "float32" if devices[0] == "cpu" else stored or "float16"
     float_size = 2 if dtype in _SIXTEEN_BITS else 4
-    return formats_of(settings, float_size, 2 if stored in _SIXTEEN_BITS else float_size)
+    stored_size = 2 if stored in _SIXTEEN_BITS else 4
+    formats = formats_of(settings, float_size, min(float_size, stored_size))
+    return replace(formats, hot_size=stored_size)
 
 
 def devices_of(

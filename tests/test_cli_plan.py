@@ -93,12 +93,14 @@ def test_the_table_says_what_would_fit(capsys):
 
 def test_a_saved_plan_is_settings_that_give_the_same_plan(capsys, tmp_path):
     path = tmp_path / "plan.yaml"
-    flags = ["-m", BLOOM, "--gpus", 5, "--memory", "40GB", "--head", "int8", "--hosts", "a"]
+    flags = ["-m", BLOOM, "--gpus", 5, "--memory", "42GB", "--head", "int8", "--hosts", "a"]
+    flags += ["--embedding", "int8", "--hot-columns", 16]
     code, found = as_json(capsys, *flags, "--save", path)
     settings = load_settings(path)
     assert code == 0 and settings.model == BLOOM and len(settings.devices) == 5
     assert settings.stages == [b - a + 1 for a, b in (s["blocks"] for s in found["stages"])]
-    assert "lm_head" not in settings.skip_modules
+    assert settings.head == settings.embedding == "int8" and settings.skipped == ()
+    assert settings.calibrates and settings.num_hot_columns == 16
     code, again = as_json(capsys, "--config", path)
     assert code == 0 and again == found
 
@@ -120,7 +122,7 @@ def test_a_config_asks_what_load_reserves(capsys):
         ("--gpus 4", "memory must be given for GPUs that are not there"),
         ("--gpus 0", "gpus must be at least 1, got 0"),
         ("--gpus 1000000", "gpus must be at most 1024, got 1000000"),
-        ("--gpus 2 --memory 80GB --hot-columns 99999", "at most the model's 14336 features"),
+        ("--gpus 2 --memory 80GB --hot-columns 99984", "at most the model's 14336 features"),
         ("--gpus 2 --profile pin.yaml", "or a YAML file, got 'pin.yaml', which is not there"),
         ("--gpus many", "Invalid value for '--gpus'"),
         ("--gpus 2 --memory -80GB", "byte size above 0, got '-80GB'"),
@@ -134,13 +136,13 @@ def test_a_config_asks_what_load_reserves(capsys):
         ("--gpus 2 --memory 80GB --stages x", "stages must be a number, `auto`, or numbers"),
         ("--gpus 2 --memory 80GB --sequences 0", "sequences must be at least 1, got 0"),
         ("--gpus 2 --memory 80GB --context -5", "context must be at least 1, got -5"),
-        ("--gpus 2 --memory 80GB --head 4bit", "head must be int8 or 16bit, got '4bit'"),
+        ("--gpus 2 --memory 80GB --head 4bit", "head must be 'int8' or '16bit'"),
         ("--gpus 2 --memory 80GB --objective x", "objective must be 'throughput'"),
         ("--gpus 2 --memory 80GB --reserve -1", "reserve must be a byte size above 0"),
-        ("--gpus 2 --memory 80GB --hot-columns -1", "hot_columns must be at least 0, got -1"),
+        ("--gpus 2 --memory 80GB --hot-columns -1", "num_hot_columns must be a multiple of 16, got -1"),
         ("--gpus 3 --memory 80GB --hosts a,b", "hosts must divide the 3 stages, got 2"),
         ("--gpus 2 --profile a101", "profile must be one of t4, v100"),
-        ("--gpus 1 --embedding int8 --save x.yaml", "must be one that load() runs"),
+        ("--gpus 2 --memory 80GB --hot-columns 8", "num_hot_columns must be a multiple of 16"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_1(capsys, flags, part):

@@ -78,6 +78,7 @@ def find_hot_columns(
     spec: ModelSpec,
     calibration: Calibration,
     *,
+    blocks: range | None = None,
     skip: Collection[str] = (),
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -93,6 +94,7 @@ def find_hot_columns(
         spec: `models.describe` of its config.
         calibration: the tokens, run in sequences of 1,024 or what the model allows, and the number
             of columns: of a linear with fewer input features all of them.
+        blocks: whose linears are wanted; those before them are run too. None: all.
         skip: linears that stay floating, by name component.
         device: where blocks run.
         dtype: of weights and hidden states there.
@@ -140,8 +142,9 @@ def find_hot_columns(
         for ids, batch in zip(places.split(window), batches, strict=True)
     ]
     del first
+    blocks = range(spec.num_blocks) if blocks is None else blocks
     found: dict[str, list[int]] = {}
-    for index in range(spec.num_blocks):
+    for index in range(blocks.stop):
         stage = load(range(index, index + 1))
         caches = _OneBlock(spec, index, window, dtype, device)
         block = stage.blocks[str(index)]
@@ -151,7 +154,8 @@ def find_hot_columns(
             for batch, hidden in zip(batches, hidden_states, strict=True)
         ]
         for name, absmax in largest.items():
-            if not is_skipped(qualified := f"blocks.{index}.{name}", skip):
+            qualified = f"blocks.{index}.{name}"
+            if index in blocks and not is_skipped(qualified, skip):
                 columns = absmax.topk(min(calibration.num_hot_columns, len(absmax))).indices
                 found[qualified] = sorted(columns.tolist())
         del stage, block, caches

@@ -57,14 +57,16 @@ def random_stage(
 
 @dataclass(frozen=True)
 class StoredFormat:
-    """What an int8 checkpoint has decided already."""
+    """What a checkpoint holds, and an int8 one has decided."""
 
+    is_int8: bool
+    """Whether anything in it is int8."""
     skip: tuple[str, ...]
     """Linears that it holds in floating point, by name component."""
     num_hot_columns: int
     """The most hot columns of any linear."""
-    hot_size: int
-    """The most bytes of an element of their weights."""
+    linear_size: int
+    """The most bytes of an element of what a linear of a block has in floating point."""
     embedding_int8: bool
 
 
@@ -183,22 +185,28 @@ def stage_bytes_to_read(
 
 def stored_format(
     folder: str | Path, spec: ModelSpec, *, allow_pickle: bool = False
-) -> StoredFormat | None:
-    """What an int8 checkpoint holds; None: nothing in it is int8.
+) -> StoredFormat:
+    """What the checkpoint holds.
 
     Raises:
         ValueError: as `load_stage`, for the whole model.
     """
     reader = CheckpointReader(folder, allow_pickle=allow_pickle, complete=False)
     located = locate(reader, spec, range(spec.num_blocks), first=True, last=True)
-    if not is_int8_checkpoint(reader):
-        return None
-    hot = [entry for entry in located.values() if entry.hot_columns is not None]
-    num_hot = [0, *(len(entry.hot_columns) for entry in hot if entry.hot_columns is not None)]
-    names = [piece.hot_weight for entry in hot for piece in entry.pieces]
-    sizes = [0, *(TORCH_DTYPES[reader.dtype(name)].itemsize for name in names if name is not None)]
+    num_hot, sizes = [0], [0]
+    for target, entry in located.items():
+        if entry.hot_columns is not None:
+            num_hot.append(len(entry.hot_columns))
+        if target.startswith("blocks.") and may_be_int8(target, entry.source):
+            names = [piece.hot_weight if entry.is_int8 else piece.name for piece in entry.pieces]
+            dtypes = [reader.dtype(name) for name in names if name is not None]
+            sizes += [TORCH_DTYPES[dtype].itemsize for dtype in dtypes]
     return StoredFormat(
-        _floating_linears(located), max(num_hot), max(sizes), located[EMBEDDING].is_int8
+        is_int8_checkpoint(reader),
+        _floating_linears(located),
+        max(num_hot),
+        max(sizes),
+        located[EMBEDDING].is_int8,
     )
 
 

@@ -172,6 +172,29 @@ class Settings(Checked):
         "checkpoint has chosen already.",
         examples=[["lm_head"]],
     )
+    head: Literal["int8", "16bit"] | None = Field(
+        default=None,
+        description="Format of the head; by default 16bit, as skip_modules has it. An int8 "
+        "checkpoint has chosen already.",
+        examples=["int8"],
+    )
+    embedding: Literal["int8", "16bit"] = Field(
+        default="16bit",
+        description="Format of the token embedding; an int8 checkpoint has chosen already.",
+        examples=["int8"],
+    )
+    calibrate: NonEmpty = Field(
+        default="off",
+        description="Find hot columns, the input features of each linear that keep exact weights, "
+        "while loading: with random tokens (random) or a text file; or off. An int8 checkpoint has "
+        "its own.",
+        examples=["random"],
+    )
+    num_hot_columns: Annotated[int, Field(ge=0, multiple_of=16)] = Field(
+        default=16,
+        description="Hot columns of each linear that calibration finds: 0 or a multiple of 16.",
+        examples=[16],
+    )
     allow_pickle: bool = Field(
         default=False,
         description="Read pytorch_model.bin files, pickles, where there is no safetensors file; "
@@ -231,8 +254,25 @@ class Settings(Checked):
     )
     step_timeout: Seconds = Field(
         default=300.0,
-        description="Seconds after which a step that does not end counts as hung.",
+        description="Seconds after which a step that does not end counts as hung, and a rank that "
+        "gives no sign of life as stopped or cut off.",
         examples=[300.0],
+    )
+    recover: bool = Field(
+        default=False,
+        description="Start a lost stage again and replay what was running, instead of an error; "
+        "not under a launcher.",
+        examples=[True],
+    )
+    max_recoveries: Count = Field(
+        default=3,
+        description="Times that lost stages are started again in the life of a model, at most.",
+        examples=[3],
+    )
+    drain_timeout: Seconds = Field(
+        default=30.0,
+        description="Seconds that running answers get to end after SIGTERM.",
+        examples=[30.0],
     )
 
     @model_validator(mode="after")
@@ -248,6 +288,11 @@ class Settings(Checked):
                 f"stages: stages must be the number of devices, {named}, got {self.stages}; "
                 "leave stages out or name one device a stage"
             )
+        for key, value in (("head", self.head), ("embedding", self.embedding)):
+            if value == "int8" and not self.int8:
+                raise ValueError(
+                    f"{key}: {key} must be 16bit where int8 is false, got {value!r}; leave it out"
+                )
         num_stages = self.num_stages or named
         if isinstance(self.memory, list) and num_stages not in (None, len(self.memory)):
             raise ValueError(
@@ -272,6 +317,19 @@ class Settings(Checked):
     def pinned(self) -> tuple[int, ...] | None:
         """Number of blocks of each stage, where they are given."""
         return tuple(self.stages) if isinstance(self.stages, list) else None
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Names of the linears that stay floating: skip_modules, and what `head` says."""
+        if self.head is None:
+            return tuple(self.skip_modules)
+        others = tuple(name for name in self.skip_modules if name != "lm_head")
+        return others if self.head == "int8" else (*others, "lm_head")
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether linears have hot columns that are found while loading."""
+        return self.int8 and self.calibrate != "off" and self.num_hot_columns > 0
 
     def budget_of(self, rank: int, device: str) -> int | None:
         """Budget in bytes of the stage of `rank` on `device`; None where none was set."""

@@ -103,8 +103,9 @@ class Formats:
             checkpoint's dtype.
         head_int8: the head is int8 with an fp32 scale a token.
         embedding_int8: likewise the token embedding.
-        num_hot_columns: input features of every int8 linear of a block that are also kept in
-            16 bits: [N, H] weights and [H] int32 indices.
+        num_hot_columns: input features of every int8 linear of a block whose weights are also kept
+            as the checkpoint has them: [N, H] weights and [H] int32 indices.
+        hot_size: bytes of one of these weights.
         skip: names of linears that stay floating, as in the setting skip_modules.
     """
 
@@ -114,6 +115,7 @@ class Formats:
     head_int8: bool = False
     embedding_int8: bool = False
     num_hot_columns: int = 0
+    hot_size: int = SIXTEEN_BITS
     skip: tuple[str, ...] = ()
 
     def is_int8(self, name: str) -> bool:
@@ -154,7 +156,7 @@ def linear_bytes(linear: Linear, formats: Formats, *, int8: bool, num_hot_column
     bias = linear.bias * N * formats.float_size
     if not int8:
         return linear.num_weights * formats.float_size + bias
-    return linear.num_weights + N * FLOAT32_BYTES + bias + H * (N * SIXTEEN_BITS + INT32_BYTES)
+    return linear.num_weights + N * FLOAT32_BYTES + bias + H * (N * formats.hot_size + INT32_BYTES)
 
 
 def norm_bytes(size: int, kind: str, formats: Formats) -> int:

@@ -241,7 +241,7 @@ def _with_budget(devices: Sequence[Device], which: set[int], least: int) -> list
 def _hint(changed: memory.Formats, before: memory.Formats) -> str:
     hints = []
     if changed.head_int8 and not before.head_int8:
-        hints.append("--head int8, or skip_modules without lm_head")
+        hints.append("--head int8")
     if changed.embedding_int8 and not before.embedding_int8:
-        hints.append("--embedding int8, for planning only: load() keeps the embedding in 16 bits")
+        hints.append("--embedding int8")
     return "; ".join(hints)
