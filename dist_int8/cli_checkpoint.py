@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from dist_int8.config import parse_byte_size
+from dist_int8.config import load_settings, parse_byte_size
 
 _INT8_FORMATS = ("dist_int8", "bitsandbytes")
 _QUIET = typer.Option("--quiet", "-q", help="No progress on stderr.")
@@ -39,6 +39,20 @@ def quantize(
         Path | None,
         typer.Option(help='JSON of input features to keep exactly: {"blocks.0.qkv": [3, 17]}.'),
     ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            help="Find the input features to keep exactly with random tokens (random) or a text "
+            "file; or off. [default: random, if MODEL is floating-point]"
+        ),
+    ] = None,
+    num_hot_columns: Annotated[
+        int, typer.Option(help="So many of each linear: 0 or a multiple of 16.")
+    ] = 16,
+    head: Annotated[
+        str | None, typer.Option(help="int8 or 16bit. [default: 16bit, as --skip has it]")
+    ] = None,
+    embedding: Annotated[str, typer.Option(help="int8 or 16bit.")] = "16bit",
     shard_size: Annotated[str, _SHARD_SIZE] = "2GB",
     device: Annotated[str, _DEVICE] = "cpu",
     revision: Annotated[str | None, _REVISION] = None,
@@ -52,6 +66,7 @@ def quantize(
     already is written in the other form, its int8 values unchanged.
 
         dist-int8 quantize ./llama ./llama-int8 --verify
+        dist-int8 quantize ./llama ./llama-int8 --calibrate my-text.txt --head int8
         dist-int8 quantize ./llama ./llama-bnb --format bitsandbytes
     """
     if form not in _INT8_FORMATS:
@@ -61,15 +76,31 @@ def quantize(
         )
     columns = None if hot_columns is None else _read_hot_columns(hot_columns)
     shard_bytes = _byte_size("quantize", shard_size)
+    # one place says what these may be
+    settings = load_settings(
+        source="dist-int8 quantize",
+        calibrate=calibrate,
+        num_hot_columns=num_hot_columns,
+        head=head,
+        embedding=embedding,
+        skip_modules=skip,
+    )
+    from dist_int8.checkpoint import OFF, RANDOM, is_int8, resolve_model
     from dist_int8.checkpoint import quantize as plan
-    from dist_int8.checkpoint import resolve_model
 
+    folder = resolve_model(model, revision, allow_pickle=allow_pickle)
+    if calibrate is None:
+        has_none = form == "bitsandbytes" or columns is not None
+        calibrate = OFF if has_none or is_int8(folder, allow_pickle) else RANDOM
     job = plan(
-        resolve_model(model, revision, allow_pickle=allow_pickle),
+        folder,
         out,
         target="bitsandbytes" if form == "bitsandbytes" else "dist_int8",
-        skip=["lm_head"] if skip is None else skip,
+        skip=settings.skipped,
+        embedding_int8=settings.embedding == "int8",
         hot_columns=columns,
+        calibrate=calibrate,
+        num_hot_columns=num_hot_columns,
         shard_bytes=shard_bytes,
         device=device,
         allow_pickle=allow_pickle,
@@ -126,7 +157,7 @@ def _run(job: Any, verb: str, verify: bool, quiet: bool) -> None:
         if not quiet:
             tqdm.write(line, file=sys.stderr)
 
-    with _bar(verb, job.num_bytes, quiet) as progress:
+    with _bar(verb, job.num_bytes_read + job.num_bytes, quiet) as progress:
         made = job.run(progress, note)
     if not made:
         note(f"{job.out}: complete already")

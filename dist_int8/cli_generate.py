@@ -76,6 +76,10 @@ def generate(
     outlier_rule: Annotated[str | None, _setting(_RUNTIME, "outlier_rule")] = None,
     outlier_threshold: Annotated[float | None, _setting(_RUNTIME, "outlier_threshold")] = None,
     max_sequences: Annotated[int | None, _setting(_RUNTIME, "max_sequences")] = None,
+    calibrate: Annotated[str | None, _setting(_RUNTIME, "calibrate")] = None,
+    num_hot_columns: Annotated[int | None, _setting(_RUNTIME, "num_hot_columns")] = None,
+    head: Annotated[str | None, _setting(_RUNTIME, "head")] = None,
+    embedding: Annotated[str | None, _setting(_RUNTIME, "embedding")] = None,
     max_tokens: Annotated[int | None, _setting(_RUNTIME, "max_tokens")] = None,
     max_new_tokens: Annotated[
         int | None, _sampling("max_new_tokens", "--max-new-tokens", "-n")
@@ -168,6 +172,10 @@ def generate(
         int8=int8,
         outlier_rule=outlier_rule,
         outlier_threshold=outlier_threshold,
+        calibrate=calibrate,
+        num_hot_columns=num_hot_columns,
+        head=head,
+        embedding=embedding,
         max_sequences=max_sequences,
         max_tokens=max_tokens,
     )
@@ -215,8 +223,9 @@ def _check_sources(
 
 def _numerics(settings: Settings) -> dict[str, Any]:
     """The settings that decide tokens; where and how it runs does not."""
-    fields = ("revision", "random_weights", "dtype", "int8", "outlier_rule", "outlier_threshold")
-    values = {key: getattr(settings, key) for key in (*fields, "skip_modules", "max_tokens")}
+    numbers = ("revision", "random_weights", "dtype", "int8", "outlier_rule", "outlier_threshold")
+    formats = ("skipped", "embedding", "calibrate", "num_hot_columns")
+    values = {key: getattr(settings, key) for key in (*numbers, *formats, "max_tokens")}
     folder = Path(settings.model or "")
     return {**values, "model": str(folder.resolve()) if folder.is_dir() else settings.model}
 

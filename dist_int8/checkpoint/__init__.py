@@ -1,19 +1,28 @@
 """Checkpoints: reading safetensors, quantizing each tensor as it arrives, writing int8 ones."""
 
 from dist_int8.checkpoint import manifest
-from dist_int8.checkpoint.calibrate import OFF, Calibration, calibration_of, find_hot_columns
+from dist_int8.checkpoint.calibrate import (
+    OFF,
+    RANDOM,
+    Calibration,
+    calibration_of,
+    find_hot_columns,
+)
 from dist_int8.checkpoint.hub import resolve_model
 from dist_int8.checkpoint.load import load_stage, random_stage, stage_bytes_to_read, stored_format
+from dist_int8.checkpoint.locate import is_int8
 from dist_int8.checkpoint.reader import CheckpointReader
 from dist_int8.checkpoint.rewrite import dequantize, quantize
 
 __all__ = [
     "OFF",
+    "RANDOM",
     "Calibration",
     "CheckpointReader",
     "calibration_of",
     "dequantize",
     "find_hot_columns",
+    "is_int8",
     "load_stage",
     "manifest",
     "quantize",

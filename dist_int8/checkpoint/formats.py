@@ -17,6 +17,7 @@ def config_of(
     skipped_modules: Sequence[str] = (),
     dtype: str | None = None,
     calibration: Calibration | None = None,
+    embedding_int8: bool = False,
 ) -> dict[str, Any]:
     """The config.json of a rewritten checkpoint.
 
@@ -27,6 +28,7 @@ def config_of(
         skipped_modules: transformers' names of the same.
         dtype: of the floating tensors, where it changes.
         calibration: what the hot columns were found with.
+        embedding_int8: the token embedding is int8.
     """
     config = {key: value for key, value in fields.items() if key != "quantization_config"}
     if dtype is not None:
@@ -37,6 +39,8 @@ def config_of(
             "version": INT8_VERSION,
             "skip_modules": list(skip),
         }
+        if embedding_int8:
+            config["quantization_config"]["embedding"] = "int8"
         if calibration is not None:
             config["quantization_config"] |= {
                 "num_hot_columns": calibration.num_hot_columns,

@@ -12,6 +12,7 @@ A matrix is stored in one of three forms, next to its name `X.weight`:
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -89,6 +90,15 @@ def may_be_int8(target: str, source: TensorSource) -> bool:
 def is_int8_checkpoint(reader: CheckpointReader) -> bool:
     """Whether any matrix is stored in int8."""
     return any(reader.dtype(name) == "I8" for name in reader.names)
+
+
+def is_int8(folder: str | Path, allow_pickle: bool = False) -> bool:
+    """Whether the checkpoint of a folder is int8; False if there is none."""
+    try:
+        reader = CheckpointReader(folder, allow_pickle=allow_pickle, complete=False)
+    except ValueError:
+        return False  # who reads it next says why
+    return is_int8_checkpoint(reader)
 
 
 def locate(

@@ -223,6 +223,7 @@ class _Rewriter:
             skipped_modules=floating_modules,
             dtype=dtype,
             calibration=calibration,
+            embedding_int8=EMBEDDING in quantized,
         )
         small_files = sorted(
             path
