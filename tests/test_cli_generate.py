@@ -1,0 +1,131 @@
+"""Files of prompts through the command line, as a user runs it: kills, bad lines, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import dist_int8
+from dist_int8 import cli
+
+PROMPTS = [{"prompt": f"Number {i}", "id": f"n{i}", "max_new_tokens": 20 + 8 * i} for i in range(8)]
+PROMPTS[3] |= {"temperature": 0.9, "seed": 5}
+PROMPTS[5] = {"token_ids": [5, 6, 7], "id": "n5", "max_new_tokens": 60}
+FLAGS = ["--device", "cpu", "--max-tokens", "160", "--threads", "1", "--max-sequences", "2"]
+
+
+def write(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def read(path):
+    return {line["id"]: line for line in map(json.loads, path.read_text().splitlines())}
+
+
+def run(*arguments):
+    """Exit code of `generate` in this process, whose stdout it takes for a while."""
+    stdout = os.dup(1)
+    try:
+        return cli.run(["generate", *map(str, arguments)])
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_llama):
+    """Token ids of every prompt alone."""
+    load = {"devices": ["cpu"], "max_tokens": 160, "threads_per_stage": 1, "progress": False}
+    with dist_int8.load(tiny_llama, **load) as model:
+        answers = {}
+        for index, line in enumerate(PROMPTS):
+            settings = {k: v for k, v in line.items() if k not in ("id", "prompt", "token_ids")}
+            settings["seed"] = settings.get("seed", 0) + index  # as in a list of prompts
+            prompt = line.get("prompt") or line["token_ids"]
+            answers[line["id"]] = model.generate(prompt, **settings)[0].token_ids
+        return answers
+
+
+def test_a_run_that_was_killed_goes_on(tmp_path, tiny_llama, expected, capfd):
+    files = ["--input", write(tmp_path / "in.jsonl", PROMPTS), "--output", tmp_path / "out.jsonl"]
+    command = [sys.executable, "-m", "dist_int8.cli", "generate", "-m", tiny_llama, *FLAGS, *files]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    path = tmp_path / "out.jsonl"
+    while time.monotonic() < deadline and not (path.exists() and path.read_bytes().count(b"\n")):
+        time.sleep(0.005)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    before = path.read_bytes()
+    num_before = before.count(b"\n")
+    assert 1 <= num_before <= 8
+    path.write_bytes(before + b'{"id": "n7", "te')  # as if the kill had torn a line
+    trace = tmp_path / "trace.json"
+    assert run("-m", tiny_llama, "--stages", "2", *FLAGS, *files, "--trace", trace) == 0
+    assert path.read_bytes().startswith(before)
+    assert {name: line["token_ids"] for name, line in read(path).items()} == expected
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert f"8 prompts ({num_before} before)" in last and " tokens/s; stage 0 busy " in last
+    tracks = {e["tid"] for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"}
+    assert tracks == ({0, 1} if num_before < 8 else set())
+
+
+def test_bad_lines_get_errors_and_the_others_answers(tmp_path, tiny_llama, expected, capfd):
+    lines = [*PROMPTS[:2], {"prompt": "x", "temperature": -1}, {"prompt": "y" * 400}]
+    lines += [{"messages": [{"role": "user", "content": "x"}]}, {"token_ids": [288]}]
+    output = tmp_path / "out.jsonl"
+    files = ["--input", write(tmp_path / "in.jsonl", lines), "--output", output]
+    assert run("-m", tiny_llama, *FLAGS, *files, "--json") == 1
+    captured = capfd.readouterr()
+    figures = json.loads(captured.out)
+    assert figures["requests"] == 6 and figures["errors"] == 4
+    assert figures["tokens"] == len(expected["n0"]) + len(expected["n1"])
+    assert figures["tokens_per_s"] > 0 and len(figures["utilisation"]) == 1
+    assert all(0 < share <= 1 for share in figures["utilisation"])
+    assert captured.err.startswith("4 of 6 lines have no answer; see `error` in")
+    answers = read(output)
+    assert {name: answers[name]["token_ids"] for name in ("n0", "n1")} == {
+        name: expected[name] for name in ("n0", "n1")
+    }
+    parts = {3: "temperature must be at least 0", 4: "must be at most 159 tokens long"}
+    parts |= {5: "must have a chat template", 6: "must be integers 0 to 287, got 288"}
+    for number, part in parts.items():
+        assert part in answers[number]["error"] and "text" not in answers[number]
+
+
+def test_other_settings_and_a_finished_file(tmp_path, tiny_llama, capfd):
+    files = ["--input", write(tmp_path / "in.jsonl", PROMPTS[:2]), "--output", tmp_path / "o.jsonl"]
+    flags = ["-m", tiny_llama, *FLAGS, *files, "--quiet"]
+    codes = [run(*flags), run(*flags), run(*flags, "--outlier-rule", "none")]
+    assert codes == [0, 0, 2]
+    done, refused = capfd.readouterr().err.splitlines()[-2:]
+    assert done.endswith("has all 2 answers already")
+    assert "o.jsonl:1: output must hold answers to this input with these settings" in refused
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--input", "x"], "--input and --output must be given together, got one; add --output"),
+        (["--output", "x", "-p", "y"], "got one; add --input"),
+        (["--input", "x", "--output", "y", "-p", "z"], "--prompt must be left out with --input"),
+        (["--input", "x", "--output", "y", "--show-schedule"], "--show-schedule must be left out"),
+        (["--input", "/none", "--output", "y"], "/none: input must be a file of JSON lines"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, part, capsys):
+    assert cli.run(["generate", "-m", "x", *flags]) == 2
+    assert part in capsys.readouterr().err
+
+
+def test_a_trace_of_prompts(tmp_path, tiny_llama):
+    trace = tmp_path / "trace.json"
+    flags = ["-p", "Hello", "-p", "You", "-n", "4", "--json", "--trace", trace]
+    assert run("-m", tiny_llama, *FLAGS, *flags) == 0
+    names = {e["name"] for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"}
+    assert names == {"P0", "D0"}
