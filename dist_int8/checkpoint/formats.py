@@ -39,6 +39,10 @@ def config_of(
             "version": INT8_VERSION,
             "skip_modules": list(skip),
         }
+        before = fields.get("quantization_config") or {}
+        for key in ("num_hot_columns", "calibrate"):  # of an int8 checkpoint, kept
+            if before.get("quant_method") == "dist_int8" and key in before:
+                config["quantization_config"][key] = before[key]
         if embedding_int8:
             config["quantization_config"]["embedding"] = "int8"
         if calibration is not None:

@@ -1,13 +1,14 @@
 """Host memory: a few slices, whatever the size of a tensor."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dist_int8.checkpoint import load_stage, quantize
+from dist_int8.checkpoint import calibration_of, find_hot_columns, load_stage, quantize
 from dist_int8.models import describe, load_config
 
 LARGEST = 2 * 3072 * 3072  # bytes of the largest tensor
@@ -72,6 +73,28 @@ def loaded(folder, **options):
         **options,
     )
     return sum(tensor.nbytes for tensor in stage.state_dict().values())
+
+
+def test_calibration_holds_one_block(tmp_path):
+    """Eight blocks of 12.6 MB in fp32: less than two of them at a time."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=512,
+        intermediate_size=1365,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        max_position_embeddings=128,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    spec = describe(load_config(tmp_path))
+    calibration = replace(calibration_of(tmp_path, spec, "random", 16), token_ids=torch.arange(64))
+
+    def find():
+        assert len(find_hot_columns(tmp_path, spec, calibration)) == 8 * 4
+        return 0
+
+    find()
+    assert extra_bytes(find) <= 2 * 12_600_000
 
 
 def test_peak_is_below_twice_the_largest_tensor(folder, tmp_path):

@@ -1,0 +1,104 @@
+"""load() with hot columns, head and embedding in int8: any cut the same, bytes as planned."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+import dist_int8
+from dist_int8 import cli
+from dist_int8.checkpoint import quantize
+from dist_int8.models.outlier_features import inject_outlier_features
+
+OPTIONS = {"progress": False, "threads_per_stage": 1, "max_tokens": 96}
+INT8 = {"head": "int8", "embedding": "int8", "calibrate": "random"}
+IDS = torch.arange(40).view(2, 20)
+
+
+def held_bytes(model):
+    """Of the stage in this process, each storage once."""
+    state = model._engine.pipeline.stage.model.state_dict()
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in state.values()}.values())
+
+
+@pytest.fixture(scope="module")
+def hard_llama(tiny_llama, tmp_path_factory):
+    """The tiny model with outlier features, in bf16."""
+    folder = tmp_path_factory.mktemp("hard")
+    model = LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
+    inject_outlier_features(model, seed=0)
+    model.save_pretrained(folder)
+    return folder
+
+
+def logits(folder, num_stages=1, **options):
+    options = OPTIONS | options
+    with dist_int8.load(folder, devices=["cpu"] * num_stages, **options) as model:
+        return model.logits(IDS)
+
+
+def test_two_stages_are_one_stage_bit_for_bit(hard_llama):
+    assert torch.equal(logits(hard_llama, **INT8), logits(hard_llama, 2, **INT8))
+
+
+def test_hot_columns_bring_the_logits_closer(hard_llama):
+    exact = logits(hard_llama, int8=False)
+
+    def error(**options):
+        return float((logits(hard_llama, **options) - exact).norm() / exact.norm())
+
+    assert error(calibrate="random") < error() / 1.5
+    assert error(calibrate="random", num_hot_columns=0) == error()
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "formats"),
+    [
+        (1, INT8),
+        (1, INT8 | {"head": "16bit"}),
+        (1, INT8 | {"embedding": "16bit", "num_hot_columns": 32}),
+        (1, INT8 | {"num_hot_columns": 0}),
+        (2, INT8),
+    ],
+)
+@pytest.mark.parametrize("random_weights", [False, True])
+def test_bytes_are_those_of_the_plan(hard_llama, formats, num_stages, random_weights):
+    options = OPTIONS | formats | {"random_weights": random_weights}
+    with dist_int8.load(hard_llama, devices=["cpu"] * num_stages, **options) as model:
+        assert model.plan.stages[0].bytes == held_bytes(model)
+        assert model.generate([1, 2, 3], max_new_tokens=2)[0].token_ids
+
+
+def test_an_int8_checkpoint_has_decided(hard_llama, tmp_path, capsys):
+    job = quantize(hard_llama, tmp_path / "int8", skip=(), embedding_int8=True, calibrate="random")
+    assert job.run()
+    expected = logits(hard_llama, **INT8)
+    assert torch.equal(logits(tmp_path / "int8"), expected)
+    assert torch.equal(logits(tmp_path / "int8", 2, calibrate="random", head="16bit"), expected)
+    with dist_int8.load(tmp_path / "int8", devices=["cpu"], **OPTIONS) as model:
+        assert model.plan.stages[0].bytes == held_bytes(model)
+        weights = held_bytes(model)
+    flags = ["--devices", "cpu", "--context", "96", "--json"]
+    assert cli.run(["plan", "-m", str(tmp_path / "int8"), *flags]) == 0
+    planned = json.loads(capsys.readouterr().out)["stages"][0]["bytes"]["weights"]
+    assert planned == weights
+    flags += ["--head", "int8", "--embedding", "int8", "--hot-columns", "16"]
+    assert cli.run(["plan", "-m", str(hard_llama), *flags]) == 0
+    planned = json.loads(capsys.readouterr().out)["stages"][0]["bytes"]["weights"]
+    assert planned == weights
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"calibrate": "/no/such.txt"}, "calibrate must be random, off or a text file, got"),
+        ({"num_hot_columns": 8}, "num_hot_columns must be a multiple of 16, got 8"),
+        ({"head": "int4"}, "head must be 'int8' or '16bit', got 'int4'"),
+        ({"int8": False, "embedding": "int8"}, "embedding must be 16bit where int8 is false"),
+    ],
+)
+def test_bad_settings_are_one_line(tiny_llama, settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        logits(tiny_llama, **settings)
+    assert "\n" not in str(error.value)
