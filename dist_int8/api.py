@@ -12,21 +12,23 @@ from typing import Any, NoReturn
 import torch
 from transformers import GenerationConfig
 
-from dist_int8 import distributed
+from dist_int8 import distributed, spawned
+from dist_int8 import world as worlds
 from dist_int8.checkpoint import resolve_model
 from dist_int8.config import Settings, load_settings
 from dist_int8.devices import choose_devices
-from dist_int8.distributed import Launched, World
+from dist_int8.distributed import Launched
 from dist_int8.engine import Engine
 from dist_int8.handle import Model
 from dist_int8.loading import as_stored, build_stage, vocab_dtype_of
 from dist_int8.models import ModelSpec, describe, load_config
 from dist_int8.partition import Plan
 from dist_int8.pipeline.microbatch import Limits
-from dist_int8.pipeline.runner import Pipeline, serve
-from dist_int8.pipeline.stage import Stage
+from dist_int8.pipeline.runner import Pipeline
 from dist_int8.pipeline.transport import Transport
 from dist_int8.planning import devices_of, formats_of, free_budgets, plan_of
+from dist_int8.recovery import Links, Recovery, serve_until_shutdown
+from dist_int8.world import RankDied
 
 LOAD_TIMEOUT_S = 3600.0
 DEFAULT_MAX_TOKENS = 2048
@@ -79,6 +81,11 @@ def load(
     if settings.model is None:
         raise ValueError("load(): model must be a folder or a hub id, got nothing; name the model")
     place = distributed.launched()
+    if settings.recover and place is not None and not spawned.is_spawned():
+        raise ValueError(
+            "load(): recover must be false under a launcher, got true; leave it out, and let the "
+            "launcher start all ranks again"
+        )
     stage_devices = _devices(settings, place)
     folder = resolve_model(
         settings.model,
@@ -117,17 +124,28 @@ def load(
     cores = _share_cores(settings, plan, place)
     if place is not None:
         world = distributed.join(
-            place, device_types, settings.rendezvous_timeout, cores, settings.interface
+            place,
+            device_types,
+            settings.rendezvous_timeout,
+            cores,
+            settings.interface,
+            settings.step_timeout,
         )
     elif len(plan.stages) == 1:
-        world = distributed.alone()
+        world = worlds.alone()
     else:
         same = settings.model_dump(mode="json", exclude={"gpus", "stages"})
         same |= {"model": str(folder.resolve()), "devices": stage_devices, "revision": None}
         # the cut of rank 0, whatever the others can see of the devices
         same |= {"stages": [len(stage.blocks) for stage in plan.stages]}
-        timeout_s = settings.rendezvous_timeout
-        world = distributed.spawn(len(plan.stages), same, device_types, timeout_s, cores)
+        world = spawned.spawn(
+            len(plan.stages),
+            same,
+            device_types,
+            settings.rendezvous_timeout,
+            cores,
+            settings.step_timeout,
+        )
     try:
         stage = build_stage(
             folder,
@@ -141,18 +159,25 @@ def load(
             progress,
             hot,
         )
+        device = torch.device(plan.stages[rank].device)
+        links = Links(
+            world,
+            connect=lambda: Transport(world, limits, dtype, device),
+            device_types=device_types,
+            rendezvous_timeout_s=settings.rendezvous_timeout,
+            load_timeout_s=LOAD_TIMEOUT_S,
+        )
+        if rank:
+            serve_until_shutdown(stage, links, settings.recover)
+            raise SystemExit(0)
         transport = None
         if len(plan.stages) > 1:
-            device = torch.device(plan.stages[rank].device)
-            transport = Transport(world, limits, dtype, device)
-        world.report("ready")
-        if rank:
-            assert transport is not None
-            _serve_and_exit(stage, transport, world, last=rank == len(plan.stages) - 1)
-        world.wait_for("ready", LOAD_TIMEOUT_S)
+            transport = links.connect()
+            world.wait_for("ready", LOAD_TIMEOUT_S)
+        recovery = Recovery(links, settings.max_recoveries) if settings.recover else None
         return Model(
             engine=Engine(
-                Pipeline(stage, world, transport, settings.step_timeout),
+                Pipeline(stage, world, transport),
                 limits,
                 num_stages=len(plan.stages),
                 num_micro_batches=settings.micro_batches or len(plan.stages),
@@ -160,6 +185,7 @@ def load(
                 smallest_chunk=SMALLEST_CHUNK[torch.device(stage_devices[0]).type],
                 eos_token_ids=_eos_token_ids(folder, hf_config),
                 max_queue=settings.max_queue,
+                restore=recovery.restore if recovery else None,
             ),
             plan=plan,
             settings=settings,
@@ -169,7 +195,7 @@ def load(
     except SystemExit:
         raise
     except BaseException as error:
-        kind = "lost" if isinstance(error, distributed.RankDied) else "failed"
+        kind = "lost" if isinstance(error, RankDied) else "failed"
         world.report(f"{kind}: {' '.join(str(error).split()) or type(error).__name__}")
         if rank:
             _leave(error, rank, place)
@@ -177,17 +203,9 @@ def load(
         raise
 
 
-def _serve_and_exit(stage: Stage, transport: Transport, world: World, last: bool) -> NoReturn:
-    serve(stage, transport, last)
-    world.close()
-    raise SystemExit(0)
-
-
 def _leave(error: BaseException, rank: int, place: Launched | None) -> NoReturn:
     """Ends a rank above 0 that failed, in one line, without waiting for peers that may be gone."""
-    name = (
-        "" if isinstance(error, (ValueError, distributed.RankDied)) else type(error).__name__ + ": "
-    )
+    name = "" if isinstance(error, (ValueError, RankDied)) else type(error).__name__ + ": "
     print(f"[rank {rank} stage {rank}] {name}{error}", file=sys.stderr, flush=True)
     os._exit(1)
 

@@ -1,25 +1,19 @@
-"""Ranks and process groups: joins a launcher's ranks or starts its own, and knows who is alive.
+"""Ranks and process groups: a process joins as the rank that its environment says.
 
-Under deepspeed, torchrun, srun or `dist-int8 launch` the environment has RANK and WORLD_SIZE and a
-process joins as that rank. In a plain Python session rank 0 starts the others itself. Either way
-the ranks meet in a torch store, where each leaves its state ("joined", "ready", "failed: why" or
-"lost: which neighbour"), so that rank 0 can name the rank that is missing or broken.
+Under deepspeed, torchrun, srun or `dist-int8 launch` the environment has RANK and WORLD_SIZE. In a
+plain Python session rank 0 starts the others itself (`spawned`). Either way the ranks meet in a
+torch store, where rank 0 says where it takes heartbeats; from then on `world` knows who is there,
+and who failed and why.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
 import re
-import shutil
-import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,16 +21,14 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_int8 import interfaces, slurm
+from dist_int8.heartbeat import Monitor
+from dist_int8.world import POLL_S, STEP_TIMEOUT_S, LostRank, RankDied, World
 
-SHUTDOWN_TIMEOUT_S = 5.0
-POLL_S = 0.1
-# A stage may wait for its next micro-batch as long as the user thinks; a dead peer is noticed by
-# its closed connection and by rank 0's watch over the others, not by this.
+# A stage may wait for its next micro-batch as long as the user thinks; who is gone, stopped or cut
+# off is noticed by heartbeats, not by this.
 IDLE_TIMEOUT = timedelta(days=30)
-
-
-class RankDied(RuntimeError):
-    """A rank of the pipeline ended or failed while it was needed; the message names it."""
+ADDRESS_KEY = "heartbeats"  # of the store: where rank 0 listens for them
+_joined = itertools.count()  # pipelines of this process; every rank counts alike
 
 
 @dataclass(frozen=True)
@@ -74,200 +66,82 @@ def launched() -> Launched | None:
     return Launched(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"])
 
 
-@dataclass
-class World:
-    """The ranks of one pipeline as one of them sees it.
-
-    Attributes:
-        rank, world_size: this process's place.
-        store: where ranks leave their state; None when there is only one.
-        children: processes of the ranks that this one started, by rank.
-        groups: process groups by device type, "cpu" (gloo) and for GPUs "cuda" (NCCL). They are
-            this pipeline's own, beside torch's default group: a session can hold several pipelines.
-        cores: CPU cores of this rank; empty: any.
-    """
-
-    rank: int
-    world_size: int
-    store: Any = None
-    children: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
-    folder: Path | None = None
-    groups: dict[str, Any] = field(default_factory=dict)
-    cores: frozenset[int] = frozenset()
-
-    def report(self, state: str) -> None:
-        """Leaves this rank's state ("ready", "failed: why") for rank 0."""
-        if self.store is not None:
-            self.store.set(f"state/{self.rank}", state)
-
-    def check(self) -> None:
-        """Raises RankDied, naming the rank and its reason, if one failed or ended."""
-        cause = self._cause()
-        if cause is not None:
-            raise RankDied(cause)
-
-    def blame(self, error: RankDied, patience_s: float = 1.0) -> RankDied:
-        """A failure seen from here, with the name of the rank that caused it if that shows in time.
-
-        A closed connection is seen before the process that closed it is reaped or its reason read,
-        and a rank may fail only because its neighbour did.
-        """
-        deadline = time.monotonic() + patience_s
-        while time.monotonic() < deadline:
-            try:
-                cause = self._cause(with_victims=False)
-            except RankDied:
-                break
-            if cause is not None:
-                return RankDied(cause)
-            time.sleep(POLL_S)
-        return error
-
-    def _cause(self, with_victims: bool = True) -> str | None:
-        """Who failed and why; `with_victims` also takes ranks that only lost a neighbour."""
-        for rank, child in self.children.items():
-            if child.poll() is not None and child.returncode < 0:
-                return f"rank {rank} (process {child.pid}) {_describe_exit(child)}"
-        states = {r: self._state(r) for r in range(self.world_size) if r != self.rank}
-        for prefix in ("failed: ", "lost: ")[: 1 + with_victims]:
-            for rank, state in states.items():
-                if state.startswith(prefix):
-                    return f"rank {rank} {state}"
-        for rank, child in self.children.items():
-            if child.poll() is not None and not states[rank].startswith("lost: "):
-                return f"rank {rank} (process {child.pid}) {_describe_exit(child)}"
-        return None
-
-    def wait_for(self, state: str, timeout_s: float) -> None:
-        """Returns once every other rank has left this state.
-
-        Raises:
-            RankDied: a rank failed or ended, or did not get there in time.
-        """
-        deadline = time.monotonic() + timeout_s
-        while True:
-            missing = [
-                r for r in range(self.world_size) if r != self.rank and self._state(r) != state
-            ]
-            if not missing:
-                return
-            self.check()
-            if time.monotonic() > deadline:
-                names = ", ".join(map(str, missing))
-                raise RankDied(
-                    f"rank {names} of {self.world_size} is not {state} after {timeout_s:.0f} s; "
-                    "see whether the launcher started it"
-                )
-            time.sleep(POLL_S)
-
-    def close(self, timeout_s: float = SHUTDOWN_TIMEOUT_S) -> None:
-        """Ends the process groups and every rank that this one started. Safe to call twice."""
-        deadline = time.monotonic() + timeout_s
-        for child in self.children.values():
-            try:
-                child.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-            if child.stdin:
-                child.stdin.close()
-        self.children.clear()
-        self.groups.clear()
-        self.store = None
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder = None
-
-    def kill(self) -> None:
-        """Ends the started ranks at once, for when they cannot be asked to end any more."""
-        for child in self.children.values():
-            child.kill()
-        self.close()
-
-    def _state(self, rank: int) -> str:
-        key = f"state/{rank}"
-        try:
-            return self.store.get(key).decode() if self.store.check([key]) else ""
-        except (RuntimeError, dist.DistError) as error:  # the rank that hosts the store is gone
-            raise RankDied(f"the ranks' meeting point is gone: {reason(error)}") from None
-
-
-def alone() -> World:
-    """The world of a pipeline with one stage: no store, no process group."""
-    return World(rank=0, world_size=1)
-
-
-def spawn(
-    world_size: int,
-    settings: dict[str, Any],
-    device_types: set[str],
-    timeout_s: float,
-    cores: frozenset[int] = frozenset(),
-) -> World:
-    """Starts ranks 1 .. world_size - 1 on this machine and joins them as rank 0.
-
-    Each is `python -m dist_int8.rank`, gets `settings` as a line of JSON on its standard input, and
-    ends when that pipe closes, so none outlives this process however it ends.
-    """
-    folder = Path(tempfile.mkdtemp(prefix="dist_int8-"))
-    world = World(0, world_size, folder=folder, cores=cores)
-    world.store = dist.FileStore(str(folder / "store"), world_size)
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    line = json.dumps(settings).encode() + b"\n"
-    try:
-        for rank in range(1, world_size):
-            environment = {
-                **os.environ,
-                "RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "LOCAL_RANK": str(rank),
-                "DIST_INT8_STORE": str(folder / "store"),
-                # the kernel watches the thread that starts a process, which may end early
-                "DIST_INT8_DIES_WITH_PARENT": "1" * in_main_thread,
-            }
-            child = subprocess.Popen(
-                [sys.executable, "-m", "dist_int8.rank"],
-                stdin=subprocess.PIPE,
-                env=environment,
-                start_new_session=True,  # Ctrl-C is rank 0's to handle
-            )
-            world.children[rank] = child
-            assert child.stdin is not None
-            child.stdin.write(line)
-            child.stdin.flush()
-        world.wait_for("joined", timeout_s)
-        _start_groups_on_cores(world, device_types, interfaces.choose(None, one_machine=True))
-    except BaseException:
-        world.kill()
-        raise
-    return world
-
-
 def join(
     place: Launched,
     device_types: set[str],
     timeout_s: float,
     cores: frozenset[int] = frozenset(),
     interface: str | None = None,
+    step_timeout_s: float = STEP_TIMEOUT_S,
 ) -> World:
-    """Joins the ranks that a launcher, or `spawn`, started; `interfaces` says where they listen."""
-    world = World(place.rank, place.world_size, cores=cores)
+    """Joins the ranks that a launcher, or `spawn`, started; `interfaces` says where they listen.
+
+    Raises:
+        RankDied: another rank did not join in time, or failed meanwhile.
+    """
+    world = World(place.rank, place.world_size, step_timeout_s, cores)
     if place.world_size == 1:
         return world
-    spawned = os.environ.get("DIST_INT8_STORE")
-    one_machine = bool(spawned) or interfaces.on_one_machine(os.environ)
-    listen_on = interfaces.choose(None if spawned else interface, one_machine)
-    if spawned:
-        world.store = dist.FileStore(spawned, place.world_size)
+    folder = os.environ.get("DIST_INT8_FOLDER")
+    one_machine = bool(folder) or interfaces.on_one_machine(os.environ)
+    listen_on = interfaces.choose(None if folder else interface, one_machine)
+    if folder:
+        world.generation = int(os.environ.get("DIST_INT8_GENERATION", "0"))
+        store = file_store(Path(folder), world, timeout_s)
     elif dist.is_initialized():
-        world.store = dist.PrefixStore("dist_int8", dist.distributed_c10d._get_default_store())
+        default = dist.distributed_c10d._get_default_store()
+        store = dist.PrefixStore(f"dist_int8/{next(_joined)}", default)
     else:
-        world.store = _store_of_launcher(place, timeout_s)
-    world.report("joined")
-    if place.rank == 0:
-        world.wait_for("joined", timeout_s)
-    _start_groups_on_cores(world, device_types, listen_on)
+        store = _store_of_launcher(place, timeout_s)
+    try:
+        if place.rank == 0:
+            host = interfaces.address_of(listen_on)
+            world.monitor = Monitor(world.others, host, step_timeout_s)
+            store.set(ADDRESS_KEY, world.monitor.address)
+            meet(world, store, device_types, listen_on, timeout_s)
+        else:
+            world.watch(_address_of_rank_0(store, world, timeout_s), timeout_s)
+            connect(world, store, device_types, listen_on, timeout_s)
+    except BaseException:
+        if place.rank == 0:
+            world.kill()
+        raise
     return world
+
+
+def file_store(folder: Path, world: World, timeout_s: float) -> dist.Store:
+    store = dist.FileStore(str(folder / f"store-{world.generation}"), world.world_size)
+    store.set_timeout(timedelta(seconds=timeout_s))
+    return store
+
+
+def _address_of_rank_0(store: dist.Store, world: World, timeout_s: float) -> str:
+    """What rank 0 left in the store once it was there."""
+    try:
+        store.wait([ADDRESS_KEY], timedelta(seconds=timeout_s))
+        return store.get(ADDRESS_KEY).decode()
+    except (RuntimeError, dist.DistError) as error:
+        raise _missing_rank_0(world.world_size, timeout_s, error) from None
+
+
+def _missing_rank_0(world_size: int, timeout_s: float, error: BaseException) -> LostRank:
+    return LostRank(
+        f"rank 0 of {world_size} is not joined after {timeout_s:.0f} s ({reason(error)}); see "
+        "whether the launcher started it",
+        0,
+    )
+
+
+def meet(
+    world: World,
+    store: dist.Store,
+    device_types: set[str],
+    listen_on: dict[str, str],
+    timeout_s: float,
+) -> None:
+    """Waits, on rank 0, for every other rank, and connects them."""
+    world.wait_for("joined", timeout_s)
+    connect(world, store, device_types, listen_on, timeout_s)
 
 
 def stay_on(cores: frozenset[int]) -> None:
@@ -276,43 +150,65 @@ def stay_on(cores: frozenset[int]) -> None:
         os.sched_setaffinity(0, cores)
 
 
-def _start_groups_on_cores(world: World, device_types: set[str], listen_on: dict[str, str]) -> None:
+def connect(
+    world: World,
+    store: dist.Store,
+    device_types: set[str],
+    listen_on: dict[str, str],
+    timeout_s: float,
+) -> None:
     """Starts the groups so that gloo's own thread stays on this rank's cores.
 
     On the core of another busy stage that thread would wait for its turn of the scheduler, several
     milliseconds, though this rank idles. A thread passes its cores on to those it starts, so the
-    groups are made in one; the caller, which may be a user's session, keeps all of its cores.
+    groups are made in one; the caller, which may be a user's session, keeps all of its cores. And
+    the caller looks meanwhile whether the others live: gloo waits for one that ended.
     """
-    failure: list[BaseException] = []
+    result: list[dict[str, Any] | BaseException] = []
 
     def start() -> None:
         try:
             stay_on(world.cores)
-            _start_groups(world, device_types, listen_on)
+            result.append(_start_groups(world, store, device_types, listen_on, timeout_s))
         except BaseException as error:  # raised again where it is awaited
-            failure.append(error)
+            result.append(error)
 
-    thread = threading.Thread(target=start, name="connect")
+    thread = threading.Thread(target=start, name="connect", daemon=True)
     thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
+    generation = world.generation
+    while not result:
+        thread.join(POLL_S)
+        world.check()
+        if world.pulse is not None and world.ordered > generation:
+            raise RankDied("lost: rank 0 asks to meet anew")
+    if isinstance(result[0], dict):
+        world.groups = result[0]
+    elif isinstance(result[0], (RuntimeError, dist.DistError)):
+        error = RankDied(f"the ranks cannot connect: {reason(result[0])}")
+        raise error if world.rank else world.blame(error)
+    else:
+        raise result[0]
 
 
-def _start_groups(world: World, device_types: set[str], listen_on: dict[str, str]) -> None:
+def _start_groups(
+    world: World,
+    store: dist.Store,
+    device_types: set[str],
+    listen_on: dict[str, str],
+    timeout_s: float,
+) -> dict[str, Any]:
     """Connects the ranks: gloo for headers, results and CPU stages, NCCL between GPUs."""
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
-    options._timeout = IDLE_TIMEOUT
+    options._timeout = timedelta(seconds=timeout_s)  # for connecting; whoever waits later says
     options._devices = [gloo.create_device(**listen_on)]
     place = (world.rank, world.world_size)
-    world.groups["cpu"] = gloo(dist.PrefixStore("gloo", world.store), *place, options)
+    groups = {"cpu": gloo(dist.PrefixStore("gloo", store), *place, options)}
     if device_types == {"cuda"}:  # mixed with CPU stages, hidden_states go through gloo
         nccl = dist.ProcessGroupNCCL.Options()
         nccl._timeout = IDLE_TIMEOUT
-        world.groups["cuda"] = dist.ProcessGroupNCCL(
-            dist.PrefixStore("nccl", world.store), *place, nccl
-        )
+        groups["cuda"] = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), *place, nccl)
+    return groups
 
 
 def _master_address() -> str:
@@ -328,9 +224,12 @@ def _store_of_launcher(place: Launched, timeout_s: float) -> dist.Store:
     timeout = timedelta(seconds=timeout_s)
     hosted_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if place.rank or hosted_by_agent:
-        store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+        try:
+            store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+        except (RuntimeError, dist.DistError) as error:
+            raise _missing_rank_0(place.world_size, timeout_s, error) from None
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.PrefixStore(f"dist_int8/{attempt}", store)
+        return dist.PrefixStore(f"dist_int8/{attempt}/{next(_joined)}", store)
     family = socket.getaddrinfo(host, port)[0][0]
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -350,14 +249,7 @@ def _store_of_launcher(place: Launched, timeout_s: float) -> dist.Store:
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )
-    return dist.PrefixStore("dist_int8/0", store)
-
-
-def _describe_exit(child: subprocess.Popen[bytes]) -> str:
-    code = child.returncode
-    if code is not None and code < 0:
-        return f"died with signal {signal.Signals(-code).name}"
-    return f"ended with exit code {code}"
+    return dist.PrefixStore(f"dist_int8/0/{next(_joined)}", store)
 
 
 def reason(error: BaseException) -> str:

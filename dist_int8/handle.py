@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import random
+import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +17,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 from dist_int8.config import GenerationSettings, Settings
-from dist_int8.engine import Completion, Engine, Request, Speed, Token
+from dist_int8.engine import Completion, Draining, Engine, Request, Speed, Token
 from dist_int8.engine.text import TextStream
 from dist_int8.models import ModelSpec
 from dist_int8.partition import Plan
-from dist_int8.pipeline import schedule
+from dist_int8.pipeline import RankDied, schedule
 from dist_int8.pipeline.trace import Trace
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
@@ -43,7 +45,11 @@ class Model:
         self._spec = spec
         self._engine = engine
         self._closed = False
+        self._closing = threading.Lock()
         atexit.register(self.shutdown)
+        world = engine.pipeline.world
+        if world.monitor is not None:
+            world.monitor.on_loss = self._look_after_ranks
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -195,15 +201,44 @@ class Model:
 
     def shutdown(self) -> None:
         """Ends every stage and its process. Safe to call twice."""
-        if self._closed:
-            return
-        self._closed = True
-        atexit.unregister(self.shutdown)
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            atexit.unregister(self.shutdown)
+            try:
+                self._engine.drain()
+                self._engine.pipeline.close()
+            except RuntimeError:  # a stage is gone already; end the others all the same
+                self._engine.pipeline.kill()
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Shuts down in an orderly way: running prompts get their answers first.
+
+        Prompts without a KV slot yet, and calls that come, get `Draining`. It may be called from
+        any thread but that of a `generate` under way, which could not go on meanwhile.
+
+        Args:
+            timeout_s: so long at most, then what still runs gets `Draining` too; by default the
+                setting drain_timeout.
+
+        Returns:
+            Whether everything that ran got its answer.
+        """
+        timeout_s = self.settings.drain_timeout if timeout_s is None else timeout_s
+        deadline = time.monotonic() + timeout_s
+        self._engine.refuse_new()
         try:
-            self._engine.drain()
-            self._engine.pipeline.close()
-        except RuntimeError:  # a stage is gone already; end the others all the same
-            self._engine.pipeline.kill()
+            while self._engine.num_running and time.monotonic() < deadline:
+                self._engine.step()
+        except RuntimeError:  # its callers get the same; `failed` says so below
+            pass
+        done = not self._engine.num_running and not self._engine.failed
+        self._engine.give_up(
+            Draining(f"generate: the answer must end within {timeout_s:g} s of the shutdown")
+        )
+        self.shutdown()
+        return done
 
     def __enter__(self) -> Model:
         return self
@@ -300,6 +335,20 @@ class Model:
             for request in requests
         ]
 
+    def _look_after_ranks(self) -> None:
+        """A rank was lost while perhaps nobody waits: recovers, or ends the others."""
+        try:
+            self._engine.check()
+        except Exception:  # remembered, for whoever calls next
+            self._close_if_failed()
+
+    def _close_if_failed(self) -> None:
+        with self._closing:
+            if self._engine.failed and not self._closed:
+                self._closed = True
+                atexit.unregister(self.shutdown)
+                self._engine.pipeline.kill()
+
     def _running(self) -> _Running:
         return _Running(self)
 
@@ -311,11 +360,11 @@ class _Running:
         self.model = model
 
     def __enter__(self) -> None:
+        failure = self.model._engine.failure
+        if isinstance(failure, RankDied):
+            raise type(failure)(f"{failure}; load the model again, it stays closed", failure.rank)
         if self.model._closed:
             raise ValueError("generate: the model must be loaded, got one shut down; load it again")
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.model._engine.failed and not self.model._closed:
-            self.model._closed = True
-            atexit.unregister(self.model.shutdown)
-            self.model._engine.pipeline.kill()
+        self.model._close_if_failed()

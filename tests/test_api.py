@@ -218,7 +218,7 @@ def test_a_rank_that_dies_during_generate_is_named_and_takes_all_with_it(tiny_ll
             pass
     assert time.monotonic() - started < 10
     assert not any(is_running(child.pid) for child in children.values())
-    with pytest.raises(ValueError, match="load it again"):
+    with pytest.raises(RankDied, match="load the model again"):
         model.generate("abc")
 
 

@@ -58,7 +58,7 @@ def listening_addresses(pid: int) -> set[str]:
 
 def _rank(rank: int, port: int, queue) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ.pop("DIST_INT8_STORE", None)
+    os.environ.pop("DIST_INT8_FOLDER", None)
     world = distributed.join(Launched(rank, 2, rank), {"cpu"}, 60.0)
     tensor = torch.full((1,), rank)
     world.groups["cpu"].allreduce([tensor]).wait()

@@ -7,9 +7,10 @@ callers in several threads drive the same pipeline without a thread of its own.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 
@@ -19,13 +20,17 @@ from torch import Tensor
 from dist_int8.engine.lanes import Lanes, Turn
 from dist_int8.engine.requests import Request, Token
 from dist_int8.engine.sampling import NOT_A_TOKEN
-from dist_int8.pipeline import schedule
+from dist_int8.pipeline import RankDied, schedule
 from dist_int8.pipeline.microbatch import Kind, Limits, MicroBatch, Result
 from dist_int8.pipeline.runner import Pipeline
 
 
 class QueueFull(RuntimeError):
     """More requests wait than the settings allow; try again later."""
+
+
+class Draining(RuntimeError):
+    """The model is being shut down and takes no new requests."""
 
 
 class Engine:
@@ -40,6 +45,7 @@ class Engine:
         smallest_chunk: prompt tokens below which cutting costs more than an idle stage.
         eos_token_ids: tokens that end an answer.
         max_queue: requests that may wait for a slot.
+        restore: makes a pipeline work again after a RankDied, or raises it; None: nobody can.
     """
 
     def __init__(
@@ -53,6 +59,7 @@ class Engine:
         smallest_chunk: int,
         eos_token_ids: frozenset[int],
         max_queue: int,
+        restore: Callable[[Pipeline, RankDied], None] | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.limits = limits
@@ -74,7 +81,9 @@ class Engine:
             else 1
         )
         self._chunk = prefill_chunk
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None  # what went wrong in the pipeline, for good
+        self._restore = restore
+        self._draining = False
 
     def num_lanes(self, num_requests: int) -> int:
         """Micro-batches that so many requests are dealt to."""
@@ -83,7 +92,7 @@ class Engine:
     @property
     def failed(self) -> bool:
         """Something went wrong between submission and result: nothing can follow it."""
-        return self._failure is not None
+        return self.failure is not None
 
     @property
     def num_waiting(self) -> int:
@@ -100,8 +109,11 @@ class Engine:
 
         Raises:
             QueueFull: more would wait than max_queue.
+            Draining: no more are taken.
         """
         with self._lock:
+            if self._draining:
+                raise Draining("generate: the model must take requests, got one shutting down")
             room = len(self._lanes.free_slots) + self.max_queue
             if len(self._waiting) + len(requests) > room:
                 raise QueueFull(
@@ -132,19 +144,51 @@ class Engine:
             RankDied: a rank ended or failed; nothing more will come.
         """
         with self._lock, self._guarded():
-            self._admit()
-            turn = None
-            if len(self._in_flight) < self._limit:
-                turn = self._lanes.next(self._budget(), self.num_steps + 1)
-            if turn is not None:
-                self.num_steps += 1
-                self.pipeline.submit(turn.micro_batch)
-                self._in_flight.append(turn)
-            if not self._in_flight:
-                assert not self._waiting and not self.num_running, "a sequence waits for another"
-                return False
-            self._take_result(wait=turn is None)
-            return True
+            try:
+                return self._step()
+            except RankDied as error:
+                self._recover(error)
+                return True
+
+    def _step(self) -> bool:
+        self._admit()
+        turn = None
+        if len(self._in_flight) < self._limit:
+            turn = self._lanes.next(self._budget(), self.num_steps + 1)
+        if turn is not None:
+            self.num_steps += 1
+            self.pipeline.submit(turn.micro_batch)
+            self._in_flight.append(turn)
+        if not self._in_flight:
+            assert not self._waiting and not self.num_running, "a sequence waits for another"
+            return False
+        self._take_result(wait=turn is None)
+        return True
+
+    def check(self) -> None:
+        """Looks whether every rank lives, and recovers; for when nobody waits for a token.
+
+        Raises:
+            RankDied: a rank ended or failed; nothing more will come.
+        """
+        with self._lock, self._guarded():
+            try:
+                self.pipeline.check()
+            except RankDied as error:
+                self._recover(error)
+
+    def refuse_new(self) -> None:
+        """From now on only what has a slot runs; what waits and what comes gets Draining."""
+        with self._lock:
+            self._draining = True
+
+    def give_up(self, error: Exception) -> None:
+        """Ends whatever runs or waits; its callers get the error."""
+        with self._lock:
+            for request in [*self._lanes.running, *self._waiting]:
+                if not request.ended:
+                    request.error = error
+            self._waiting.clear()
 
     def run(self, requests: Iterable[Request], keep_going: bool = False) -> Iterator[Token]:
         """Runs the requests to their ends; yields every token as it arrives.
@@ -160,14 +204,21 @@ class Engine:
         Raises:
             QueueFull: not even the first may wait.
             RankDied: a rank ended or failed.
+            Draining: the model is being shut down; what has a slot ends first.
             RuntimeError: the model's logits are NaN.
         """
         left = iter(requests)
         active: list[Request] = []
-        more, queued = True, False
+        more, queued, refused = True, False, False
         try:
             while more or active:
                 with self._lock:
+                    if self._draining:
+                        waiting = [request for request in active if request in self._waiting]
+                        for request in waiting:
+                            self.cancel(request)
+                        refused |= more or bool(waiting)
+                        more = False
                     room = len(self._lanes.free_slots) + self.max_queue - self.num_waiting
                     room = min(room, 2 * self.limits.num_slots - len(active))
                     count = max(room, 0 if queued else 1) if more else 0
@@ -185,39 +236,55 @@ class Engine:
                     if request.error is not None and not keep_going:
                         raise request.error
                 active = [request for request in active if not request.ended]
+            if refused:
+                raise Draining("generate: the model was shut down before every prompt was begun")
         finally:  # the caller may have lost interest
             for request in active:
                 self.cancel(request)
 
     def logits(self, input_ids: list[list[int]]) -> Iterator[tuple[int, int, Tensor]]:
-        """(sequence, first position, logits fp32 [tokens, V]) of every chunk of every sequence."""
+        """(sequence, first position, logits fp32 [tokens, V]) of every chunk of every sequence.
+
+        After a recovery all of them come again.
+
+        Raises:
+            RankDied: a rank ended or failed.
+        """
         with self._lock, self._guarded():
+            while True:
+                try:
+                    yield from self._logits(input_ids)
+                    return
+                except RankDied as error:
+                    self._recover(error)
+
+    def _logits(self, input_ids: list[list[int]]) -> Iterator[tuple[int, int, Tensor]]:
+        self.drain()
+        while not self._lanes.free_slots:
+            self._step()
             self.drain()
-            while not self._lanes.free_slots:
-                self.step()
-                self.drain()
-            slots = list(self._lanes.free_slots)
-            size = self._chunk_for(sum(map(len, input_ids)))
-            under_way: deque[tuple[int, int]] = deque()
-            for index, token_ids in enumerate(input_ids):
-                slot = slots[index % len(slots)]
-                for start in range(0, len(token_ids), size):
-                    if len(under_way) >= self._limit:
-                        yield (*under_way.popleft(), self._result().values)
-                    self.num_steps += 1
-                    chunk = token_ids[start : start + size]
-                    self.pipeline.submit(
-                        MicroBatch(
-                            Kind.LOGITS,
-                            step=self.num_steps,
-                            token_ids=torch.tensor(chunk),
-                            segments=torch.tensor([[slot, start, len(chunk)]], dtype=torch.int32),
-                            emits=torch.zeros(1, dtype=torch.int64),
-                        )
+        slots = list(self._lanes.free_slots)
+        size = self._chunk_for(sum(map(len, input_ids)))
+        under_way: deque[tuple[int, int]] = deque()
+        for index, token_ids in enumerate(input_ids):
+            slot = slots[index % len(slots)]
+            for start in range(0, len(token_ids), size):
+                if len(under_way) >= self._limit:
+                    yield (*under_way.popleft(), self._result().values)
+                self.num_steps += 1
+                chunk = token_ids[start : start + size]
+                self.pipeline.submit(
+                    MicroBatch(
+                        Kind.LOGITS,
+                        step=self.num_steps,
+                        token_ids=torch.tensor(chunk),
+                        segments=torch.tensor([[slot, start, len(chunk)]], dtype=torch.int32),
+                        emits=torch.zeros(1, dtype=torch.int64),
                     )
-                    under_way.append((index, start))
-            while under_way:
-                yield (*under_way.popleft(), self._result().values)
+                )
+                under_way.append((index, start))
+        while under_way:
+            yield (*under_way.popleft(), self._result().values)
 
     def drain(self) -> None:
         """Takes the results that are still under way."""
@@ -228,13 +295,25 @@ class Engine:
     @contextmanager
     def _guarded(self) -> Iterator[None]:
         """Remembers what went wrong, for the callers that come after."""
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise copy.copy(self.failure)  # several threads may wait; each has its own traceback
         try:
             yield
         except BaseException as error:
-            self._failure = error
+            self.failure = error
             raise
+
+    def _recover(self, error: RankDied) -> None:
+        """Replays every running sequence through stages that work again; else raises."""
+        if self._restore is None:
+            raise error
+        self._restore(self.pipeline, error)
+        self._in_flight.clear()
+        for request in self._lanes.running:
+            if request.ended:  # cancelled while its token was computed
+                self._lanes.release(request)
+            else:
+                request.replay()
 
     def _result(self) -> Result:
         result = self.pipeline.result()

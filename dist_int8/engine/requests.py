@@ -21,6 +21,7 @@ class Request:
         seed: of its own random generator.
         text: its answer as text.
         slot: its place in the KV cache while it runs.
+        num_replayed: tokens of the answer that are prefilled again, after a recovery.
         num_submitted: tokens that went into the pipeline.
         pending: a token of it is being computed.
         token_ids: the answer so far.
@@ -35,6 +36,7 @@ class Request:
     seed: int
     text: TextStream
     slot: int = -1
+    num_replayed: int = 0
     num_submitted: int = 0
     pending: bool = False
     token_ids: list[int] = field(default_factory=list)
@@ -43,12 +45,23 @@ class Request:
     outbox: deque[Token] = field(default_factory=deque)
 
     @property
+    def prefill_ids(self) -> list[int]:
+        """What is prefilled: the prompt and, after a recovery, the answer so far."""
+        return self.prompt_ids + self.token_ids[: self.num_replayed]
+
+    def replay(self) -> None:
+        """Back to the start, with the answer so far as part of what is prefilled."""
+        self.num_replayed = len(self.token_ids)
+        self.num_submitted = 0
+        self.pending = False
+
+    @property
     def ended(self) -> bool:
         return self.finish_reason is not None or self.error is not None
 
     @property
     def num_prompt_left(self) -> int:
-        return max(0, len(self.prompt_ids) - self.num_submitted)
+        return max(0, len(self.prompt_ids) + self.num_replayed - self.num_submitted)
 
 
 @dataclass(frozen=True)

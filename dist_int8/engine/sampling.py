@@ -1,7 +1,8 @@
 """Chooses the next token of each sequence, on the last stage.
 
 Greedy rows take the likeliest token. The others go through transformers' logits processors one by
-one, each with its own random generator, so a sequence's tokens do not depend on its company.
+one, each with its own random generator, so a sequence's tokens do not depend on its company. The
+generator is seeded anew for every position: a sequence that is replayed draws as it would have.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dist_int8.pipeline.microbatch import SAMPLING_FIELDS, MicroBatch
+from dist_int8.pipeline.microbatch import SAMPLING_FIELDS, BadMessage, MicroBatch
 
 NOT_A_TOKEN = -1  # in place of a token whose logits are NaN
 
@@ -30,6 +31,8 @@ class _Slot:
     generator: torch.Generator | None  # None: greedy
     token_ids: Tensor | None  # int64 [max_tokens], where a processor reads the sequence
     length: int = 0
+    seed: int = 0
+    position: int = 0  # of the next token
 
 
 class TokenSampler:
@@ -44,7 +47,11 @@ class TokenSampler:
         self._slots: dict[int, _Slot] = {}
 
     def observe(self, micro_batch: MicroBatch) -> None:
-        """Takes the sampling settings and the tokens that a micro-batch brings."""
+        """Takes the sampling settings and the tokens that a micro-batch brings.
+
+        Raises:
+            BadMessage: a sequence whose settings never came.
+        """
         for (slot, seed), settings in zip(
             micro_batch.starts.tolist(), micro_batch.settings.tolist(), strict=True
         ):
@@ -53,7 +60,10 @@ class TokenSampler:
             )
         row = 0
         for slot, start, count in micro_batch.segments.tolist():
+            if slot not in self._slots:
+                raise BadMessage(f"control: slot {slot} must have sampling settings, got none yet")
             state = self._slots[slot]
+            state.position = start + count
             if state.token_ids is not None:
                 state.token_ids[start : start + count] = micro_batch.token_ids[row : row + count]
                 state.length = start + count
@@ -66,6 +76,7 @@ class TokenSampler:
             state = self._slots[slot]
             if state.processors and token_ids[row] != NOT_A_TOKEN:
                 token_ids[row] = self._process(state, logits[row : row + 1].cpu())
+            state.position += 1
         return torch.tensor(token_ids, dtype=torch.int64)
 
     def _configure(self, seed: int, settings: dict[str, float]) -> _Slot:
@@ -75,7 +86,7 @@ class TokenSampler:
             processors.append(RepetitionPenaltyLogitsProcessor(penalty))
         generator = None
         if settings["temperature"] > 0:
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator()
             processors.append(TemperatureLogitsWarper(settings["temperature"]))
             if settings["top_k"] > 0:
                 processors.append(TopKLogitsWarper(int(settings["top_k"])))
@@ -83,7 +94,7 @@ class TokenSampler:
                 processors.append(TopPLogitsWarper(settings["top_p"]))
         needs_tokens = penalty != 1.0
         token_ids = torch.empty(self.max_tokens, dtype=torch.int64) if needs_tokens else None
-        return _Slot(processors, generator, token_ids)
+        return _Slot(processors, generator, token_ids, seed=seed)
 
     def _process(self, state: _Slot, logits: Tensor) -> int:
         seen = torch.zeros(1, 0, dtype=torch.int64)
@@ -93,7 +104,22 @@ class TokenSampler:
         if state.generator is None:
             return int(scores.argmax())
         probabilities = scores.softmax(dim=-1)
+        if probabilities[0, 0].isnan():  # a score is infinite, after a tiny repetition penalty say
+            return NOT_A_TOKEN
+        state.generator.manual_seed(_mixed(state.seed, state.position))
         return int(torch.multinomial(probabilities, 1, generator=state.generator))
+
+
+def _mixed(seed: int, position: int) -> int:
+    """A seed of its own for every token, so that a sequence can go on from any of them.
+
+    The finalizer of splitmix64 (Steele, Lea and Flood 2014), after a step for each position.
+    """
+    bits = 2**64 - 1
+    mixed = (seed + (position + 1) * 0x9E3779B97F4A7C15) & bits
+    mixed = ((mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9) & bits
+    mixed = ((mixed ^ mixed >> 27) * 0x94D049BB133111EB) & bits
+    return mixed ^ mixed >> 31
 
 
 def _likeliest(logits: Tensor) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from dist_int8 import distributed
 from dist_int8.distributed import Launched, RankDied, World
 from dist_int8.pipeline import microbatch
-from dist_int8.pipeline.microbatch import BadMessage, Kind, Limits, MicroBatch, Result
+from dist_int8.pipeline.microbatch import Kind, Limits, MicroBatch, Result
 from dist_int8.pipeline.transport import Transport
 
 LIMITS = Limits(num_slots=4, max_tokens=64, max_rows=32, hidden_size=8, vocab_size=100)
@@ -17,7 +17,7 @@ NUM_MESSAGES = 9
 
 
 def make_world(rank: int, path: str) -> World:
-    os.environ["DIST_INT8_STORE"] = path
+    os.environ["DIST_INT8_FOLDER"] = path
     return distributed.join(Launched(rank, 2, rank), {"cpu"}, 60.0)
 
 
@@ -65,11 +65,11 @@ def forge(world: World):
         header, _ = microbatch.pack(message(3)[0])
         header[5] = 2**40  # tokens
         world.groups["cpu"].send([header.view(torch.uint8)], 1, 0).wait()
+        transport.send(*message(3))
+        transport.flush()
         return "sent"
-    try:
-        transport.next()
-    except BadMessage as error:
-        return str(error)
+    micro_batch, _ = transport.next()
+    return transport.num_refused, micro_batch.step
 
 
 def die(world: World):
@@ -94,7 +94,7 @@ def _rank(rank: int, path: str, what, queue) -> None:
 def run(tmp_path, what, num_results=2):
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    arguments = (str(tmp_path / "store"), what, queue)
+    arguments = (str(tmp_path), what, queue)
     ranks = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(2)]
     for process in ranks:
         process.start()
@@ -110,8 +110,9 @@ def test_messages_arrive_whole_and_in_order(tmp_path):
     assert results == {0: [10 * step for step in range(NUM_MESSAGES)], 1: "ended"}
 
 
-def test_a_forged_header_is_refused(tmp_path):
-    assert "num_tokens must be 1 to 32" in run(tmp_path, forge)[1]
+def test_a_forged_header_is_refused_and_the_next_message_taken(tmp_path, capfd):
+    assert run(tmp_path, forge)[1] == (1, 3)
+    assert "[rank 1 stage 1] refused message 1 from rank 0: header" in capfd.readouterr().err
 
 
 def test_a_closed_connection_names_the_rank(tmp_path):

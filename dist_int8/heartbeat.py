@@ -1,0 +1,432 @@
+"""Who is alive and how far: a TCP connection between rank 0 and every other rank.
+
+Both ends send a beat a second, whatever the rank computes or waits for. A kernel closes the
+connections of a process that ends, which the other end sees at once; a process that was stopped, or
+whose link was cut, falls silent. A beat of a rank above 0 says which micro-batch came last and
+which left last, so that rank 0 can tell the stage that hangs from those that wait for it. States
+("ready", "failed: why", "lost: which neighbour") and rank 0's orders go the same way. The store in
+which the ranks met is not asked again: its calls block when a link is cut.
+
+A message is a fixed header and at most MAX_PAYLOAD bytes; whoever sends anything else, or does not
+know the token from the store, is hung up on. Standard library only; imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import IntEnum
+
+BEAT_S = 1.0
+TOKEN_BYTES = 16
+MAX_PAYLOAD = 1024
+MAX_STRANGERS = 64  # connections that have not said who they are
+_HEADER = struct.Struct("!IBHI")  # magic, kind, bytes of payload, generation
+_BEAT = struct.Struct("!qq")
+_RANK = struct.Struct("!I")
+_MAGIC = 0x64386862  # "d8hb"
+
+
+class Forged(ValueError):
+    """Bytes that no rank of this pipeline sends."""
+
+
+class Kind(IntEnum):
+    """What a message is."""
+
+    HELLO = 1  # token and rank: the first word of a rank above 0
+    BEAT = 2  # last micro-batch that came and last that left
+    STATE = 3  # text
+    REGROUP = 4  # rank 0's order: meet again in the generation of the header
+    BYE = 5  # this end is done; its closed connection means nothing
+
+
+class Link:
+    """One end of a connection; sends never wait."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.connection = connection
+        self.heard = time.monotonic()
+        self._buffer = b""
+        self._lock = threading.Lock()
+
+    def send(self, kind: Kind, payload: bytes = b"", generation: int = 0) -> None:
+        """Hands a message to the kernel. What it cannot take or deliver shows as silence."""
+        message = _HEADER.pack(_MAGIC, kind, len(payload), generation) + payload
+        with self._lock, suppress(OSError):
+            self.connection.send(message)
+
+    def receive(self) -> list[tuple[Kind, int, bytes]] | None:
+        """(kind, generation, payload) of what has arrived; None when the other end has closed.
+
+        Raises:
+            Forged: that is no message.
+        """
+        try:
+            data = self.connection.recv(1 << 16)
+        except BlockingIOError:
+            return []
+        except OSError:
+            return None
+        if not data:
+            return None
+        self.heard = time.monotonic()
+        self._buffer += data
+        messages = []
+        while len(self._buffer) >= _HEADER.size:
+            magic, kind, size, generation = _HEADER.unpack_from(self._buffer)
+            if magic != _MAGIC or not 1 <= kind <= len(Kind) or size > MAX_PAYLOAD:
+                raise Forged("heartbeat: a message that no rank sends")
+            end = _HEADER.size + size
+            if len(self._buffer) < end:
+                break
+            messages.append((Kind(kind), generation, self._buffer[_HEADER.size : end]))
+            self._buffer = self._buffer[end:]
+        return messages
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+@dataclass
+class Peer:
+    """What rank 0 knows about another rank.
+
+    Attributes:
+        link: to it; None before it joined.
+        state: what it said last: "joined", "ready", "failed: why", "lost: which neighbour".
+        received, done: number of the micro-batch that came last and that left last.
+        gone: its connection closed before it said that it is done.
+        ended: it said so.
+    """
+
+    link: Link | None = None
+    state: str = ""
+    received: int = 0
+    done: int = 0
+    gone: bool = False
+    ended: bool = False
+
+
+class _Beating:
+    """A daemon thread that reads what comes, sends beats and looks who is silent."""
+
+    def __init__(self, name: str) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._wake, wakened = socket.socketpair()
+        self._selector.register(wakened, selectors.EVENT_READ)
+        self._wakened = wakened
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def close(self) -> None:
+        """Ends the thread and the connections. Safe to call twice and from the thread itself."""
+        if self._closed:
+            return
+        self._closed = True
+        with suppress(OSError):
+            self._wake.send(b"\0")
+        if threading.current_thread() is not self._thread and self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        due = time.monotonic()
+        while not self._closed:
+            wait_s = max(0.0, due - time.monotonic())
+            asleep = time.monotonic()
+            ready = self._selector.select(wait_s)
+            stood_still = time.monotonic() - asleep - wait_s
+            if stood_still > BEAT_S:  # this process itself was stopped: it heard nobody
+                self._forgive(stood_still)
+            for key, _ in ready:
+                if not self._closed and key.fileobj is not self._wakened:
+                    self._read(key)
+            if time.monotonic() >= due and not self._closed:
+                due = time.monotonic() + BEAT_S
+                self._beat()
+            if not self._closed:
+                self._look()
+        self._selector.close()
+        self._wake.close()
+        self._wakened.close()
+        self._close_links()
+
+    def _forgive(self, seconds: float) -> None:
+        raise NotImplementedError
+
+    def _read(self, key: selectors.SelectorKey) -> None:
+        raise NotImplementedError
+
+    def _beat(self) -> None:
+        raise NotImplementedError
+
+    def _look(self) -> None:
+        raise NotImplementedError
+
+    def _close_links(self) -> None:
+        raise NotImplementedError
+
+
+class Monitor(_Beating):
+    """Rank 0's end: listens until every other rank has joined, then hears them.
+
+    Args:
+        ranks: the other ranks.
+        host: address to listen on.
+        silence_s: so long without a beat means stopped or cut off.
+
+    Attributes:
+        peers: the other ranks, by number.
+        on_loss: called from a thread of its own when a rank is gone or silent, once a generation.
+    """
+
+    def __init__(self, ranks: range, host: str, silence_s: float) -> None:
+        super().__init__("heartbeats")
+        self.peers = {rank: Peer() for rank in ranks}
+        self.generation = 0
+        self.silence_s = silence_s
+        self.on_loss: Callable[[], None] | None = None
+        self._host = host
+        self._strangers: set[Link] = set()
+        self._listener: socket.socket | None = None
+        self._noticed = False
+        self.address = self._listen()
+        self._thread.start()
+
+    def silent_s(self, rank: int) -> float:
+        """Seconds since a rank that joined was last heard; 0.0 where that means nothing."""
+        peer = self.peers[rank]
+        if peer.link is None or peer.gone or peer.ended:
+            return 0.0
+        return time.monotonic() - peer.link.heard
+
+    def regroup(self, lost: set[int]) -> str:
+        """Begins a new generation: those that are not lost are told, the others may join anew.
+
+        Returns:
+            Where and how those that are started again report; see `address`.
+        """
+        self.generation += 1
+        for rank in lost:
+            link = self.peers[rank].link
+            self.peers[rank] = Peer()
+            if link is not None:
+                self._drop(link)
+        self.address = self._listen()
+        with suppress(OSError):
+            self._wake.send(b"\0")  # the thread shall wait for the listener too
+        for peer in self.peers.values():
+            peer.state, peer.received, peer.done = "", 0, 0
+            if peer.link is not None:
+                peer.link.send(Kind.REGROUP, generation=self.generation)
+        self._noticed = False
+        return self.address
+
+    def say_bye(self) -> None:
+        """Tells every rank that the connection will be closed on purpose."""
+        for peer in self.peers.values():
+            if peer.link is not None:
+                peer.link.send(Kind.BYE)
+
+    def _listen(self) -> str:
+        """Listens at a free port; "host port token" for the ranks that shall join."""
+        self._token = os.urandom(TOKEN_BYTES)
+        family = socket.getaddrinfo(self._host, 0, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.bind((self._host, 0))
+        listener.listen(MAX_STRANGERS)
+        listener.setblocking(False)
+        if self._listener is not None:
+            self._stop_listening()
+        self._listener = listener
+        self._selector.register(listener, selectors.EVENT_READ)
+        return f"{self._host} {listener.getsockname()[1]} {self._token.hex()}"
+
+    def _stop_listening(self) -> None:
+        assert self._listener is not None
+        self._selector.unregister(self._listener)
+        self._listener.close()
+        self._listener = None
+
+    def _read(self, key: selectors.SelectorKey) -> None:
+        if key.fileobj is self._listener:
+            self._accept()
+            return
+        link = key.data
+        if link is None or key.fileobj.fileno() < 0:  # type: ignore[union-attr]  # dropped meanwhile
+            return
+        try:
+            messages = link.receive()
+            for message in messages or ():
+                self._take(link, *message)
+        except (Forged, struct.error, UnicodeDecodeError):
+            messages = None
+        if messages is None:
+            for peer in self.peers.values():
+                if peer.link is link:
+                    peer.gone = not peer.ended
+            self._drop(link)
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        with suppress(OSError):
+            connection, _ = self._listener.accept()
+            if len(self._strangers) >= MAX_STRANGERS:
+                connection.close()
+                return
+            link = Link(connection)
+            self._strangers.add(link)
+            self._selector.register(connection, selectors.EVENT_READ, link)
+
+    def _take(self, link: Link, kind: Kind, generation: int, payload: bytes) -> None:
+        if link in self._strangers:
+            self._greet(link, kind, payload)
+            return
+        peer = next(peer for peer in self.peers.values() if peer.link is link)
+        if kind == Kind.BYE:
+            peer.ended = True
+        elif kind == Kind.BEAT:
+            peer.received, peer.done = _BEAT.unpack(payload)
+        elif kind == Kind.STATE and generation == self.generation:
+            peer.state = payload.decode()
+        elif kind != Kind.STATE:
+            raise Forged(f"heartbeat: kind {kind} comes from rank 0 only")
+
+    def _greet(self, link: Link, kind: Kind, payload: bytes) -> None:
+        if kind != Kind.HELLO or payload[:TOKEN_BYTES] != self._token:
+            raise Forged("heartbeat: a stranger")
+        (rank,) = _RANK.unpack(payload[TOKEN_BYTES:])
+        if rank not in self.peers or self.peers[rank].link is not None:
+            raise Forged(f"heartbeat: rank {rank} is here already")
+        self._strangers.discard(link)
+        self.peers[rank] = Peer(link, "joined")
+        if all(peer.link is not None for peer in self.peers.values()):
+            self._stop_listening()
+
+    def _drop(self, link: Link) -> None:
+        self._strangers.discard(link)
+        with suppress(KeyError, ValueError):
+            self._selector.unregister(link.connection)
+        link.close()
+
+    def _forgive(self, seconds: float) -> None:
+        for peer in self.peers.values():
+            if peer.link is not None:
+                peer.link.heard += seconds
+
+    def _beat(self) -> None:
+        for peer in self.peers.values():
+            if peer.link is not None:
+                peer.link.send(Kind.BEAT, _BEAT.pack(0, 0), self.generation)
+
+    def _look(self) -> None:
+        if self._noticed or self.on_loss is None:
+            return
+        if any(
+            peer.gone or peer.state.startswith("lost: ") or self.silent_s(rank) > self.silence_s
+            for rank, peer in self.peers.items()
+        ):
+            self._noticed = True
+            threading.Thread(target=self.on_loss, name="loss", daemon=True).start()
+
+    def _close_links(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+        for link in [*self._strangers, *(peer.link for peer in self.peers.values())]:
+            if link is not None:
+                link.close()
+
+
+class Pulse(_Beating):
+    """The end of a rank above 0.
+
+    Args:
+        rank: this one.
+        address: "host port token" of rank 0's `Monitor`.
+        timeout_s: for connecting.
+        silence_s: so long without a beat means that rank 0 is stopped or cut off.
+        on_order: called, from the thread, when rank 0 says to meet again in a generation.
+        on_loss: called, from the thread, with what is wrong with rank 0.
+
+    Attributes:
+        received, done: number of the micro-batch that came last and that left last.
+        ending: rank 0 said that it is done.
+
+    Raises:
+        OSError: rank 0 does not listen there.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        address: str,
+        timeout_s: float,
+        silence_s: float,
+        on_order: Callable[[int], None],
+        on_loss: Callable[[str], None],
+    ) -> None:
+        super().__init__("heartbeat")
+        host, port, token = address.split()
+        connection = socket.create_connection((host, int(port)), timeout_s)
+        self.link = Link(connection)
+        self.received = self.done = 0
+        self.ending = False
+        self._silence_s = silence_s
+        self._on_order = on_order
+        self._on_loss = on_loss
+        self._selector.register(connection, selectors.EVENT_READ)
+        self.link.send(Kind.HELLO, bytes.fromhex(token) + _RANK.pack(rank))
+        self._thread.start()
+
+    def say(self, state: str, generation: int) -> None:
+        """Tells rank 0 a state."""
+        text = state.encode()[:MAX_PAYLOAD].decode(errors="ignore").encode()
+        self.link.send(Kind.STATE, text, generation)
+
+    def say_bye(self) -> None:
+        """Tells rank 0 that this rank is done."""
+        self.link.send(Kind.BYE)
+
+    def _read(self, key: selectors.SelectorKey) -> None:
+        try:
+            messages = self.link.receive()
+        except Forged as error:
+            self._lose(str(error))
+            return
+        if messages is None:
+            self._lose("rank 0 is gone")
+            return
+        for kind, generation, _ in messages:
+            if kind == Kind.REGROUP:
+                self._on_order(generation)
+            elif kind == Kind.BYE:
+                self.ending = True
+
+    def _lose(self, why: str) -> None:
+        self._closed = True
+        self._on_loss(why)
+
+    def _forgive(self, seconds: float) -> None:
+        self.link.heard += seconds
+
+    def _beat(self) -> None:
+        self.link.send(Kind.BEAT, _BEAT.pack(self.received, self.done))
+
+    def _look(self) -> None:
+        if time.monotonic() - self.link.heard > self._silence_s:
+            self._lose(
+                f"rank 0 has been silent for {self._silence_s:g} s (step_timeout): it was stopped, "
+                "or the link to it was cut"
+            )
+
+    def _close_links(self) -> None:
+        self.link.close()

@@ -1,0 +1,119 @@
+"""Going on after a rank was lost: rank 0 starts it again, and the others meet it anew.
+
+Ranks that live keep their weights: they drop their connections, wait for rank 0's word and form new
+process groups, under a new generation. Should that fail, the next attempt starts every rank above 0
+again. The engine then replays what was running from its tokens. Only for ranks that `load()`
+started itself: those of a launcher are the launcher's to start.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dist_int8 import spawned
+from dist_int8.pipeline.runner import Pipeline, serve
+from dist_int8.pipeline.stage import Stage
+from dist_int8.pipeline.transport import Transport
+from dist_int8.world import RankDied, World
+
+
+@dataclass(frozen=True)
+class Links:
+    """How this rank is connected, and how it can be again.
+
+    Attributes:
+        world: the ranks.
+        connect: makes the links to the neighbours of the world's present groups.
+        device_types: of all stages.
+        rendezvous_timeout_s: within which ranks must have joined.
+        load_timeout_s: within which stages must be ready.
+    """
+
+    world: World
+    connect: Callable[[], Transport]
+    device_types: set[str]
+    rendezvous_timeout_s: float
+    load_timeout_s: float
+
+
+class Recovery:
+    """Rank 0's part.
+
+    Args:
+        links: of rank 0.
+        max_recoveries: attempts in all, failed ones included.
+    """
+
+    def __init__(self, links: Links, max_recoveries: int) -> None:
+        self.links = links
+        self.max_recoveries = max_recoveries
+        self.num_recoveries = 0
+
+    def restore(self, pipeline: Pipeline, error: RankDied) -> None:
+        """Makes the pipeline work again after a rank was lost, or raises.
+
+        What was under way in it is lost. One line on stderr says what happened.
+
+        Raises:
+            RankDied: the error itself or, where starting again failed, that error; max_recoveries
+                are spent.
+        """
+        world = self.links.world
+        lost = world.lost(error)
+        while True:
+            if self.num_recoveries >= self.max_recoveries or not lost:
+                raise error
+            self.num_recoveries += 1
+            started = time.monotonic()
+            try:
+                if pipeline.transport is not None:
+                    pipeline.transport.abort()
+                spawned.regroup(
+                    world, lost, self.links.device_types, self.links.rendezvous_timeout_s
+                )
+                transport = self.links.connect()
+                world.wait_for("ready", self.links.load_timeout_s)
+                pipeline.reconnect(transport)
+            except RankDied as again:
+                error, lost = world.blame(again), set(world.others)
+                continue
+            names = ", ".join(f"{rank}" for rank in sorted(lost))
+            print(
+                f"[rank 0 stage 0] recovery {self.num_recoveries} of {self.max_recoveries}: "
+                f"{error}; started rank {names} again in {time.monotonic() - started:.1f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+            return
+
+
+def serve_until_shutdown(stage: Stage, links: Links, recover: bool) -> None:
+    """What a rank above 0 does once its stage is built: runs it until rank 0 says SHUTDOWN.
+
+    Raises:
+        RankDied: a neighbour is gone, and nobody recovers.
+        BadMessage: see `serve`.
+    """
+    world = links.world
+    met = True
+    while True:
+        transport = None
+        try:
+            if not met:
+                spawned.rejoin(world, links.device_types, links.rendezvous_timeout_s)
+            transport = links.connect()
+            world.abort = transport.abort
+            world.report("ready")
+            serve(stage, transport, world)
+            world.close()
+            return
+        except RankDied as error:
+            if not recover:
+                raise
+            met, world.abort = False, None
+            world.report(f"lost: {' '.join(str(error).split())}")
+            if transport is not None:
+                transport.abort()  # so that the neighbours notice too

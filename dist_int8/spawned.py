@@ -1,0 +1,121 @@
+"""Ranks that `load()` starts itself, on this machine: started, and started again when lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dist_int8 import distributed, interfaces
+from dist_int8.heartbeat import Monitor
+from dist_int8.world import STEP_TIMEOUT_S, World
+
+
+def is_spawned() -> bool:
+    """Whether this process is a rank that `spawn` started."""
+    return "DIST_INT8_FOLDER" in os.environ
+
+
+def spawn(
+    world_size: int,
+    settings: dict[str, Any],
+    device_types: set[str],
+    timeout_s: float,
+    cores: frozenset[int] = frozenset(),
+    step_timeout_s: float = STEP_TIMEOUT_S,
+) -> World:
+    """Starts ranks 1 .. world_size - 1 on this machine and joins them as rank 0.
+
+    Each is `python -m dist_int8.rank`, gets `settings` as a line of JSON on its standard input, and
+    ends when that pipe closes, so none outlives this process however it ends.
+    """
+    world = World(0, world_size, step_timeout_s, cores)
+    world.folder = Path(tempfile.mkdtemp(prefix="dist_int8-"))
+    line = json.dumps(settings).encode() + b"\n"
+    world.start = lambda rank: _start_rank(world, rank, line)
+    listen_on = interfaces.choose(None, one_machine=True)
+    try:
+        host = interfaces.address_of(listen_on)
+        world.monitor = Monitor(world.others, host, step_timeout_s)
+        store = _store_of_folder(world, timeout_s)
+        for rank in world.others:
+            world.start(rank)
+        distributed.meet(world, store, device_types, listen_on, timeout_s)
+    except BaseException:
+        world.kill()
+        raise
+    return world
+
+
+def regroup(world: World, lost: set[int], device_types: set[str], timeout_s: float) -> None:
+    """Starts the lost ranks of `spawn` again and meets them and the others anew, on rank 0.
+
+    Raises:
+        RankDied: a rank failed or did not join in time.
+    """
+    assert world.monitor is not None and world.start is not None
+    for rank in lost:
+        world.end_child(rank)
+    world.groups.clear()
+    world.generation += 1
+    # A file of its own for the store: a rank that was killed may have left half a line in the old.
+    store = _store_of_folder(world, timeout_s, world.monitor.regroup(lost))
+    for rank in sorted(lost):
+        world.start(rank)
+    distributed.meet(
+        world, store, device_types, interfaces.choose(None, one_machine=True), timeout_s
+    )
+
+
+def rejoin(world: World, device_types: set[str], timeout_s: float) -> None:
+    """Meets the others anew, on a rank above 0 that rank 0 asked to.
+
+    Raises:
+        RankDied: a rank failed or did not join in time, or rank 0 asks for yet another meeting.
+    """
+    world.groups.clear()
+    world.generation = world.wait_for_order()
+    world.report("joined")
+    folder = Path(os.environ["DIST_INT8_FOLDER"])
+    store = distributed.file_store(folder, world, timeout_s)
+    listen_on = interfaces.choose(None, one_machine=True)
+    distributed.connect(world, store, device_types, listen_on, timeout_s)
+
+
+def _start_rank(world: World, rank: int, line: bytes) -> None:
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world.world_size),
+        "LOCAL_RANK": str(rank),
+        "DIST_INT8_FOLDER": str(world.folder),
+        "DIST_INT8_GENERATION": str(world.generation),
+        # the kernel watches the thread that starts a process, which may end early
+        "DIST_INT8_DIES_WITH_PARENT": "1" * in_main_thread,
+    }
+    child = subprocess.Popen(
+        [sys.executable, "-m", "dist_int8.rank"],
+        stdin=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,  # Ctrl-C is rank 0's to handle
+    )
+    world.children[rank] = child
+    assert child.stdin is not None
+    with suppress(BrokenPipeError):  # it ended already, which is noticed where it is awaited
+        child.stdin.write(line)
+        child.stdin.flush()
+
+
+def _store_of_folder(world: World, timeout_s: float, address: str | None = None) -> Any:
+    """The store of this generation of started ranks, with the address for heartbeats in it."""
+    assert world.monitor is not None and world.folder is not None
+    store = distributed.file_store(world.folder, world, timeout_s)
+    store.set(distributed.ADDRESS_KEY, address or world.monitor.address)
+    return store

@@ -1,0 +1,313 @@
+"""The ranks of one pipeline as one of them sees it: who is there, who failed and why."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dist_int8.heartbeat import Monitor, Pulse
+
+SHUTDOWN_TIMEOUT_S = 5.0
+POLL_S = 0.1
+STEP_TIMEOUT_S = 300.0
+REAP_S = 0.5  # between a closed connection and the kernel's word how its process ended
+LEAVE_S = 3.0  # for a rank without rank 0 to find a better word than its heartbeat has
+BYE_S = 30.0  # for a rank to end after rank 0 said that it is done
+
+
+class RankDied(RuntimeError):
+    """A rank of the pipeline ended or failed while it was needed; the message names it.
+
+    Attributes:
+        rank, stage: which one (a rank is a stage); None where nobody can tell.
+    """
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.stage = rank
+
+
+class LostRank(RankDied):
+    """Nothing was heard from a rank for step_timeout: it was stopped, or its link was cut."""
+
+
+class StageHung(RankDied):
+    """A rank lives, but its stage did not end a step within step_timeout."""
+
+
+@dataclass
+class World:
+    """The ranks of one pipeline as one of them sees it.
+
+    Attributes:
+        rank, world_size: this process's place.
+        step_timeout_s: longest wait for a step, and for a sign of life of a rank.
+        cores: CPU cores of this rank; empty: any.
+        monitor: rank 0's end of the heartbeats; None on other ranks, and when there is only one.
+        pulse: the end of a rank above 0.
+        children: processes of the ranks that this one started, by rank.
+        start: starts one of them (again).
+        folder: where those meet.
+        groups: process groups by device type, "cpu" (gloo) and for GPUs "cuda" (NCCL). They are
+            this pipeline's own, beside torch's default group: a session can hold several pipelines.
+        generation: how often the ranks met anew.
+        ordered: the generation that rank 0 asked for, on a rank above 0.
+        abort: ends what waits for another rank in this process; set by who waits.
+    """
+
+    rank: int
+    world_size: int
+    step_timeout_s: float = STEP_TIMEOUT_S
+    cores: frozenset[int] = frozenset()
+    monitor: Monitor | None = None
+    pulse: Pulse | None = None
+    children: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
+    start: Callable[[int], None] | None = None
+    folder: Path | None = None
+    groups: dict[str, Any] = field(default_factory=dict)
+    generation: int = 0
+    ordered: int = 0
+    abort: Callable[[], None] | None = None
+    _order: threading.Event = field(default_factory=threading.Event)
+    _closed: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def others(self) -> range:
+        """The other ranks, on rank 0."""
+        return range(1, self.world_size)
+
+    def report(self, state: str) -> None:
+        """Tells rank 0 this rank's state ("ready", "failed: why", "lost: which neighbour")."""
+        if self.pulse is not None:
+            self.pulse.say(state, self.generation)
+
+    def received(self, step: int) -> None:
+        """Notes, for rank 0, that a micro-batch came."""
+        if self.pulse is not None:
+            self.pulse.received = step
+
+    def done(self, step: int) -> None:
+        """Notes, for rank 0, that a micro-batch left."""
+        if self.pulse is not None:
+            self.pulse.done = step
+
+    def check(self) -> None:
+        """Raises RankDied, naming the rank and its reason, if one failed, ended or fell silent."""
+        cause = self._cause()
+        if cause is not None:
+            raise cause
+
+    def blame(self, error: RankDied, patience_s: float = 1.0) -> RankDied:
+        """A failure seen from here, with the name of the rank that caused it if that shows in time.
+
+        A closed connection is seen before the process that closed it is reaped or its reason read,
+        and a rank may fail only because its neighbour did.
+        """
+        deadline = time.monotonic() + patience_s
+        while True:
+            cause = self._cause(with_victims=False)
+            if cause is not None:
+                return cause
+            if time.monotonic() > deadline:
+                return self._cause() or error
+            time.sleep(POLL_S)
+
+    def lost(self, error: RankDied) -> set[int]:
+        """The started ranks that cannot go on: those that ended, and the one that an error names.
+
+        Ranks that only lost a neighbour can.
+        """
+        assert self.monitor is not None
+        ended = {
+            rank
+            for rank, peer in self.monitor.peers.items()
+            if peer.gone
+            or peer.ended
+            or peer.state.startswith("failed: ")
+            or self.monitor.silent_s(rank) > self.monitor.silence_s
+            or self.children[rank].poll() is not None
+        }
+        if error.rank and not self.monitor.peers[error.rank].state.startswith("lost: "):
+            ended.add(error.rank)
+        return ended or set(self.others)
+
+    def hung(self, step: int) -> RankDied:
+        """The stage that holds up micro-batch `step`, by what the last heartbeats said."""
+        assert self.monitor is not None
+        limit = f"after {self.step_timeout_s:g} s (step_timeout)"
+        for rank, peer in self.monitor.peers.items():
+            if peer.done < step:
+                where = "hangs" if peer.received >= step else "got no micro-batch and hangs"
+                return StageHung(f"{_name(rank)} {where}: no result {limit}", rank)
+        last = self.world_size - 1
+        return StageHung(f"{_name(last)} sent a result that did not come {limit}", last)
+
+    def wait_for(self, state: str, timeout_s: float) -> None:
+        """Returns once every other rank has said this state ("joined" is said with the first word).
+
+        Raises:
+            RankDied: a rank failed or ended, or did not get there in time.
+        """
+        assert self.monitor is not None
+        deadline = time.monotonic() + timeout_s
+        while True:
+            states = {rank: peer.state for rank, peer in self.monitor.peers.items()}
+            missing = [rank for rank, said in states.items() if said not in (state, "ready")]
+            if not missing:
+                return
+            self.check()
+            if time.monotonic() > deadline:
+                names = ", ".join(map(str, missing))
+                raise LostRank(
+                    f"rank {names} of {self.world_size} is not {state} after {timeout_s:.0f} s; "
+                    "see whether the launcher started it",
+                    missing[0],
+                )
+            time.sleep(POLL_S / 5)
+
+    def wait_for_order(self) -> int:
+        """The next generation, on a rank above 0, once rank 0 asks for it; it may already have."""
+        self._order.wait()
+        self._order.clear()
+        return self.ordered
+
+    def watch(self, address: str, timeout_s: float) -> None:
+        """Begins the heartbeats of a rank above 0; from now on it ends when rank 0 is gone.
+
+        Raises:
+            RankDied: rank 0 is not there.
+        """
+        try:
+            self.pulse = Pulse(
+                self.rank,
+                address,
+                timeout_s,
+                self.step_timeout_s,
+                self._obey,
+                self._leave_without_rank_0,
+            )
+        except OSError as error:
+            raise LostRank(f"rank 0 does not answer at {address.split()[0]}: {error}", 0) from None
+
+    def close(self, timeout_s: float = SHUTDOWN_TIMEOUT_S) -> None:
+        """Ends heartbeats, process groups and every started rank. Safe to call twice."""
+        self._end(timeout_s, on_purpose=True)
+
+    def kill(self) -> None:
+        """Ends the started ranks at once, for when they cannot be asked to end any more.
+
+        Ranks of a launcher see the closed connection and end by themselves.
+        """
+        for child in self.children.values():
+            child.kill()
+        self._end(SHUTDOWN_TIMEOUT_S, on_purpose=False)
+
+    def end_child(self, rank: int) -> None:
+        """Kills a rank that this one started and waits for its end."""
+        child = self.children.pop(rank, None)
+        if child is not None:
+            child.kill()
+            child.wait()
+            if child.stdin:
+                with suppress(OSError):
+                    child.stdin.close()
+
+    def _end(self, timeout_s: float, on_purpose: bool) -> None:
+        self._closed.set()
+        beating = self.monitor or self.pulse
+        if beating is not None and on_purpose:
+            beating.say_bye()
+        deadline = time.monotonic() + timeout_s
+        for rank in list(self.children):
+            with suppress(subprocess.TimeoutExpired):
+                self.children[rank].wait(max(0.0, deadline - time.monotonic()))
+            self.end_child(rank)
+        if beating is not None:
+            beating.close()
+        self.groups.clear()
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder = None
+
+    def _cause(self, with_victims: bool = True) -> RankDied | None:
+        """Who failed and why; `with_victims` also takes ranks that only lost a neighbour."""
+        if self.monitor is None:
+            return None
+        ends = {rank: _how_it_ended(child) for rank, child in self.children.items()}
+        peers = self.monitor.peers
+        for rank, end in ends.items():
+            if end is not None and self.children[rank].returncode < 0:
+                return RankDied(f"{_name(rank)} (process {self.children[rank].pid}) {end}", rank)
+        for rank, peer in peers.items():
+            if peer.state.startswith("failed: "):
+                return RankDied(f"{_name(rank)} {peer.state}", rank)
+        for rank, peer in peers.items():
+            victim = peer.state.startswith("lost: ")
+            if victim and not with_victims:
+                continue
+            if victim:
+                return RankDied(f"{_name(rank)} {peer.state}", rank)
+            if peer.gone or peer.ended or ends.get(rank) is not None:
+                return self._ended(rank)
+            if self.monitor.silent_s(rank) > self.monitor.silence_s:
+                return LostRank(
+                    f"{_name(rank)} has been silent for {self.monitor.silence_s:g} s "
+                    "(step_timeout): it was stopped, or the link to it was cut",
+                    rank,
+                )
+        return None
+
+    def _ended(self, rank: int) -> RankDied:
+        """What is known of the end of a rank that said no word about it."""
+        child = self.children.get(rank)
+        if child is None:
+            return RankDied(f"{_name(rank)} ended: it closed its connections", rank)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(REAP_S)
+        end = _how_it_ended(child) or "closed its connections"
+        return RankDied(f"{_name(rank)} (process {child.pid}) {end}", rank)
+
+    def _obey(self, generation: int) -> None:
+        self.ordered = generation
+        self._order.set()
+        if self.abort is not None:
+            self.abort()
+
+    def _leave_without_rank_0(self, why: str) -> None:
+        """Ends this process soon, whatever it waits for: without rank 0 there is nothing to do."""
+
+        def leave() -> None:
+            if not self._closed.wait(BYE_S if self.pulse and self.pulse.ending else LEAVE_S):
+                print(f"[rank {self.rank} stage {self.rank}] {why}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+        threading.Thread(target=leave, name="leave", daemon=True).start()
+
+
+def alone() -> World:
+    """The world of a pipeline with one stage: no heartbeats, no process group."""
+    return World(rank=0, world_size=1)
+
+
+def _name(rank: int) -> str:
+    return f"rank {rank} stage {rank}"
+
+
+def _how_it_ended(child: subprocess.Popen[bytes]) -> str | None:
+    code = child.poll()
+    if code is None:
+        return None
+    if code < 0:
+        return f"died with signal {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"
