@@ -190,7 +190,7 @@ class Answers:
     def __init__(self, path: Path, items: Sequence[Item]) -> None:
         self.path = path
         try:
-            self._file = path.open("a+b")
+            self._file: IO[bytes] = path.open("a+b")
         except OSError as error:
             raise ValueError(
                 f"{path}: output must be a file that can be written, got {error.strerror}; "

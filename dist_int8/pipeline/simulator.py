@@ -7,16 +7,32 @@ stage 0, and it starts again. A stage takes what reached it first, one micro-bat
     stage 1       |00000|11111|22222|00000|      a micro-batch every 5, the slowest stage busy
 
 With m lanes over P stages of equal time t and hop h a round takes max(m t, P (t + h)): full when
-m >= P (1 + h / t), which is P + 1 in practice. What splitting costs is not here but in t: below the
-knee of memory bandwidth a micro-batch of half the rows takes as long as a whole one, and a pipeline
-then gains nothing from cutting one batch in two.
+m >= P (1 + h / t). But t itself depends on m. With a to read a stage's weights and b for a row, S
+sequences in m lanes have t = a + b S / m, so a round takes max(m a + b S, P (a + b S / m + h)):
+
+- One lane more than stages pays where P h > a, where the hops around the ring take longer than
+  reading the weights of a stage once. On one machine they rarely do, over a slow network they do.
+- Below the knee of memory bandwidth b is next to nothing. Then one lane is as fast as any number,
+  and a pipeline gains nothing from cutting one batch in two.
 """
 
 from __future__ import annotations
 
-import heapq
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One stage at work on one lane's micro-batch, seconds from the start."""
+
+    stage: int
+    lane: int
+    start: float
+    end: float
 
 
 @dataclass(frozen=True)
@@ -26,61 +42,142 @@ class Simulation:
     Attributes:
         micro_batches_per_s: in steady state, over all lanes.
         utilisation: share of the time each stage works, in [0, 1].
-        latency_s: from the start of a micro-batch on stage 0 until its tokens are back there.
+        latency_s: from the start of a micro-batch on stage 0 until its tokens are back there, mean.
+        slices: the whole run, in the order of their ends.
     """
 
     micro_batches_per_s: float
     utilisation: tuple[float, ...]
     latency_s: float
+    slices: tuple[Slice, ...]
+
+
+@dataclass
+class _Job:
+    lane: int
+    work: float  # seconds left on a stage that has all it needs
+    start: float
 
 
 def simulate(
-    stage_s: Sequence[float],
-    num_lanes: int,
+    lanes: Sequence[Sequence[float]],
     hop_s: float = 0.0,
     host_s: float = 0.0,
-    num_rounds: int = 64,
+    speeds: Sequence[float] = (1.0,),
+    num_rounds: int = 32,
 ) -> Simulation:
-    """Runs every lane `num_rounds` times; the first quarter fills the pipeline and does not count.
+    """Runs every lane again and again; the first quarter fills the pipeline and does not count.
 
     Args:
-        stage_s: seconds that each stage works on a micro-batch.
-        num_lanes: micro-batches in flight.
+        lanes: for each lane the seconds that each stage works on its micro-batch, alone.
         hop_s: seconds from the end on one stage until the next may start, the way back included.
             With a single stage there is none.
         host_s: seconds that rank 0 works beside its stage, for every micro-batch.
+        speeds: how fast each of k stages is that work at the same time, against one alone; the
+            last holds for more. Three stages of one thread on two cores: (1, 1, 2 / 3).
+        num_rounds: of every lane.
 
     Raises:
-        ValueError: no stage, no lane, or a negative time.
+        ValueError: no lane, no stage, lanes that differ in stages, or times that make no sense.
     """
-    if not stage_s or num_lanes < 1 or num_rounds < 4:
+    _check(lanes, (hop_s, host_s), speeds, num_rounds)
+    num_stages, num_lanes = len(lanes[0]), len(lanes)
+    hop_s = hop_s if num_stages > 1 else 0.0
+    queues: list[deque[tuple[float, int]]] = [deque() for _ in range(num_stages)]
+    queues[0].extend((0.0, lane) for lane in range(num_lanes))
+    jobs: list[_Job | None] = [None] * num_stages
+    begun = [0.0] * num_lanes  # when each lane's micro-batch started on stage 0
+    slices: list[Slice] = []
+    latencies: list[float] = []
+    ends: list[float] = []  # on the last stage
+    now = 0.0
+    while len(ends) < num_lanes * num_rounds:
+        for stage, queue in enumerate(queues):
+            if jobs[stage] is None and queue and queue[0][0] <= now:
+                lane = queue.popleft()[1]
+                jobs[stage] = _Job(lane, lanes[lane][stage] + (host_s if stage == 0 else 0.0), now)
+                if stage == 0:
+                    begun[lane] = now
+        active = [job for job in jobs if job is not None]
+        speed = speeds[min(len(active), len(speeds)) - 1]
+        arrivals = [q[0][0] for q, job in zip(queues, jobs, strict=True) if q and job is None]
+        following = min([*arrivals, *(now + job.work / speed for job in active)])
+        for job in active:
+            job.work -= (following - now) * speed
+        now = following
+        for stage, job in enumerate(jobs):
+            if job is None or job.work > 1e-12 * max(1.0, now):
+                continue
+            jobs[stage] = None
+            slices.append(Slice(stage, job.lane, job.start, now))
+            queues[(stage + 1) % num_stages].append((now + hop_s, job.lane))
+            if stage == num_stages - 1:
+                ends.append(now)
+                latencies.append(now + hop_s - begun[job.lane])
+    warm = num_lanes * (num_rounds // 4)
+    begin, total = ends[warm - 1], ends[-1] - ends[warm - 1]
+    rate = (len(ends) - warm) / total if total > 0 else float("inf")
+    busy = [0.0] * num_stages
+    for one in slices:
+        busy[one.stage] += max(0.0, min(one.end, now) - max(one.start, begin))
+    for stage, job in enumerate(jobs):
+        busy[stage] += now - max(job.start, begin) if job is not None else 0.0
+    return Simulation(
+        rate,
+        tuple(min(1.0, seconds / total) if total > 0 else 0.0 for seconds in busy),
+        sum(latencies[warm:]) / (len(latencies) - warm),
+        tuple(slices),
+    )
+
+
+def _check(
+    lanes: Sequence[Sequence[float]],
+    times: tuple[float, float],
+    speeds: Sequence[float],
+    num_rounds: int,
+) -> None:
+    if not lanes or not lanes[0] or num_rounds < 4:
         raise ValueError(
-            "simulate: stage_s, num_lanes and num_rounds must be at least 1, 1 and 4, got "
-            f"{len(stage_s)}, {num_lanes} and {num_rounds}; give a stage and a lane at least"
+            "simulate: lanes, stages and num_rounds must be at least 1, 1 and 4, got "
+            f"{len(lanes)}, {len(lanes[0]) if lanes else 0} and {num_rounds}; give a lane with a "
+            "stage at least"
         )
-    if min(*stage_s, hop_s, host_s) < 0:
+    if len({len(stages) for stages in lanes}) > 1:
         raise ValueError(
-            f"simulate: times must not be negative, got {list(stage_s)}, {hop_s} and {host_s}; "
-            "give seconds"
+            f"simulate: lanes must have the same stages, got {sorted(map(len, lanes))} of them; "
+            "give each lane a time a stage"
         )
-    hop_s = hop_s if len(stage_s) > 1 else 0.0
-    work = [stage_s[0] + host_s, *stage_s[1:]]
-    free = [0.0] * len(work)  # when each stage is done with what it took so far
-    ready = [(0.0, lane) for lane in range(num_lanes)]
-    warm, total = num_lanes * (num_rounds // 4), num_lanes * num_rounds
-    begin = end = latency = 0.0
-    for count in range(total):
-        arrival, lane = heapq.heappop(ready)
-        started = max(arrival, free[0])
-        # Every stage sees the micro-batches in the order in which stage 0 took them.
-        for stage, seconds in enumerate(work):
-            arrival = max(arrival, free[stage]) + seconds
-            free[stage] = arrival
-            arrival += hop_s
-        heapq.heappush(ready, (arrival, lane))
-        if count == warm - 1:
-            begin = free[-1]
-        latency, end = arrival - started, free[-1]
-    per_micro_batch = (end - begin) / (total - warm)
-    rate = 1.0 / per_micro_batch if per_micro_batch > 0 else float("inf")
-    return Simulation(rate, tuple(min(1.0, rate * seconds) for seconds in work), latency)
+    if min(*(second for stages in lanes for second in stages), *times) < 0:
+        raise ValueError(
+            f"simulate: times must not be negative, got {list(map(list, lanes))}, {times[0]} and "
+            f"{times[1]}; give seconds"
+        )
+    if not speeds or min(speeds) <= 0:
+        raise ValueError(
+            f"simulate: speeds must be above 0, got {list(speeds)}; give that of one stage at least"
+        )
+
+
+def draw(simulation: Simulation, begin: float, end: float, width: int = 72) -> str:
+    """What every stage does from `begin` to `end`, a line a stage, its lane's number in each cell.
+
+    A cell is (end - begin) / width seconds and shows what fills most of it; `.` is an idle stage.
+    """
+    cell = (end - begin) / width
+    num_stages = len(simulation.utilisation)
+    lines = []
+    for stage in range(num_stages):
+        mine = [one for one in simulation.slices if one.stage == stage]
+        row = ""
+        for column in range(width):
+            left = begin + column * cell
+            shares: dict[str, float] = {}
+            for one in mine:
+                overlap = min(one.end, left + cell) - max(one.start, left)
+                if overlap > 0:
+                    name = LETTERS[one.lane % len(LETTERS)]
+                    shares[name] = shares.get(name, 0.0) + overlap
+            best = max(shares, key=lambda name: shares[name], default=".")
+            row += best if sum(shares.values()) >= cell / 2 else "."
+        lines.append(f"stage {stage:<2} {row}")
+    return "\n".join(lines)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from dist_int8.pipeline.simulator import simulate
+from dist_int8.pipeline import schedule
+from dist_int8.pipeline.simulator import draw, simulate
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 5])
@@ -10,7 +11,7 @@ from dist_int8.pipeline.simulator import simulate
 @pytest.mark.parametrize("hop", [0.0, 0.5, 2.0])
 def test_equal_stages_follow_the_formula(num_stages, num_lanes, hop):
     """A round of m lanes takes max(m t, P (t + h)) with t = 4."""
-    result = simulate([4.0] * num_stages, num_lanes, hop_s=hop)
+    result = simulate([[4.0] * num_stages] * num_lanes, hop_s=hop)
     hop = hop if num_stages > 1 else 0.0
     round_s = max(num_lanes * 4.0, num_stages * (4.0 + hop))
     assert result.micro_batches_per_s == pytest.approx(num_lanes / round_s, rel=1e-6)
@@ -19,23 +20,76 @@ def test_equal_stages_follow_the_formula(num_stages, num_lanes, hop):
 
 def test_the_slowest_stage_bounds_what_lanes_can_hide():
     stages = [3.0, 5.0, 2.0]
-    assert simulate(stages, 1, hop_s=1.0).micro_batches_per_s == pytest.approx(1 / 13)
-    full = simulate(stages, 4, hop_s=1.0)
+    one = simulate([stages], hop_s=1.0)
+    assert one.micro_batches_per_s == pytest.approx(1 / 13) and one.latency_s == pytest.approx(13)
+    full = simulate([stages] * 4, hop_s=1.0)
     assert full.micro_batches_per_s == pytest.approx(1 / 5)
     assert full.utilisation == pytest.approx((3 / 5, 1.0, 2 / 5))
     assert full.latency_s >= 13.0
 
 
+def test_lanes_of_different_sizes_take_turns():
+    """Two lanes: the longer one's way of 4 + 5 is a round. Three: stage 1's work of 5 + 3 + 3."""
+    result = simulate([[4.0, 5.0], [2.0, 3.0]])
+    assert result.micro_batches_per_s == pytest.approx(2 / 9)
+    three = simulate([[4.0, 5.0], [2.0, 3.0], [2.0, 3.0]])
+    assert three.micro_batches_per_s == pytest.approx(3 / 11)
+    assert three.utilisation == pytest.approx((8 / 11, 1.0))
+
+
 def test_work_beside_stage_0_counts_there():
-    assert simulate([4.0, 4.0], 3, host_s=1.0).micro_batches_per_s == pytest.approx(1 / 5)
+    result = simulate([[4.0, 4.0]] * 3, host_s=1.0)
+    assert result.micro_batches_per_s == pytest.approx(1 / 5)
+    assert result.utilisation == pytest.approx((1.0, 4 / 5))
+
+
+def test_stages_that_share_cores_slow_each_other():
+    """Three busy stages on two cores: 12 seconds of work a micro-batch at two a second."""
+    result = simulate([[4.0] * 3] * 4, speeds=(1, 1, 2 / 3))
+    assert result.micro_batches_per_s == pytest.approx(1 / 6)
+    assert result.utilisation == pytest.approx((1, 1, 1))
+    alone = simulate([[4.0] * 3], speeds=(1, 1, 2 / 3))  # one at a time shares nothing
+    assert alone.micro_batches_per_s == pytest.approx(1 / 12)
+    crowded = simulate([[4.0, 4.0]] * 3, speeds=(1, 0.8))
+    assert crowded.micro_batches_per_s == pytest.approx(0.8 / 4)
+
+
+def test_the_simulated_order_is_the_schedule():
+    """With equal stages and no hop a clock of the schedule is a unit of time."""
+    for num_stages, num_lanes in ((2, 2), (3, 1), (3, 3), (4, 6)):
+        grid = schedule.build(num_stages, num_lanes, num_decode_steps=5)
+        expected = {
+            (clock, action.stage, action.micro_batch)
+            for clock, row in enumerate(grid[: 4 * num_lanes])
+            for action in row
+            if action
+        }
+        found = {
+            (round(one.start), one.stage, one.lane)
+            for one in simulate([[1.0] * num_stages] * num_lanes).slices
+            if one.start < 4 * num_lanes
+        }
+        assert expected == found
+
+
+def test_the_picture_of_the_module():
+    simulation = simulate([[4.0, 5.0]] * 3, hop_s=1.0)
+    assert draw(simulation, 0.0, 30.0, width=30).splitlines() == [
+        "stage 0  00001111222200001111.2222.0000",
+        "stage 1  .....0000011111222220000011111",
+    ]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([], 1), "got 0, 1 and 64"),
-        (([1.0], 0), "got 1, 0 and 64"),
-        (([1.0, -1.0], 1), "must not be negative"),
+        (([],), "got 0, 0 and 32"),
+        (([[]],), "got 1, 0 and 32"),
+        (([[1.0]], 0.0, 0.0, (1.0,), 3), "got 1, 1 and 3"),
+        (([[1.0, -1.0]],), "must not be negative"),
+        (([[1.0], [1.0, 2.0]],), r"must have the same stages, got \[1, 2\]"),
+        (([[1.0]], 0.0, 0.0, ()), "speeds must be above 0"),
+        (([[1.0]], 0.0, 0.0, (1.0, 0.0)), "speeds must be above 0"),
     ],
 )
 def test_nonsense_is_refused(arguments, message):

@@ -1,0 +1,224 @@
+"""Does the simulator predict what a pipeline does?
+
+    python benchmarks/simulator.py [--stages 1 2 3] [--micro-batches 1 2 3 4 5 6] [--show-schedule]
+
+Decode throughput of the demo model, 12 sequences, one thread a stage, predicted and measured for
+every number of stages and micro-batches. What the simulator is told is measured apart from them:
+
+- how long a block and the head take for n rows, how long a hop and rank 0's own work: one lane
+  through a pipeline cut into 25 and 5 blocks, a cut that is none of those predicted;
+- how much stages that work at the same time slow each other on this machine's cores: one, two and
+  three processes with a whole model each, without any pipeline.
+
+Correctness first: every configuration gives the same tokens.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+from decode import TEXT
+from results import folder_of, make_parser, write_result
+from transformers import AutoTokenizer
+
+import dist_int8
+from dist_int8.config import GenerationSettings
+from dist_int8.engine import Engine
+from dist_int8.pipeline import trace
+from dist_int8.pipeline.simulator import draw, simulate
+
+CALIBRATION_CUT = [25, 5]
+CROWD_ROWS, CROWD_S = 4, 4.0
+
+
+def load(folder, args, stages):
+    return dist_int8.load(
+        folder,
+        devices=["cpu"] * (stages if isinstance(stages, int) else len(stages)),
+        stages=stages,
+        threads_per_stage=1,
+        max_sequences=args.sequences,
+        max_tokens=args.prompt + args.tokens,
+        progress=False,
+    )
+
+
+def decode(model, args, prompts, num_lanes):
+    """(tokens of every prompt, the records of the time when all lanes only decoded)."""
+    before = model._engine
+    engine = Engine(
+        before.pipeline,
+        before.limits,
+        num_stages=len(model.plan.stages),
+        num_micro_batches=num_lanes,
+        prefill_chunk=before.prefill_chunk,
+        smallest_chunk=before.smallest_chunk,
+        eos_token_ids=frozenset(),
+        max_queue=0,
+    )
+    settings = GenerationSettings(max_new_tokens=args.tokens)
+    requests = [model.request(prompt, settings, i) for i, prompt in enumerate(prompts)]
+    since = time.time_ns()
+    for _ in engine.run(requests):
+        pass
+    records = [r for r in model.trace.records if r.spans[0][0] >= since]
+    return [request.token_ids for request in requests], trace.steady(records)[0]
+
+
+def calibrate(folder, args, prompts, counts):
+    """Seconds of a block, of the head, of a hop and of rank 0 beside its stage, by rows."""
+    block, head, host, hops = {}, {}, {}, []
+    with load(folder, args, CALIBRATION_CUT) as model:
+        for count in counts:
+            _, records = decode(model, args, prompts[:count], 1)
+            first = statistics.median(r.spans[0][1] - r.spans[0][0] for r in records) / 1e9
+            last = statistics.median(r.spans[1][1] - r.spans[1][0] for r in records) / 1e9
+            hop = statistics.median(r.spans[1][0] - r.spans[0][1] for r in records) / 1e9
+            pairs = zip(records, records[1:], strict=False)
+            back = statistics.median(b.spans[0][0] - a.spans[1][1] for a, b in pairs) / 1e9
+            block[count] = first / CALIBRATION_CUT[0]
+            head[count] = max(0.0, last - CALIBRATION_CUT[1] * block[count])
+            host[count] = max(0.0, back - hop)
+            hops.append(hop)
+    return {"block_s": block, "head_s": head, "host_s": host, "hop_s": statistics.median(hops)}
+
+
+def crowd(args, most):
+    """How fast each of k processes with a model each is, against one alone, for k = 1 .. most."""
+    command = [sys.executable, __file__, "--crowd", "--prompt", str(args.prompt)]
+    command += ["--tokens", str(args.tokens)] + (["--model", args.model] if args.model else [])
+    workers = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(most)
+    ]
+    for worker in workers:
+        assert worker.stdout.readline() == "ready\n"
+    seconds = []
+    for count in range(1, most + 1):
+        for worker in workers[:count]:
+            worker.stdin.write("go\n")
+            worker.stdin.flush()
+        seconds.append(
+            statistics.mean(json.loads(worker.stdout.readline()) for worker in workers[:count])
+        )
+    for worker in workers:
+        worker.stdin.close()
+        worker.wait()
+    return [seconds[0] / second for second in seconds]
+
+
+def crowd_worker(folder, args, prompts):
+    """Decodes for a while whenever it is told to, and says how long a step took."""
+    with load(folder, args, 1) as model:
+        decode(model, args, prompts[:CROWD_ROWS], 1)
+        print("ready", flush=True)
+        for _ in sys.stdin:
+            begun, steps = time.monotonic(), []
+            while time.monotonic() < begun + CROWD_S:
+                _, records = decode(model, args, prompts[:CROWD_ROWS], 1)
+                steps += [record.spans[0][1] - record.spans[0][0] for record in records]
+            print(statistics.mean(steps) / 1e9, flush=True)
+
+
+def sizes_of(num_sequences, num_lanes):
+    """Sequences of each lane, as the engine deals them."""
+    return [len(range(lane, num_sequences, num_lanes)) for lane in range(num_lanes)]
+
+
+def predict(costs, speeds, cut, sizes):
+    """The simulation of a cut into blocks, with so many sequences in each lane."""
+    lanes = [
+        [
+            blocks * costs["block_s"][size] + (costs["head_s"][size] if last else 0.0)
+            for blocks, last in zip(cut, [False] * (len(cut) - 1) + [True], strict=True)
+        ]
+        for size in sizes
+    ]
+    host_s = statistics.mean(costs["host_s"][size] for size in sizes)
+    return simulate(lanes, hop_s=costs["hop_s"], host_s=host_s, speeds=speeds)
+
+
+def measured(records):
+    """Tokens per second that left the last stage."""
+    seconds = (records[-1].spans[-1][1] - records[0].spans[-1][1]) / 1e9
+    return sum(record.num_tokens for record in records[1:]) / seconds
+
+
+def main():
+    parser: argparse.ArgumentParser = make_parser(__doc__)
+    parser.add_argument("--stages", type=int, nargs="*", default=[1, 2, 3])
+    parser.add_argument("--micro-batches", type=int, nargs="*", default=[1, 2, 3, 4, 5, 6])
+    parser.add_argument("--sequences", type=int, default=12)
+    parser.add_argument("--prompt", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--show-schedule", action="store_true", help="draw the simulated runs")
+    parser.add_argument("--crowd", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    folder = folder_of(args)
+    words = AutoTokenizer.from_pretrained(folder)(TEXT * 8).input_ids
+    prompts = [words[3 * i : 3 * i + args.prompt] for i in range(args.sequences)]
+    if args.crowd:
+        crowd_worker(folder, args, prompts)
+        return
+    counts = {size for m in args.micro_batches for size in sizes_of(args.sequences, m)}
+    costs = calibrate(folder, args, prompts, sorted(counts))
+    speeds = crowd(args, max(args.stages))
+    print(
+        "rows: ms of a block, of the head, of rank 0 beside its stage: "
+        + "; ".join(
+            f"{n}: {1e3 * costs['block_s'][n]:.3f}, {1e3 * costs['head_s'][n]:.2f}, "
+            f"{1e3 * costs['host_s'][n]:.2f}"
+            for n in sorted(counts)
+        )
+        + f"; hop {1e3 * costs['hop_s']:.2f} ms; speed of each of 1, 2, ... at once: "
+        + ", ".join(f"{speed:.2f}" for speed in speeds)
+    )
+    expected, rows = None, []
+    for num_stages in args.stages:
+        with load(folder, args, num_stages) as model:
+            cut = [stage.last_block - stage.first_block + 1 for stage in model.plan.stages]
+            runs = {m: [] for m in args.micro_batches}
+            for _ in range(args.repeats):
+                for m, speed in runs.items():
+                    tokens, records = decode(model, args, prompts, m)
+                    expected = expected or tokens
+                    assert tokens == expected, f"{num_stages} stages, {m} lanes: other tokens"
+                    speed.append(measured(records))
+        for m, speed in runs.items():
+            sizes = sizes_of(args.sequences, m)
+            simulation = predict(costs, speeds, cut, sizes)
+            predicted = simulation.micro_batches_per_s * args.sequences / m
+            found = statistics.median(speed)
+            rows.append(
+                {
+                    "stages": num_stages,
+                    "micro_batches": m,
+                    "cut": cut,
+                    "predicted_tokens_per_s": predicted,
+                    "measured_tokens_per_s": found,
+                    "error": predicted / found - 1,
+                }
+            )
+            print(
+                f"{num_stages} stages, {m} micro-batches: predicted {predicted:.1f} tokens/s, "
+                f"measured {found:.1f}, {predicted / found - 1:+.1%}",
+                flush=True,
+            )
+            if args.show_schedule:
+                print(draw(simulation, 0.0, 3 * m / simulation.micro_batches_per_s))
+    worst = max(abs(row["error"]) for row in rows)
+    mean = statistics.mean(abs(row["error"]) for row in rows)
+    print(f"off by {worst:.1%} at worst, {mean:.1%} on average")
+    setting = {key: getattr(args, key) for key in ("sequences", "prompt", "tokens", "repeats")}
+    told = {"costs": costs, "speeds": speeds, "cores": len(os.sched_getaffinity(0))}
+    figures = {"rows": rows, "worst_error": worst, "mean_error": mean}
+    write_result("simulator", {**setting, **told, **figures}, args.json)
+
+
+if __name__ == "__main__":
+    main()
