@@ -2,13 +2,14 @@
 
 On the wire a micro-batch is `header` int64 [16], `control` int64 [C] (token ids, segments, sampling
 settings, spans; C follows from the header) and, between stages, hidden_states [num_tokens,
-hidden_size]. A result is `header`, spans, then token ids int64 or logits fp32.
+hidden_size]. A result is `header`, spans, then token ids int64 or logits fp32. An end mark follows.
 Nothing is pickled; a header that no rank of this pipeline sends is refused before any of its sizes
 is used.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -19,6 +20,7 @@ HEADER_SIZE = 16
 MAGIC = 0x6473745F696E7438  # "dst_int8"
 VERSION = 1
 MAX_STAGES = 256  # spans of a message at most
+LEAST_TEMPERATURE = 1e-3  # as of the settings of a generation
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "repetition_penalty")
 
 
@@ -131,6 +133,11 @@ def _header(*fields: int) -> Tensor:
     return torch.tensor([MAGIC, VERSION, *fields, *[0] * unused], dtype=torch.int64)
 
 
+def end_mark(header: Tensor) -> Tensor:
+    """int64 [1] that ends the message of this header: MAGIC ^ step, another one for every step."""
+    return header[:1] ^ header[4:5]
+
+
 def control_size(header: Tensor, limits: Limits) -> int:
     """Number of int64 in the control tensor that follows this header.
 
@@ -155,7 +162,7 @@ def control_size(header: Tensor, limits: Limits) -> int:
     for name, value in (("num_segments", num_segments), ("num_starts", num_starts)):
         if not 0 <= value <= limits.num_slots:
             raise BadMessage(f"header: {name} must be 0 to {limits.num_slots}, got {value}")
-    _check_num_spans(num_spans)
+    _check_num_spans(num_spans, MAX_STAGES - 1)  # the stage that reads it adds its own
     return _control_size(num_tokens, num_segments, num_starts, num_spans)
 
 
@@ -176,9 +183,9 @@ def _spans_list(values: Tensor) -> list[tuple[int, int]]:
     return [(start, end) for start, end in values.view(-1, 2).tolist()]
 
 
-def _check_num_spans(num_spans: int) -> None:
-    if not 0 <= num_spans <= MAX_STAGES:
-        raise BadMessage(f"header: num_spans must be 0 to {MAX_STAGES}, got {num_spans}")
+def _check_num_spans(num_spans: int, most: int) -> None:
+    if not 0 <= num_spans <= most:
+        raise BadMessage(f"header: num_spans must be 0 to {most}, got {num_spans}")
 
 
 def unpack(header: Tensor, control: Tensor, limits: Limits) -> MicroBatch:
@@ -202,9 +209,12 @@ def unpack(header: Tensor, control: Tensor, limits: Limits) -> MicroBatch:
     )
     segments = segments.view(-1, 3)
     starts = starts.view(-1, 2)
+    settings = settings.clone().view(torch.float64).view(-1, len(SAMPLING_FIELDS))
     _check_control(
         token_ids.tolist(), segments.tolist(), emits.tolist(), starts[:, 0].tolist(), limits
     )
+    for row in settings.tolist():
+        _check_settings(*row)
     return MicroBatch(
         kind=Kind(kind),
         lane=lane,
@@ -213,7 +223,7 @@ def unpack(header: Tensor, control: Tensor, limits: Limits) -> MicroBatch:
         segments=segments.to(torch.int32),
         emits=emits.clone(),
         starts=starts.clone(),
-        settings=settings.clone().view(torch.float64).view(-1, len(SAMPLING_FIELDS)),
+        settings=settings,
         spans=_spans_list(spans),
     )
 
@@ -252,6 +262,20 @@ def _check_control(
         raise BadMessage("control: emits must be 0 or 1")
 
 
+def _check_settings(
+    temperature: float, top_k: float, top_p: float, repetition_penalty: float
+) -> None:
+    """Raises BadMessage for settings that no request has; NaN fails every comparison."""
+    if not (
+        (temperature == 0 or LEAST_TEMPERATURE <= temperature < math.inf)
+        and 0 <= top_k < 2**63
+        and 0 < top_p <= 1
+        and 0 < repetition_penalty < math.inf
+    ):
+        given = (temperature, top_k, top_p, repetition_penalty)
+        raise BadMessage(f"control: sampling settings must be those of a request, got {given}")
+
+
 def pack_result(result: Result) -> tuple[Tensor, Tensor]:
     """`header` int64 [16] and spans int64 [2 * num_spans]; the values follow as they are."""
     tokens = result.values.dtype == torch.int64
@@ -269,7 +293,7 @@ def result_spans_size(header: Tensor) -> int:
     magic, version, *_, num_spans = header[:7].tolist()
     if magic != MAGIC or version != VERSION:
         raise BadMessage(f"result: magic must be {MAGIC:#x}, got {magic:#x}")
-    _check_num_spans(num_spans)
+    _check_num_spans(num_spans, MAX_STAGES)
     return 2 * int(num_spans)
 
 
@@ -288,3 +312,9 @@ def empty_result(header: Tensor, spans: Tensor, limits: Limits) -> Result:
     else:
         raise BadMessage(f"result: kind {kind} with {count} rows is none of this pipeline's")
     return Result(lane, step, values, _spans_list(spans))
+
+
+def check_tokens(token_ids: Tensor, limits: Limits) -> None:
+    """Raises BadMessage for a sampled token that is neither of the vocabulary nor -1 (none)."""
+    if not all(-1 <= token_id < limits.vocab_size for token_id in token_ids.tolist()):
+        raise BadMessage(f"result: token ids must be -1 to {limits.vocab_size - 1}")

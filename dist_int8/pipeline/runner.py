@@ -7,12 +7,12 @@ from collections import deque
 
 from torch import Tensor
 
-from dist_int8.distributed import RankDied, World
 from dist_int8.pipeline import schedule
-from dist_int8.pipeline.microbatch import Kind, MicroBatch, Result
+from dist_int8.pipeline.microbatch import BadMessage, Kind, MicroBatch, Result
 from dist_int8.pipeline.stage import Stage
 from dist_int8.pipeline.trace import Trace
 from dist_int8.pipeline.transport import Transport
+from dist_int8.world import RankDied, World
 
 WATCH_S = 0.25  # how often rank 0 looks whether the others live while it waits for a result
 JOIN_S = 5.0  # how long rank 0 waits at the end for the last stage to hang up
@@ -25,18 +25,14 @@ class Pipeline:
         stage: stage 0.
         world: the ranks.
         transport: links to the other ranks; None when stage 0 is the only one.
-        step_timeout_s: longest wait for a result before the stages count as hung.
     """
 
-    def __init__(
-        self, stage: Stage, world: World, transport: Transport | None, step_timeout_s: float
-    ) -> None:
-        self.step_timeout_s = step_timeout_s
+    def __init__(self, stage: Stage, world: World, transport: Transport | None) -> None:
         self.stage = stage
         self.world = world
         self.transport = transport
-        self.in_flight = 0
         self.trace = Trace()
+        self._under_way: deque[int] = deque()  # steps that were submitted, results to come
         self._results: deque[Result] = deque()
 
     def submit(self, micro_batch: MicroBatch) -> None:
@@ -49,7 +45,7 @@ class Pipeline:
         kind = schedule.DECODE if decodes else schedule.PREFILL
         self.trace.submitted(micro_batch.step, kind, micro_batch.lane, micro_batch.num_tokens)
         output = _timed(self.stage, micro_batch, None)
-        self.in_flight += 1
+        self._under_way.append(micro_batch.step)
         if isinstance(output, Result):
             self._results.append(output)
             return
@@ -63,9 +59,9 @@ class Pipeline:
         """The next Result, in the order of submission; None if not `wait` and none is there.
 
         Raises:
-            RankDied: a rank ended or failed, or no result came within step_timeout_s.
+            RankDied: a rank ended, failed or fell silent, or no result came within step_timeout.
         """
-        deadline = time.monotonic() + self.step_timeout_s
+        deadline = time.monotonic() + self.world.step_timeout_s
         while not self._results:
             if self.transport is None:
                 return None
@@ -78,21 +74,27 @@ class Pipeline:
             elif not wait:
                 return None
             else:
-                self._check()
+                self.check()
                 if time.monotonic() > deadline:
-                    raise RankDied(
-                        f"no result after {self.step_timeout_s:.0f} s (step_timeout): a stage hangs"
-                    )
-        self.in_flight -= 1
+                    raise self.world.hung(self._under_way[0])
+        self._under_way.popleft()
         done = self._results.popleft()
         self.trace.finished(done.spans)
         return done
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises RankDied, naming the rank and its reason, if one failed, ended or fell silent."""
         try:
             self.world.check()
         except RankDied as error:
             raise self.world.blame(error) from None
+
+    def reconnect(self, transport: Transport) -> None:
+        """Goes on with other links; what was under way is forgotten."""
+        self.transport = transport
+        self._results.clear()
+        self._under_way.clear()
+        self.trace.forget_submitted()
 
     def close(self) -> None:
         """Asks every stage to end after what is in flight, and waits for it."""
@@ -122,23 +124,29 @@ def _timed(stage: Stage, micro_batch: MicroBatch, hidden_states: Tensor | None) 
     return output
 
 
-def serve(stage: Stage, transport: Transport, last: bool) -> None:
+def serve(stage: Stage, transport: Transport, world: World) -> None:
     """Runs what the rank before sends until it says SHUTDOWN.
 
     Raises:
         RankDied: a neighbour is gone.
-        BadMessage: the rank before sent something else than a micro-batch.
+        BadMessage: with NCCL, the rank before sent something else than a micro-batch.
     """
     while True:
         micro_batch, hidden_states = transport.next()
+        world.received(micro_batch.step)
         if micro_batch.kind == Kind.SHUTDOWN:
-            if not last:
+            if world.rank < world.world_size - 1:
                 transport.send(micro_batch, None)
             transport.flush()
             return
-        output = _timed(stage, micro_batch, hidden_states)
+        try:
+            output = _timed(stage, micro_batch, hidden_states)
+        except BadMessage as error:
+            transport.refuse(error)
+            continue
         if isinstance(output, Result):
             transport.send_result(output)
         else:
             assert isinstance(output, Tensor)
             transport.send(micro_batch, output)
+        world.done(micro_batch.step)

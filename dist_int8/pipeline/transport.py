@@ -6,13 +6,20 @@ order. Two receives are always posted, so a message finds its buffer waiting and
 at once: without, gloo first asks the receiver, and on busy cores the answer waits for a turn of the
 scheduler (8 ms were seen). gloo's own thread fills the buffers while the stage computes. Rank 0,
 which must not wait for a result longer than it decides, has a thread that waits in its place.
+
+A message that no rank of this pipeline sends is refused: one line on stderr, and the next one is
+taken. Its last eight bytes depend on its header, so that a truncated message, behind which the
+buffer holds an older one, is refused as well.
 """
 
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 from collections import deque
+from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,14 +27,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_int8 import distributed
-from dist_int8.distributed import RankDied, World, reason
+from dist_int8.distributed import IDLE_TIMEOUT, reason
 from dist_int8.pipeline import microbatch
 from dist_int8.pipeline.microbatch import BadMessage, Kind, Limits, MicroBatch, Result
+from dist_int8.world import RankDied, World
 
 BUFFERS = 2
 TAG = 0
 LOGITS_TAG = 1
+ABORT_TAG = 2
 HEADER_BYTES = 8 * microbatch.HEADER_SIZE
+END_BYTES = 8
+REFUSALS_SAID = 32  # later ones are said at every doubling
 
 
 class Transport:
@@ -46,24 +57,27 @@ class Transport:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self.rank = world.rank
         self.source = (world.rank - 1) % world.world_size
         self.target = (world.rank + 1) % world.world_size
-        self._groups = world.groups
+        self._groups = dict(world.groups)
+        self._send_timeout = timedelta(seconds=world.step_timeout_s)
         self._cores = world.cores
         self.limits = limits
         self.dtype = dtype
         self.device = device
+        self.num_refused = 0
         self._sent: deque[list[tuple[dist.Work, Tensor]]] = deque()
         self._received: queue.Queue[Result | BaseException] = queue.Queue(maxsize=BUFFERS)
         self._stream: Any = None
         self._over_nccl = "cuda" in world.groups
         if world.rank == 0:
-            capacity = HEADER_BYTES + (2 * microbatch.MAX_STAGES + limits.num_slots) * 8
+            capacity = (2 * microbatch.MAX_STAGES + limits.num_slots) * 8
         else:
             hidden_bytes = 0 if self._over_nccl else limits.hidden_size * dtype.itemsize
             control_bytes = 8 * microbatch.max_control_size(limits)
-            capacity = HEADER_BYTES + control_bytes + limits.max_rows * hidden_bytes
-        self._capacity = capacity
+            capacity = control_bytes + limits.max_rows * hidden_bytes
+        self._capacity = HEADER_BYTES + capacity + END_BYTES
         self._posted: deque[tuple[dist.Work, Tensor]] = deque()
         for _ in range(BUFFERS):
             self._post_receive()
@@ -76,42 +90,44 @@ class Transport:
 
     def send(self, micro_batch: MicroBatch, hidden_states: Tensor | None) -> None:
         """Starts sending a micro-batch and its hidden_states [T, hidden_size] to the next stage."""
-        parts = list(microbatch.pack(micro_batch))
+        parts = microbatch.pack(micro_batch)
         if hidden_states is None:
-            self._send([_as_bytes(*parts)])
+            self._send([_message(*parts)])
         elif self._over_nccl:
-            self._send([_as_bytes(*parts), hidden_states.contiguous()])
+            self._send([_message(*parts), hidden_states.contiguous()])
         else:
-            self._send([_as_bytes(*parts, hidden_states.cpu())])
+            self._send([_message(*parts, hidden_states.cpu())])
 
     def send_result(self, result: Result) -> None:
         """Starts sending a result to rank 0."""
         parts = microbatch.pack_result(result)
         if result.values.dtype == torch.int64:
-            self._send([_as_bytes(*parts, result.values)])
+            self._send([_message(*parts, result.values)])
         else:
-            self._send([_as_bytes(*parts)], logits=result.values.contiguous())
+            self._send([_message(*parts)], logits=result.values.contiguous())
 
     def next(self) -> tuple[MicroBatch, Tensor | None]:
         """The next micro-batch and its hidden_states, on every rank but 0.
 
         Raises:
             RankDied: the connection to the rank before this one is gone.
-            BadMessage: that rank sent something that is no message of this pipeline.
+            BadMessage: with NCCL, that rank sent something that is no message of this pipeline.
         """
-        try:
-            return self._receive_micro_batch()
-        except BadMessage:
-            raise
-        except (RuntimeError, dist.DistError) as error:
-            raise self._lost_source(error) from None
+        while True:
+            try:
+                return self._receive_micro_batch()
+            except BadMessage as error:
+                if self._over_nccl:  # its hidden_states would be taken for those of the next one
+                    raise
+                self.refuse(error)
+            except (RuntimeError, dist.DistError) as error:
+                raise self._lost_source(error) from None
 
     def next_result(self, timeout_s: float) -> Result | None:
         """The next result, on rank 0; None after timeout_s.
 
         Raises:
             RankDied: the connection to the last rank is gone.
-            BadMessage: that rank sent something that is no message of this pipeline.
         """
         try:
             item = self._received.get(timeout=timeout_s)
@@ -119,12 +135,26 @@ class Transport:
             return None
         if isinstance(item, Result):
             return item
-        raise item if isinstance(item, BadMessage) else self._lost_source(item)
+        raise self._lost_source(item)
 
     def flush(self) -> None:
         """Returns when everything sent has left."""
         while self._sent:
             self._wait_for_oldest()
+
+    def abort(self) -> None:
+        """Closes the connections to both neighbours: whoever waits for them here gets RankDied.
+
+        gloo closes a connection when an operation on it times out, and has no other way to.
+        """
+        nothing = torch.empty(1, dtype=torch.uint8)
+        for peer in {self.source, self.target}:
+            with suppress(RuntimeError, dist.DistError):
+                work = self._groups["cpu"].recv([nothing], peer, ABORT_TAG)
+                work.wait(timedelta(milliseconds=1))
+        with suppress(queue.Empty):
+            while True:  # the receiving thread shall not wait for room
+                self._received.get_nowait()
 
     def join(self, timeout_s: float) -> None:
         """Waits for rank 0's receiving thread, which ends when the last rank is gone.
@@ -133,6 +163,9 @@ class Transport:
         """
         if self._thread is not None:
             self._thread.join(timeout_s)
+            if self._thread.is_alive():  # that rank is stopped or cut off
+                self.abort()
+                self._thread.join(timeout_s)
 
     def _send(self, tensors: list[Tensor], logits: Tensor | None = None) -> None:
         if len(self._sent) >= BUFFERS:
@@ -152,23 +185,40 @@ class Transport:
     def _wait_for_oldest(self) -> None:
         try:
             for work, _ in self._sent.popleft():
-                work.wait()
+                work.wait(self._send_timeout)
         except (RuntimeError, dist.DistError) as error:
             raise self._lost_target(error) from None
 
     def _lost_target(self, error: BaseException) -> RankDied:
-        return RankDied(f"lost the connection to rank {self.target}: {reason(error)}")
+        message = f"lost the connection to rank {self.target}: {reason(error)}"
+        return RankDied(message, self.target)
 
     def _lost_source(self, error: BaseException) -> RankDied:
-        return RankDied(f"lost the connection from rank {self.source}: {reason(error)}")
+        message = f"lost the connection from rank {self.source}: {reason(error)}"
+        return RankDied(message, self.source)
 
     def _receive_results(self) -> None:
         distributed.stay_on(self._cores)
         try:
             while True:
-                self._received.put(self._receive_result())
+                try:
+                    self._received.put(self._receive_result())
+                except BadMessage as error:
+                    self.refuse(error)
         except BaseException as error:  # whatever ends this thread is raised where it is awaited
             self._received.put(error)
+
+    def refuse(self, error: BadMessage) -> None:
+        """Says on stderr that a message was dropped, and why."""
+        self.num_refused += 1
+        count = self.num_refused
+        if count <= REFUSALS_SAID or count & (count - 1) == 0:  # a flood shall not fill the log
+            place = f"[rank {self.rank} stage {self.rank}]"
+            print(
+                f"{place} refused message {count} from rank {self.source}: {error}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _post_receive(self) -> None:
         buffer = torch.empty(self._capacity, dtype=torch.uint8)
@@ -177,7 +227,7 @@ class Transport:
     def _next_message(self) -> Tensor:
         """The next message's bytes; another receive is posted in its place."""
         work, buffer = self._posted.popleft()
-        work.wait()
+        work.wait(IDLE_TIMEOUT)
         self._post_receive()
         return buffer
 
@@ -188,11 +238,14 @@ class Transport:
         control = message[HEADER_BYTES:end].view(torch.int64)
         micro_batch = microbatch.unpack(header, control, self.limits)
         if micro_batch.kind == Kind.SHUTDOWN:
+            _check_end(message, end, micro_batch.step)
             return micro_batch, None
         shape = (micro_batch.num_tokens, self.limits.hidden_size)
         if self._over_nccl:
+            _check_end(message, end, micro_batch.step)
             return micro_batch, self._receive_on_gpu(shape)
         num_bytes = shape[0] * shape[1] * self.dtype.itemsize
+        _check_end(message, end + num_bytes, micro_batch.step)
         hidden_states = message[end : end + num_bytes].view(self.dtype).view(shape)
         return micro_batch, hidden_states.to(self.device)
 
@@ -220,11 +273,23 @@ class Transport:
         result = microbatch.empty_result(header, spans, self.limits)
         if result.values.dtype == torch.int64:
             end = start + 8 * result.values.numel()
+            _check_end(message, end, result.step)
             result.values = message[start:end].view(torch.int64)
+            microbatch.check_tokens(result.values, self.limits)
         else:
-            self._groups["cpu"].recv([result.values], self.source, LOGITS_TAG).wait()
+            _check_end(message, start, result.step)
+            self._groups["cpu"].recv([result.values], self.source, LOGITS_TAG).wait(IDLE_TIMEOUT)
         return result
 
 
-def _as_bytes(*tensors: Tensor) -> Tensor:
+def _message(header: Tensor, *parts: Tensor) -> Tensor:
+    """The bytes of one message, with its end mark."""
+    tensors = (header, *parts, microbatch.end_mark(header))
     return torch.cat([tensor.contiguous().view(torch.uint8).flatten() for tensor in tensors])
+
+
+def _check_end(message: Tensor, end: int, step: int) -> None:
+    """Raises BadMessage if the end mark of this step is not at byte `end`."""
+    mark = int.from_bytes(message[end : end + END_BYTES].numpy(), "little")
+    if mark != microbatch.MAGIC ^ step:
+        raise BadMessage(f"message: step {step} must end at byte {end}; it is truncated")

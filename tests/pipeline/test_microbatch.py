@@ -1,5 +1,7 @@
 """The wire format: what goes in comes out, and a forged header is refused."""
 
+import math
+
 import pytest
 import torch
 
@@ -58,8 +60,8 @@ def test_shutdown_has_no_tokens():
         (6, -1, "num_segments must be 0 to 4, got -1"),
         (6, 5, "num_segments"),
         (7, 2**62, "num_starts"),
-        (8, -1, "num_spans must be 0 to 256, got -1"),
-        (8, 257, "num_spans"),
+        (8, -1, "num_spans must be 0 to 255, got -1"),
+        (8, 256, "num_spans"),
     ],
 )
 def test_forged_headers_are_refused_before_their_sizes_are_used(field, value, message):
@@ -82,6 +84,11 @@ def test_forged_headers_are_refused_before_their_sizes_are_used(field, value, me
         (lambda m: m.segments.__setitem__((0, 2), 0), "segment counts"),
         (lambda m: m.emits.__setitem__(0, 2), "emits"),
         (lambda m: m.starts.__setitem__((0, 0), 9), "slots of starts"),
+        (lambda m: m.settings.__setitem__((0, 0), math.nan), "sampling settings must be those"),
+        (lambda m: m.settings.__setitem__((0, 0), 1e-300), "sampling settings"),
+        (lambda m: m.settings.__setitem__((0, 1), -1.0), "sampling settings"),
+        (lambda m: m.settings.__setitem__((0, 2), 0.0), "sampling settings"),
+        (lambda m: m.settings.__setitem__((0, 3), math.inf), "sampling settings"),
     ],
 )
 def test_forged_control_data_is_refused(change, message):
@@ -110,3 +117,10 @@ def test_forged_results_are_refused(field, value):
     with pytest.raises(BadMessage):
         microbatch.result_spans_size(header)
         microbatch.empty_result(header, spans, LIMITS)
+
+
+@pytest.mark.parametrize("token_id", [-2, 100, 2**40])
+def test_sampled_tokens_outside_of_the_vocabulary_are_refused(token_id):
+    microbatch.check_tokens(torch.tensor([-1, 0, 99]), LIMITS)
+    with pytest.raises(BadMessage, match="token ids must be -1 to 99"):
+        microbatch.check_tokens(torch.tensor([4, token_id]), LIMITS)
