@@ -71,7 +71,10 @@ def plan_stages(
     """
     request = request or Request()
     assert devices and request.objective in OBJECTIVES
-    problem = problem_of(model, devices, formats, workload, request.choose_count)
+    with_prompts = request.objective != "latency"
+    problem = problem_of(
+        model, devices, formats, workload, request.choose_count, with_prompts=with_prompts
+    )
     if request.pinned is not None:
         stages = _pinned(request.pinned, problem.num_blocks, len(devices))
     else:
@@ -110,14 +113,22 @@ def problem_of(
     formats: memory.Formats,
     workload: Workload,
     choose_count: bool = False,
+    *,
+    with_prompts: bool = False,
 ) -> Problem:
-    """The numbers of a question."""
+    """The numbers of a question.
+
+    Args:
+        with_prompts: the time of a block is that of a decode step and of as many prompt tokens: a
+            pipeline that always has requests to run does both, and of the prompts the head takes
+            next to nothing. Where reading the weights bounds a decode step, prompts weigh little.
+    """
     num_devices = len(devices)
     middle = activation_bytes(model, formats, workload, first=False, last=False)
     last = activation_bytes(model, formats, workload, first=False, last=True)
     both = activation_bytes(model, formats, workload, first=True, last=True)
     alone = num_devices == 1
-    times = _times(model, devices, formats, workload)
+    times = _times(model, devices, formats, workload, with_prompts)
     rows = _decode_rows(workload, num_devices)
     return Problem(
         times=times,
@@ -149,12 +160,17 @@ def _decode_rows(workload: Workload, num_stages: int) -> int:
 
 
 def _times(
-    model: memory.Model, devices: Sequence[Device], formats: memory.Formats, workload: Workload
+    model: memory.Model,
+    devices: Sequence[Device],
+    formats: memory.Formats,
+    workload: Workload,
+    with_prompts: bool,
 ) -> list[list[int]]:
     """Picoseconds of a decode step of every block on every device; equal ones counted once.
 
     Sequences are taken as half as long as they may grow, which is their mean.
     """
+    chunk = min(workload.prefill_chunk, workload.max_tokens)
     rows = _decode_rows(workload, len(devices))
     known: dict[tuple[object, ...], int] = {}
 
@@ -162,15 +178,13 @@ def _times(
         block = model.blocks[index]
         key = (profile, block, index if formats.skip else 0)
         if key not in known:
-            known[key] = cost.block_ps(
-                block,
-                formats,
-                profile,
-                num_rows=rows,
-                num_sequences=rows,
-                context=workload.max_tokens // 2,
-                index=index,
-            )
+            how = {"context": workload.max_tokens // 2, "index": index}
+            decode = {"num_rows": rows, "num_sequences": rows}
+            known[key] = cost.block_ps(block, formats, profile, **decode, **how)
+            if with_prompts:
+                prefill = {"num_rows": chunk, "num_sequences": 1}
+                of_chunk = cost.block_ps(block, formats, profile, **prefill, **how)
+                known[key] += of_chunk * rows // chunk
         return known[key]
 
     return [[time(d.profile, index) for index in range(len(model.blocks))] for d in devices]
@@ -200,6 +214,7 @@ def _write_down(
     stages: Sequence[Stage],
 ) -> Plan:
     written = []
+    decode = problem_of(model, devices, formats, workload)
     for rank, stage in enumerate(stages):
         device = devices[stage.device]
         first, last = rank == 0, rank == len(stages) - 1
@@ -225,7 +240,7 @@ def _write_down(
                 activation_bytes=activation_bytes(model, formats, workload, first=first, last=last),
                 reserve_bytes=device.reserve,
                 budget=device.budget,
-                ps=problem.time(stage.device, stage.start, stage.end) + hop,
+                ps=decode.time(stage.device, stage.start, stage.end) + hop,
                 prefill_ps=_prefill_ps(model, device, formats, workload, blocks, last),
                 profile=device.profile.name,
             )

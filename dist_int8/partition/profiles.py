@@ -89,15 +89,15 @@ _DATASHEETS = (
     _datasheet("h100", 80, 3350, 1979, 989, 450),
     _datasheet("h200", 141, 4800, 1979, 989, 450),
 )
-# One thread of an AMD EPYC with AVX-512 VNNI on SmolLM2-135M, 1 to 8 rows: a block takes 0.38 to
-# 0.64 ms, the bf16 head 2.9 to 5.6 ms; this profile says 0.36 to 0.56 and 2.7 to 5.2.
+# One thread of an AMD EPYC with AVX-512 VNNI on SmolLM2-135M: a block takes 0.38 to 0.64 ms for 1 to 8
+# rows and 2.8 ms for 64, the bf16 head 2.8 ms for 4; this profile says 0.37 to 0.63, 2.7 and 3.1.
 CPU = DeviceProfile(
     name="cpu",
     memory_bytes=16 * GB,
     int8_bandwidth=19 * GB,
     float_bandwidth=24 * GB,
-    int8_ops=0.3 * TERA,
-    float_ops=0.16 * TERA,
+    int8_ops=0.19 * TERA,
+    float_ops=0.3 * TERA,
     overlaps=False,
     block_overhead_s=150e-6,
     link_bandwidth=2 * GB,
