@@ -1,0 +1,1 @@
+"""What int8 costs: perplexity, agreement, error of layers, for our runtime and other methods."""
