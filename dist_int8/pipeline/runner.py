@@ -70,7 +70,7 @@ class Pipeline:
             except RankDied as error:
                 raise self.world.blame(error) from None
             if received is not None:
-                self._results.append(received)
+                self._take(self.transport, received)
             elif not wait:
                 return None
             else:
@@ -81,6 +81,14 @@ class Pipeline:
         done = self._results.popleft()
         self.trace.finished(done.spans)
         return done
+
+    def _take(self, transport: Transport, received: Result) -> None:
+        """Keeps a result, unless it answers nothing that was asked."""
+        asked = self._under_way[0] if self._under_way else None
+        if received.step == asked:
+            self._results.append(received)
+        else:
+            transport.refuse(BadMessage(f"result: step must be {asked}, got {received.step}"))
 
     def check(self) -> None:
         """Raises RankDied, naming the rank and its reason, if one failed, ended or fell silent."""
