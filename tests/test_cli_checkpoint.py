@@ -47,6 +47,9 @@ def test_there_and_back(tiny_llama, tmp_path, capsys):
         (["quantize", "MODEL", "OUT", "--shard-size", "big"], "shard_size must be a byte size"),
         (["quantize", "MODEL", "OUT", "--hot-columns", "/no.json"], "must be a JSON file"),
         (["quantize", "/no/such", "OUT"], "no such folder"),
+        (["quantize", "MODEL", "OUT", "--num-hot-columns", "7"], "must be a multiple of 16, got 7"),
+        (["quantize", "MODEL", "OUT", "--embedding", "int4"], "embedding must be 'int8' or"),
+        (["quantize", "MODEL", "OUT", "--calibrate", "/no.txt"], "off or a text file, got"),
         (["quantize", "MODEL", "MODEL"], "OUT must be a new folder"),
         (["quantize", "MODEL"], "Missing argument 'OUT'"),
         (["dequantize", "MODEL", "OUT"], "must have int8 weights, got none"),
@@ -78,3 +81,25 @@ def test_hot_columns_from_a_file(tiny_llama, tmp_path, capsys):
     path.write_text('{"blocks.0.qkv": 1}')
     code, _, err = run(capsys, "quantize", tiny_llama, tmp_path / "x", "--hot-columns", path)
     assert code == 2 and "must map names of linears to lists" in err
+
+
+def test_quantize_finds_hot_columns_unless_told_not_to(tiny_llama, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time. " * 100)
+
+    def config(name, *flags):
+        code, _, err = run(capsys, "quantize", tiny_llama, tmp_path / name, "-q", *flags)
+        assert (code, err) == (0, "")
+        return json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+
+    default = config("default")
+    assert (default["calibrate"], default["num_hot_columns"]) == ("random", 16)
+    assert default["skip_modules"] == ["lm_head"] and "embedding" not in default
+    assert "calibrate" not in config("off", "--calibrate", "off")
+    assert "calibrate" not in config("none", "--num-hot-columns", 0)
+    assert "calibrate" not in config("bnb", "--format", "bitsandbytes")
+    small = config("small", "--calibrate", text, "--head", "int8", "--embedding", "int8")
+    assert small["calibrate"].startswith("text ") and small["skip_modules"] == []
+    assert small["embedding"] == "int8"
+    code, _, err = run(capsys, "quantize", tmp_path / "off", tmp_path / "copy", "-q")
+    assert (code, err) == (0, "")
