@@ -5,8 +5,9 @@
 Decode throughput of the demo model, 12 sequences, one thread a stage, predicted and measured for
 every number of stages and micro-batches. What the simulator is told is measured apart from them:
 
-- how long a block and the head take for n rows, how long a hop and rank 0's own work: one lane
-  through a pipeline cut into 25 and 5 blocks, a cut that is none of those predicted;
+- how long each stage works on n rows, how long a hop takes and rank 0's own work: n sequences in
+  one lane, so that one stage works at a time. What all sequences in one lane take is read off
+  between one more and one less, to leave out the run that is predicted;
 - how much stages that work at the same time slow each other on this machine's cores: one, two and
   three processes with a whole model each, without any pipeline.
 
@@ -14,6 +15,7 @@ Correctness first: every configuration gives the same tokens.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -31,8 +33,7 @@ from dist_int8.engine import Engine
 from dist_int8.pipeline import trace
 from dist_int8.pipeline.simulator import draw, simulate
 
-CALIBRATION_CUT = [25, 5]
-CROWD_ROWS, CROWD_S = 4, 4.0
+CROWD_ROWS, CROWD_S = 4, 3.0
 
 
 def load(folder, args, stages):
@@ -41,7 +42,7 @@ def load(folder, args, stages):
         devices=["cpu"] * (stages if isinstance(stages, int) else len(stages)),
         stages=stages,
         threads_per_stage=1,
-        max_sequences=args.sequences,
+        max_sequences=args.sequences + 1,
         max_tokens=args.prompt + args.tokens,
         progress=False,
     )
@@ -69,22 +70,32 @@ def decode(model, args, prompts, num_lanes):
     return [request.token_ids for request in requests], trace.steady(records)[0]
 
 
-def calibrate(folder, args, prompts, counts):
-    """Seconds of a block, of the head, of a hop and of rank 0 beside its stage, by rows."""
-    block, head, host, hops = {}, {}, {}, []
-    with load(folder, args, CALIBRATION_CUT) as model:
-        for count in counts:
-            _, records = decode(model, args, prompts[:count], 1)
-            first = statistics.median(r.spans[0][1] - r.spans[0][0] for r in records) / 1e9
-            last = statistics.median(r.spans[1][1] - r.spans[1][0] for r in records) / 1e9
-            hop = statistics.median(r.spans[1][0] - r.spans[0][1] for r in records) / 1e9
-            pairs = zip(records, records[1:], strict=False)
-            back = statistics.median(b.spans[0][0] - a.spans[1][1] for a, b in pairs) / 1e9
-            block[count] = first / CALIBRATION_CUT[0]
-            head[count] = max(0.0, last - CALIBRATION_CUT[1] * block[count])
-            host[count] = max(0.0, back - hop)
-            hops.append(hop)
-    return {"block_s": block, "head_s": head, "host_s": host, "hop_s": statistics.median(hops)}
+def calibrate(model, args, prompts, counts):
+    """Seconds of every stage and of rank 0 beside its stage, by rows, and of a hop."""
+    stage_s, host_s, hops = {}, {}, [0.0]
+    for count in counts:
+        records = decode(model, args, prompts[:count], 1)[1]
+        stages = zip(*(record.spans for record in records), strict=True)
+        stage_s[count] = [statistics.median(b - a for a, b in spans) / 1e9 for spans in stages]
+        waits = [b[0] - a[1] for r in records for a, b in itertools.pairwise(r.spans)]
+        hop = statistics.median(waits) / 1e9 if waits else 0.0
+        back = statistics.median(
+            b.spans[0][0] - a.spans[-1][1] for a, b in itertools.pairwise(records)
+        )
+        host_s[count] = max(0.0, back / 1e9 - hop)
+        hops.append(hop)
+    return {"stage_s": stage_s, "host_s": host_s, "hop_s": statistics.median(hops[1:] or hops)}
+
+
+def cost_of(costs, name, rows):
+    """Of that many rows, or between the neighbours measured."""
+    known = costs[name]
+    if rows in known:
+        return known[rows]
+    less, more = known[rows - 1], known[rows + 1]
+    if name == "host_s":
+        return (less + more) / 2
+    return [(a + b) / 2 for a, b in zip(less, more, strict=True)]
 
 
 def crowd(args, most):
@@ -129,16 +140,10 @@ def sizes_of(num_sequences, num_lanes):
     return [len(range(lane, num_sequences, num_lanes)) for lane in range(num_lanes)]
 
 
-def predict(costs, speeds, cut, sizes):
-    """The simulation of a cut into blocks, with so many sequences in each lane."""
-    lanes = [
-        [
-            blocks * costs["block_s"][size] + (costs["head_s"][size] if last else 0.0)
-            for blocks, last in zip(cut, [False] * (len(cut) - 1) + [True], strict=True)
-        ]
-        for size in sizes
-    ]
-    host_s = statistics.mean(costs["host_s"][size] for size in sizes)
+def predict(costs, speeds, sizes):
+    """The simulation of lanes of so many sequences each."""
+    lanes = [cost_of(costs, "stage_s", size) for size in sizes]
+    host_s = statistics.mean(cost_of(costs, "host_s", size) for size in sizes)
     return simulate(lanes, hop_s=costs["hop_s"], host_s=host_s, speeds=speeds)
 
 
@@ -161,37 +166,39 @@ def main():
     args = parser.parse_args()
     folder = folder_of(args)
     words = AutoTokenizer.from_pretrained(folder)(TEXT * 8).input_ids
-    prompts = [words[3 * i : 3 * i + args.prompt] for i in range(args.sequences)]
+    prompts = [words[3 * i : 3 * i + args.prompt] for i in range(args.sequences + 1)]
     if args.crowd:
         crowd_worker(folder, args, prompts)
         return
     counts = {size for m in args.micro_batches for size in sizes_of(args.sequences, m)}
-    costs = calibrate(folder, args, prompts, sorted(counts))
+    counts = sorted(counts - {args.sequences} | {args.sequences - 1, args.sequences + 1})
     speeds = crowd(args, max(args.stages))
-    print(
-        "rows: ms of a block, of the head, of rank 0 beside its stage: "
-        + "; ".join(
-            f"{n}: {1e3 * costs['block_s'][n]:.3f}, {1e3 * costs['head_s'][n]:.2f}, "
-            f"{1e3 * costs['host_s'][n]:.2f}"
-            for n in sorted(counts)
-        )
-        + f"; hop {1e3 * costs['hop_s']:.2f} ms; speed of each of 1, 2, ... at once: "
-        + ", ".join(f"{speed:.2f}" for speed in speeds)
-    )
+    print("speed of each of 1, 2, ... at once: " + ", ".join(f"{speed:.2f}" for speed in speeds))
+    told = {"speeds": speeds, "cores": len(os.sched_getaffinity(0)), "costs": {}}
     expected, rows = None, []
     for num_stages in args.stages:
         with load(folder, args, num_stages) as model:
             cut = [stage.last_block - stage.first_block + 1 for stage in model.plan.stages]
+            costs = told["costs"][num_stages] = calibrate(model, args, prompts, counts)
             runs = {m: [] for m in args.micro_batches}
             for _ in range(args.repeats):
                 for m, speed in runs.items():
-                    tokens, records = decode(model, args, prompts, m)
+                    tokens, records = decode(model, args, prompts[: args.sequences], m)
                     expected = expected or tokens
                     assert tokens == expected, f"{num_stages} stages, {m} lanes: other tokens"
                     speed.append(measured(records))
+        print(
+            f"{num_stages} stages, rows: ms of each stage + of rank 0: "
+            + "; ".join(
+                f"{n}: "
+                + " ".join(f"{1e3 * second:.1f}" for second in costs["stage_s"][n])
+                + f" + {1e3 * costs['host_s'][n]:.1f}"
+                for n in counts
+            )
+            + f"; hop {1e3 * costs['hop_s']:.2f}"
+        )
         for m, speed in runs.items():
-            sizes = sizes_of(args.sequences, m)
-            simulation = predict(costs, speeds, cut, sizes)
+            simulation = predict(costs, speeds, sizes_of(args.sequences, m))
             predicted = simulation.micro_batches_per_s * args.sequences / m
             found = statistics.median(speed)
             rows.append(
@@ -215,7 +222,6 @@ def main():
     mean = statistics.mean(abs(row["error"]) for row in rows)
     print(f"off by {worst:.1%} at worst, {mean:.1%} on average")
     setting = {key: getattr(args, key) for key in ("sequences", "prompt", "tokens", "repeats")}
-    told = {"costs": costs, "speeds": speeds, "cores": len(os.sched_getaffinity(0))}
     figures = {"rows": rows, "worst_error": worst, "mean_error": mean}
     write_result("simulator", {**setting, **told, **figures}, args.json)
 

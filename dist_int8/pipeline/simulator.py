@@ -105,23 +105,23 @@ def simulate(
         for job in active:
             job.work -= (following - now) * speed
         now = following
-        for stage, job in enumerate(jobs):
-            if job is None or job.work > 1e-12 * max(1.0, now):
+        for stage, done in enumerate(jobs):
+            if done is None or done.work > 1e-12 * max(1.0, now):
                 continue
             jobs[stage] = None
-            slices.append(Slice(stage, job.lane, job.start, now))
-            queues[(stage + 1) % num_stages].append((now + hop_s, job.lane))
+            slices.append(Slice(stage, done.lane, done.start, now))
+            queues[(stage + 1) % num_stages].append((now + hop_s, done.lane))
             if stage == num_stages - 1:
                 ends.append(now)
-                latencies.append(now + hop_s - begun[job.lane])
+                latencies.append(now + hop_s - begun[done.lane])
     warm = num_lanes * (num_rounds // 4)
     begin, total = ends[warm - 1], ends[-1] - ends[warm - 1]
     rate = (len(ends) - warm) / total if total > 0 else float("inf")
     busy = [0.0] * num_stages
     for one in slices:
         busy[one.stage] += max(0.0, min(one.end, now) - max(one.start, begin))
-    for stage, job in enumerate(jobs):
-        busy[stage] += now - max(job.start, begin) if job is not None else 0.0
+    for stage, under_way in enumerate(jobs):
+        busy[stage] += now - max(under_way.start, begin) if under_way is not None else 0.0
     return Simulation(
         rate,
         tuple(min(1.0, seconds / total) if total > 0 else 0.0 for seconds in busy),
