@@ -1,7 +1,8 @@
 """Which outlier rule loses nothing? Perplexity of a real model whose linears run in int8.
 
     python benchmarks/perplexity.py [--model FOLDER] [--text FILE] [--rows 12] [--seeds 0 1]
-        [--methods NAME ...] [--threads 2] [--json FILE]
+        [--methods NAME ...] [--with hot16 hot16+head ...] [--calibrate random FILE ...]
+        [--threads 2] [--json FILE]
 
 The model is transformers' own, in fp32, with every linear but the head swapped by `convert`; the
 figures come out of the same `Int8Linear` and ops that the runtime uses. Text: Python's help topics
@@ -10,12 +11,17 @@ is one forward pass; perplexity is exp of the mean cross entropy. "features": th
 outlier features injected (`models/outlier_features.py`), one run a seed; that leaves its fp32
 logits as they are to 1e-4, which is checked first. "+-" is the standard error of a change over the
 rows.
+
+`--with` runs each rule with more of the runtime: hotN, N hot columns of every linear, found as
+`dist-int8 quantize --calibrate` finds them, for each of `--calibrate` (random tokens, or the
+beginning of a file that is not the text measured); head, embedding: those in int8 too; joined by +.
 """
 
 import collections
 import math
 import pydoc_data.topics
 import statistics
+import tempfile
 from pathlib import Path
 
 import torch
@@ -24,10 +30,13 @@ from results import folder_of, make_parser, write_result
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dist_int8.checkpoint import calibration_of, find_hot_columns
 from dist_int8.config import Settings
 from dist_int8.int8 import ops, reference
 from dist_int8.int8.convert import convert
+from dist_int8.int8.embedding import Int8Embedding
 from dist_int8.int8.linear import Int8Linear
+from dist_int8.models import describe, load_config, tensor_sources
 from dist_int8.models.outlier_features import inject_outlier_features
 
 # name -> (title, outlier rule, threshold): run by Int8Linear
@@ -50,6 +59,7 @@ DEFAULT_METHODS = [
     "weights-only", "none", "absolute-6", "row_rms-6", "row_rms-4", "all",
 ]  # fmt: skip
 WINDOW = 1024
+PLAIN = "plain"
 
 
 class PaperLinear(nn.Module):
@@ -120,7 +130,7 @@ def second_plane(model: nn.Module, row: torch.Tensor) -> dict[str, float]:
 
     def look(layer: Int8Linear, arguments: tuple[torch.Tensor]) -> None:
         x = arguments[0].reshape(-1, layer.in_features)
-        high = ops.quantize_rows(x, layer.outlier_rule, layer.outlier_threshold).x_high != 0
+        high = ops.quantize_rows(x, *layer.quantization).x_high != 0
         shares["elements"].append(high.float().mean().item())
         tiles = high[: len(high) // 16 * 16].view(-1, 16, layer.in_features)
         shares["features"].append(tiles.any(dim=1).float().mean().item())
@@ -136,8 +146,63 @@ def second_plane(model: nn.Module, row: torch.Tensor) -> dict[str, float]:
     return {name: 100 * sum(values) / len(values) for name, values in shares.items()}
 
 
+class EmbeddingTable(nn.Module):
+    """An `Int8Embedding` where transformers has an embedding."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.table = Int8Embedding(*embedding.weight.shape)
+        weight_int8, col_scale = reference.quantize_weight(embedding.weight.data)
+        self.table.weight_int8, self.table.col_scale = weight_int8, col_scale
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        flat = self.table(token_ids.flatten(), torch.float32)
+        return flat.view(*token_ids.shape, -1)
+
+
+def hot_columns_of(
+    model: nn.Module, folder: Path, calibrate: str, num_hot_columns: int
+) -> dict[str, list[int]]:
+    """Hot columns of a transformers model (its weights are those of bf16), by its own names."""
+    with tempfile.TemporaryDirectory() as saved:
+        state = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+        model.save_pretrained(saved, state_dict=state)
+        spec = describe(load_config(saved))
+        calibration = calibration_of(folder, spec, calibrate, num_hot_columns)
+        found = find_hot_columns(saved, spec, calibration)
+    sources = tensor_sources(spec, range(spec.num_blocks), first=False, last=False)
+    return {
+        name.removesuffix(".weight"): columns
+        for linear, columns in found.items()
+        for names in sources[f"{linear}.weight"].names
+        for name in names
+    }
+
+
+def variants(names: list[str], calibrations: list[str]) -> list[tuple[str, str]]:
+    """(variant, calibration): one of each without hot columns, all calibrations of the others."""
+    return [
+        (name, calibrate)
+        for name in names
+        for calibrate in (calibrations if "hot" in name else calibrations[:1])
+    ]
+
+
+def label(method: str, variant: str, calibrate: str) -> str:
+    """What a rule with a variant is called in the figures."""
+    parts = [method] if variant == PLAIN else [method, *variant.split("+")]
+    return "+".join(
+        f"{part} ({Path(calibrate).name})" if part.startswith("hot") else part for part in parts
+    )
+
+
 def measure(
-    folder: Path, seed: int | None, rows: torch.Tensor, methods: list[str], base: list[float] | None
+    folder: Path,
+    seed: int | None,
+    rows: torch.Tensor,
+    methods: list[str],
+    base: list[float] | None,
+    asked: list[tuple[str, str]],
 ) -> dict:
     """Losses by method on the model with the outlier features of `seed` (None: as it is).
 
@@ -166,7 +231,7 @@ def measure(
         found["row_losses"][method] = losses
         found["perplexity"][method] = perplexity(losses)
         percent, error = found["change_percent"][method] = change(losses, base)
-        print(f"seed {seed}  {method:14s} {percent:+.3f}% +- {error:.3f}", flush=True)
+        print(f"seed {seed}  {method:28s} {percent:+.3f}% +- {error:.3f}", flush=True)
 
     linears = {
         name: child
@@ -178,20 +243,34 @@ def measure(
             swap(model, linears, method)
             note(method)
     swap(model, linears, "fp32")
-    convert(model)
-    layers = [child for child in model.modules() if isinstance(child, Int8Linear)]
-    assert len(layers) == len(linears)
-    for method in methods:
-        if method in RULES:
+    rules = [method for method in methods if method in RULES]
+    edges = {"lm_head": model.lm_head, "model.embed_tokens": model.get_input_embeddings()}
+    for variant, calibrate in asked if rules else ():
+        columns: dict[str, list[int]] = {}
+        for part in variant.split("+"):
+            if part.startswith("hot"):
+                columns = hot_columns_of(model, folder, calibrate, int(part[3:]))
+        convert(model, hot_columns=columns)
+        if "head" in variant:
+            model.lm_head = Int8Linear.from_linear(edges["lm_head"])
+        if "embedding" in variant:
+            model.set_input_embeddings(EmbeddingTable(edges["model.embed_tokens"]))
+        layers = [child for child in model.modules() if isinstance(child, Int8Linear)]
+        assert len(layers) == len(linears) + ("head" in variant)
+        for method in rules:
             _, rule, threshold = RULES[method]
             for layer in layers:
                 layer.outlier_rule, layer.outlier_threshold = rule, threshold
-            note(method)
-            found["second_plane_percent"][method] = second_plane(model, rows[0])
+            name = label(method, variant, calibrate)
+            note(name)
+            found["second_plane_percent"][name] = second_plane(model, rows[0])
+        swap(model, linears, "fp32")
+        model.lm_head = edges["lm_head"]
+        model.set_input_embeddings(edges["model.embed_tokens"])
     return found
 
 
-def table(runs: list[dict], methods: list[str], default: str) -> str:
+def table(runs: list[dict], default: str) -> str:
     """A markdown table: change against fp32 per run, and what the second plane carries."""
     heads = ["plain" if run["seed"] is None else f"features, seed {run['seed']}" for run in runs]
     base = [f"{run['perplexity']['fp32']:.3f}" for run in runs]
@@ -200,8 +279,9 @@ def table(runs: list[dict], methods: list[str], default: str) -> str:
         "|---" * (len(heads) + 3) + "|",
         f"| fp32 | {' | '.join(base)} | | |",
     ]
-    for method in methods:
-        title = OTHERS.get(method) or RULES[method][0]
+    for method in runs[0]["change_percent"]:
+        rule, *parts = method.split("+")
+        title = OTHERS.get(rule) or ", ".join([RULES[rule][0], *parts])
         title = f"**{title}** (default)" if method == default else title
         changes = [run["change_percent"][method] for run in runs]
         cells = [f"{percent:+.2f}% +- {error:.2f}" for percent, error in changes]
@@ -218,6 +298,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=12, help="rows of 1,024 tokens")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--methods", nargs="*", default=DEFAULT_METHODS, choices=[*RULES, *OTHERS])
+    parser.add_argument("--with", dest="variants", nargs="*", default=[PLAIN, "hot16"])
+    parser.add_argument("--calibrate", nargs="*", default=["random"])
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     model = Path(folder_of(args))
@@ -233,12 +315,14 @@ def main() -> None:
         )
     rows = tokens.view(args.rows, WINDOW)
 
-    runs = [measure(model, None, rows, args.methods, None)]
+    asked = variants(args.variants, args.calibrate)
+    runs = [measure(model, None, rows, args.methods, None, asked)]
     base = runs[0]["row_losses"]["fp32"]
-    runs += [measure(model, seed, rows, args.methods, base) for seed in args.seeds]
+    runs += [measure(model, seed, rows, args.methods, base, asked) for seed in args.seeds]
     settings = Settings.model_fields
     rule, threshold = settings["outlier_rule"].default, settings["outlier_threshold"].default
     default = next(m for m, (_, *r) in RULES.items() if r == [rule, threshold])
+    default = label(default, "hot16", "random")
     path = write_result(
         "perplexity",
         {
@@ -253,7 +337,7 @@ def main() -> None:
         },
         args.json,
     )
-    print(f"\n{table(runs, args.methods, default)}\n\n{path}")
+    print(f"\n{table(runs, default)}\n\n{path}")
 
 
 if __name__ == "__main__":
