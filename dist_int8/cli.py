@@ -15,7 +15,8 @@ from typing import Annotated
 
 import typer
 
-from dist_int8 import cli_checkpoint, cli_generate, cli_plan, slurm
+from dist_int8 import cli_bench, cli_checkpoint, cli_generate, cli_plan, slurm, termination
+from dist_int8.launcher import DRAIN_SECONDS
 
 BAD_INPUT = 2
 FAILED = 1
@@ -42,7 +43,7 @@ app = typer.Typer(
 
 app.command()(cli_generate.generate)
 app.command()(cli_plan.plan)
-app.command()(cli_plan.bench)
+app.command()(cli_bench.bench)
 app.command()(cli_checkpoint.quantize)
 app.command()(cli_checkpoint.dequantize)
 app.command()(cli_checkpoint.verify)
@@ -90,18 +91,22 @@ def launch(
         ),
     ],
     stages: Annotated[int, typer.Option(min=1, help="Number of ranks, one a stage.")] = 1,
+    drain: Annotated[
+        float, typer.Option(min=0, help="Seconds that ranks get to end after SIGTERM.")
+    ] = DRAIN_SECONDS,
 ) -> None:
     """Start one process a stage on this machine and look after them until they end.
 
     The ranks get RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and the rest, as from torchrun or
-    deepspeed. If one fails, the others are ended and its exit code is returned.
+    deepspeed. If one fails, the others are ended and its exit code is returned. SIGTERM lets rank 0
+    answer what runs; a second one ends everything at once.
 
         dist-int8 launch --stages 2 generate -m ./smollm2 --device cpu -p "Hi"
         dist-int8 launch --stages 2 my_script.py --its-own-flag
     """
     from dist_int8.launcher import launch as launch_ranks
 
-    raise typer.Exit(launch_ranks(_rank_command(command), stages))
+    raise typer.Exit(launch_ranks(_rank_command(command), stages, drain=drain))
 
 
 def _rank_command(command: Sequence[str]) -> list[str]:
@@ -124,7 +129,8 @@ def _rank_command(command: Sequence[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits; `arguments` defaults to those of the process."""
-    sys.exit(run(arguments))
+    code = run(arguments)
+    sys.exit(termination.EXIT_CODE if termination.received() else code)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

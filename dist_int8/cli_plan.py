@@ -1,11 +1,10 @@
-"""The command line of planning: `dist-int8 plan` and `dist-int8 bench`.
+"""The command line of planning: `dist-int8 plan`.
 
 A plan is exit code 0 if the model fits and 2 if it does not; bad input is 1, so that a script can
 tell the two apart (`cli.run` sees to the 1).
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -198,31 +197,3 @@ def _reserve(text: str | None) -> int | None:
         return parse_byte_size(text)
     except ValueError as error:
         raise ValueError(f"{_SOURCE}:reserve: reserve {error}") from None
-
-
-def bench(
-    profile: Annotated[
-        Path, typer.Option(help="YAML file to write, for `dist-int8 plan --profile`.")
-    ],
-    device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; those of one stage.")
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="What the plan calls it.")] = None,
-) -> None:
-    """Measure how fast a device reads and multiplies, for the planner; a few seconds.
-
-    dist-int8 bench --profile my-cpu.yaml --threads 1
-    """
-    from dist_int8.bench import measure
-
-    values: dict[str, Any] = measure(device, threads, name)
-    write_yaml(profile, values, f"Measured by `dist-int8 bench --profile` on {values['name']}.")
-    typer.echo("\n".join(_lines(values)))
-
-
-def _lines(values: dict[str, Any]) -> Sequence[str]:
-    return [
-        f"{key}: {value:.3g}" if isinstance(value, float) else f"{key}: {value}"
-        for key, value in values.items()
-    ]

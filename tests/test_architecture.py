@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "dist_int8"
 MAY_IMPORT = {
     "__init__": {"api", "handle", "int8"},
     "cli": {
+        "cli_bench",
         "cli_checkpoint",
         "cli_generate",
         "cli_plan",
@@ -25,13 +26,15 @@ MAY_IMPORT = {
         "doctor",
         "launcher",
         "slurm",
+        "termination",
     },
     "cli_checkpoint": {"checkpoint", "config"},
-    "cli_plan": {"bench", "config", "models", "partition", "planning"},
+    "cli_plan": {"config", "models", "partition", "planning"},
+    "cli_bench": {"api", "bench", "config", "demo_model", "plot"},
     "cli_generate": {"batch", "config", "console", "devices"},
     "batch": {"config"},
-    "console": {"api", "batch", "config", "engine", "handle", "partition"},
-    "rank": {"api"},
+    "console": {"api", "batch", "config", "engine", "handle", "partition", "termination"},
+    "rank": {"api", "termination"},
     "api": {
         "checkpoint",
         "config",
@@ -67,26 +70,30 @@ MAY_IMPORT = {
     "int8": set(),
     "interfaces": set(),
     "launcher": set(),
+    "termination": set(),
     "partition": set(),
     "slurm": set(),
+    "plot": set(),
     "planning": {"config", "devices", "partition"},
 }
 LEAVES = {"int8/reference", "partition/memory"}  # import nothing of ours
 LEAVES |= {"pipeline/schedule", "pipeline/simulator", "pipeline/trace"}
 WITHOUT_TORCH = {"config", "partition", "pipeline/schedule", "launcher", "cli", "devices"}
 WITHOUT_TORCH |= {"cli_checkpoint", "cli_plan", "interfaces", "planning", "slurm"}
-WITHOUT_TORCH |= {"batch", "cli_generate", "pipeline/simulator", "pipeline/trace"}
+WITHOUT_TORCH |= {"batch", "cli_bench", "cli_generate", "plot"}
+WITHOUT_TORCH |= {"pipeline/simulator", "pipeline/trace"}
 OWNERS = {  # outside dependency -> the only files or rooms that import it
     "accelerate": {"models"},
     "cuda": {"devices"},
     "huggingface_hub": {"checkpoint", "models/config"},
+    "matplotlib": {"plot"},
     "pydantic": {"config"},
     "rich": {"doctor"},
     "safetensors": {"checkpoint"},
     "torch.distributed": {"distributed", "pipeline/transport"},
     "tqdm": {"cli_checkpoint", "console", "demo_model", "loading"},
     "transformers": {"models", "engine/sampling", "api", "handle", "demo_model"},
-    "typer": {"cli", "cli_checkpoint", "cli_generate", "cli_plan"},
+    "typer": {"cli", "cli_bench", "cli_checkpoint", "cli_generate", "cli_plan"},
     "yaml": {"config"},
 }
 PEER_TO_PEER = {"send", "recv", "isend", "irecv", "batch_isend_irecv", "P2POp"}
