@@ -183,13 +183,34 @@ class Model:
                 "logits: input_ids must be integers [batch, tokens], got "
                 f"{rows.dtype} {list(rows.shape)}; give a list of equally long lists of token ids"
             )
-        for index, row in enumerate(rows.tolist()):
-            self._check_prompt(row, index, num_new=0, call="logits")
+        pieces = self.logits_of(rows.tolist())
         logits = torch.empty(*rows.shape, self._spec.vocab_size, dtype=torch.float32)
-        with self._running():
-            for index, start, values in self._engine.logits(rows.tolist()):
-                logits[index, start : start + values.shape[0]] = values
+        for index, start, values in pieces:
+            logits[index, start : start + values.shape[0]] = values
         return logits
+
+    def logits_of(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, Tensor]]:
+        """Logits of token ids of any lengths, a piece at a time, where all of them are too many.
+
+        Short sequences share a micro-batch. Other calls wait until the last piece was taken, or the
+        iterator closed.
+
+        Returns:
+            An iterator of (sequence, first position, logits fp32 [tokens, vocab] on the CPU), in
+            order; pieces come again after a lost rank was replaced.
+
+        Raises:
+            ValueError: a sequence is empty, longer than the context, or holds what is no token.
+            RankDied: a rank ended; the handle is closed then.
+        """
+        lists = [list(sequence) for sequence in sequences]
+        for index, token_ids in enumerate(lists):
+            self._check_prompt(token_ids, index, num_new=0, call="logits")
+        return self._logits_of(lists)
+
+    def _logits_of(self, sequences: list[list[int]]) -> Iterator[tuple[int, int, Tensor]]:
+        with self._running():
+            yield from self._engine.logits(sequences)
 
     def schedule(self, num_prompts: int = 1, num_decode_steps: int = 4) -> str:
         """The order of work as a picture, a line a stage, for so many short prompts."""

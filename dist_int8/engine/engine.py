@@ -33,6 +33,26 @@ class Draining(RuntimeError):
     """The model is being shut down and takes no new requests."""
 
 
+_Piece = tuple[int, int, list[int]]  # sequence, first position, token ids
+
+
+def _packed(sequences: list[list[int]], size: int, num_slots: int) -> Iterator[list[_Piece]]:
+    """The sequences in order, cut and put together to at most `size` tokens of `num_slots` each."""
+    pieces: list[_Piece] = []
+    room = size
+    for index, token_ids in enumerate(sequences):
+        start = 0
+        while start < len(token_ids):
+            if not room or len(pieces) == num_slots:
+                yield pieces
+                pieces, room = [], size
+            piece = token_ids[start : start + room]
+            pieces.append((index, start, piece))
+            start, room = start + len(piece), room - len(piece)
+    if pieces:
+        yield pieces
+
+
 class Engine:
     """One pipeline's requests.
 
@@ -265,26 +285,36 @@ class Engine:
             self.drain()
         slots = list(self._lanes.free_slots)
         size = self._chunk_for(sum(map(len, input_ids)))
-        under_way: deque[tuple[int, int]] = deque()
-        for index, token_ids in enumerate(input_ids):
-            slot = slots[index % len(slots)]
-            for start in range(0, len(token_ids), size):
+        under_way: deque[list[_Piece]] = deque()
+        try:
+            for pieces in _packed(input_ids, size, len(slots)):
                 if len(under_way) >= self._limit:
-                    yield (*under_way.popleft(), self._result().values)
+                    yield from self._logits_result(under_way.popleft())
                 self.num_steps += 1
-                chunk = token_ids[start : start + size]
+                rows = [
+                    (slots[index % len(slots)], start, len(ids)) for index, start, ids in pieces
+                ]
                 self.pipeline.submit(
                     MicroBatch(
                         Kind.LOGITS,
                         step=self.num_steps,
-                        token_ids=torch.tensor(chunk),
-                        segments=torch.tensor([[slot, start, len(chunk)]], dtype=torch.int32),
-                        emits=torch.zeros(1, dtype=torch.int64),
+                        token_ids=torch.tensor([token for _, _, ids in pieces for token in ids]),
+                        segments=torch.tensor(rows, dtype=torch.int32),
+                        emits=torch.zeros(len(rows), dtype=torch.int64),
                     )
                 )
-                under_way.append((index, start))
-        while under_way:
-            yield (*under_way.popleft(), self._result().values)
+                under_way.append(pieces)
+            while under_way:
+                yield from self._logits_result(under_way.popleft())
+        except GeneratorExit:  # the caller has seen enough; the next one finds an empty pipeline
+            for _ in under_way:
+                self._result()
+            raise
+
+    def _logits_result(self, pieces: list[_Piece]) -> Iterator[tuple[int, int, Tensor]]:
+        values = self._result().values.split([len(token_ids) for _, _, token_ids in pieces])
+        for (index, start, _), logits in zip(pieces, values, strict=True):
+            yield index, start, logits
 
     def drain(self) -> None:
         """Takes the results that are still under way."""
@@ -299,6 +329,8 @@ class Engine:
             raise copy.copy(self.failure)  # several threads may wait; each has its own traceback
         try:
             yield
+        except GeneratorExit:  # the caller of `logits` has seen enough
+            raise
         except BaseException as error:
             self.failure = error
             raise

@@ -160,3 +160,28 @@ def test_utilisation_of_the_stages_is_known(model):
     model.generate(PROMPTS, max_new_tokens=16)
     shares = trace.utilisation(model._engine.pipeline.trace.since(before))
     assert len(shares) == 2 and all(0.0 < share <= 1.0 for share in shares)
+
+
+@pytest.mark.parametrize("pieces_taken", [0, 1, 3])
+def test_logits_of_sequences_of_many_lengths(model, pieces_taken):
+    expected = [model.logits([prompt])[0] for prompt in PROMPTS]
+    seen = []
+    for index, start, values in model.logits_of(PROMPTS):
+        seen.append((index, start, len(values)))
+        assert (values == expected[index][start : start + len(values)]).all()
+    # at most prefill_chunk tokens a micro-batch, whoever they belong to
+    assert seen[:3] == [(0, 0, 5), (1, 0, 11), (1, 11, 16)]
+    assert sum(count for _, _, count in seen) == sum(map(len, PROMPTS))
+    pieces = model.logits_of(PROMPTS)
+    for _ in range(pieces_taken):
+        next(pieces)
+    pieces.close()  # what is on its way is taken, so that the next call gets its own
+    assert (model.logits([PROMPTS[3]])[0] == expected[3]).all()
+
+
+def test_more_sequences_than_slots_share_a_micro_batch(model):
+    prompts = [[token] for token in range(3, 14)]
+    expected = [model.logits([prompt])[0] for prompt in prompts]
+    seen = {index: values for index, _, values in model.logits_of(prompts)}
+    assert sorted(seen) == list(range(len(prompts)))
+    assert all((seen[index] == expected[index]).all() for index in seen)
