@@ -14,11 +14,29 @@ if TYPE_CHECKING:
     from dist_int8.api import load
     from dist_int8.handle import Model
     from dist_int8.int8.linear import Int8Linear
+    from dist_int8.models.outlier_features import inject_outlier_features
+    from dist_int8.world import LostRank, RankDied, StageHung
 
 __version__ = "0.1.0"
-__all__ = ["Int8Linear", "Model", "load"]
+__all__ = [
+    "Int8Linear",
+    "LostRank",
+    "Model",
+    "RankDied",
+    "StageHung",
+    "inject_outlier_features",
+    "load",
+]
 
-_HOMES = {"Int8Linear": "int8.linear", "Model": "handle", "load": "api"}
+_HOMES = {
+    "Int8Linear": "int8.linear",
+    "LostRank": "world",
+    "Model": "handle",
+    "RankDied": "world",
+    "StageHung": "world",
+    "inject_outlier_features": "models.outlier_features",
+    "load": "api",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -22,13 +22,15 @@ from dist_int8.engine import Engine
 from dist_int8.handle import Model
 from dist_int8.loading import as_stored, build_stage, vocab_dtype_of
 from dist_int8.models import ModelSpec, describe, load_config
-from dist_int8.partition import Plan
+from dist_int8.partition import Plan, StagePlan
+from dist_int8.pipeline.in_process import InProcessTransport, connect
 from dist_int8.pipeline.microbatch import Limits
-from dist_int8.pipeline.runner import Pipeline
+from dist_int8.pipeline.runner import Pipeline, serve
+from dist_int8.pipeline.stage import Stage
 from dist_int8.pipeline.transport import Transport
 from dist_int8.planning import devices_of, formats_of, free_budgets, plan_of
 from dist_int8.recovery import Links, Recovery, serve_until_shutdown
-from dist_int8.world import RankDied
+from dist_int8.world import RankDied, World
 
 LOAD_TIMEOUT_S = 3600.0
 DEFAULT_MAX_TOKENS = 2048
@@ -86,6 +88,11 @@ def load(
             "load(): recover must be false under a launcher, got true; leave it out, and let the "
             "launcher start all ranks again"
         )
+    if settings.in_process and (place is not None or settings.recover):
+        raise ValueError(
+            "load(): in_process must be false under a launcher and with recover, got true; leave "
+            "it out"
+        )
     stage_devices = _devices(settings, place)
     folder = resolve_model(
         settings.model,
@@ -131,8 +138,8 @@ def load(
             settings.interface,
             settings.step_timeout,
         )
-    elif len(plan.stages) == 1:
-        world = worlds.alone()
+    elif len(plan.stages) == 1 or settings.in_process:
+        world = worlds.alone(settings.step_timeout)
     else:
         same = settings.model_dump(mode="json", exclude={"gpus", "stages"})
         same |= {"model": str(folder.resolve()), "devices": stage_devices, "revision": None}
@@ -147,18 +154,12 @@ def load(
             settings.step_timeout,
         )
     try:
-        stage = build_stage(
-            folder,
-            spec,
-            plan.stages[rank],
-            plan,
-            settings,
-            limits,
-            dtype,
-            vocab_dtype,
-            progress,
-            hot,
-        )
+
+        def build(place: StagePlan) -> Stage:
+            formats = (dtype, vocab_dtype)
+            return build_stage(folder, spec, place, plan, settings, limits, *formats, progress, hot)
+
+        stage = build(plan.stages[rank])
         device = torch.device(plan.stages[rank].device)
         links = Links(
             world,
@@ -170,8 +171,10 @@ def load(
         if rank:
             serve_until_shutdown(stage, links, settings.recover)
             raise SystemExit(0)
-        transport = None
-        if len(plan.stages) > 1:
+        transport: Transport | InProcessTransport | None = None
+        if settings.in_process:
+            transport = _start_threads([stage, *map(build, plan.stages[1:])], plan, cores)
+        elif len(plan.stages) > 1:
             transport = links.connect()
             world.wait_for("ready", LOAD_TIMEOUT_S)
         recovery = Recovery(links, settings.max_recoveries) if settings.recover else None
@@ -201,6 +204,23 @@ def load(
             _leave(error, rank, place)
         world.kill()
         raise
+
+
+def _start_threads(
+    stages: list[Stage], plan: Plan, cores: frozenset[int]
+) -> InProcessTransport | None:
+    """Every stage but the first in a thread, on cores next to those of the first."""
+    if len(stages) == 1:
+        return None
+    allowed, num_threads = sorted(os.sched_getaffinity(0)), len(cores)
+    return connect(
+        [torch.device(place.device) for place in plan.stages],
+        lambda rank, links: serve(stages[rank], links, World(rank, len(stages))),
+        [
+            frozenset(allowed[rank * num_threads : (rank + 1) * num_threads])
+            for rank in range(len(stages))
+        ],
+    )
 
 
 def _leave(error: BaseException, rank: int, place: Launched | None) -> NoReturn:

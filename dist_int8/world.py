@@ -144,8 +144,9 @@ class World:
 
     def hung(self, step: int) -> RankDied:
         """The stage that holds up micro-batch `step`, by what the last heartbeats said."""
-        assert self.monitor is not None
         limit = f"after {self.step_timeout_s:g} s (step_timeout)"
+        if self.monitor is None:  # all stages are in this process
+            return StageHung(f"a stage hangs: no result {limit}")
         for rank, peer in self.monitor.peers.items():
             if peer.done < step:
                 where = "hangs" if peer.received >= step else "got no micro-batch and hangs"
@@ -252,7 +253,7 @@ class World:
         for rank, peer in peers.items():
             if peer.state.startswith("failed: "):
                 return RankDied(f"{_name(rank)} {peer.state}", rank)
-        for rank, peer in peers.items():
+        for rank, peer in sorted(peers.items(), key=lambda item: item[1].ended):
             victim = peer.state.startswith("lost: ")
             if victim and not with_victims:
                 continue
@@ -295,9 +296,9 @@ class World:
         threading.Thread(target=leave, name="leave", daemon=True).start()
 
 
-def alone() -> World:
-    """The world of a pipeline with one stage: no heartbeats, no process group."""
-    return World(rank=0, world_size=1)
+def alone(step_timeout_s: float = STEP_TIMEOUT_S) -> World:
+    """The world of a pipeline in one process: no heartbeats, no process group."""
+    return World(rank=0, world_size=1, step_timeout_s=step_timeout_s)
 
 
 def _name(rank: int) -> str:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "dist_int8"
 
 # Room (folder or module of dist_int8) -> rooms it may import. What is missing here is refused.
 MAY_IMPORT = {
-    "__init__": {"api", "handle", "int8"},
+    "__init__": {"api", "handle", "int8", "world", "models"},
     "cli": {
         "cli_bench",
         "cli_checkpoint",

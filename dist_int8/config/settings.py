@@ -110,6 +110,12 @@ class Settings(Checked):
         description="Use this many GPUs, cuda:0 upwards, one stage each; excludes `devices`.",
         examples=[4],
     )
+    in_process: bool = Field(
+        default=False,
+        description="Run the stages as threads of this process instead of a process each: hidden "
+        "states are copied from device to device, without NCCL. One machine only.",
+        examples=[True],
+    )
     threads_per_stage: Count | None = Field(
         default=None,
         description="CPU threads of each stage; by default the cores are shared evenly.",

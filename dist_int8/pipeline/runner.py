@@ -8,6 +8,7 @@ from collections import deque
 from torch import Tensor
 
 from dist_int8.pipeline import schedule
+from dist_int8.pipeline.in_process import InProcessTransport
 from dist_int8.pipeline.microbatch import BadMessage, Kind, MicroBatch, Result
 from dist_int8.pipeline.stage import Stage
 from dist_int8.pipeline.trace import Trace
@@ -24,10 +25,12 @@ class Pipeline:
     Args:
         stage: stage 0.
         world: the ranks.
-        transport: links to the other ranks; None when stage 0 is the only one.
+        transport: links to the other stages; None when stage 0 is the only one.
     """
 
-    def __init__(self, stage: Stage, world: World, transport: Transport | None) -> None:
+    def __init__(
+        self, stage: Stage, world: World, transport: Transport | InProcessTransport | None
+    ) -> None:
         self.stage = stage
         self.world = world
         self.transport = transport
@@ -82,7 +85,7 @@ class Pipeline:
         self.trace.finished(done.spans)
         return done
 
-    def _take(self, transport: Transport, received: Result) -> None:
+    def _take(self, transport: Transport | InProcessTransport, received: Result) -> None:
         """Keeps a result, unless it answers nothing that was asked."""
         asked = self._under_way[0] if self._under_way else None
         if received.step == asked:
@@ -132,7 +135,7 @@ def _timed(stage: Stage, micro_batch: MicroBatch, hidden_states: Tensor | None) 
     return output
 
 
-def serve(stage: Stage, transport: Transport, world: World) -> None:
+def serve(stage: Stage, transport: Transport | InProcessTransport, world: World) -> None:
     """Runs what the rank before sends until it says SHUTDOWN.
 
     Raises:
