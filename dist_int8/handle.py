@@ -160,6 +160,11 @@ class Model:
         return self._engine.num_micro_batches
 
     @property
+    def max_tokens(self) -> int:
+        """Tokens of a sequence at most, prompt and answer together."""
+        return self._engine.limits.max_tokens
+
+    @property
     def trace(self) -> Trace:
         """When each stage worked on which micro-batch since the model was loaded."""
         return self._engine.pipeline.trace
