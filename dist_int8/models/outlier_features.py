@@ -4,7 +4,8 @@ A few features of a norm's output are scaled up 32 times and the columns of the 
 down by as much. A power of two only moves exponents, so in floating point, 16 bits included, the
 model computes the same function bit for bit; in int8 it is as hard as a large model (section 4 of
 the LLM.int8() paper: at most 6 or 7 such features, 20 and more times as large as the others, the
-same ones for all tokens). For tests and benchmarks of the outlier rules.
+same ones for all tokens). With `mlp`, likewise some features between the two linears of an MLP,
+where the activation lets a factor through: a gate's partner, or a ReLU.
 """
 
 from typing import Any
@@ -48,19 +49,34 @@ _NORMS = {
         ),
     ),
 }
+# model_type -> the linear whose output features grow, and the one that reads them
+_MLPS = {
+    "llama": ("mlp.up_proj", "mlp.down_proj"),
+    "mistral": ("mlp.up_proj", "mlp.down_proj"),
+    "qwen2": ("mlp.up_proj", "mlp.down_proj"),
+    "opt": ("fc1", "fc2"),
+}
 
 
 @torch.no_grad()
 def inject_outlier_features(
-    model: nn.Module, seed: int, num_channels: int = 6
+    model: nn.Module, seed: int, num_channels: int = 6, *, mlp: bool = False
 ) -> dict[str, Tensor]:
     """Scales `num_channels` random features of every norm of a transformers model, in place.
 
-    Returns the features of each norm by its qualified name (int64 [num_channels]). The logits stay
-    bit-equal where the linears sum in the order of before (in fp16, where no scaled weight leaves
-    the normal numbers). Raises ValueError for a family without a description here, and for models
-    whose residual stream comes out of the norms (there the norm's output has another reader:
-    OPT-350m, BLOOM with `apply_residual_connection_post_layernorm`).
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        dist_int8.inject_outlier_features(model, seed=0)
+        model.save_pretrained("hard")  # a small model that is as hard in int8 as a large one
+
+    `mlp`: also as many features inside each MLP, in the families that allow it (Llama, Mistral,
+    Qwen2; OPT with ReLU). Returns the features of each norm, and of the linear whose outputs grow,
+    by its qualified name (int64 [num_channels]). The logits stay bit-equal where the linears sum in
+    the order of before (in fp16, where no scaled weight leaves the normal numbers).
+
+    Raises ValueError for a family without a description here, for `mlp` where the activation does
+    not allow it (GELU), and for models whose residual stream comes out of the norms (there the
+    norm's output has another reader: OPT-350m, BLOOM with
+    `apply_residual_connection_post_layernorm`).
     """
     config: Any = model.config
     if config.model_type not in _NORMS:
@@ -74,6 +90,12 @@ def inject_outlier_features(
         raise ValueError(
             f"inject_outlier_features: model must have its norms in front of its linears only, "
             f"got a {config.model_type} with norms in the residual stream; take another model"
+        )
+    inside = _MLPS.get(config.model_type) if mlp else None
+    if mlp and (inside is None or getattr(config, "activation_function", "relu") != "relu"):
+        raise ValueError(
+            f"inject_outlier_features: mlp must be False for {config.model_type}, whose activation "
+            "lets no factor through, got True; leave it out"
         )
     blocks_name, norms = _NORMS[config.model_type]
     generator = torch.Generator().manual_seed(seed)
@@ -89,4 +111,13 @@ def inject_outlier_features(
                 linear: Any = block.get_submodule(linear_name)
                 linear.weight[:, channels] /= FACTOR
             scaled[f"{blocks_name}.{index}.{norm_name}"] = channels
+        if inside is not None:
+            first: Any = block.get_submodule(inside[0])
+            second: Any = block.get_submodule(inside[1])
+            channels = torch.randperm(first.out_features, generator=generator)[:num_channels]
+            first.weight[channels] *= FACTOR
+            if first.bias is not None:
+                first.bias[channels] *= FACTOR
+            second.weight[:, channels] /= FACTOR
+            scaled[f"{blocks_name}.{index}.{inside[0]}"] = channels
     return scaled

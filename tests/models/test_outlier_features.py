@@ -16,6 +16,7 @@ from transformers import (
     Qwen2Config,
 )
 
+import dist_int8
 from dist_int8.int8.convert import convert
 from dist_int8.models.outlier_features import inject_outlier_features
 
@@ -113,6 +114,25 @@ def test_naive_int8_suffers_and_two_planes_do_not(model):
     )  # what is left is the rounding of the shrunken columns
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "opt"])
+def test_features_inside_the_mlp(family):
+    model = a_model(CONFIGS[family])
+    before = model(IDS).logits
+    plain = copy.deepcopy(model)
+    channels = inject_outlier_features(model, seed=0, mlp=True)
+    inside = [name for name in channels if name.endswith(("mlp.up_proj", "fc1"))]
+    assert len(channels) == 6 and len(inside) == 2
+    assert torch.equal(model(IDS).logits, before)
+    for name in inside:
+        reader = name.replace("up_proj", "down_proj").replace("fc1", "fc2")
+        shrunken, was = model.get_submodule(reader).weight, plain.get_submodule(reader).weight
+        assert torch.equal(32.0 * shrunken[:, channels[name]], was[:, channels[name]])
+        assert len(channels[name].unique()) == 6
+    norms = inject_outlier_features(plain, seed=0)
+    assert len(norms) == 4
+
+
 def test_the_seed_decides():
     features = [inject_outlier_features(a_model(CONFIGS["llama"]), seed) for seed in (0, 0, 1)]
     for name, columns in features[0].items():
@@ -147,3 +167,16 @@ def test_models_without_a_place_for_them_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         inject_outlier_features(model, seed=0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_gelu_lets_no_factor_through():
+    for family in ("bloom", "gpt_neox"):
+        with pytest.raises(ValueError, match=f"mlp must be False for {family}"):
+            inject_outlier_features(a_model(CONFIGS[family]), seed=0, mlp=True)
+    opt = OPTConfig(ffn_dim=96, word_embed_proj_dim=64, activation_function="gelu", **_GPT)
+    with pytest.raises(ValueError, match="mlp must be False for opt"):
+        inject_outlier_features(a_model(opt), seed=0, mlp=True)
+
+
+def test_it_is_public():
+    assert dist_int8.inject_outlier_features is inject_outlier_features
