@@ -1,8 +1,10 @@
 """Requests join and leave a real pipeline while others run."""
 
+import itertools
 import threading
 
 import pytest
+import torch
 
 import dist_int8
 from dist_int8.engine import QueueFull
@@ -185,3 +187,118 @@ def test_more_sequences_than_slots_share_a_micro_batch(model):
     seen = {index: values for index, _, values in model.logits_of(prompts)}
     assert sorted(seen) == list(range(len(prompts)))
     assert all((seen[index] == expected[index]).all() for index in seen)
+
+
+@pytest.fixture
+def make_engine(model):
+    """Engines of other settings over the same pipeline."""
+    from dist_int8.engine import Engine
+
+    def make(**settings):
+        before = model._engine
+        before.drain()
+        return Engine(
+            before.pipeline,
+            before.limits,
+            num_stages=2,
+            eos_token_ids=frozenset(),
+            max_queue=64,
+            **{"num_micro_batches": 2, "prefill_chunk": 16, "smallest_chunk": 4} | settings,
+        )
+
+    return make
+
+
+def test_micro_batches_of_prompts_are_short_while_somebody_answers(model, alone, make_engine):
+    engine = make_engine()
+    engine.num_steps = model.trace.last_step
+    requests = sorted(make_requests(model), key=lambda request: -len(request.prompt_ids))
+    more = make_requests(model)
+    engine.add(requests + more)
+    sizes = {False: [0], True: [0]}
+    while not all(request.ended for request in requests + more):
+        answering, before = engine._lanes.answering, engine.num_steps
+        engine.step()
+        if engine.num_steps > before and engine._in_flight:
+            sizes[answering].append(engine._in_flight[-1].micro_batch.num_tokens)
+    assert max(sizes[False]) == 16 and 4 < max(sizes[True]) <= 4 + 3
+    assert {request.index: request.token_ids for request in requests} == dict(enumerate(alone))
+    assert [request.token_ids for request in more] == alone
+
+
+def test_a_lane_with_prompts_does_not_hold_up_who_answers_in_another(model, make_engine):
+    """Both lanes have a prompt to read and an answer to write: no lane reads its prompt to the end
+    while the other's answer waits for longer than what is in flight."""
+    engine = make_engine(smallest_chunk=2, prefill_chunk=2)
+    engine.num_steps = model.trace.last_step
+    short, other, long, longer = (make_requests(model, max_new_tokens=50)[i] for i in (0, 2, 1, 5))
+    engine.add([short, other])
+    while not (short.token_ids and other.token_ids):
+        engine.step()
+    engine.add([long, longer])
+    before = engine.num_steps
+    while long.num_prompt_left and longer.num_prompt_left:
+        engine.step()
+    lanes = [record.lane for record in model.trace.since(before)]
+    longest = max(len(list(group)) for _, group in itertools.groupby(lanes))
+    assert len(lanes) > 12 and longest <= engine._limit + 1
+    for request in (short, other, long, longer):
+        engine.cancel(request)
+    engine.drain()
+
+
+def test_one_micro_batch_in_flight_is_one(model, alone, make_engine):
+    engine = make_engine(num_micro_batches=1)
+    engine.num_steps = model.trace.last_step
+    requests = make_requests(model)
+    engine.add(requests)
+    while engine.step():
+        assert len(engine._in_flight) <= 1
+    assert [request.token_ids for request in requests] == alone
+
+
+def test_samples_do_not_depend_on_company(model):
+    settings = {"temperature": 0.9, "top_k": 40, "seed": 11, "max_new_tokens": 16}
+    crowd = model.generate(PROMPTS, **settings)
+    for index in (1, 4):
+        settings["seed"] = 11 + index
+        assert model.generate(PROMPTS[index], **settings)[0].token_ids == crowd[index].token_ids
+    assert len({tuple(answer.token_ids) for answer in crowd}) == len(PROMPTS)
+
+
+def test_a_request_that_fails_by_itself_leaves_the_others_alone(model, alone):
+    requests = make_requests(model)
+    embedding = model._engine.pipeline.stage.model.embedding.weight
+    unused = next(i for i in range(200, 287) if all(i not in tokens for tokens in alone))
+    kept = embedding[unused].clone()
+    requests[1].prompt_ids[7] = unused
+    with torch.no_grad():
+        embedding[unused] = float("nan")
+        tokens = list(model.run(iter(requests), keep_going=True))
+        embedding[unused] = kept
+    assert "logits of prompt 1" in str(requests[1].error) and not requests[1].token_ids
+    assert {token.index for token in tokens} == {0, 2, 3, 4, 5}
+    for index in (0, 2, 3, 4, 5):
+        assert requests[index].token_ids == alone[index]
+    assert len(model._engine._lanes.free_slots) == 4
+
+
+def test_requests_are_taken_as_there_is_room(model, alone):
+    made = []
+
+    def endless():
+        for round_ in itertools.count():
+            for request in make_requests(model):
+                request.index += len(PROMPTS) * round_
+                made.append(request)
+                yield request
+
+    stream = model.run(endless())
+    ended = 0
+    while ended < 20:
+        ended += next(stream).finish_reason is not None
+    assert len(made) <= ended + 2 * OPTIONS["max_sequences"]
+    stream.close()
+    assert model._engine.num_running == model._engine.num_waiting == 0 or model._engine.step()
+    for request in made:
+        assert request.token_ids == alone[request.index % len(PROMPTS)][: len(request.token_ids)]
