@@ -5,13 +5,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from dist_int8 import termination
 from dist_int8.api import load
 from dist_int8.batch import Answers, Item
 from dist_int8.config import GenerationSettings, Settings
@@ -58,9 +59,7 @@ def answer(
         if not display.quiet:
             print(plan.table(), file=sys.stderr, flush=True)
 
-    with load(
-        **settings.model_dump(exclude_none=True), progress=not display.quiet, on_plan=show_plan
-    ) as model:
+    with _load(settings, display, show_plan) as model:
         if display.show_schedule:
             print(model.schedule(len(prompts)), file=sys.stderr, flush=True)
         streaming = display.stream and len(prompts) == 1
@@ -115,13 +114,7 @@ def answer_file(
         if len(answers.done if answers else ()) == len(items) and "RANK" not in os.environ:
             print(f"{output} has all {len(items)} answers already", file=sys.stderr, flush=True)
             return True
-        model = stack.enter_context(
-            load(
-                **settings.model_dump(exclude_none=True),
-                progress=not display.quiet,
-                on_plan=show_plan,
-            )
-        )
+        model = stack.enter_context(_load(settings, display, show_plan))
         assert answers is not None, "rank 0 has the items, and no other rank comes here"
         figures = _answer_items(model, items, answers, chat, display.quiet)
         if display.trace is not None:
@@ -224,6 +217,17 @@ def _batch_line(figures: dict[str, Any]) -> str:
         f"{figures['tokens']} written in {figures['seconds']:.1f} s, "
         f"{figures['tokens_per_s']:.1f} tokens/s; {shares or 'nothing to do'}"
     )
+
+
+def _load(settings: Settings, display: Display, on_plan: Callable[[Plan], None]) -> Model:
+    """The model, which SIGTERM drains from now on; ranks above 0 do not return."""
+    if os.environ.get("RANK", "0") != "0":
+        termination.leave_term_to_rank_0(settings.drain_timeout)
+    model = load(
+        **settings.model_dump(exclude_none=True), progress=not display.quiet, on_plan=on_plan
+    )
+    termination.drain_on_term(model.drain)
+    return model
 
 
 def as_json(prompt: str, completion: Completion) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_int8 import interfaces, slurm
-from dist_int8.heartbeat import Monitor
+from dist_int8.monitor import Monitor
 from dist_int8.world import POLL_S, STEP_TIMEOUT_S, LostRank, RankDied, World
 
 # A stage may wait for its next micro-batch as long as the user thinks; who is gone, stopped or cut

@@ -2,8 +2,9 @@
 
 A thin supervisor. Each rank gets the environment that torchrun and deepspeed would give it, in one
 process group of its own. The first rank that fails ends the others (TERM, then KILL) and its
-exit code becomes ours; TERM and INT are passed on; and should the supervisor itself be killed,
-the kernel ends the ranks (PR_SET_PDEATHSIG), so that no orphan holds a GPU.
+exit code becomes ours; TERM and INT are passed on, the second one with KILL; and should the
+supervisor itself be killed, the kernel ends the ranks (PR_SET_PDEATHSIG), so that no orphan holds a
+GPU.
 """
 
 import ctypes
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 GRACE_SECONDS = 5.0
+DRAIN_SECONDS = 35.0  # for rank 0 to answer what runs: its drain_timeout and a little more
 _POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
 
@@ -43,10 +45,21 @@ def rank_environment(rank: int, num_ranks: int, port: int, num_threads: int) -> 
     }
 
 
-def launch(command: Sequence[str], num_ranks: int, grace: float = GRACE_SECONDS) -> int:
+def launch(
+    command: Sequence[str],
+    num_ranks: int,
+    grace: float = GRACE_SECONDS,
+    drain: float = DRAIN_SECONDS,
+) -> int:
     """Runs `command` once a rank and waits; the exit code of the first rank that failed, or 0.
 
     A rank ended by signal N counts as exit code 128 + N, as in a shell.
+
+    Args:
+        command: program and arguments.
+        num_ranks: how often.
+        grace: seconds between TERM and KILL for ranks that have nothing to do any more.
+        drain: seconds that ranks get to end after a TERM to the supervisor.
     """
     port = free_port()
     num_threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
@@ -68,20 +81,22 @@ def launch(command: Sequence[str], num_ranks: int, grace: float = GRACE_SECONDS)
                     preexec_fn=_die_with(os.getpid()),
                 )
             )
-        return _supervise(ranks, received, grace)
+        return _supervise(ranks, received, grace, drain)
     finally:
-        _end(ranks, grace)
+        _end(ranks, 0.0 if len(received) > 1 else grace)
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
 
-def _supervise(ranks: Sequence[subprocess.Popen[bytes]], received: list[int], grace: float) -> int:
+def _supervise(
+    ranks: Sequence[subprocess.Popen[bytes]], received: list[int], grace: float, drain: float
+) -> int:
     while True:
         if received:
             signum = received[0]
             print(f"launch: got {signal.Signals(signum).name}, ending the ranks", file=sys.stderr)
             _signal(ranks, signum)
-            _wait(ranks, grace)
+            _wait(ranks, drain if signum == signal.SIGTERM else grace, received)
             return 128 + signum
         codes = [rank.poll() for rank in ranks]
         for rank, code in enumerate(codes):
@@ -121,9 +136,14 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
         rank.wait()
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+def _wait(
+    ranks: Sequence[subprocess.Popen[bytes]], seconds: float, received: Sequence[int] = ()
+) -> None:
+    """Until all have ended, so many seconds at most, or until a second signal has come."""
     deadline = time.monotonic() + seconds
     while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+        if len(received) > 1:
+            return
         time.sleep(_POLL_SECONDS)
 
 

@@ -13,6 +13,8 @@ import signal
 import sys
 import threading
 
+from dist_int8 import termination
+
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -36,6 +38,7 @@ def main() -> None:
     _be_killed_with_rank_0()
     settings = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_rank_0, name="end-with-rank-0", daemon=True).start()
+    termination.leave_term_to_rank_0(settings["drain_timeout"])
     from dist_int8.api import load
 
     load(**settings, progress=False)

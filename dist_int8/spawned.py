@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_int8 import distributed, interfaces
-from dist_int8.heartbeat import Monitor
+from dist_int8.monitor import Monitor
 from dist_int8.world import STEP_TIMEOUT_S, World
 
 

@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "cli": {
         "cli_bench",
         "cli_checkpoint",
+        "cli_eval",
         "cli_generate",
         "cli_plan",
         "config",
@@ -29,6 +30,7 @@ MAY_IMPORT = {
         "termination",
     },
     "cli_checkpoint": {"checkpoint", "config"},
+    "cli_eval": {"config", "evaluation"},
     "cli_plan": {"config", "models", "partition", "planning"},
     "cli_bench": {"api", "bench", "config", "demo_model", "plot"},
     "cli_generate": {"batch", "config", "console", "devices"},
@@ -51,6 +53,7 @@ MAY_IMPORT = {
         "spawned",
         "world",
     },
+    "evaluation": {"api", "checkpoint", "config", "engine", "handle", "int8", "models"},
     "loading": {"checkpoint", "config", "engine", "models", "partition", "pipeline"},
     "bench": {"config", "int8", "partition"},
     "handle": {"config", "engine", "models", "partition", "pipeline"},
@@ -62,11 +65,12 @@ MAY_IMPORT = {
     "devices": {"config"},
     "config": set(),
     "demo_model": set(),
-    "distributed": {"heartbeat", "interfaces", "slurm", "world"},
+    "distributed": {"interfaces", "monitor", "slurm", "world"},
     "heartbeat": set(),
     "recovery": {"pipeline", "spawned", "world"},
-    "spawned": {"distributed", "heartbeat", "interfaces", "world"},
-    "world": {"heartbeat"},
+    "monitor": {"heartbeat"},
+    "spawned": {"distributed", "interfaces", "monitor", "world"},
+    "world": {"heartbeat", "monitor"},
     "int8": set(),
     "interfaces": set(),
     "launcher": set(),
@@ -80,20 +84,24 @@ LEAVES = {"int8/reference", "partition/memory"}  # import nothing of ours
 LEAVES |= {"pipeline/schedule", "pipeline/simulator", "pipeline/trace"}
 WITHOUT_TORCH = {"config", "partition", "pipeline/schedule", "launcher", "cli", "devices"}
 WITHOUT_TORCH |= {"cli_checkpoint", "cli_plan", "interfaces", "planning", "slurm"}
-WITHOUT_TORCH |= {"batch", "cli_bench", "cli_generate", "plot"}
+WITHOUT_TORCH |= {"batch", "cli_bench", "cli_eval", "cli_generate", "plot"}
 WITHOUT_TORCH |= {"pipeline/simulator", "pipeline/trace"}
+WITHOUT_TORCH |= {"heartbeat", "monitor", "termination", "world"}
 OWNERS = {  # outside dependency -> the only files or rooms that import it
     "accelerate": {"models"},
     "cuda": {"devices"},
     "huggingface_hub": {"checkpoint", "models/config"},
-    "matplotlib": {"plot"},
+    "bitsandbytes": {"evaluation/linears"},
+    "lm_eval": {"evaluation/harness", "evaluation/tasks"},
+    "matplotlib": {"evaluation/pictures", "plot"},
     "pydantic": {"config"},
     "rich": {"doctor"},
     "safetensors": {"checkpoint"},
     "torch.distributed": {"distributed", "pipeline/transport"},
-    "tqdm": {"cli_checkpoint", "console", "demo_model", "loading"},
-    "transformers": {"models", "engine/sampling", "api", "handle", "demo_model"},
-    "typer": {"cli", "cli_bench", "cli_checkpoint", "cli_generate", "cli_plan"},
+    "torchao": {"evaluation/linears"},
+    "tqdm": {"cli_checkpoint", "console", "demo_model", "evaluation", "loading"},
+    "transformers": {"models", "engine/sampling", "api", "evaluation", "handle", "demo_model"},
+    "typer": {"cli", "cli_bench", "cli_checkpoint", "cli_eval", "cli_generate", "cli_plan"},
     "yaml": {"config"},
 }
 PEER_TO_PEER = {"send", "recv", "isend", "irecv", "batch_isend_irecv", "P2POp"}

@@ -42,7 +42,7 @@ if "end" not in action:
 SUPERVISOR = """
 import sys
 from dist_int8.launcher import launch
-sys.exit(launch(sys.argv[1:], 2, grace=1.0))
+sys.exit(launch(sys.argv[1:], 2, grace=1.0, drain=1.5))
 """
 
 

@@ -1,0 +1,207 @@
+"""Rank 0's end of the heartbeats: who joined, how far they are, who is gone or silent."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from dist_int8.heartbeat import BEAT, RANK, TOKEN_BYTES, Beating, Forged, Kind, Link
+
+MAX_STRANGERS = 64  # connections that have not said who they are
+
+
+@dataclass
+class Peer:
+    """What rank 0 knows about another rank.
+
+    Attributes:
+        link: to it; None before it joined.
+        state: what it said last: "joined", "ready", "failed: why", "lost: which neighbour".
+        received, done: number of the micro-batch that came last and that left last.
+        gone: its connection closed before it said that it is done.
+        ended: it said so.
+    """
+
+    link: Link | None = None
+    state: str = ""
+    received: int = 0
+    done: int = 0
+    gone: bool = False
+    ended: bool = False
+
+
+class Monitor(Beating):
+    """Rank 0's end: listens until every other rank has joined, then hears them.
+
+    Args:
+        ranks: the other ranks.
+        host: address to listen on.
+        silence_s: so long without a beat means stopped or cut off.
+
+    Attributes:
+        peers: the other ranks, by number.
+        on_loss: called from a thread of its own when a rank is gone or silent, once a generation.
+    """
+
+    def __init__(self, ranks: range, host: str, silence_s: float) -> None:
+        super().__init__("heartbeats")
+        self.peers = {rank: Peer() for rank in ranks}
+        self.generation = 0
+        self.silence_s = silence_s
+        self.on_loss: Callable[[], None] | None = None
+        self._host = host
+        self._strangers: set[Link] = set()
+        self._listener: socket.socket | None = None
+        self._noticed = False
+        self.address = self._listen()
+        self._thread.start()
+
+    def silent_s(self, rank: int) -> float:
+        """Seconds since a rank that joined was last heard; 0.0 where that means nothing."""
+        peer = self.peers[rank]
+        if peer.link is None or peer.gone or peer.ended:
+            return 0.0
+        return time.monotonic() - peer.link.heard
+
+    def regroup(self, lost: set[int]) -> str:
+        """Begins a new generation: those that are not lost are told, the others may join anew.
+
+        Returns:
+            Where and how those that are started again report; see `address`.
+        """
+        self.generation += 1
+        for rank in lost:
+            link = self.peers[rank].link
+            self.peers[rank] = Peer()
+            if link is not None:
+                self._drop(link)
+        self.address = self._listen()
+        with suppress(OSError):
+            self._wake.send(b"\0")  # the thread shall wait for the listener too
+        for peer in self.peers.values():
+            peer.state, peer.received, peer.done = "", 0, 0
+            if peer.link is not None:
+                peer.link.send(Kind.REGROUP, generation=self.generation)
+        self._noticed = False
+        return self.address
+
+    def say_bye(self) -> None:
+        """Tells every rank that the connection will be closed on purpose."""
+        for peer in self.peers.values():
+            if peer.link is not None:
+                peer.link.send(Kind.BYE)
+
+    def _listen(self) -> str:
+        """Listens at a free port; "host port token" for the ranks that shall join."""
+        self._token = os.urandom(TOKEN_BYTES)
+        family = socket.getaddrinfo(self._host, 0, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.bind((self._host, 0))
+        listener.listen(MAX_STRANGERS)
+        listener.setblocking(False)
+        if self._listener is not None:
+            self._stop_listening()
+        self._listener = listener
+        self._selector.register(listener, selectors.EVENT_READ)
+        return f"{self._host} {listener.getsockname()[1]} {self._token.hex()}"
+
+    def _stop_listening(self) -> None:
+        assert self._listener is not None
+        self._selector.unregister(self._listener)
+        self._listener.close()
+        self._listener = None
+
+    def _read(self, key: selectors.SelectorKey) -> None:
+        if key.fileobj is self._listener:
+            self._accept()
+            return
+        link = key.data
+        if link is None or key.fileobj.fileno() < 0:  # type: ignore[union-attr]  # dropped meanwhile
+            return
+        try:
+            messages = link.receive()
+            for message in messages or ():
+                self._take(link, *message)
+        except (Forged, struct.error, UnicodeDecodeError):
+            messages = None
+        if messages is None:
+            for peer in self.peers.values():
+                if peer.link is link:
+                    peer.gone = not peer.ended
+            self._drop(link)
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        with suppress(OSError):
+            connection, _ = self._listener.accept()
+            if len(self._strangers) >= MAX_STRANGERS:
+                connection.close()
+                return
+            link = Link(connection)
+            self._strangers.add(link)
+            self._selector.register(connection, selectors.EVENT_READ, link)
+
+    def _take(self, link: Link, kind: Kind, generation: int, payload: bytes) -> None:
+        if link in self._strangers:
+            self._greet(link, kind, payload)
+            return
+        peer = next(peer for peer in self.peers.values() if peer.link is link)
+        if kind == Kind.BYE:
+            peer.ended = True
+        elif kind == Kind.BEAT:
+            peer.received, peer.done = BEAT.unpack(payload)
+        elif kind == Kind.STATE and generation == self.generation:
+            peer.state = payload.decode()
+        elif kind != Kind.STATE:
+            raise Forged(f"heartbeat: kind {kind} comes from rank 0 only")
+
+    def _greet(self, link: Link, kind: Kind, payload: bytes) -> None:
+        if kind != Kind.HELLO or payload[:TOKEN_BYTES] != self._token:
+            raise Forged("heartbeat: a stranger")
+        (rank,) = RANK.unpack(payload[TOKEN_BYTES:])
+        if rank not in self.peers or self.peers[rank].link is not None:
+            raise Forged(f"heartbeat: rank {rank} is here already")
+        self._strangers.discard(link)
+        self.peers[rank] = Peer(link, "joined")
+        if all(peer.link is not None for peer in self.peers.values()):
+            self._stop_listening()
+
+    def _drop(self, link: Link) -> None:
+        self._strangers.discard(link)
+        with suppress(KeyError, ValueError):
+            self._selector.unregister(link.connection)
+        link.close()
+
+    def _forgive(self, seconds: float) -> None:
+        for peer in self.peers.values():
+            if peer.link is not None:
+                peer.link.heard += seconds
+
+    def _beat(self) -> None:
+        for peer in self.peers.values():
+            if peer.link is not None:
+                peer.link.send(Kind.BEAT, BEAT.pack(0, 0), self.generation)
+
+    def _look(self) -> None:
+        if self._noticed or self.on_loss is None:
+            return
+        if any(
+            peer.gone or peer.state.startswith("lost: ") or self.silent_s(rank) > self.silence_s
+            for rank, peer in self.peers.items()
+        ):
+            self._noticed = True
+            threading.Thread(target=self.on_loss, name="loss", daemon=True).start()
+
+    def _close_links(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+        for link in [*self._strangers, *(peer.link for peer in self.peers.values())]:
+            if link is not None:
+                link.close()

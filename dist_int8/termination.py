@@ -1,0 +1,60 @@
+"""SIGTERM to a rank: what runs gets its answer, then everything ends with exit code 143.
+
+For processes that are all ours: the command line and the ranks above 0. A Python session keeps its
+own handlers, `load()` touches none; `Model.drain` is what it calls if it wants the same.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+EXIT_CODE = 128 + signal.SIGTERM
+AFTER_RANK_0_S = 5.0
+_received: list[int] = []
+
+
+def received() -> bool:
+    """Whether SIGTERM came since `drain_on_term`."""
+    return bool(_received)
+
+
+def drain_on_term(drain: Callable[[], object]) -> None:
+    """The first SIGTERM calls `drain` in a thread of its own; the second ends the process at once.
+
+    To be called in the main thread.
+    """
+
+    def begin() -> None:
+        print("got SIGTERM: what runs gets its answer, nothing new begins", file=sys.stderr)
+        drain()
+
+    _handle(begin)
+
+
+def leave_term_to_rank_0(drain_timeout_s: float) -> None:
+    """A rank above 0 serves on after SIGTERM, so that rank 0 can drain, but not for ever.
+
+    To be called in the main thread.
+    """
+
+    def outlast() -> None:
+        time.sleep(drain_timeout_s + AFTER_RANK_0_S)
+        os._exit(EXIT_CODE)
+
+    _handle(outlast)
+
+
+def _handle(first: Callable[[], object]) -> None:
+    def on_term(signum: int, frame: FrameType | None) -> None:
+        _received.append(signum)
+        if len(_received) > 1:
+            os._exit(EXIT_CODE)
+        threading.Thread(target=first, name="term", daemon=True).start()
+
+    signal.signal(signal.SIGTERM, on_term)

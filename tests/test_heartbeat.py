@@ -1,0 +1,139 @@
+"""Heartbeats over real sockets: who joined, how far, who left how; strangers are hung up on."""
+
+import os
+import socket
+import time
+
+import pytest
+
+from dist_int8.heartbeat import Kind, Link, Pulse
+from dist_int8.monitor import Monitor
+from dist_int8.world import LostRank, RankDied, StageHung, World
+
+
+@pytest.fixture
+def monitor():
+    monitor = Monitor(range(1, 3), "127.0.0.1", silence_s=2.0)
+    yield monitor
+    monitor.close()
+
+
+@pytest.fixture
+def pulse_of(monitor):
+    pulses = []
+
+    def pulse_of(rank, silence_s=60.0):
+        seen = []
+        pulse = Pulse(rank, monitor.address, 5.0, silence_s, seen.append, seen.append)
+        pulses.append(pulse)
+        wait_until(lambda: monitor.peers[rank].state == "joined")
+        return pulse, seen
+
+    yield pulse_of
+    for pulse in pulses:
+        pulse.close()
+
+
+def wait_until(condition, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_progress_and_states_arrive(monitor, pulse_of):
+    pulse, _ = pulse_of(2)
+    pulse.received, pulse.done = 7, 6
+    pulse.say("ready", 0)
+    peer = monitor.peers[2]
+    wait_until(lambda: (peer.state, peer.received, peer.done) == ("ready", 7, 6))
+    assert monitor.peers[1].state == ""
+    pulse.say("lost: rank 1, " + "x" * 5000, 0)
+    wait_until(lambda: peer.state.startswith("lost: rank 1, x"))
+
+
+def test_states_of_an_older_generation_do_not_count(monitor, pulse_of):
+    pulse, seen = pulse_of(1)
+    monitor.regroup({2})
+    wait_until(lambda: seen == [1])
+    pulse.say("lost: rank 2", 0)
+    pulse.say("joined", 1)
+    wait_until(lambda: monitor.peers[1].state == "joined")
+
+
+def test_a_closed_connection_is_told_from_a_goodbye(monitor, pulse_of):
+    first, second = pulse_of(1)[0], pulse_of(2)[0]
+    first.say_bye()
+    first.close()
+    second.close()
+    wait_until(lambda: monitor.peers[1].ended and monitor.peers[2].gone)
+    assert not monitor.peers[1].gone
+    with pytest.raises(RankDied, match="rank 2 stage 2 ended") as raised:
+        World(0, 3, monitor=monitor).wait_for("ready", 5.0)
+    assert (raised.value.rank, raised.value.stage) == (2, 2)
+
+
+def test_rank_0_is_missed(monitor, pulse_of):
+    _, seen = pulse_of(1)
+    monitor.close()
+    wait_until(lambda: seen == ["rank 0 is gone"])
+
+
+def test_silence_is_noticed_on_both_ends(monitor):
+    """Of a connection whose other end does nothing, as behind a cut link."""
+    host, port, token = monitor.address.split()
+    with socket.create_connection((host, int(port))) as rank:
+        Link(rank).send(Kind.HELLO, bytes.fromhex(token) + (1).to_bytes(4, "big"))
+        world = World(0, 3, 2.0, monitor=monitor)
+        with pytest.raises(LostRank, match=r"rank 1 stage 1 .*silent for 2 s \(step_timeout\)"):
+            world.wait_for("ready", 20.0)
+    with socket.create_server(("127.0.0.1", 0)) as rank_0:
+        seen = []
+        address = f"127.0.0.1 {rank_0.getsockname()[1]} {token}"
+        pulse = Pulse(1, address, 5.0, 1.0, seen.append, seen.append)
+        wait_until(lambda: seen and "rank 0 has been silent for 1 s" in seen[0])
+        pulse.close()
+
+
+@pytest.mark.parametrize(
+    ("received", "done", "rank", "what"),
+    [
+        ({1: 5, 2: 4}, {1: 4, 2: 4}, 1, "rank 1 stage 1 hangs"),
+        ({1: 5, 2: 5}, {1: 5, 2: 4}, 2, "rank 2 stage 2 hangs"),
+        ({1: 5, 2: 4}, {1: 5, 2: 4}, 2, "rank 2 stage 2 got no micro-batch"),
+        ({1: 5, 2: 5}, {1: 5, 2: 5}, 2, "rank 2 stage 2 sent a result"),
+    ],
+)
+def test_the_stage_that_hangs_is_the_first_that_did_not_pass_the_step_on(
+    monitor, received, done, rank, what
+):
+    for r, peer in monitor.peers.items():
+        peer.received, peer.done = received[r], done[r]
+    error = World(0, 3, 9.0, monitor=monitor).hung(step=5)
+    assert isinstance(error, StageHung) and error.rank == rank
+    assert str(error).startswith(what) and "after 9 s (step_timeout)" in str(error)
+
+
+@pytest.mark.parametrize("forged", ["noise", "token", "rank", "size", "kind", "nothing"])
+def test_strangers_are_hung_up_on_and_the_others_stay(monitor, pulse_of, forged):
+    pulse, _ = pulse_of(1)
+    host, port, token = monitor.address.split()
+    with socket.create_connection((host, int(port))) as stranger:
+        link = Link(stranger)
+        secret = bytes.fromhex(token)
+        if forged == "noise":
+            link.connection.send(os.urandom(500))
+        elif forged == "token":
+            link.send(Kind.HELLO, bytes(16) + (2).to_bytes(4, "big"))
+        elif forged == "rank":  # that is here already
+            link.send(Kind.HELLO, secret + (1).to_bytes(4, "big"))
+        elif forged == "size":
+            link.send(Kind.HELLO, secret + bytes(2000))
+        elif forged == "kind":  # an order, after a proper start
+            link.send(Kind.HELLO, secret + (2).to_bytes(4, "big"))
+            link.send(Kind.REGROUP)
+        if forged != "nothing":
+            wait_until(lambda: link.receive() is None)
+    pulse.say("ready", 0)
+    wait_until(lambda: monitor.peers[1].state == "ready")
+    assert monitor.peers[2].state == "" or forged == "kind"
