@@ -17,6 +17,7 @@ from dist_int8.world import RankDied, World
 
 WATCH_S = 0.25  # how often rank 0 looks whether the others live while it waits for a result
 JOIN_S = 5.0  # how long rank 0 waits at the end for the last stage to hang up
+HANG_UP_S = 0.5  # the same where it was killed: one that is stopped or cut off never does
 
 
 class Pipeline:
@@ -113,16 +114,16 @@ class Pipeline:
             self.transport.send(MicroBatch(Kind.SHUTDOWN), None)
             self.transport.flush()
         self.world.close()
-        self._join()
+        self._join(JOIN_S)
 
     def kill(self) -> None:
         """Ends every rank at once, for when they cannot be asked to end any more."""
         self.world.kill()
-        self._join()
+        self._join(HANG_UP_S)
 
-    def _join(self) -> None:
+    def _join(self, patience_s: float) -> None:
         if self.transport is not None:
-            self.transport.join(JOIN_S)
+            self.transport.join(patience_s)
 
 
 def _timed(stage: Stage, micro_batch: MicroBatch, hidden_states: Tensor | None) -> Tensor | Result:
