@@ -36,6 +36,7 @@ BUFFERS = 2
 TAG = 0
 LOGITS_TAG = 1
 ABORT_TAG = 2
+ENDS_S = 5.0  # for a thread to end once its connections are closed
 HEADER_BYTES = 8 * microbatch.HEADER_SIZE
 END_BYTES = 8
 REFUSALS_SAID = 32  # later ones are said at every doubling
@@ -165,7 +166,7 @@ class Transport:
             self._thread.join(timeout_s)
             if self._thread.is_alive():  # that rank is stopped or cut off
                 self.abort()
-                self._thread.join(timeout_s)
+                self._thread.join(ENDS_S)
 
     def _send(self, tensors: list[Tensor], logits: Tensor | None = None) -> None:
         if len(self._sent) >= BUFFERS:
