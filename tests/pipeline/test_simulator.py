@@ -1,5 +1,7 @@
 """The simulator against the formulas of a pipeline in steady state."""
 
+from pathlib import Path
+
 import pytest
 
 from dist_int8.pipeline import schedule
@@ -95,3 +97,23 @@ def test_the_picture_of_the_module():
 def test_nonsense_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         simulate(*arguments)
+
+
+def test_the_pictures_and_figures_of_the_documentation_are_simulated():
+    text = (Path(__file__).parents[2] / "docs" / "pipelining.md").read_text()
+
+    def of(num_lanes, hop):  # 4 ms to read the weights, 0.5 ms a row, 16 sequences
+        time = 4 + 0.5 * 16 / num_lanes
+        simulation = simulate([[time, time]] * num_lanes, hop_s=hop)
+        return simulation, f"{simulation.micro_batches_per_s * 16 / num_lanes:.2f}"
+
+    pictures = [draw(of(num_lanes, 1.0)[0], 60, 120, width=60) for num_lanes in (1, 2, 3)]
+    pictures += [draw(simulate([[8, 8]] * m, hop_s=1), 0, 60, width=60) for m in (1, 2)]
+    pictures.append(draw(simulate([[6, 10]] * 3, hop_s=1), 0, 60, width=60))
+    pictures.append(draw(simulate([[6, 6, 6]] * 3, speeds=(1, 1, 2 / 3)), 0, 60, width=60))
+    for picture in pictures:
+        assert "\n".join("    " + line for line in picture.splitlines()) in text, picture
+    assert [of(num_lanes, 1.0)[1] for num_lanes in (1, 2, 3)] == ["0.62", "0.89", "0.80"]
+    slow = [of(num_lanes, 20.0) for num_lanes in (1, 2, 3, 4, 6, 8)]
+    assert f"| tokens a ms | {' | '.join(rate for _, rate in slow)} |" in text
+    assert f"| stages busy | {' | '.join(f'{s.utilisation[0]:.0%}' for s, _ in slow)} |" in text
