@@ -19,6 +19,7 @@ import statistics
 import time
 
 import torch
+import transformers
 from decode import TEXT
 from results import folder_of, make_parser, write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -118,6 +119,7 @@ def transformers_tokens_per_s(folder, asked, threads):
     from accelerate import dispatch_model
 
     torch.set_num_threads(threads)
+    transformers.utils.logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
@@ -125,7 +127,7 @@ def transformers_tokens_per_s(folder, asked, threads):
     places |= dict.fromkeys(
         ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu"
     )
-    model = dispatch_model(model, places, force_hooks=True)
+    model = dispatch_model(model, places, main_device="cpu", force_hooks=True)
     started, count = 0.0, 0
     for i, (_, prompt, n) in enumerate(asked[:1] + asked):  # the first warms up
         if i == 1:
