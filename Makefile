@@ -35,7 +35,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-gpu gpu gpu-bundle unpack-bundle kernels kernels-report lint format bench clean
+.PHONY: help install run test test-gpu test-multi-node gpu gpu-bundle unpack-bundle kernels kernels-report lint format bench clean
 
 help: ## List the verbs
 	@echo "make install && make run   an answer from a real model through two int8 stages"
@@ -77,7 +77,12 @@ run: install ## Fetch the demo model and stream an answer through two CPU stages
 	    --chat --prompt "$(PROMPT)" --max-new-tokens $(MAX_NEW_TOKENS)
 
 test: install ## Run every test that needs no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/gpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/gpu --ignore=tests/multi_node
+
+# Exit status 1 where it cannot run, with the reason.
+test-multi-node: install ## Run every launcher on hosts made of network namespaces (root, sshd, pdsh)
+	@why="$$($(BIN)/python tests/multi_node/needs.py)" || { echo "multi-node test not run: $$why"; exit 1; }
+	$(BIN)/python -m pytest -q -s tests/multi_node
 
 # Exit status 1 without a GPU: nothing was tested, and nobody should read it as a pass.
 define require_gpu
