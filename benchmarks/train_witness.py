@@ -1,4 +1,4 @@
-"""Train a witness: a small BLOOM with real perplexity, so that its family is more than random weights.
+"""Train a witness: a small BLOOM with real perplexity, where others only have random weights.
 
     python benchmarks/train_witness.py [--to FOLDER] [--steps 2000] [--hidden 192] [--layers 4]
         [--tokens-per-step 1024] [--window 256] [--vocab 4096] [--lr 3e-3] [--seed 0] [--threads 1]
@@ -17,6 +17,7 @@ import json
 import math
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -116,11 +117,11 @@ def perplexity(model: BloomForCausalLM, ids: torch.Tensor, window: int) -> float
 
 def counted_perplexities(train_ids: list[int], ids: list[int], num: int) -> tuple[float, float]:
     """Unigram (add one) and bigram (Witten-Bell over that unigram), of all tokens but the first."""
-    singles, pairs = Counter(train_ids), Counter(zip(train_ids, train_ids[1:], strict=False))
+    singles, pairs = Counter(train_ids), Counter(pairwise(train_ids))
     followed = Counter(train_ids[:-1])
     kinds = Counter(first for first, _ in pairs)
     one = two = 0.0
-    for before, token in zip(ids, ids[1:], strict=False):
+    for before, token in pairwise(ids):
         alone = (singles[token] + 1) / (len(train_ids) + num)
         seen, different = followed[before], kinds[before]
         both = (pairs[before, token] + different * alone) / (seen + different) if seen else alone

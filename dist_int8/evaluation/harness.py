@@ -1,0 +1,260 @@
+"""Our model for lm-evaluation-harness: what its own `hf` model does, over a pipeline.
+
+Importing this registers it as `dist_int8`. Texts become tokens, are cut from the left, begun and
+stopped as `lm_eval.models.huggingface.HFLM` does it with a causal model, so that the same weights
+give the same scores; there is no padding, because micro-batches have none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    has_bos_prefix,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+    resolve_max_length,
+)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoConfig, GenerationConfig
+
+from dist_int8 import api
+from dist_int8.config import GenerationSettings
+from dist_int8.engine import Request
+from dist_int8.handle import Model
+
+SEED = 1234  # of sampled answers; the harness's own
+MAX_GEN_TOKS = 256  # of an answer whose task does not say, as the harness has it
+_SAMPLING = ("temperature", "do_sample", "top_k", "top_p", "repetition_penalty", "seed")
+
+Answer = tuple[float, bool]  # log-probability of a continuation, and whether greedy would write it
+_Encoded = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, context, continuation
+
+
+class _Score:
+    """Log-probabilities of the last tokens that a row of input predicts, filled in by pieces.
+
+    Args:
+        continuation: these tokens.
+        num_inputs: length of the row, whose last position predicts the last of them.
+    """
+
+    def __init__(self, continuation: list[int], num_inputs: int) -> None:
+        self.targets = torch.tensor(continuation)
+        self.first = num_inputs - len(continuation)  # position that predicts the first
+        self.logs = torch.zeros(len(continuation))
+        self.greedy = torch.zeros(len(continuation), dtype=torch.bool)
+
+    def add(self, start: int, logits: Tensor) -> None:
+        """Takes logits fp32 [tokens, vocab] of the positions from `start`."""
+        begin, end = max(start, self.first), start + len(logits)
+        if begin >= end:
+            return
+        rows = torch.log_softmax(logits[begin - start :], dim=-1)
+        where = slice(begin - self.first, end - self.first)
+        self.logs[where] = rows.gather(1, self.targets[where, None])[:, 0]
+        self.greedy[where] = rows.argmax(-1) == self.targets[where]
+
+    @property
+    def answer(self) -> Answer:
+        return float(self.logs.sum()), bool(self.greedy.all())
+
+
+@register_model("dist_int8")
+class PipelineLM(TemplateLM):
+    """A model of the harness.
+
+    Args:
+        pretrained: a handle, or a folder or hub id to load.
+        max_length: tokens of context and continuation at most; by default as for `hf`: the length
+            in the model's config (2,048 where it has none), and what the handle was loaded for.
+        batch_size, max_batch_size, device: what the harness gives every model; not used, the
+            pipeline makes its own micro-batches where the settings say.
+        **settings: of `dist_int8.load`, for a model to load.
+
+    Raises:
+        ValueError: as `dist_int8.load`, or a model without a tokenizer.
+    """
+
+    backend = "causal"
+
+    def __init__(
+        self,
+        pretrained: Model | str | Path,
+        *,
+        max_length: int | None = None,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        if not isinstance(pretrained, Model):
+            pretrained = api.load(pretrained, **settings)
+        elif settings:
+            raise ValueError(
+                f"harness: settings must be those of the handle, got {', '.join(settings)} beside "
+                "one; give them to dist_int8.load"
+            )
+        self.handle = pretrained
+        self.tokenizer = pretrained.tokenizer
+        if self.tokenizer is None:
+            raise ValueError(
+                f"harness: {pretrained.folder} must have a tokenizer, got none; add its files"
+            )
+        config = AutoConfig.from_pretrained(pretrained.folder)
+        longest = max_length or resolve_max_length(config, self.tokenizer)
+        self.max_length = min(longest, pretrained.max_tokens)
+        has_file = (pretrained.folder / "generation_config.json").is_file()
+        self._generation = (
+            GenerationConfig.from_pretrained(pretrained.folder) if has_file else GenerationConfig()
+        )
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands for an empty context."""
+        bos = self.tokenizer.bos_token_id
+        return self.tokenizer.eos_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Token ids; without special tokens if the text itself begins with the first of them."""
+        if add_special_tokens is None:
+            begun = has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
+            special = {"add_special_tokens": False} if begun else {}
+        else:
+            special = {"add_special_tokens": add_special_tokens}
+        return list(self.tokenizer.encode(string, **special))
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-probability of whole texts, in windows as long as the context."""
+        counts, encoded = [], []
+        for request in requests:
+            windows = [
+                make_disjoint_window(window)
+                for window in get_rolling_token_windows(
+                    token_list=self.tok_encode(request.args[0]),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length,
+                    context_len=1,
+                )
+            ]
+            counts.append(len(windows))
+            encoded += [(None, *window) for window in windows]
+        answers = iter(self._loglikelihood_tokens(encoded, disable_tqdm))
+        totals = [sum(next(answers)[0] for _ in range(count)) for count in counts]
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: list[_Encoded], disable_tqdm: bool = False, **_: Any
+    ) -> list[Answer]:
+        """Scores continuations. Requests that differ in their last token only share a pass."""
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for number, (_texts, context, continuation) in enumerate(requests):
+            assert context and 0 < len(continuation) <= self.max_length
+            row = (context + continuation)[-(self.max_length + 1) :][:-1]  # cut from the left
+            rows.setdefault(tuple(row), []).append(number)
+        scores = [
+            [_Score(requests[number][2], len(row)) for number in numbers]
+            for row, numbers in rows.items()
+        ]
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="Continuations") as bar:
+            for index, start, logits in self.handle.logits_of(list(rows)):
+                for score in scores[index]:
+                    score.add(start, logits)
+                bar.update(len(scores[index]) if start == 0 else 0)
+        answers: list[Answer] = [(0.0, False)] * len(requests)
+        for numbers, found in zip(rows.values(), scores, strict=True):
+            for number, score in zip(numbers, found, strict=True):
+                answers[number] = score.answer
+        for request, answer in zip(requests, answers, strict=True):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], answer)
+        return answers
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answers, each up to the first of its stop strings or the end of text."""
+        end = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
+        stops, running = [], []
+        for number, request in enumerate(requests):
+            context, given = request.args
+            options = normalize_gen_kwargs(given, MAX_GEN_TOKS)
+            stops.append(handle_stop_sequences(options.pop("until", None), eos=end))
+            running.append(self._request(number, context, options, stops[-1]))
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="Answers") as bar:
+            for token in self.handle.run(running):
+                bar.update(token.finish_reason is not None)
+        answers = []
+        for request, answered, until in zip(requests, running, stops, strict=True):
+            text = self.tokenizer.decode(
+                self._until_end(answered.token_ids), skip_special_tokens=True
+            )
+            answers.append(postprocess_generated_text(text, stop=until, think_end_token=None))
+            self.cache_hook.add_partial("generate_until", request.args, answers[-1])
+        return answers
+
+    def _request(
+        self, number: int, context: str, options: dict[str, Any], until: list[str]
+    ) -> Request:
+        num_new = options.pop("max_gen_toks")
+        most = self.max_length - num_new
+        if most < 1:
+            raise ValueError(
+                f"harness: max_gen_toks must be below the context of {self.max_length} tokens, got "
+                f"{num_new}; lower it in the task's generation_kwargs"
+            )
+        if unknown := [name for name in options if name not in _SAMPLING]:
+            raise ValueError(
+                f"harness: generation_kwargs must be among until, max_gen_toks, "
+                f"{', '.join(_SAMPLING)}, got {', '.join(unknown)}; leave it out"
+            )
+        begun = has_bos_prefix(context, self.tokenizer.bos_token)
+        special = {"add_special_tokens": False} if begun else {}
+        token_ids = list(self.tokenizer(context, **special).input_ids)[-most:]
+        options.setdefault("seed", SEED)
+        if not options["do_sample"]:  # the rest has no say in the likeliest token
+            penalty = options.get("repetition_penalty")
+            options = {"do_sample": False, "temperature": 0.0, "repetition_penalty": penalty}
+        settings = GenerationSettings.from_generation_config(
+            self._generation,
+            # stop strings of special tokens never come: the text leaves those tokens out
+            options | {"max_new_tokens": num_new, "stop": [stop for stop in until if stop]},
+        )
+        return self.handle.request(token_ids or [self.prefix_token_id], settings, number)
+
+    def _until_end(self, token_ids: list[int]) -> list[int]:
+        """Without what follows the end of text, where the model's own end is another token."""
+        if self.eot_token_id in token_ids:
+            return token_ids[: token_ids.index(self.eot_token_id)]
+        return token_ids

@@ -1,0 +1,187 @@
+"""The harness scores our pipeline as it scores transformers' own model with the same weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import dist_int8
+from dist_int8.cli import app
+from dist_int8.evaluation.harness import PipelineLM
+from dist_int8.evaluation.tasks import evaluate, run_tasks, scores_of
+
+TASKS = Path(__file__).parents[2] / "benchmarks" / "tasks"
+OPTIONS = {"threads_per_stage": 1, "progress": False, "max_sequences": 8, "dtype": "float32"}
+
+
+def instances(kind, *arguments):
+    return [Instance(kind, {}, given, number) for number, given in enumerate(arguments)]
+
+
+@pytest.fixture(scope="module")
+def theirs(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    return HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(tiny_llama))
+
+
+@pytest.fixture(scope="module")
+def ours(tiny_llama):
+    options = {"devices": ["cpu"] * 2, "max_tokens": 256, "int8": False, **OPTIONS}
+    with dist_int8.load(tiny_llama, **options) as model:
+        yield PipelineLM(model)
+
+
+def assert_same(found, expected):
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    for (mine, _), (other, _) in zip(found, expected, strict=True):
+        assert mine == pytest.approx(other, abs=1e-3)
+
+
+LONG = "It was a dark and stormy night. " * 12  # 384 bytes, as many tokens; the context is 256
+
+
+def test_loglikelihoods_are_those_of_the_hf_model(ours, theirs):
+    requests = instances(
+        "loglikelihood",
+        ("The cat sat on the", " mat"),
+        ("The cat sat on the", " mat and purred"),
+        ("The cat sat on the", " hat"),
+        ("", "No context at all"),
+        ("A trailing space ", "moves over"),
+        ("<end>begun already", " so"),
+        (LONG, "cut from the left"),
+        ("short", LONG[:240]),
+        ("x", "y"),
+        ("x", "z"),  # differs in its last token only: shares a pass
+        ("The cat sat on the", " mat"),  # twice
+    )
+    assert_same(ours.loglikelihood(requests), theirs.loglikelihood(requests))
+
+
+def test_what_greedy_would_write_is_found(ours, theirs):
+    context = "Once upon a time"
+    (written,) = theirs.generate_until(
+        instances("generate_until", (context, {"until": [], "max_gen_toks": 6}))
+    )
+    requests = instances("loglikelihood", (context, written[:4]), (context, "qqqq"))
+    found = ours.loglikelihood(requests)
+    assert_same(found, theirs.loglikelihood(requests))
+
+
+def test_rolling_loglikelihoods_are_those_of_the_hf_model(ours, theirs):
+    requests = instances("loglikelihood_rolling", (LONG,), ("One window.",), (LONG * 2 + "!",))
+    found = ours.loglikelihood_rolling(requests)
+    assert found == pytest.approx(theirs.loglikelihood_rolling(requests), abs=5e-3)
+
+
+def test_answers_are_those_of_the_hf_model(ours, theirs):
+    (free,) = theirs.generate_until(
+        instances("generate_until", ("Tell me", {"until": [], "max_gen_toks": 24}))
+    )
+    middle = free[8:10]
+    assert middle  # a stop string that does come
+    requests = instances(
+        "generate_until",
+        ("Tell me", {"until": [], "max_gen_toks": 24}),
+        ("Tell me", {"until": [middle], "max_gen_toks": 24}),
+        ("Tell me", {"until": ["never", middle, "\n"], "max_gen_toks": 24}),
+        (LONG, {"until": "\n", "max_gen_toks": 16}),
+        ("A", {"until": ["\n"], "max_new_tokens": 12, "temperature": 0.0, "do_sample": False}),
+        ("A penalty", {"until": [], "max_gen_toks": 12, "repetition_penalty": 1.3}),
+    )
+    found = ours.generate_until(requests)
+    assert found == theirs.generate_until(requests)
+    assert found[1] == free[: free.index(middle)]
+
+
+def test_sampled_answers_can_be_repeated(ours):
+    sampled = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.0}
+    requests = instances("generate_until", ("Say", sampled), ("Say", sampled))
+    first = ours.generate_until(requests)
+    assert first == ours.generate_until(requests)
+    assert first[0] != first[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_gen_toks": 256}, "below the context of 256 tokens, got 256"),
+        ({"max_gen_toks": 4, "num_beams": 4}, "got num_beams; leave it out"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused(ours, given, message):
+    with pytest.raises(ValueError, match=message):
+        ours.generate_until(instances("generate_until", ("A", given)))
+
+
+def test_tasks_over_local_files_have_equal_scores(ours, theirs):
+    names = ["plays_cloze", "plays_next_line", "plays_write"]
+    options = {"task_folder": TASKS, "limit": 6}
+    mine, other = evaluate(ours, names, **options), evaluate(theirs, names, **options)
+    found, expected = scores_of(mine), scores_of(other)
+    assert {score.metric for score in found} >= {"acc", "acc_norm", "perplexity"}
+    for score, reference in zip(found, expected, strict=True):
+        assert (score.task, score.metric) == (reference.task, reference.metric)
+        assert score.value == pytest.approx(reference.value, rel=1e-3)
+        assert score.error == pytest.approx(reference.error, rel=1e-2)
+        assert score.num_documents == 6
+    for name in names:
+        for sample, reference in zip(mine["samples"][name], other["samples"][name], strict=True):
+            assert sample["doc"] == reference["doc"]
+            if name == "plays_write":
+                assert sample["resps"] == reference["resps"]
+            else:
+                answers = [answer for (answer,) in sample["resps"]]
+                assert_same(answers, [answer for (answer,) in reference["resps"]])
+
+
+def test_int8_beside_floating_point_from_the_command_line(tiny_llama):
+    command = ["eval", "--model", str(tiny_llama), "--devices", "cpu", "--threads", "1"]
+    command += ["--tasks", "plays_next_line", "--task-folder", str(TASKS), "--limit", "5"]
+    done = CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False)
+    values = json.loads(done.stdout)
+    assert (values["model"], values["reference"]) == (str(tiny_llama), "fp32")
+    assert [row["metric"] for row in values["scores"]] == ["acc", "acc_norm"]
+    for row in values["scores"]:
+        assert row["num_documents"] == 5
+        assert row["changed"] >= abs(row["ours"] - row["reference"]) * 5 - 1e-6
+    done = CliRunner().invoke(app, [*command, "--reference", "none"], catch_exceptions=False)
+    header, line, _ = done.stdout.splitlines()
+    assert header.split() == ["task", "metric", "documents", "ours", "+-"]
+    assert line.split()[-2:] == [f"{values['scores'][0]['ours']:.4f}", line.split()[-1]]
+
+
+def test_the_harness_knows_our_model_by_name(tiny_llama):
+    from lm_eval.api.registry import get_model
+
+    model = get_model("dist_int8").create_from_arg_obj(
+        {"pretrained": str(tiny_llama), "max_tokens": 64, **OPTIONS}, {"batch_size": 4}
+    )
+    with model.handle:
+        assert model.max_length == 64
+        ((logs, _),) = model.loglikelihood(instances("loglikelihood", ("a" * 200, "b")))
+        assert logs < 0
+
+
+@pytest.mark.parametrize(
+    ("names", "folder", "message"),
+    [
+        (["plays_cloze", "no_such"], TASKS, "got no_such; .*the folder has plays_cloze"),
+        ([], TASKS, "tasks must name one at least"),
+        (["plays_cloze"], TASKS / "none", "task_folder must be a folder of task files"),
+    ],
+)
+def test_unknown_tasks_are_refused_before_a_model_is_loaded(names, folder, message):
+    with pytest.raises(ValueError, match=message):
+        run_tasks("no-such-model", names, task_folder=folder)
+
+
+def test_a_missing_harness_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'dist_int8\[eval\]'"):
+        run_tasks("any", ["plays_cloze"], task_folder=TASKS)
