@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import dist_int8
 from dist_int8.cli import app
 from dist_int8.evaluation.harness import PipelineLM
-from dist_int8.evaluation.tasks import evaluate, run_tasks, scores_of
+from dist_int8.evaluation.tasks import evaluate, run_tasks, scores_of, table
 
 TASKS = Path(__file__).parents[2] / "benchmarks" / "tasks"
 OPTIONS = {"threads_per_stage": 1, "progress": False, "max_sequences": 8, "dtype": "float32"}
@@ -140,20 +140,35 @@ def test_tasks_over_local_files_have_equal_scores(ours, theirs):
                 assert_same(answers, [answer for (answer,) in reference["resps"]])
 
 
-def test_int8_beside_floating_point_from_the_command_line(tiny_llama):
+def test_int8_beside_floating_point_from_the_command_line(tiny_llama, capfd):
     command = ["eval", "--model", str(tiny_llama), "--devices", "cpu", "--threads", "1"]
     command += ["--tasks", "plays_next_line", "--task-folder", str(TASKS), "--limit", "5"]
-    done = CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False)
-    values = json.loads(done.stdout)
+
+    def printed(*more: str) -> str:
+        CliRunner().invoke(app, [*command, *more], catch_exceptions=False)
+        return capfd.readouterr().out
+
+    values = json.loads(printed("--json"))
     assert (values["model"], values["reference"]) == (str(tiny_llama), "fp32")
     assert [row["metric"] for row in values["scores"]] == ["acc", "acc_norm"]
     for row in values["scores"]:
         assert row["num_documents"] == 5
         assert row["changed"] >= abs(row["ours"] - row["reference"]) * 5 - 1e-6
-    done = CliRunner().invoke(app, [*command, "--reference", "none"], catch_exceptions=False)
-    header, line, _ = done.stdout.splitlines()
+    header, line, _ = printed("--reference", "none").splitlines()
     assert header.split() == ["task", "metric", "documents", "ours", "+-"]
-    assert line.split()[-2:] == [f"{values['scores'][0]['ours']:.4f}", line.split()[-1]]
+    assert f"{values['scores'][0]['ours']:.4f}" in line
+
+
+def test_a_table_says_how_far_apart_and_what_changed():
+    row = {"task": "a", "metric": "acc", "higher_is_better": True, "num_documents": 100}
+    row |= {"ours": 0.5, "reference": 0.56, "error": 0.05, "changed": 8}
+    other = row | {"metric": "perplexity", "higher_is_better": False, "error": None}
+    lines = table({"reference": "fp32", "scores": [row, other | {"changed": None}]}).splitlines()
+    assert lines[0].split() == (
+        ["task", "metric", "documents", "fp32", "ours", "+-", "apart", "changed"]
+    )
+    assert lines[1].split()[-6:] == ["0.5600", "0.5000", "0.0500", "1.20", "+-", "8"]
+    assert "(lower is better)" in lines[2]
 
 
 def test_the_harness_knows_our_model_by_name(tiny_llama):
