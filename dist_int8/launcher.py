@@ -59,7 +59,8 @@ def launch(
         command: program and arguments.
         num_ranks: how often.
         grace: seconds between TERM and KILL for ranks that have nothing to do any more.
-        drain: seconds that ranks get to end after a TERM to the supervisor.
+        drain: seconds that the first rank gets to end after a TERM to the supervisor; the others
+            then have the grace.
     """
     port = free_port()
     num_threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
@@ -96,7 +97,9 @@ def _supervise(
             signum = received[0]
             print(f"launch: got {signal.Signals(signum).name}, ending the ranks", file=sys.stderr)
             _signal(ranks, signum)
-            _wait(ranks, drain if signum == signal.SIGTERM else grace, received)
+            if signum == signal.SIGTERM:
+                _wait(ranks, drain, received, for_all=False)
+            _wait(ranks, grace, received)
             return 128 + signum
         codes = [rank.poll() for rank in ranks]
         for rank, code in enumerate(codes):
@@ -137,11 +140,15 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
 
 
 def _wait(
-    ranks: Sequence[subprocess.Popen[bytes]], seconds: float, received: Sequence[int] = ()
+    ranks: Sequence[subprocess.Popen[bytes]],
+    seconds: float,
+    received: Sequence[int] = (),
+    for_all: bool = True,
 ) -> None:
-    """Until all have ended, so many seconds at most, or until a second signal has come."""
+    """Until all, or one, have ended, so many seconds at most, or until a second signal has come."""
     deadline = time.monotonic() + seconds
-    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+    until = any if for_all else all
+    while until(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
         if len(received) > 1:
             return
         time.sleep(_POLL_SECONDS)

@@ -1,0 +1,371 @@
+"""What happens when ranks, launchers and callers fail: who notices, when, and what is left.
+
+    python benchmarks/faults.py [--model FOLDER]             the table, some minutes
+    python benchmarks/faults.py --kills 100 --seed 0         random kills in a row
+
+By default on a small random model, three stages on the CPU. Every row is a real session whose rank,
+launcher or caller is hit at prefill, decode or idle: the time until it is noticed, what the caller
+saw, and how many processes were left after ten seconds (none, or the run fails). With recover=True
+the answers must be those of an undisturbed run. Cut links: tests/multi_node.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from faults_driver import OPTIONS, PROMPTS, SETTINGS
+from results import make_parser, write_result
+
+import dist_int8
+from dist_int8.engine import QueueFull
+from dist_int8.pipeline import RankDied
+
+STEP_TIMEOUT_S = 4.0
+GONE_S = 10.0
+STAGES = 3
+DRIVER = Path(__file__).with_name("faults_driver.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def small_model(folder: str) -> str:
+    """A Llama of four blocks, random."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(
+        vocab_size=288, max_position_embeddings=256, initializer_range=0.3, **sizes, **heads
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def num_left(pids: list[int]) -> int:
+    """Processes that still run after GONE_S."""
+    deadline = time.monotonic() + GONE_S
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return sum(map(is_running, pids))
+
+
+class Table:
+    """Rows, printed as they come."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict] = []
+
+    def add(self, fault: str, seconds: float | None, saw: str, left: int, ok: bool = True) -> None:
+        row = {"fault": fault, "seconds": seconds, "saw": saw, "left": left, "ok": ok and not left}
+        self.rows.append(row)
+        took = "      -" if seconds is None else f"{seconds:6.2f}s"
+        print(f"{'ok ' if row['ok'] else 'BAD'} {fault:38} {took} left {left}  {saw}", flush=True)
+
+
+class Session:
+    """A driver in a process of its own, and what it said last."""
+
+    def __init__(self, model: str, idle: bool = False, **options) -> None:
+        given = {"model": model, "stages": STAGES, "idle": idle, "options": OPTIONS | options}
+        self.state: dict = {}
+        self.process = subprocess.Popen(
+            [sys.executable, str(DRIVER), json.dumps(given)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=ENVIRONMENT,
+        )
+        threading.Thread(target=self._read, daemon=True).start()
+        self.wait(lambda: "ready" in self.state, 120)
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.state = self.state | json.loads(line)
+
+    def wait(self, condition, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
+    @property
+    def ranks(self) -> list[int]:
+        return list(self.state["ranks"].values())
+
+    def end(self) -> int:
+        """Ends the session; the processes left."""
+        pids = [self.process.pid, *self.ranks]
+        self.process.kill()
+        self.process.wait()
+        return num_left(pids)
+
+
+def at_moment(model, moment: str, seen: list) -> None:
+    """Returns at prefill, at decode or while nobody asks anything."""
+    engine, begin = model._engine, model._engine.num_steps
+    while moment == "prefill" and engine.num_steps < begin + 4:
+        time.sleep(0.001)
+    while moment == "decode" and len(seen) < 20:
+        time.sleep(0.001)
+
+
+def hit(model, table: Table, name: str, rank: int, signum: int, moment: str, expected) -> None:
+    """Hits a rank of a session in this process and notes what its caller sees."""
+    children = dict(model._engine.pipeline.world.children)
+    seen, outcome = [], []
+
+    def ask() -> None:
+        answers = [[] for _ in PROMPTS]
+        try:
+            for token in model.generate(PROMPTS, stream=True, **SETTINGS):
+                seen.append(token)
+                answers[token.index].append(token.token_id)
+            outcome.append(answers)
+        except Exception as error:
+            outcome.append(error)
+
+    caller = threading.Thread(target=ask)
+    if moment != "idle":
+        caller.start()
+        at_moment(model, moment, seen)
+    children[rank].send_signal(signum)
+    started = time.monotonic()
+    if moment == "idle":
+        while is_running(children[rank].pid) and time.monotonic() < started + GONE_S:
+            time.sleep(0.01)
+        limit = started + 60
+        while not model._engine.failed and time.monotonic() < limit:
+            if model._engine.pipeline.world.children.get(rank) is not children[rank]:
+                break
+            time.sleep(0.01)
+        noticed = time.monotonic() - started
+        caller.start()
+    caller.join(120)
+    took = noticed if moment == "idle" else time.monotonic() - started
+    (got,) = outcome or ["nothing: a hang"]
+    if expected is not None:
+        table.add(name, took, f"the answers, equal: {got == expected}", 0, got == expected)
+        return
+    left = num_left([child.pid for child in children.values()])
+    named = isinstance(got, RankDied) and got.rank == rank
+    table.add(name, took, f"{type(got).__name__}: {got}", left, named)
+
+
+def ranks_hit(model_folder: str, table: Table) -> None:
+    """Ranks above 0, without recovery and with it."""
+    faults = [
+        (rank, signal.SIGKILL, moment)
+        for rank in range(1, STAGES)
+        for moment in ("prefill", "decode", "idle")
+    ]
+    faults += [(rank, signal.SIGSTOP, "decode") for rank in range(1, STAGES)]
+    options = OPTIONS | {"step_timeout": STEP_TIMEOUT_S}
+    for rank, signum, moment in faults:
+        model = dist_int8.load(model_folder, devices=["cpu"] * STAGES, **options)
+        name = f"{signum.name} of rank {rank}, {moment}"
+        hit(model, table, name, rank, signum, moment, None)
+    with dist_int8.load(
+        model_folder, devices=["cpu"] * STAGES, recover=True, max_recoveries=99, **options
+    ) as model:
+        expected = [answer.token_ids for answer in model.generate(PROMPTS, **SETTINGS)]
+        for rank, signum, moment in faults:
+            name = f"recover: {signum.name} of rank {rank}, {moment}"
+            hit(model, table, name, rank, signum, moment, expected)
+
+
+def driver_hit(model_folder: str, table: Table) -> None:
+    """Rank 0, the caller's own process."""
+    for signum, idle in ((signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGSTOP, False)):
+        session = Session(model_folder, idle, step_timeout=STEP_TIMEOUT_S)
+        if not idle:
+            session.wait(lambda s=session: s.state["tokens"] > 20, 30)
+        os.kill(session.process.pid, signum)
+        started = time.monotonic()
+        left = num_left(session.ranks)
+        took = time.monotonic() - started
+        moment = "idle" if idle else "decode"
+        table.add(f"{signum.name} of rank 0, {moment}", took, "(it is the caller)", left)
+        session.end()
+
+
+def launcher_hit(model_folder: str, table: Table) -> None:
+    """TERM, TERM twice and KILL of `dist-int8 launch`."""
+    for signals in ([signal.SIGTERM], [signal.SIGTERM] * 2, [signal.SIGKILL]):
+        name = " and ".join(signum.name for signum in signals)
+        with tempfile.TemporaryDirectory() as folder:
+            prompts = Path(folder) / "prompts.jsonl"
+            lines = [json.dumps({"token_ids": [5, 6, 7 + i % 200]}) for i in range(20000)]
+            prompts.write_text("\n".join(lines) + "\n")
+            output = Path(folder) / "out.jsonl"
+            command = [sys.executable, "-m", "dist_int8.cli", "launch", "--stages", "2", "generate"]
+            command += ["--model", model_folder, "--device", "cpu", "--max-new-tokens", "60"]
+            command += ["--input", str(prompts), "--output", str(output)]
+            launcher = subprocess.Popen(
+                command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+            )
+            said = []
+            reader = threading.Thread(target=lambda p=launcher, s=said: s.extend(p.stderr))
+            reader.start()
+            deadline = time.monotonic() + 120
+            while (not output.exists() or output.stat().st_size < 500) and launcher.poll() is None:
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
+            pids = children_of(launcher.pid)
+            started = time.monotonic()
+            for signum in signals:
+                launcher.send_signal(signum)
+                time.sleep(0.2 * (len(signals) > 1))
+            code = launcher.wait(120)
+            took = time.monotonic() - started
+            left = num_left(pids)
+            reader.join()
+            answers = [json.loads(line) for line in output.read_text().splitlines()]
+            wanted = -signum if signum == signal.SIGKILL else 128 + signum
+            saw = f"exit code {code}; {len(answers)} whole answers in the file"
+            table.add(f"{name} of the launcher", took, saw, left, code == wanted and len(pids) == 2)
+
+
+def children_of(pid: int) -> list[int]:
+    """Running children of a process."""
+    return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def callers(model_folder: str, table: Table) -> None:
+    """Callers that leave, ask too much or ask nonsense, among others that do not."""
+    options = OPTIONS | {"max_sequences": 2, "max_queue": 2}
+    with dist_int8.load(model_folder, devices=["cpu"] * 2, **options) as model:
+        engine = model._engine
+        expected = model.generate(PROMPTS[0], **SETTINGS)[0].token_ids
+        gone = model.generate(PROMPTS[1], stream=True, max_new_tokens=60)
+        other = model.generate(PROMPTS[0], stream=True, **SETTINGS)
+        next(gone), next(other)
+        before, started = engine.num_steps, time.monotonic()
+        gone.close()
+        while engine.num_running > 1:
+            engine.step()
+        took, steps = time.monotonic() - started, engine.num_steps - before
+        rest = [token.token_id for token in other]
+        equal = rest == expected[1:]
+        saw = f"slot free after {steps} steps, the other's answer equal: {equal}"
+        table.add("caller leaves a stream", took, saw, 0, equal and steps <= 4)
+
+        streams = [model.generate(PROMPTS[0], stream=True, **SETTINGS) for _ in range(2)]
+        firsts = [next(stream) for stream in streams]  # both slots are taken
+        waiting = [model.request(PROMPTS[0], model_settings()) for _ in range(2)]
+        engine.add(waiting)
+        started = time.monotonic()
+        try:
+            model.generate(PROMPTS[0], max_new_tokens=1)
+            saw = "no error"
+        except QueueFull as error:
+            saw = f"QueueFull: {error}"
+        took = time.monotonic() - started
+        for request in waiting:
+            engine.cancel(request)
+        rests = [[token.token_id for token in stream] for stream in streams]
+        equal = all([f.token_id, *r] == expected for f, r in zip(firsts, rests, strict=True))
+        table.add("KV cache and queue full", took, f"{saw}; others equal: {equal}", 0, equal)
+
+        stream = model.generate(PROMPTS[0], stream=True, **SETTINGS)
+        first = next(stream).token_id
+        started = time.monotonic()
+        try:
+            model.generate(PROMPTS[1], temperature=-1.0)
+            saw = "no error"
+        except ValueError as error:
+            saw = f"ValueError: {error}"
+        took = time.monotonic() - started
+        equal = [first, *(token.token_id for token in stream)] == expected
+        table.add("bad settings among good", took, f"{saw}; others equal: {equal}", 0, equal)
+
+
+def model_settings():
+    from dist_int8.config import GenerationSettings
+
+    return GenerationSettings.from_generation_config(None, {"max_new_tokens": 4})
+
+
+def random_kills(model_folder: str, num_kills: int, seed: int) -> dict:
+    """Kills a random rank, now and then rank 0, at random moments; every answer must be right."""
+    rng = random.Random(seed)
+    options = {"recover": True, "max_recoveries": 10**6}
+    session = Session(model_folder, **options)
+    counts = {"ranks": 0, "drivers": 0, "answers": 0, "hangs": 0, "left": 0, "wrong": 0}
+    seconds = []
+    for kill in range(num_kills):
+        time.sleep(rng.random() * 0.8)
+        if rng.random() < 0.1:
+            counts["drivers"] += 1
+            counts["answers"] += session.state["answers"]
+            started = time.monotonic()
+            counts["left"] += session.end()
+            seconds.append(time.monotonic() - started)
+            session = Session(model_folder, **options)
+        else:
+            counts["ranks"] += 1
+            rank = str(rng.randrange(1, STAGES))
+            pid, answers = session.state["ranks"][rank], session.state["answers"]
+            started = time.monotonic()
+            os.kill(pid, signal.SIGKILL)
+            # an answer that came to an end after the kill, and the rank is another
+            if not session.wait(
+                lambda s=session, a=answers, r=rank, p=pid: (
+                    s.state["answers"] > a and s.state["ranks"].get(r, p) != p
+                ),
+                90,
+            ):
+                counts["hangs"] += 1
+                counts["left"] += session.end()
+                session = Session(model_folder, **options)
+            seconds.append(time.monotonic() - started)
+        counts["wrong"] += not session.state["equal"]
+        print(f"kill {kill + 1}: {seconds[-1]:.1f} s {counts}", flush=True)
+    counts["answers"] += session.state["answers"]
+    counts["left"] += session.end()
+    return {"kills": num_kills, "seed": seed, **counts, "slowest_s": max(seconds)}
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--kills", type=int, help="so many random kills instead of the table")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model_folder = args.model or small_model(folder)
+        started = time.monotonic()
+        if args.kills:
+            figures = random_kills(model_folder, args.kills, args.seed)
+            print(figures)
+            bad = figures["hangs"] + figures["left"] + figures["wrong"]
+            write_result("faults_kills", figures, args.json)
+        else:
+            table = Table()
+            for part in (ranks_hit, driver_hit, launcher_hit, callers):
+                part(model_folder, table)
+            bad = sum(not row["ok"] for row in table.rows)
+            write_result("faults", {"rows": table.rows}, args.json)
+        print(f"{bad} bad, {time.monotonic() - started:.0f} s")
+    sys.exit(bad > 0)
+
+
+if __name__ == "__main__":
+    main()
