@@ -15,7 +15,15 @@ from typing import Annotated
 
 import typer
 
-from dist_int8 import cli_bench, cli_checkpoint, cli_generate, cli_plan, slurm, termination
+from dist_int8 import (
+    cli_bench,
+    cli_checkpoint,
+    cli_eval,
+    cli_generate,
+    cli_plan,
+    slurm,
+    termination,
+)
 from dist_int8.launcher import DRAIN_SECONDS
 
 BAD_INPUT = 2
@@ -47,6 +55,7 @@ app.command()(cli_bench.bench)
 app.command()(cli_checkpoint.quantize)
 app.command()(cli_checkpoint.dequantize)
 app.command()(cli_checkpoint.verify)
+app.command("eval")(cli_eval.evaluate)
 
 
 @app.command("demo-model")

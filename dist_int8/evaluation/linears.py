@@ -1,0 +1,220 @@
+"""Linear layers as other methods compute them, each in the place of a floating one.
+
+All take x [..., K] floating and give [..., N] in x's dtype; sums of int8 products are exact. Where
+a method looks at "all of x", that is all rows of the call: a window of tokens.
+"""
+
+import logging
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from dist_int8.int8 import reference
+
+PLANE_MAX = reference.PLANE_MAX
+
+
+class Matrix:
+    """A floating weight [N, K] and its int8 forms, made once and shared by the methods.
+
+    Attributes:
+        weight: [N, K] in fp32.
+        bias: [N] or None.
+        absmax: largest magnitude of each input feature on a calibration text, [K]; None: not seen.
+    """
+
+    def __init__(self, linear: nn.Linear, absmax: Tensor | None = None) -> None:
+        self.linear = linear
+        self.weight = linear.weight.detach()
+        self.bias = None if linear.bias is None else linear.bias.detach()
+        self.absmax = absmax
+
+    @cached_property
+    def per_row(self) -> tuple[Tensor, Tensor]:
+        """int8 [N, K] and a scale for each row, [N]."""
+        return reference.quantize_weight(self.weight)
+
+    @cached_property
+    def per_tensor(self) -> tuple[Tensor, Tensor]:
+        """int8 [N, K] and one scale, []."""
+        scale = self.weight.abs().amax() / PLANE_MAX
+        return _rounded(self.weight, scale), scale
+
+    @cached_property
+    def zero_point(self) -> tuple[Tensor, Tensor, Tensor]:
+        """int8 [N, K], one step, and the zero point to add back, both []."""
+        return _zero_point(self.weight)
+
+
+def integer_product(x_int8: Tensor, weight_int8: Tensor) -> Tensor:
+    """x_int8 [M, K] @ weight_int8 [N, K].T -> exact, int32 [M, N]."""
+    return torch._int_mm(x_int8, weight_int8.t())
+
+
+class _Stand(nn.Module):
+    """What stands in for a linear: bias and leading dimensions are seen to here."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        super().__init__()
+        self.matrix = matrix
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.product(x.reshape(-1, x.shape[-1]).float())
+        if self.matrix.bias is not None:
+            y = y + self.matrix.bias
+        return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x fp32 [M, K] -> fp32 [M, N]."""
+        raise NotImplementedError
+
+
+class WeightsOnly(_Stand):
+    """int8 weights with a scale an output feature, activations as they are."""
+
+    def product(self, x: Tensor) -> Tensor:
+        weight_int8, scale = self.matrix.per_row
+        return (x @ weight_int8.float().T) * scale
+
+
+class Absmax(_Stand):
+    """One scale for all of x, one for all of the weight (LLM.int8() paper, section 2.1)."""
+
+    def product(self, x: Tensor) -> Tensor:
+        weight_int8, weight_scale = self.matrix.per_tensor
+        scale = x.abs().amax() / PLANE_MAX
+        return integer_product(_rounded(x, scale), weight_int8) * (scale * weight_scale)
+
+
+class ZeroPoint(_Stand):
+    """One step and one offset for all of x, the same for the weight (section 2.1)."""
+
+    def product(self, x: Tensor) -> Tensor:
+        q_w, step_w, zero_w = self.matrix.zero_point
+        q_x, step_x, zero_x = _zero_point(x)
+        # (q_x + zero_x) @ (q_w + zero_w).T, multiplied out
+        zero_x, zero_w = zero_x.double(), zero_w.double()
+        total = integer_product(q_x, q_w).double()
+        total += zero_x * q_w.sum(1) + zero_x * zero_w * x.shape[1]
+        total += zero_w * q_x.sum(1)[:, None]
+        return (total * (step_x.double() * step_w.double())).float()
+
+
+class RowWise(_Stand):
+    """A scale for each row of x, one for all of the weight (Table 1 of the paper)."""
+
+    def product(self, x: Tensor) -> Tensor:
+        weight_int8, weight_scale = self.matrix.per_tensor
+        scale = x.abs().amax(1, keepdim=True) / PLANE_MAX
+        return integer_product(_rounded(x, scale), weight_int8) * (scale * weight_scale)
+
+
+class VectorWise(_Stand):
+    """A scale for each row of x and of the weight: naive W8A8 (section 3.1)."""
+
+    def product(self, x: Tensor) -> Tensor:
+        weight_int8, weight_scale = self.matrix.per_row
+        scale = x.abs().amax(1, keepdim=True) / PLANE_MAX
+        return integer_product(_rounded(x, scale), weight_int8) * (scale * weight_scale)
+
+
+class LlmInt8(_Stand):
+    """LLM.int8() as published (section 3.2).
+
+    Input features with |x| >= 6 in any row of x leave the int8 product, for all rows, and meet
+    their floating weights: those of the checkpoint, which in a 16-bit checkpoint have 16 bits.
+    """
+
+    threshold = 6.0
+
+    def product(self, x: Tensor) -> Tensor:
+        columns = (x.abs() >= self.threshold).any(0).nonzero()[:, 0]
+        rest = x.index_fill(1, columns, 0.0)
+        weight_int8, weight_scale = self.matrix.per_row
+        scale = rest.abs().amax(1, keepdim=True) / PLANE_MAX
+        y = integer_product(_rounded(rest, scale), weight_int8) * (scale * weight_scale)
+        return y + x[:, columns] @ self.matrix.weight[:, columns].T
+
+
+class SmoothQuant(_Stand):
+    """SmoothQuant-style W8A8 (Xiao et al. 2022, arXiv:2211.10438, equation 4), alpha = 0.5.
+
+    Each input feature is divided by s = sqrt(absmax of x / absmax of the weight) and its column of
+    the weight multiplied by it; then a scale for each row of both. absmax of x is that of a
+    calibration text. s is each linear's own, and every linear has one: the publication has them
+    only behind norms, where the division costs nothing.
+    """
+
+    alpha = 0.5
+
+    def __init__(self, matrix: Matrix) -> None:
+        super().__init__(matrix)
+        assert matrix.absmax is not None, "calibrated before it is made"
+        of_weight = matrix.weight.abs().amax(0)
+        smooth = matrix.absmax**self.alpha / of_weight.clamp(min=1e-8) ** (1 - self.alpha)
+        self.smooth = smooth.clamp(min=1e-5)
+        self.weight_int8, self.weight_scale = reference.quantize_weight(matrix.weight * self.smooth)
+
+    def product(self, x: Tensor) -> Tensor:
+        x = x / self.smooth
+        scale = x.abs().amax(1, keepdim=True) / PLANE_MAX
+        product = integer_product(_rounded(x, scale), self.weight_int8)
+        return product * (scale * self.weight_scale)
+
+
+def bitsandbytes_linear(matrix: Matrix, threshold: float) -> nn.Module:
+    """bitsandbytes' own `Linear8bitLt`."""
+    import bitsandbytes
+
+    linear = matrix.linear
+    theirs = bitsandbytes.nn.Linear8bitLt(
+        linear.in_features,
+        linear.out_features,
+        bias=matrix.bias is not None,
+        has_fp16_weights=False,
+        threshold=threshold,
+    )
+    theirs.weight = bitsandbytes.nn.Int8Params(
+        matrix.weight.clone(), requires_grad=False, has_fp16_weights=False
+    )
+    if matrix.bias is not None:
+        theirs.bias = nn.Parameter(matrix.bias.clone(), requires_grad=False)
+    return theirs.to("cpu").eval()
+
+
+def torchao_linear(matrix: Matrix) -> nn.Module:
+    """torchao's int8 weights with dynamic int8 activations, a scale a row of both."""
+    # it warns of CUDA kernels that no CPU can load
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    linear = matrix.linear
+    copy = nn.Linear(
+        linear.in_features, linear.out_features, bias=matrix.bias is not None, device="meta"
+    )
+    copy.weight = nn.Parameter(matrix.weight.clone(), requires_grad=False)
+    if matrix.bias is not None:
+        copy.bias = nn.Parameter(matrix.bias.clone(), requires_grad=False)
+    holder = nn.Sequential(copy)  # quantize_ swaps the children of a module
+    quantize_(holder, Int8DynamicActivationInt8WeightConfig())
+    return holder[0]
+
+
+def _rounded(x: Tensor, scale: Tensor) -> Tensor:
+    """x / scale to the nearest int8; zeros where the scale is 0."""
+    return torch.where(scale > 0, x / scale, 0.0).round_().to(torch.int8)
+
+
+def _zero_point(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x ~= (q + zero) * step, q in -127..127 between the smallest and the largest element of x.
+
+    All equal elements: q = 0, one step of that size.
+    """
+    low, high = torch.aminmax(x)
+    step = (high - low) / (2 * PLANE_MAX)
+    if step == 0:
+        return torch.zeros_like(x, dtype=torch.int8), low, torch.ones_like(low)
+    zero = (low / step).round() + PLANE_MAX
+    q = ((x / step).round() - zero).clamp(-PLANE_MAX, PLANE_MAX)
+    return q.to(torch.int8), step, zero

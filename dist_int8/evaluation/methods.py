@@ -1,0 +1,158 @@
+"""The methods that are compared, as data: a name and how the model that computes so is made.
+
+Those "in the runtime" are settings of `dist_int8.load()`: the pipeline itself is measured. Those
+"in transformers" stand in for the linears of transformers' model in fp32, all but the head.
+"""
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from dist_int8.config import Settings
+from dist_int8.evaluation import linears
+from dist_int8.evaluation.linears import Matrix
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to compute a model.
+
+    Attributes:
+        title: for tables.
+        settings: in the runtime: what differs from the settings given.
+        hot: in the runtime: with hot columns (found on random tokens where the settings do not
+            say), or without; None: as the settings have it.
+        linear: in transformers: makes the layer that stands in for one linear.
+        needs: package that must be installed.
+        calibrated: whether `linear` needs the activations' absmax on a calibration text.
+    """
+
+    title: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    hot: bool | None = None
+    linear: Callable[[Matrix], nn.Module] | None = None
+    needs: str | None = None
+    calibrated: bool = False
+
+    @property
+    def in_runtime(self) -> bool:
+        return self.linear is None
+
+    def changed(self, settings: Settings) -> Settings:
+        """The settings of the runtime by this method."""
+        return settings.model_copy(update=dict(self.settings) | self._hot(settings))
+
+    def _hot(self, settings: Settings) -> dict[str, Any]:
+        if self.hot is None:
+            return {}
+        found = settings.calibrate if settings.calibrate != "off" else "random"
+        return {"calibrate": found if self.hot else "off"}
+
+    @property
+    def where(self) -> str:
+        return "runtime" if self.in_runtime else "transformers"
+
+
+def _rule(title: str, rule: str, threshold: float, hot: bool) -> Method:
+    changes = {"outlier_rule": rule, "outlier_threshold": threshold}
+    return Method(f"{title}, hot columns" if hot else title, changes, hot)
+
+
+_RULES = {
+    "none": ("runtime, no outliers", "none", 0.0),
+    "absolute-6": ("runtime, abs >= 6.0", "absolute", 6.0),
+    "row_rms-6": ("runtime, 6 x row RMS", "row_rms", 6.0),
+    "row_rms-4": ("runtime, 4 x row RMS", "row_rms", 4.0),
+    "all": ("runtime, two full planes", "all", 0.0),
+}
+
+METHODS: dict[str, Method] = {
+    "transformers": Method("transformers, floating point", linear=lambda matrix: matrix.linear),
+    "weights-only": Method("int8 weights, exact activations", linear=linears.WeightsOnly),
+    "absmax": Method("absmax, a scale a tensor", linear=linears.Absmax),
+    "zeropoint": Method("zero point, a scale a tensor", linear=linears.ZeroPoint),
+    "row-wise": Method("row-wise", linear=linears.RowWise),
+    "vector-wise": Method("vector-wise (naive W8A8)", linear=linears.VectorWise),
+    "llm.int8": Method("LLM.int8() as published, abs >= 6.0", linear=linears.LlmInt8),
+    "smoothquant": Method(
+        "SmoothQuant-style W8A8, alpha 0.5", linear=linears.SmoothQuant, calibrated=True
+    ),
+    "bitsandbytes": Method(
+        "bitsandbytes, threshold 6.0",
+        linear=partial(linears.bitsandbytes_linear, threshold=6.0),
+        needs="bitsandbytes",
+    ),
+    "bitsandbytes-0": Method(
+        "bitsandbytes, threshold 0",
+        linear=partial(linears.bitsandbytes_linear, threshold=0.0),
+        needs="bitsandbytes",
+    ),
+    "torchao": Method(
+        "torchao, int8 dynamic activations", linear=linears.torchao_linear, needs="torchao"
+    ),
+    "ours": Method("ours, as set"),
+    "ours-head": Method("ours, head in int8", {"head": "int8"}),
+    "ours-embedding": Method("ours, embedding in int8", {"embedding": "int8"}),
+    **{name: _rule(*rule, hot=False) for name, rule in _RULES.items()},
+    **{f"{name}+hot": _rule(*rule, hot=True) for name, rule in _RULES.items()},
+}
+
+# Side by side where nothing else is asked; those of packages that are not installed are left out.
+DEFAULT = (
+    "weights-only",
+    "absmax",
+    "zeropoint",
+    "row-wise",
+    "vector-wise",
+    "llm.int8",
+    "smoothquant",
+    "bitsandbytes",
+    "bitsandbytes-0",
+    "torchao",
+    "ours",
+)
+REFERENCES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def chosen(names: Sequence[str] | None) -> list[str]:
+    """The names asked for, checked; None: the default ones that can run here.
+
+    Raises:
+        ValueError: an unknown method, one named twice, or one whose package is not installed.
+    """
+    if names is None:
+        return [name for name in DEFAULT if not _missing(METHODS[name])]
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(
+                f"eval: methods must be out of {', '.join(METHODS)}, got {name!r}; the "
+                "floating-point model is --reference"
+            )
+        if package := _missing(METHODS[name]):
+            raise ValueError(
+                f"eval: method {name} needs {package} installed, got none; "
+                f"pip install {'--no-deps ' if package == 'torchao' else ''}{package}"
+            )
+    if len(set(names)) != len(names) or not names:
+        raise ValueError(
+            f"eval: methods must be distinct names, got {','.join(names) or 'none'}; name each once"
+        )
+    return list(names)
+
+
+def left_out(names: Sequence[str] | None) -> list[str]:
+    """The default methods that cannot run here, with what they need, where none were asked for."""
+    if names is not None:
+        return []
+    return [f"{name} ({package})" for name in DEFAULT if (package := _missing(METHODS[name]))]
+
+
+def _missing(method: Method) -> str | None:
+    """The package that a method needs and that is not there."""
+    if method.needs is None or importlib.util.find_spec(method.needs) is not None:
+        return None
+    return method.needs
