@@ -123,7 +123,9 @@ class Settings(Checked):
     )
     micro_batches: Count | None = Field(
         default=None,
-        description="Micro-batches in flight; by default as many as stages, so that none idles.",
+        description="Lanes, with a micro-batch each in flight; by default as many as stages, which "
+        "is fastest unless hops take longer than reading a stage's weights (docs/pipelining.md). "
+        "1: one in flight, chunks of prompts too.",
         examples=[4],
     )
     max_sequences: Count = Field(
