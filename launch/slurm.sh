@@ -5,6 +5,8 @@
 #   MODEL=/models/bloom sbatch --nodes 1 --gpus-per-node 4 --ntasks-per-node 4 launch/slurm.sh
 #   DRY_RUN=1 bash launch/slurm.sh              prints the command and runs nothing
 #
+# Ranks meet on the first node, at a port that follows from the job's number; MASTER_ADDR and
+# MASTER_PORT say otherwise, GLOO_SOCKET_IFNAME names the network interface.
 # Slurm copies a batch script, so submit it from the folder of the repository, or set REPOSITORY.
 #SBATCH --job-name=dist_int8
 #SBATCH --output=dist_int8-%j.log
@@ -19,22 +21,11 @@ PROMPT="${PROMPT:-The capital of France is}"
 MAX_NEW_TOKENS="${MAX_NEW_TOKENS:-64}"
 CONFIG="${CONFIG:-}"                      # a YAML file of settings, see configs/
 PYTHON="${PYTHON:-.venv/bin/python}"
-MASTER_PORT="${MASTER_PORT:-29500}"
 DRY_RUN="${DRY_RUN:-0}"
 
 cd "$REPOSITORY"
-if [[ -n "${SLURM_JOB_NODELIST:-}" ]]; then
-    MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-fi
-export MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" MASTER_PORT
-
-# srun starts the same shell once a task; there Slurm's numbers become a launcher's.
-# shellcheck disable=SC2016
-rank='export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS"
-export LOCAL_WORLD_SIZE="${SLURM_NTASKS_PER_NODE:-$SLURM_NTASKS}"
-exec "$@"'
-command=(srun --kill-on-bad-exit=1 bash -c "$rank" rank
-    "$PYTHON" launch/generate.py --model "$MODEL" --device "$DEVICE"
+# Each task finds its rank and the first node, where all meet, in what srun tells it.
+command=(srun --kill-on-bad-exit=1 "$PYTHON" launch/generate.py --model "$MODEL" --device "$DEVICE"
     --prompt "$PROMPT" --max-new-tokens "$MAX_NEW_TOKENS")
 if [[ -n "$CONFIG" ]]; then command+=(--config "$CONFIG"); fi
 command+=("$@")

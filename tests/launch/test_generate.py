@@ -15,6 +15,7 @@ SCRIPT = "launch/generate.py"
 LAUNCHERS = {
     "deepspeed": [BIN / "deepspeed", "--num_gpus", "2", "--master_port", "29541", SCRIPT],
     "torchrun": [BIN / "torchrun", "--nproc-per-node", "2", "--master-port", "29542", SCRIPT],
+    "accelerate": [BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", SCRIPT],
     "launch generate": [BIN / "dist-int8", "launch", "--stages", "2", "generate"],
     "launch script": [BIN / "dist-int8", "launch", "--stages", "2", SCRIPT],
     "python": [sys.executable, SCRIPT, "--stages", "2"],
@@ -129,24 +130,24 @@ def test_header_of_a_script_says_how_to_use_it(script):
     assert f"bash launch/{script.name}" in header and "DRY_RUN=1" in header
 
 
-def test_slurm_numbers_become_ranks(tmp_path):
-    """launch/slurm.sh with an srun that starts two tasks here, as Slurm's would on two nodes."""
+def test_slurm_script_under_an_srun_of_two_tasks(tiny_llama, expected, tmp_path):
+    """launch/slurm.sh with an srun that starts its tasks here and tells them what Slurm's would."""
     srun = tmp_path / "srun"
     srun.write_text(
         "#!/usr/bin/env bash\n"
         "shift  # --kill-on-bad-exit=1\n"
-        'for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=0 SLURM_NTASKS=2 "$@" & done; wait\n'
+        "export SLURM_JOB_ID=7 SLURM_STEP_NODELIST=node-[3-4] SLURM_STEP_TASKS_PER_NODE=2\n"
+        'for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & done; wait\n'
     )
     srun.chmod(0o755)
-    python = tmp_path / "python"
-    python.write_text('#!/usr/bin/env bash\necho "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR"\n')
-    python.chmod(0o755)
+    knobs = {"MODEL": str(tiny_llama), "DEVICE": "cpu", "MAX_NEW_TOKENS": "12"}
     answer = subprocess.run(
-        ["bash", ROOT / "launch/slurm.sh"],
+        ["bash", ROOT / "launch/slurm.sh", "--quiet"],
         capture_output=True,
         text=True,
         check=True,
-        env=environment(PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHON=str(python)),
+        env=environment(PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHON=sys.executable, **knobs),
         cwd=ROOT,
+        timeout=120,
     )
-    assert sorted(answer.stdout.splitlines()) == ["0 0 2 127.0.0.1", "1 0 2 127.0.0.1"]
+    assert answer.stdout == expected
