@@ -198,9 +198,12 @@ class Engine:
                 self._recover(error)
 
     def refuse_new(self) -> None:
-        """From now on only what has a slot runs; what waits and what comes gets Draining."""
+        """From now on only what has a slot runs; callers of what waits or comes get Draining."""
         with self._lock:
             self._draining = True
+            for request in self._waiting:
+                request.finish_reason = "cancelled"
+            self._waiting.clear()
 
     def give_up(self, error: Exception) -> None:
         """Ends whatever runs or waits; its callers get the error."""
@@ -234,10 +237,7 @@ class Engine:
             while more or active:
                 with self._lock:
                     if self._draining:
-                        waiting = [request for request in active if request in self._waiting]
-                        for request in waiting:
-                            self.cancel(request)
-                        refused |= more or bool(waiting)
+                        refused |= more
                         more = False
                     room = len(self._lanes.free_slots) + self.max_queue - self.num_waiting
                     room = min(room, 2 * self.limits.num_slots - len(active))
@@ -253,8 +253,9 @@ class Engine:
                 for request in active:
                     while request.outbox:
                         yield request.outbox.popleft()
-                    if request.error is not None and not keep_going:
+                    if isinstance(request.error, Draining) or (request.error and not keep_going):
                         raise request.error
+                    refused |= request.finish_reason == "cancelled"  # nobody else cancels it
                 active = [request for request in active if not request.ended]
             if refused:
                 raise Draining("generate: the model was shut down before every prompt was begun")
