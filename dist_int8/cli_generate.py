@@ -80,6 +80,7 @@ def generate(
     num_hot_columns: Annotated[int | None, _setting(_RUNTIME, "num_hot_columns")] = None,
     head: Annotated[str | None, _setting(_RUNTIME, "head")] = None,
     embedding: Annotated[str | None, _setting(_RUNTIME, "embedding")] = None,
+    kv: Annotated[str | None, _setting(_RUNTIME, "kv")] = None,
     max_tokens: Annotated[int | None, _setting(_RUNTIME, "max_tokens")] = None,
     max_new_tokens: Annotated[
         int | None, _sampling("max_new_tokens", "--max-new-tokens", "-n")
@@ -176,6 +177,7 @@ def generate(
         num_hot_columns=num_hot_columns,
         head=head,
         embedding=embedding,
+        kv=kv,
         max_sequences=max_sequences,
         max_tokens=max_tokens,
     )
@@ -224,7 +226,7 @@ def _check_sources(
 def _numerics(settings: Settings) -> dict[str, Any]:
     """The settings that decide tokens; where and how it runs does not."""
     numbers = ("revision", "random_weights", "dtype", "int8", "outlier_rule", "outlier_threshold")
-    formats = ("skipped", "embedding", "calibrate", "num_hot_columns")
+    formats = ("skipped", "embedding", "calibrate", "num_hot_columns", "kv")
     values = {key: getattr(settings, key) for key in (*numbers, *formats, "max_tokens")}
     folder = Path(settings.model or "")
     return {**values, "model": str(folder.resolve()) if folder.is_dir() else settings.model}

@@ -82,6 +82,9 @@ def plan(
         str | None,
         _option(_ASKED, "int8 or 16bit. (default: 16bit)"),
     ] = None,
+    kv: Annotated[
+        str | None, _option(_ASKED, "KV cache in int8 or 16bit. (default: 16bit)")
+    ] = None,
     hot_columns: Annotated[
         int | None,
         _option(
@@ -122,6 +125,7 @@ def plan(
         dtype=dtype,
         head=head,
         embedding=embedding,
+        kv=kv,
         num_hot_columns=hot_columns,
         calibrate="random" if hot_columns else None,
     )

@@ -134,6 +134,7 @@ def build_stage(
         max_tokens=limits.max_tokens,
         dtype=dtype,
         device=device,
+        int8=settings.kv == "int8",
     )
     return Stage(model, kv_cache, TokenSampler(limits.max_tokens) if last else None)
 

@@ -108,6 +108,7 @@ def formats_of(settings: Settings, float_size: int, vocab_size: int) -> Formats:
         vocab_size,
         embedding_int8=settings.int8 and settings.embedding == "int8",
         num_hot_columns=settings.num_hot_columns if settings.calibrates else 0,
+        kv_int8=settings.kv == "int8",
         skip=settings.skipped,
     )
     return replace(formats, head_int8=formats.is_int8("lm_head"))

@@ -70,6 +70,23 @@ def test_bytes_are_those_of_the_plan(hard_llama, formats, num_stages, random_wei
         assert model.generate([1, 2, 3], max_new_tokens=2)[0].token_ids
 
 
+def test_an_int8_kv_cache(hard_llama):
+    rounded = logits(hard_llama, kv="int8")
+    assert torch.equal(logits(hard_llama, 2, kv="int8", prefill_chunk=7), rounded)
+    # random weights make much of small changes: without int8 linears behind it only
+    exact = logits(hard_llama, int8=False)
+    rounded = logits(hard_llama, int8=False, kv="int8")
+    assert 0 < (rounded - exact).norm() < 0.1 * exact.norm()
+    with dist_int8.load(hard_llama, devices=["cpu"], kv="int8", **OPTIONS) as model:
+        held = model._engine.pipeline.stage.kv_cache.num_bytes()
+        assert model.plan.kv_bytes_per_token * 8 * 96 == held
+        assert model.plan.kv_bytes_per_token == 4 * 2 * 2 * (16 + 4)
+        ids = [[1, 2, 3], [9] * 20, [5] * 3]
+        together = [answer.token_ids for answer in model.generate(ids, max_new_tokens=8)]
+        alone = [model.generate([row], max_new_tokens=8)[0].token_ids for row in ids]
+        assert together == alone
+
+
 def test_an_int8_checkpoint_has_decided(hard_llama, tmp_path, capsys):
     job = quantize(hard_llama, tmp_path / "int8", skip=(), embedding_int8=True, calibrate="random")
     assert job.run()

@@ -191,6 +191,12 @@ class Settings(Checked):
         description="Format of the token embedding; an int8 checkpoint has chosen already.",
         examples=["int8"],
     )
+    kv: Literal["int8", "16bit"] = Field(
+        default="16bit",
+        description="Format of the KV cache: the dtype between the int8 products (16bit), or int8 "
+        "with a scale a token and head: half or a quarter of the bytes, and slower attention.",
+        examples=["int8"],
+    )
     calibrate: NonEmpty = Field(
         default="off",
         description="Find hot columns, the input features of each linear that keep exact weights, "

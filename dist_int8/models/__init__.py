@@ -1,14 +1,17 @@
 """Models: one decoder block described by data, and the families that describe it."""
 
-from dist_int8.models.block import DecoderBlock
+from dist_int8.int8.kv import Int8KV
+from dist_int8.models.block import Cache, DecoderBlock
 from dist_int8.models.config import describe, ignored_tensors, load_config, tensor_sources
 from dist_int8.models.decoder import DecoderStage, TokenBatch
 from dist_int8.models.spec import BlockSpec, ModelSpec, RotarySpec
 
 __all__ = [
     "BlockSpec",
+    "Cache",
     "DecoderBlock",
     "DecoderStage",
+    "Int8KV",
     "ModelSpec",
     "RotarySpec",
     "TokenBatch",

@@ -8,12 +8,12 @@ On a GPU, a norm or an activation in front of an `Int8Linear` also quantizes its
 never travel through memory in floating point. On CPUs `int8_linear` quantizes inside.
 """
 
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from dist_int8.int8 import ops
+from dist_int8.int8 import kv, ops
 from dist_int8.int8.activations import ACTIVATIONS
 from dist_int8.int8.linear import Int8Linear
 from dist_int8.models.spec import BlockSpec, NormKind
@@ -22,6 +22,7 @@ from dist_int8.models.spec import BlockSpec, NormKind
 FUSED_DEVICES = {"cuda"}
 
 Input = Tensor | ops.QuantizedRows  # of a linear: QuantizedRows only for an Int8Linear
+Cache = Tensor | kv.Int8KV  # of the keys or the values of a block; both are of one kind
 
 
 def _takes_rows(linear: nn.Module, x: Tensor) -> TypeGuard[Int8Linear]:
@@ -100,12 +101,13 @@ class DecoderBlock(nn.Module):
         self,
         x: Input,
         segments: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
+        key_cache: Cache,
+        value_cache: Cache,
         tables: PositionTables,
     ) -> Tensor:
         spec = self.spec
-        context = ops.attention(
+        attend: Any = kv.attention if isinstance(key_cache, kv.Int8KV) else ops.attention
+        context: Tensor = attend(
             self.qkv(x),
             key_cache,
             value_cache,
@@ -138,8 +140,8 @@ class DecoderBlock(nn.Module):
         x: Tensor,
         residual: Tensor | None,
         segments: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
+        key_cache: Cache,
+        value_cache: Cache,
         tables: PositionTables,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the block and write this micro-batch's keys and values into the caches.
@@ -148,8 +150,8 @@ class DecoderBlock(nn.Module):
             x: [T, hidden].
             residual: [T, hidden] still to be added to x, or None.
             segments: int32 [B, 3], rows (slot, start, count).
-            key_cache: [S, KV, D, L], changed in place.
-            value_cache: [S, KV, L, D], changed in place.
+            key_cache: [S, KV, D, L], changed in place; or in int8.
+            value_cache: [S, KV, L, D], changed in place; or in int8.
             tables: the stage's position tables.
 
         Returns:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dist_int8.int8 import ops
 from dist_int8.int8.embedding import Int8Embedding
-from dist_int8.models.block import DecoderBlock, Norm, PositionTables
+from dist_int8.models.block import Cache, DecoderBlock, Norm, PositionTables
 from dist_int8.models.rotary import alibi_slopes, rotary_tables
 from dist_int8.models.spec import ModelSpec
 
@@ -67,8 +67,11 @@ class TokenBatch:
 class LayerCaches(Protocol):
     """What a stage needs of a KV cache."""
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Key [S, KV, D, L] and value [S, KV, L, D] cache of the stage's block `index` (from 0)."""
+    def layer(self, index: int) -> tuple[Cache, Cache]:
+        """Key [S, KV, D, L] and value [S, KV, L, D] cache of the stage's block `index` (from 0).
+
+        Or both as `Int8KV`.
+        """
         ...
 
 
@@ -234,7 +237,7 @@ class DecoderStage(nn.Module):
         segments = batch.segments
         for index, block in enumerate(self.blocks.values()):
             key_cache, value_cache = kv_cache.layer(index)
-            if index == 0:  # once for all blocks
+            if index == 0 and isinstance(key_cache, Tensor):  # once for all blocks
                 segments = ops.decode_segments(segments, key_cache, tables.cos)
             x, residual = block(x, residual, segments, key_cache, value_cache, tables)
         if self.last:

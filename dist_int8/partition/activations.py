@@ -51,7 +51,7 @@ def activation_bytes(
     for block in set(model.blocks):
         stream = 3 * rows * block.hidden_size * size  # x, the residual, what a norm makes of them
         rotates = model.rotary is not None
-        phases += [stream + phase for phase in _attention_phases(block, size, workload, rotates)]
+        phases += [stream + phase for phase in _attention_phases(block, formats, workload, rotates)]
         phases.append(stream + _mlp_bytes(block, formats, workload))
     if last:
         emitting = min(rows, workload.num_sequences)
@@ -63,13 +63,15 @@ def activation_bytes(
     return max(phases) + buffers + indices + _table_bytes(model, workload)
 
 
-def _attention_phases(block: Block, size: int, workload: Workload, rotates: bool) -> Iterator[int]:
+def _attention_phases(
+    block: Block, formats: Formats, workload: Workload, rotates: bool
+) -> Iterator[int]:
     """Bytes alive in attention: scores, softmax, weighted values (int8/plain.py).
 
     Sequences are attended one by one, all in fp32: the largest is a chunk of a prompt whose
     sequence is full.
     """
-    rows, context = workload.max_rows, workload.max_tokens
+    rows, context, size = workload.max_rows, workload.max_tokens, formats.float_size
     chunk = min(workload.prefill_chunk, context)
     heads = block.num_heads * block.head_dim
     kv_heads = block.num_kv_heads * block.head_dim
@@ -80,6 +82,9 @@ def _attention_phases(block: Block, size: int, workload: Workload, rotates: bool
     # keys or values of the slot; where query heads share them, repeated for the product
     repeated = heads if block.num_heads > block.num_kv_heads else 0
     slot = (kv_heads + repeated) * context * FLOAT32_BYTES
+    if formats.kv_int8:  # int8/kv.py: qkv of a chunk anew, keys and values of the slot widened
+        copies += chunk * (block.qkv_size * (size + FLOAT32_BYTES) + heads * size)
+        copies += 3 * kv_heads * context * size
     copies += chunk * context * (INT64_BYTES + 1)  # ages of the positions, and what they hide
     yield copies + slot + chunk * heads * FLOAT32_BYTES + scores
     yield copies + 3 * scores  # as they are, masked, and their softmax

@@ -47,7 +47,11 @@ def block_ps(
         num_hot = formats.num_hot_columns if int8 else 0
         num_bytes = linear_bytes(linear, formats, int8=int8, num_hot_columns=num_hot)
         total += _linear_ps(linear.num_weights, num_bytes, num_rows, int8, profile)
-    kv_bytes = num_sequences * context * kv_bytes_per_token(block, formats.float_size)
+    kv_bytes = (
+        num_sequences
+        * context
+        * kv_bytes_per_token(block, formats.float_size, int8=formats.kv_int8)
+    )
     # scores and weighted values: 2 operations each for every row, head, dimension and position
     operations = 4 * num_rows * context * block.num_heads * block.head_dim
     return total + _ps(kv_bytes, profile.float_bandwidth, operations, profile.float_ops, profile)

@@ -106,6 +106,7 @@ class Formats:
         num_hot_columns: input features of every int8 linear of a block whose weights are also kept
             as the checkpoint has them: [N, H] weights and [H] int32 indices.
         hot_size: bytes of one of these weights.
+        kv_int8: the KV cache is int8 with an fp32 scale a token and head.
         skip: names of linears that stay floating, as in the setting skip_modules.
     """
 
@@ -116,6 +117,7 @@ class Formats:
     embedding_int8: bool = False
     num_hot_columns: int = 0
     hot_size: int = SIXTEEN_BITS
+    kv_int8: bool = False
     skip: tuple[str, ...] = ()
 
     def is_int8(self, name: str) -> bool:
@@ -233,9 +235,13 @@ def model_bytes(model: Model, formats: Formats) -> int:
     return stage_weight_bytes(model, range(len(model.blocks)), formats, first=True, last=True)
 
 
-def kv_bytes_per_token(block: Block, float_size: int) -> int:
-    """Bytes of one position of one sequence in the KV cache of one block."""
-    return 2 * block.num_kv_heads * block.head_dim * float_size
+def kv_bytes_per_token(block: Block, float_size: int, *, int8: bool = False) -> int:
+    """Bytes of one position of one sequence in the KV cache of one block.
+
+    In int8: a byte a dimension, and an fp32 scale a head.
+    """
+    head = block.head_dim + FLOAT32_BYTES if int8 else block.head_dim * float_size
+    return 2 * block.num_kv_heads * head
 
 
 def _projection_bytes(model: Model, formats: Formats, name: str) -> int:

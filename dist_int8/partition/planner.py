@@ -143,7 +143,10 @@ def problem_of(
             for d in devices
         ],
         block_bytes=[memory.block_bytes(b, formats, i) for i, b in enumerate(model.blocks)],
-        kv_bytes=[memory.kv_bytes_per_token(b, formats.float_size) for b in model.blocks],
+        kv_bytes=[
+            memory.kv_bytes_per_token(b, formats.float_size, int8=formats.kv_int8)
+            for b in model.blocks
+        ],
         first_bytes=memory.embedding_bytes(model, formats),
         last_bytes=memory.head_bytes(model, formats) + last - middle,
         shared_bytes=memory.shared_bytes(model, formats) + last - both,
@@ -221,7 +224,8 @@ def _write_down(
         blocks = range(stage.start, stage.end)
         hop = 0 if last else problem.hops[stage.device][stages[rank + 1].device]
         kv_bytes = sum(
-            memory.kv_bytes_per_token(model.blocks[i], formats.float_size) for i in blocks
+            memory.kv_bytes_per_token(model.blocks[i], formats.float_size, int8=formats.kv_int8)
+            for i in blocks
         )
         written.append(
             StagePlan(
@@ -252,7 +256,8 @@ def _write_down(
         block_bytes=max(memory.block_bytes(b, formats, i) for i, b in enumerate(model.blocks)),
         model_bytes=memory.model_bytes(model, formats),
         kv_bytes_per_token=sum(
-            memory.kv_bytes_per_token(block, formats.float_size) for block in model.blocks
+            memory.kv_bytes_per_token(block, formats.float_size, int8=formats.kv_int8)
+            for block in model.blocks
         ),
         kv_tokens=None if tokens == cut.UNLIMITED else max(0, tokens),
         workload=workload,

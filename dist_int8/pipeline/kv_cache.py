@@ -6,13 +6,16 @@ import numpy
 import torch
 from torch import Tensor
 
+from dist_int8.models import Cache, Int8KV
+
 
 class KVCache:
     """Static KV slots of the blocks of one stage.
 
     Keys are stored transposed, [num_slots, num_kv_heads, head_dim, max_tokens], so that the scores
     of neighbouring positions lie side by side; values are [num_slots, num_kv_heads, max_tokens,
-    head_dim]. Memory starts as zeros: a masked position contributes 0 * 0, never 0 * NaN.
+    head_dim]. In int8 both lie as values do, with an fp32 scale a token and head. Memory starts as
+    zeros: a masked position contributes 0 * 0, never 0 * NaN.
     """
 
     def __init__(
@@ -24,21 +27,33 @@ class KVCache:
         max_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        int8: bool = False,
     ) -> None:
         key_shape = (num_slots, num_kv_heads, head_dim, max_tokens)
         value_shape = (num_slots, num_kv_heads, max_tokens, head_dim)
-        self._layers = [
-            (_zeros(key_shape, dtype, device), _zeros(value_shape, dtype, device))
+        self._layers: list[tuple[Cache, Cache]] = [
+            (_int8_zeros(value_shape, device), _int8_zeros(value_shape, device))
+            if int8
+            else (_zeros(key_shape, dtype, device), _zeros(value_shape, dtype, device))
             for _ in range(num_blocks)
         ]
 
-    def layer(self, block: int) -> tuple[Tensor, Tensor]:
+    def layer(self, block: int) -> tuple[Cache, Cache]:
         """(key_cache, value_cache) of a block, counted within the stage."""
         return self._layers[block]
 
     def num_bytes(self) -> int:
         """Bytes reserved; on CPUs the operating system hands them out when first written."""
-        return sum(t.numel() * t.element_size() for layer in self._layers for t in layer)
+        caches = [cache for layer in self._layers for cache in layer]
+        return sum(
+            tensor.nbytes
+            for cache in caches
+            for tensor in ((cache,) if isinstance(cache, Tensor) else cache)
+        )
+
+
+def _int8_zeros(shape: tuple[int, ...], device: torch.device) -> Int8KV:
+    return Int8KV(_zeros(shape, torch.int8, device), _zeros(shape[:-1], torch.float32, device))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from dist_int8.int8 import convert as conversion
 from dist_int8.int8 import ops
-from dist_int8.models import DecoderStage, TokenBatch, describe, load_config
+from dist_int8.models import DecoderStage, Int8KV, TokenBatch, describe, load_config
 from dist_int8.partition import Formats, Workload
 from dist_int8.partition.activations import activation_bytes
 
@@ -48,11 +48,14 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Caches:
-    def __init__(self, block, workload):
+    def __init__(self, block, workload, int8=False):
         shape = (workload.num_sequences, block.num_kv_heads)
         empty = {"dtype": torch.float16, "device": "meta"}
         self.key = torch.empty(*shape, block.head_dim, workload.max_tokens, **empty)
         self.value = torch.empty(*shape, workload.max_tokens, block.head_dim, **empty)
+        if int8:
+            values = self.value.to(torch.int8)
+            self.key = self.value = Int8KV(values, values[..., 0].float())
 
     def layer(self, index):
         return self.key, self.value
@@ -81,7 +84,7 @@ def as_kernels(monkeypatch):
     monkeypatch.setattr(ops, "linear", linear)
 
 
-def peak_bytes(spec, workload, segments, last):
+def peak_bytes(spec, workload, segments, last, kv_int8=False):
     stage = DecoderStage.empty(
         spec, range(spec.num_blocks), False, last, torch.float16, workload.max_tokens
     )
@@ -91,7 +94,7 @@ def peak_bytes(spec, workload, segments, last):
     batch = TokenBatch.from_segments(
         [0] * num_tokens, segments, range(len(segments)) if last else None, device="meta"
     )
-    caches = Caches(spec.blocks[0], workload)
+    caches = Caches(spec.blocks[0], workload, kv_int8)
     with torch.inference_mode(), LiveBytes() as live:
         hidden = torch.empty(num_tokens, spec.hidden_size, dtype=torch.float16, device="meta")
         stage(batch, hidden, caches)
@@ -102,15 +105,19 @@ def peak_bytes(spec, workload, segments, last):
 @pytest.mark.parametrize(
     "name", ["bloom-176b", "bloom-560m", "llama-3-70b", "llama-2-7b", "gpt-neox-20b", "opt-350m"]
 )
-@pytest.mark.parametrize(("chunk", "context"), [(512, 2048), (64, 512), (512, 512)])
-def test_a_step_stays_within_the_prediction(monkeypatch, name, chunk, context, last):
+@pytest.mark.parametrize(
+    ("chunk", "context", "kv_int8"),
+    [(512, 2048, False), (64, 512, False), (512, 512, False), (256, 1024, True)],
+)
+def test_a_step_stays_within_the_prediction(monkeypatch, name, chunk, context, last, kv_int8):
     as_kernels(monkeypatch)
     spec = describe(load_config(MODELS / name))
     spec = replace(spec, blocks=spec.blocks[:2])
     workload = Workload(num_sequences=8, max_tokens=context, prefill_chunk=chunk)
     segments = [(0, context - chunk, chunk), *((slot, context - 1, 1) for slot in range(1, 8))]
-    predicted = activation_bytes(spec, FORMATS, workload, first=False, last=last)
-    peak = peak_bytes(spec, workload, segments, last)
+    formats = replace(FORMATS, kv_int8=kv_int8)
+    predicted = activation_bytes(spec, formats, workload, first=False, last=last)
+    peak = peak_bytes(spec, workload, segments, last, kv_int8)
     assert peak <= predicted, (peak, predicted)
     # not seen here: keys repeated inside a product, and the copy of the logits that sampling makes
     sampling = 8 * spec.vocab_size * 4 if last else 0

@@ -107,6 +107,7 @@ def test_bloom_176b_to_the_byte():
     assert memory.block_bytes(spec.blocks[0], INT8) == 2_467_139_584
     assert memory.model_bytes(spec, INT8) == 179_893_116_928
     assert memory.kv_bytes_per_token(spec.blocks[0], 2) * 70 == 4_014_080
+    assert memory.kv_bytes_per_token(spec.blocks[0], 2, int8=True) * 70 == 2_069_760
     tables = replace(INT8, embedding_int8=True, head_int8=True)
     assert memory.vocab_bytes(spec, tables, int8=True) == 3_597_619_200
     # an int8 head cannot share the table of a 16-bit embedding
