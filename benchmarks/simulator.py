@@ -5,11 +5,12 @@
 Decode throughput of the demo model, 12 sequences, one thread a stage, predicted and measured for
 every number of stages and micro-batches. What the simulator is told is measured apart from them:
 
-- how long each stage works on n rows, how long a hop takes and rank 0's own work: n sequences in
-  one lane, so that one stage works at a time. What all sequences in one lane take is read off
-  between one more and one less, to leave out the run that is predicted;
+- how long each stage works on n rows, and rank 0's own work: n sequences in one lane, so that one
+  stage works at a time. What all sequences in one lane take is read off between one more and one
+  less, to leave out the run that is predicted;
 - how much stages that work at the same time slow each other on this machine's cores: one, two and
-  three processes with a whole model each, without any pipeline.
+  three processes with a whole model each, without any pipeline;
+- how long a hop takes: of one lane, beside none, one and two of those processes at work.
 
 Correctness first: every configuration gives the same tokens.
 """
@@ -33,7 +34,7 @@ from dist_int8.engine import Engine
 from dist_int8.pipeline import trace
 from dist_int8.pipeline.simulator import draw, simulate
 
-CROWD_ROWS, CROWD_S = 4, 3.0
+CROWD_ROWS, CROWD_S = 4, 2.0
 
 
 def load(folder, args, stages):
@@ -70,21 +71,27 @@ def decode(model, args, prompts, num_lanes):
     return [request.token_ids for request in requests], trace.steady(records)[0]
 
 
-def calibrate(model, args, prompts, counts):
-    """Seconds of every stage and of rank 0 beside its stage, by rows, and of a hop."""
-    stage_s, host_s, hops = {}, {}, [0.0]
+def calibrate(model, args, prompts, counts, runs):
+    """Adds a run of each number of rows to `runs`: seconds of every stage and of rank 0."""
     for count in counts:
         records = decode(model, args, prompts[:count], 1)[1]
+        pairs = list(itertools.pairwise(records))
+        hops = [b[0] - a[1] for r in records for a, b in itertools.pairwise(r.spans)]
+        hop = statistics.median(hops) / 1e9 if hops else 0.0
+        back = statistics.median(b.spans[0][0] - a.spans[-1][1] for a, b in pairs) / 1e9
         stages = zip(*(record.spans for record in records), strict=True)
-        stage_s[count] = [statistics.median(b - a for a, b in spans) / 1e9 for spans in stages]
-        waits = [b[0] - a[1] for r in records for a, b in itertools.pairwise(r.spans)]
-        hop = statistics.median(waits) / 1e9 if waits else 0.0
-        back = statistics.median(
-            b.spans[0][0] - a.spans[-1][1] for a, b in itertools.pairwise(records)
-        )
-        host_s[count] = max(0.0, back / 1e9 - hop)
-        hops.append(hop)
-    return {"stage_s": stage_s, "host_s": host_s, "hop_s": statistics.median(hops[1:] or hops)}
+        stage_s = [statistics.mean(b - a for a, b in spans) / 1e9 for spans in stages]
+        runs.setdefault(count, []).append((stage_s, max(0.0, back - hop)))
+
+
+def costs_of(runs):
+    """Medians over the runs: seconds of every stage and of rank 0 by rows."""
+    stage_s = {
+        count: [statistics.median(s) for s in zip(*(run[0] for run in many), strict=True)]
+        for count, many in runs.items()
+    }
+    host_s = {count: statistics.median(run[1] for run in many) for count, many in runs.items()}
+    return {"stage_s": stage_s, "host_s": host_s, "hop_s": [0.0]}
 
 
 def cost_of(costs, name, rows):
@@ -98,28 +105,52 @@ def cost_of(costs, name, rows):
     return [(a + b) / 2 for a, b in zip(less, more, strict=True)]
 
 
-def crowd(args, most):
-    """How fast each of k processes with a model each is, against one alone, for k = 1 .. most."""
-    command = [sys.executable, __file__, "--crowd", "--prompt", str(args.prompt)]
-    command += ["--tokens", str(args.tokens)] + (["--model", args.model] if args.model else [])
-    workers = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(most)
-    ]
-    for worker in workers:
-        assert worker.stdout.readline() == "ready\n"
-    seconds = []
-    for count in range(1, most + 1):
-        for worker in workers[:count]:
+class Crowd:
+    """Processes with a whole model each, which decode for a while when told to."""
+
+    def __init__(self, args, most):
+        command = [sys.executable, __file__, "--crowd", "--prompt", str(args.prompt)]
+        command += ["--tokens", str(args.tokens)] + (["--model", args.model] if args.model else [])
+        self.workers = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            for _ in range(most)
+        ]
+        for worker in self.workers:
+            assert worker.stdout.readline() == "ready\n"
+
+    def start(self, count):
+        for worker in self.workers[:count]:
             worker.stdin.write("go\n")
             worker.stdin.flush()
-        seconds.append(
-            statistics.mean(json.loads(worker.stdout.readline()) for worker in workers[:count])
-        )
-    for worker in workers:
-        worker.stdin.close()
-        worker.wait()
-    return [seconds[0] / second for second in seconds]
+
+    def wait(self, count):
+        """Mean seconds of a step, when the first `count` are done."""
+        return [json.loads(worker.stdout.readline()) for worker in self.workers[:count]]
+
+    def speeds(self):
+        """How fast each of k processes is, against one alone, for k = 1, 2, ..."""
+        seconds = []
+        for count in range(1, len(self.workers) + 1):
+            self.start(count)
+            seconds.append(statistics.mean(self.wait(count)))
+        return [seconds[0] / second for second in seconds]
+
+    def close(self):
+        for worker in self.workers:
+            worker.stdin.close()
+            worker.wait()
+
+
+def hops_among(model, args, prompts, crowd, most):
+    """Mean seconds of a hop of one lane beside 0, 1, ... busy processes."""
+    hops = []
+    for count in range(most + 1):
+        crowd.start(count)
+        records = decode(model, args, prompts[:CROWD_ROWS], 1)[1]
+        crowd.wait(count)
+        waits = [b[0] - a[1] for r in records for a, b in itertools.pairwise(r.spans)]
+        hops.append(statistics.mean(waits) / 1e9)
+    return hops
 
 
 def crowd_worker(folder, args, prompts):
@@ -172,21 +203,25 @@ def main():
         return
     counts = {size for m in args.micro_batches for size in sizes_of(args.sequences, m)}
     counts = sorted(counts - {args.sequences} | {args.sequences - 1, args.sequences + 1})
-    speeds = crowd(args, max(args.stages))
+    crowd = Crowd(args, max(args.stages))
+    speeds = crowd.speeds()
     print("speed of each of 1, 2, ... at once: " + ", ".join(f"{speed:.2f}" for speed in speeds))
     told = {"speeds": speeds, "cores": len(os.sched_getaffinity(0)), "costs": {}}
     expected, rows = None, []
     for num_stages in args.stages:
         with load(folder, args, num_stages) as model:
             cut = [stage.last_block - stage.first_block + 1 for stage in model.plan.stages]
-            costs = told["costs"][num_stages] = calibrate(model, args, prompts, counts)
-            runs = {m: [] for m in args.micro_batches}
-            for _ in range(args.repeats):
+            runs, apart = {m: [] for m in args.micro_batches}, {}
+            for _ in range(args.repeats):  # in turn: a machine is not equally fast all the time
+                calibrate(model, args, prompts, counts, apart)
                 for m, speed in runs.items():
                     tokens, records = decode(model, args, prompts[: args.sequences], m)
                     expected = expected or tokens
                     assert tokens == expected, f"{num_stages} stages, {m} lanes: other tokens"
                     speed.append(measured(records))
+            costs = told["costs"][num_stages] = costs_of(apart)
+            if num_stages > 1:
+                costs["hop_s"] = hops_among(model, args, prompts, crowd, num_stages - 1)
         print(
             f"{num_stages} stages, rows: ms of each stage + of rank 0: "
             + "; ".join(
@@ -195,7 +230,8 @@ def main():
                 + f" + {1e3 * costs['host_s'][n]:.1f}"
                 for n in counts
             )
-            + f"; hop {1e3 * costs['hop_s']:.2f}"
+            + "; hop beside 0, 1, ... at work: "
+            + " ".join(f"{1e3 * second:.2f}" for second in costs["hop_s"])
         )
         for m, speed in runs.items():
             simulation = predict(costs, speeds, sizes_of(args.sequences, m))
@@ -218,6 +254,7 @@ def main():
             )
             if args.show_schedule:
                 print(draw(simulation, 0.0, 3 * m / simulation.micro_batches_per_s))
+    crowd.close()
     worst = max(abs(row["error"]) for row in rows)
     mean = statistics.mean(abs(row["error"]) for row in rows)
     print(f"off by {worst:.1%} at worst, {mean:.1%} on average")

@@ -61,7 +61,7 @@ class _Job:
 
 def simulate(
     lanes: Sequence[Sequence[float]],
-    hop_s: float = 0.0,
+    hop_s: float | Sequence[float] = 0.0,
     host_s: float = 0.0,
     speeds: Sequence[float] = (1.0,),
     num_rounds: int = 32,
@@ -71,7 +71,8 @@ def simulate(
     Args:
         lanes: for each lane the seconds that each stage works on its micro-batch, alone.
         hop_s: seconds from the end on one stage until the next may start, the way back included.
-            With a single stage there is none.
+            With a single stage there is none. Several: while 0, 1, ... stages are at work, for
+            stages that share cores, where a message waits for its turn; the last holds for more.
         host_s: seconds that rank 0 works beside its stage, for every micro-batch.
         speeds: how fast each of k stages is that work at the same time, against one alone; the
             last holds for more. Three stages of one thread on two cores: (1, 1, 2 / 3).
@@ -80,9 +81,10 @@ def simulate(
     Raises:
         ValueError: no lane, no stage, lanes that differ in stages, or times that make no sense.
     """
-    _check(lanes, (hop_s, host_s), speeds, num_rounds)
+    hops = [hop_s] if isinstance(hop_s, int | float) else list(hop_s)
+    _check(lanes, [*hops, host_s], speeds, num_rounds)
     num_stages, num_lanes = len(lanes[0]), len(lanes)
-    hop_s = hop_s if num_stages > 1 else 0.0
+    hops = hops if num_stages > 1 else [0.0]
     queues: list[deque[tuple[float, int]]] = [deque() for _ in range(num_stages)]
     queues[0].extend((0.0, lane) for lane in range(num_lanes))
     jobs: list[_Job | None] = [None] * num_stages
@@ -110,10 +112,16 @@ def simulate(
                 continue
             jobs[stage] = None
             slices.append(Slice(stage, done.lane, done.start, now))
-            queues[(stage + 1) % num_stages].append((now + hop_s, done.lane))
+            at_work = sum(
+                job is not None or bool(queue and queue[0][0] <= now)
+                for job, queue in zip(jobs, queues, strict=True)
+            )
+            arrival = now + hops[min(at_work, len(hops) - 1)]
+            queue = queues[(stage + 1) % num_stages]
+            queue.append((max(arrival, queue[-1][0]) if queue else arrival, done.lane))
             if stage == num_stages - 1:
                 ends.append(now)
-                latencies.append(now + hop_s - begun[done.lane])
+                latencies.append(arrival - begun[done.lane])
     warm = num_lanes * (num_rounds // 4)
     begin, total = ends[warm - 1], ends[-1] - ends[warm - 1]
     rate = (len(ends) - warm) / total if total > 0 else float("inf")
@@ -132,7 +140,7 @@ def simulate(
 
 def _check(
     lanes: Sequence[Sequence[float]],
-    times: tuple[float, float],
+    times: Sequence[float],
     speeds: Sequence[float],
     num_rounds: int,
 ) -> None:
@@ -147,10 +155,10 @@ def _check(
             f"simulate: lanes must have the same stages, got {sorted(map(len, lanes))} of them; "
             "give each lane a time a stage"
         )
-    if min(*(second for stages in lanes for second in stages), *times) < 0:
+    if not times or min(*(second for stages in lanes for second in stages), *times) < 0:
         raise ValueError(
-            f"simulate: times must not be negative, got {list(map(list, lanes))}, {times[0]} and "
-            f"{times[1]}; give seconds"
+            f"simulate: times must not be negative, got {list(map(list, lanes))} and "
+            f"{list(times)}; give seconds"
         )
     if not speeds or min(speeds) <= 0:
         raise ValueError(

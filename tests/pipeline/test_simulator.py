@@ -56,6 +56,14 @@ def test_stages_that_share_cores_slow_each_other():
     assert crowded.micro_batches_per_s == pytest.approx(0.8 / 4)
 
 
+def test_a_hop_may_take_longer_while_others_work():
+    """One lane hops while nobody works, in 1; with three, others do, and it takes 5."""
+    assert simulate([[4.0, 4.0]], hop_s=(1.0, 5.0)).latency_s == pytest.approx(10)
+    three = simulate([[4.0, 4.0]] * 3, hop_s=(1.0, 5.0))
+    assert three.micro_batches_per_s == pytest.approx(3 / 18)  # 2 (4 + 5)
+    assert simulate([[4.0, 4.0]] * 3, hop_s=(1.0, 1.0)).micro_batches_per_s == pytest.approx(1 / 4)
+
+
 def test_the_simulated_order_is_the_schedule():
     """With equal stages and no hop a clock of the schedule is a unit of time."""
     for num_stages, num_lanes in ((2, 2), (3, 1), (3, 3), (4, 6)):
