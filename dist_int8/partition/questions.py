@@ -178,6 +178,8 @@ def _changes(
         if changed != formats and fits(formats=changed):
             yield f"take {what} ({_hint(changed, formats)})"
             break
+    if not formats.kv_int8 and fits(formats=replace(formats, kv_int8=True)):
+        yield "take an int8 KV cache (--kv int8)"
     chunk = largest(
         1, question.prefill_chunk, lambda n: fits(workload=replace(workload, prefill_chunk=n))
     )

@@ -88,6 +88,13 @@ def test_an_int8_head_is_suggested_where_it_is_enough(bloom):
     assert ask(bloom, devices, Formats(True, 2, 2, head_int8=True), asked).fits
 
 
+def test_an_int8_kv_cache_is_suggested_where_it_is_enough(bloom):
+    asked = Question(num_sequences=20, max_tokens=2048)
+    plan = ask(bloom, gpus(4, 80), FORMATS, asked)
+    assert not plan.fits and "take an int8 KV cache (--kv int8)" in plan.suggestions
+    assert ask(bloom, gpus(4, 80), replace(FORMATS, kv_int8=True), asked).fits
+
+
 def test_pinned_stages_that_do_not_fit_may_be_let_go(bloom):
     pinned = Request(pinned=(1, 34, 34, 1))
     plan = ask(bloom, gpus(4, 80), FORMATS, Question(1, 128, request=pinned))
