@@ -48,8 +48,8 @@ def run_tasks(
 
     Args:
         model: a handle, or a folder or hub id to load with the default settings.
-        tasks: names, of the folder's tasks or of those that come with the harness (whose data it
-            fetches from the hub).
+        tasks: names of the folder's tasks or, without one, of those that come with the harness,
+            which fetches their data from the hub.
         task_folder: of task files (YAML); their data files are named relative to it.
         limit: documents of each task at most.
         num_fewshot: examples before each question, where the task leaves it open.
@@ -262,15 +262,12 @@ def _load(names: list[str], task_folder: str | Path | None) -> dict[str, Any]:
     if not names:
         raise ValueError("eval: tasks must name one at least, got none; write --tasks NAME")
     manager = TaskManager(include_path=folder, include_defaults=folder is None)
-    own = list(manager.all_tasks)
-    if folder is not None and not set(names) <= set(own):
-        manager = TaskManager(include_path=folder)
     if unknown := [name for name in names if name not in manager.all_tasks]:
-        known = f"; the folder has {', '.join(own)}" if folder is not None and own else ""
-        raise ValueError(
-            f"eval: tasks must be known, got {', '.join(unknown)}; name tasks of --task-folder or "
-            f"of the harness{known}"
-        )
+        if folder is None:
+            where, known = "of the harness", "`lm-eval ls tasks` lists them"
+        else:
+            where, known = f"of {task_folder}", f"it has {', '.join(manager.all_tasks) or 'none'}"
+        raise ValueError(f"eval: tasks must be {where}, got {', '.join(unknown)}; {known}")
     # data files are named relative to the task files
     with contextlib.chdir(folder) if folder is not None else contextlib.nullcontext():
         return manager.load(names)
