@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from needs import NAMESPACES, SEARCH, program
@@ -122,10 +123,10 @@ class Host(Namespace):
             env=environment(**variables),
         )
 
-    def processes(self) -> list[str]:
-        """Command lines of what runs here, except for the first process and sshd."""
+    def processes(self) -> dict[int, str]:
+        """Process id -> command line of what runs here, except for the first process and sshd."""
         here = os.readlink(f"/proc/{self.pid}/ns/pid")
-        found = []
+        found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 if os.readlink(folder / "ns" / "pid") != here or int(folder.name) == self.pid:
@@ -135,8 +136,14 @@ class Host(Namespace):
             except OSError:  # it has ended
                 continue
             if state != "Z" and "sshd" not in line:
-                found.append(line)
+                found[int(folder.name)] = line
         return found
+
+    def kill_all(self) -> None:
+        """Ends what a test may have left here; the next one shall not wait for it."""
+        for pid in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 class Network:

@@ -71,7 +71,11 @@ def run(launcher, hosts, commands, **variables):
         host.start(command, **{name: value[index] for name, value in variables.items()})
         for index, (host, command) in enumerate(zip(hosts, commands, strict=True))
     ]
-    outputs = [process.communicate(timeout=LAUNCH_TIMEOUT_S) for process in running]
+    try:
+        outputs = [process.communicate(timeout=LAUNCH_TIMEOUT_S) for process in running]
+    finally:
+        for host in hosts:
+            host.kill_all()
     seconds = time.monotonic() - started
     for process, output in zip(running, outputs, strict=True):
         assert process.returncode == 0, "\n".join(output)
@@ -80,13 +84,19 @@ def run(launcher, hosts, commands, **variables):
         _, key, rest = line.partition('{"prompt"')  # pdsh puts the host's name in front
         if key:
             texts.append(json.loads(key + rest)["text"])
-    say(launcher, shlex.join(map(str, commands[0])), [host.name for host in hosts], texts, seconds)
+    shown = shlex.join(map(str, commands[0]))
+    if "bash" in commands[0]:  # a script says what it runs
+        shown = outputs[0][1].split("\n")[0].strip()
+    say(launcher, shown, [host.name for host in hosts], texts, seconds)
     return texts
 
 
-def pdsh(hostfile, host, *more):
-    address = ["--master_addr", host.address, "--master_port", "29500"]
-    return ["deepspeed", "--hostfile", hostfile, "--launcher", "pdsh", *address, *more, SCRIPT]
+def script(name, model, **knobs):
+    """launch/NAME with its knobs; the first line on its stderr is the launcher's command."""
+    given = {"MODEL": str(model), "DEVICE": "cpu", "MAX_NEW_TOKENS": str(NUM_NEW), **knobs}
+    settings = [f"{key}={value}" for key, value in given.items()]
+    prompts = ["--prompt", PROMPTS[1], "--threads", "1", "--json", "--max-tokens", "192"]
+    return ["env", *settings, f"PROMPT={PROMPTS[0]}", "bash", f"launch/{name}", *prompts]
 
 
 def no_ssh(hostfile, hosts, port):
@@ -101,22 +111,21 @@ def no_ssh(hostfile, hosts, port):
 
 def test_deepspeed_over_ssh(network, hostfile, tiny_llama, expected):
     """The hostfile has three hosts with two slots each; one slot of two of them is taken."""
-    include = ["--include", "host-0:0@host-1:1"]
-    command = [*pdsh(hostfile, network.hosts[0], *include), *flags(tiny_llama)]
+    knobs = {"HOSTFILE": hostfile, "INCLUDE": "host-0:0@host-1:1"}
+    command = script("hostfile.sh", tiny_llama, MASTER_ADDR=network.hosts[0].address, **knobs)
     assert run("deepspeed, pdsh over ssh", network.hosts[:1], [command]) == expected
 
 
 def test_deepspeed_without_ssh(network, hostfile, tiny_llama, expected):
-    hosts = network.hosts[:2]
-    launchers = no_ssh(hostfile, hosts, "29501")
-    commands = [[*launcher, SCRIPT, *flags(tiny_llama)] for launcher in launchers]
-    assert run("deepspeed --no_ssh", hosts, commands) == expected
+    """MASTER_ADDR is the name of the file's first host."""
+    knobs = {"HOSTFILE": hostfile, "INCLUDE": "host-0:0@host-1:0", "NO_SSH": "1"}
+    commands = [script("hostfile.sh", tiny_llama, NODE_RANK=str(i), **knobs) for i in range(2)]
+    assert run("deepspeed --no_ssh", network.hosts[:2], commands) == expected
 
 
 def test_torchrun(network, tiny_llama, expected):
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "host-0:29502", "--rdzv-id", "1"]
-    command = ["torchrun", "--nnodes", "2", "--nproc-per-node", "1", *rendezvous, SCRIPT]
-    commands = [[*command, *flags(tiny_llama)]] * 2
+    knobs = {"NUM_NODES": "2", "NUM_STAGES": "1", "ENDPOINT": "host-0:29502"}
+    commands = [script("torchrun.sh", tiny_llama, **knobs)] * 2
     assert run("torchrun, c10d", network.hosts[:2], commands) == expected
 
 
@@ -178,10 +187,11 @@ def test_a_link_cut_while_tokens_come(network, hostfile, tiny_llama):
         network.cut(hosts[1])
         outputs = [process.communicate(timeout=60) for process in running]
         ended_s = time.monotonic() - cut
+        left = [host.processes() for host in hosts]
     finally:
         network.mend(hosts[1])
-        for process in running:
-            process.kill()
+        for host in hosts:
+            host.kill_all()
     got = json.loads(next(x for x in outputs[0][0].splitlines() if x.startswith("{")))
     noticed_s = got.pop("when") - cut
     say(
@@ -194,4 +204,4 @@ def test_a_link_cut_while_tokens_come(network, hostfile, tiny_llama):
     assert got["type"] == "LostRank" and got["rank"] == 1 and "rank 1" in got["message"], got
     assert noticed_s < STEP_TIMEOUT_S + 5 and ended_s < STEP_TIMEOUT_S + 15
     assert all(process.returncode for process in running), outputs
-    assert [host.processes() for host in hosts] == [[], []]
+    assert left == [{}, {}]
