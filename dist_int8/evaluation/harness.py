@@ -91,6 +91,7 @@ class PipelineLM(TemplateLM):
         pretrained: Model | str | Path,
         *,
         max_length: int | None = None,
+        progress: bool = True,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -98,13 +99,14 @@ class PipelineLM(TemplateLM):
     ) -> None:
         super().__init__()
         if not isinstance(pretrained, Model):
-            pretrained = api.load(pretrained, **settings)
+            pretrained = api.load(pretrained, progress=progress, **settings)
         elif settings:
             raise ValueError(
                 f"harness: settings must be those of the handle, got {', '.join(settings)} beside "
                 "one; give them to dist_int8.load"
             )
         self.handle = pretrained
+        self.quiet = not progress
         self.tokenizer = pretrained.tokenizer
         if self.tokenizer is None:
             raise ValueError(
@@ -153,6 +155,10 @@ class PipelineLM(TemplateLM):
             special = {"add_special_tokens": add_special_tokens}
         return list(self.tokenizer.encode(string, **special))
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
+        """Log-probabilities of continuations, and whether greedy decoding would write them."""
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or self.quiet)
+
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
@@ -170,7 +176,7 @@ class PipelineLM(TemplateLM):
             ]
             counts.append(len(windows))
             encoded += [(None, *window) for window in windows]
-        answers = iter(self._loglikelihood_tokens(encoded, disable_tqdm))
+        answers = iter(self._loglikelihood_tokens(encoded, disable_tqdm or self.quiet))
         totals = [sum(next(answers)[0] for _ in range(count)) for count in counts]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -212,7 +218,8 @@ class PipelineLM(TemplateLM):
             options = normalize_gen_kwargs(given, MAX_GEN_TOKS)
             stops.append(handle_stop_sequences(options.pop("until", None), eos=end))
             running.append(self._request(number, context, options, stops[-1]))
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="Answers") as bar:
+        quiet = disable_tqdm or self.quiet
+        with tqdm(total=len(requests), disable=quiet, desc="Answers") as bar:
             for token in self.handle.run(running):
                 bar.update(token.finish_reason is not None)
         answers = []

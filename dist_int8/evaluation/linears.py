@@ -70,6 +70,13 @@ class _Stand(nn.Module):
         raise NotImplementedError
 
 
+class Floating(_Stand):
+    """The layer that it stands in for."""
+
+    def product(self, x: Tensor) -> Tensor:
+        return x @ self.matrix.weight.T
+
+
 class WeightsOnly(_Stand):
     """int8 weights with a scale an output feature, activations as they are."""
 

@@ -71,7 +71,7 @@ _RULES = {
 }
 
 METHODS: dict[str, Method] = {
-    "transformers": Method("transformers, floating point", linear=lambda matrix: matrix.linear),
+    "transformers": Method("transformers, floating point", linear=linears.Floating),
     "weights-only": Method("int8 weights, exact activations", linear=linears.WeightsOnly),
     "absmax": Method("absmax, a scale a tensor", linear=linears.Absmax),
     "zeropoint": Method("zero point, a scale a tensor", linear=linears.ZeroPoint),

@@ -71,7 +71,9 @@ def measure_text(
     """
     assert settings.model is not None
     content, text_name = read_text(text)  # a mistake in a name is told before anything is loaded
-    other, other_name = read_calibration_text(calibration_text)
+    other = None
+    if calibration_text is not None or any(METHODS[name].calibrated for name in methods):
+        other = read_calibration_text(calibration_text)
     folder = resolve_model(settings.model, settings.revision, allow_pickle=settings.allow_pickle)
     name = Path(settings.model).name
     settings = settings.model_copy(update={"model": str(folder), "revision": None})
@@ -82,7 +84,7 @@ def measure_text(
     tokens = tokens_of(tokenizer, content, num_tokens, first_token)
     if window is None:
         window = min(DEFAULT_WINDOW, spec.max_positions or DEFAULT_WINDOW)
-    calibration = tokens_of(tokenizer, other, CALIBRATION_TOKENS)
+    calibration = None if other is None else tokens_of(tokenizer, other[0], CALIBRATION_TOKENS)
     asked = Asked(
         window=window,
         stride=window if stride is None else stride,
@@ -99,7 +101,7 @@ def measure_text(
         "model": name,
         "text": text_name,
         "first_token": first_token,
-        "calibration_text": other_name,
+        "calibration_text": None if other is None else other[1],
         "outlier_features_seed": seed,
         "settings": {
             key: getattr(settings, key)

@@ -85,6 +85,15 @@ def table(values: dict[str, Any]) -> str:
     )
 
 
+def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One `as_dict` of several, of the same text and model with other methods."""
+    values = dict(parts[0])
+    for key in ("methods", "layer_errors"):
+        if key in values:
+            values[key] = {name: found for part in parts for name, found in part[key].items()}
+    return values
+
+
 def summary(values: dict[str, Any]) -> str:
     """What the figures are of, and how to read the columns, in a few lines."""
     lines = [

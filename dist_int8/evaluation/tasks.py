@@ -79,6 +79,7 @@ def evaluate(
     limit: int | None = None,
     num_fewshot: int | None = None,
     bootstrap_iterations: int = 1000,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """The harness's own results, its samples included; `model` may also be a model of its own."""
     _require_harness()
@@ -103,7 +104,7 @@ def evaluate(
                 from dist_int8.api import load
 
                 model = stack.enter_context(load(model))
-            model = PipelineLM(model)
+            model = PipelineLM(model, progress=progress)
         return lm_eval.evaluate(
             lm=model, task_dict=loaded, limit=limit, bootstrap_iters=bootstrap_iterations
         )
@@ -139,6 +140,7 @@ def compare_tasks(
     task_folder: str | Path | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Scores with the settings, beside those of the same weights in floating point.
 
@@ -148,6 +150,7 @@ def compare_tasks(
         settings: of the model to score; `model` is set.
         reference: fp32 or bf16, or none for no comparison.
         tasks, task_folder, limit, num_fewshot: as for `run_tasks`.
+        progress: show progress bars.
 
     Returns:
         model, reference, and `scores`, an entry a metric: task, metric, higher_is_better,
@@ -158,7 +161,7 @@ def compare_tasks(
         ValueError, RankDied: as `run_tasks`.
     """
     options: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot}
-    options["task_folder"] = task_folder
+    options |= {"task_folder": task_folder, "progress": progress}
     _require_harness()
     _load(tasks, task_folder)  # what is wrong with them, before a model is loaded
     base = None
@@ -220,7 +223,7 @@ def _evaluate_with(
 ) -> dict[str, Any]:
     from dist_int8.api import load
 
-    values = settings.model_dump(exclude_none=True) | changes | {"progress": False}
+    values = settings.model_dump(exclude_none=True) | changes | {"progress": options["progress"]}
     with load(**values) as model:
         return evaluate(model, tasks, **options)
 

@@ -11,6 +11,8 @@ from transformers import AutoTokenizer
 
 TOPICS = "Python's help topics"
 DOCSTRINGS = "docstrings of Python's standard library"
+# More than tokens have on the average, in any text in words.
+_CHARACTERS_PER_TOKEN = 32
 # Long ones in plain English; none of them is among the help topics.
 _DOCUMENTED = (
     "argparse",
@@ -97,6 +99,8 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 def tokens_of(tokenizer: Any, text: str, most: int | None = None, skip: int = 0) -> Tensor:
     """Token ids of a text, int64 [tokens], without the first `skip` and at most `most`."""
+    if most is not None:  # no need to read a library for its first page
+        text = text[: (skip + most) * _CHARACTERS_PER_TOKEN]
     ids = tokenizer(text, verbose=False).input_ids[skip:]
     return torch.tensor(ids if most is None else ids[:most], dtype=torch.int64)
 

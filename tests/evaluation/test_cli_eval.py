@@ -58,7 +58,7 @@ def test_figures_of_several_methods(capfd, tiny_llama, text):
         assert len(errors) == 4 * 7 and method["layer_error"]["worst"] == max(errors.values())
     same = found["methods"]["transformers"]
     assert same["divergence"] < 1e-8 and abs(same["change_percent"]) < 1e-3
-    assert same["agreement_percent"] == 100 and same["layer_error"]["worst"] == 0
+    assert same["agreement_percent"] == 100 and same["layer_error"]["worst"] < 1e-6
     of = {name: method.get("divergence") for name, method in found["methods"].items()}
     assert of["all+hot"] < of["ours"] < of["absmax"] and of["ours"] < of["ours-head"]
     plane = {
@@ -68,17 +68,17 @@ def test_figures_of_several_methods(capfd, tiny_llama, text):
     assert len(found["inputs"]) == 4 * 4 and len(found["inputs"][0]["linears"]) == 3
 
 
-def test_windows_of_a_model_are_the_same_alone_and_in_groups(capfd, tiny_llama, text):
+def test_windows_are_the_same_alone_and_together_on_stages_and_in_groups(capfd, tiny_llama, text):
     base = ["-m", tiny_llama, "--text", text, "--window", 64, "--layer-tokens", 0]
-    base += ["--methods", "ours,row-wise,none"]
-    one = as_json(capfd, *base)
-    other = as_json(capfd, *base, "--batch", 3, "--at-once", 1, "--stages", 2)
+    one = as_json(capfd, *base, "--methods", "ours,row-wise,none")
+    groups = as_json(capfd, *base, "--methods", "ours,row-wise,none", "--at-once", 1)
+    stages = as_json(capfd, *base, "--methods", "ours", "--batch", 3, "--stages", 2)
     for name, method in one["methods"].items():
-        again = other["methods"][name]["windows"]
-        assert method["windows"]["num_targets"] == again["num_targets"]
-        same = name != "row-wise"  # per-tensor weights only: rows are independent, sums are not
-        for loss, of_other in zip(method["windows"]["loss"], again["loss"], strict=True):
-            assert loss == pytest.approx(of_other, rel=1e-6 if same else 1e-3)
+        assert groups["methods"][name]["windows"] == method["windows"]
+        if name in stages["methods"]:
+            again = stages["methods"][name]["windows"]
+            assert again["num_targets"] == method["windows"]["num_targets"]
+            assert again["loss"] == pytest.approx(method["windows"]["loss"], rel=1e-6)
 
 
 def test_injected_features_change_int8_and_not_floating_point(capfd, tiny_llama, text):

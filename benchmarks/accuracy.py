@@ -1,0 +1,115 @@
+"""Does int8 lose anything? Ours, published methods and other libraries, side by side.
+
+    python benchmarks/accuracy.py [--model FOLDER] [--text FILE] [--tokens 51201] [--seeds 0 1 2]
+        [--methods NAME ...] [--at-once 4] [--calibrate random] [--parts FOLDER] [--threads 2]
+
+What `dist-int8 eval` measures (docs/accuracy.md), on the model as it is and, for each seed, with
+outlier features injected. The work is cut into parts of a few methods each; a part's figures are
+written as soon as it is done (`--parts`), and parts that are there already are not measured again:
+stop it and start it as you like. At the end one table, and results/accuracy.json.
+"""
+
+import json
+import time
+from pathlib import Path
+
+from results import FOLDER, folder_of, make_parser, write_result
+
+from dist_int8.config import load_settings
+from dist_int8.evaluation.methods import DEFAULT, METHODS, chosen
+from dist_int8.evaluation.on_text import measure_text
+from dist_int8.evaluation.report import markdown, merged, table
+from dist_int8.int8 import ops
+
+RULES = ["none+hot", "absolute-6+hot", "row_rms-6+hot", "row_rms-4+hot", "all+hot"]
+PLAIN = "plain"
+
+
+def part_name(seed: int | None, methods: list[str]) -> str:
+    return "-".join([PLAIN if seed is None else f"seed{seed}", *methods]).replace("+", "_")
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--text", type=Path, help="file or folder (default: Python's help topics)")
+    parser.add_argument("--tokens", type=int, default=51_201, help="of the text")
+    parser.add_argument("--first-token", type=int, default=5000)
+    parser.add_argument("--window", type=int)
+    parser.add_argument("--stride", type=int)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--no-plain", action="store_true", help="only with outlier features")
+    parser.add_argument(
+        "--methods", nargs="*", help="(default: of `dist-int8 eval`, and our rules)"
+    )
+    parser.add_argument("--at-once", type=int, default=4, help="methods of a part")
+    parser.add_argument("--layer-tokens", type=int, default=512)
+    parser.add_argument("--calibrate", help="hot columns of `ours` and the rules: random or a file")
+    parser.add_argument("--calibration-text", type=Path, help="what smoothquant looks at first")
+    parser.add_argument("--num-hot-columns", type=int)
+    parser.add_argument("--outlier-rule")
+    parser.add_argument("--outlier-threshold", type=float)
+    parser.add_argument("--parts", type=Path, default=FOLDER / "accuracy", help="folder")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    model = folder_of(args)
+    installed = set(chosen(None))
+    methods = chosen(args.methods) if args.methods else [n for n in DEFAULT if n in installed]
+    if not args.methods:
+        methods += [*RULES, "ours-head", "ours-embedding"]
+    settings = load_settings(
+        model=model,
+        calibrate=args.calibrate,
+        num_hot_columns=args.num_hot_columns,
+        outlier_rule=args.outlier_rule,
+        outlier_threshold=args.outlier_threshold,
+        threads_per_stage=args.threads,
+    )
+    how = {
+        "text": args.text,
+        "first_token": args.first_token,
+        "num_tokens": args.tokens,
+        "window": args.window,
+        "stride": args.stride,
+        "layer_tokens": args.layer_tokens,
+        "calibration_text": args.calibration_text,
+    }
+    groups = [methods[i : i + args.at_once] for i in range(0, len(methods), args.at_once)]
+    seeds = [*([] if args.no_plain else [None]), *args.seeds]
+    # what a part was measured with: another question asks for all parts again
+    question = json.loads(
+        json.dumps(
+            [settings.model_dump(mode="json", exclude={"threads_per_stage"}), how], default=str
+        )
+    )
+    columns = []
+    for seed in seeds:
+        parts = []
+        for group in groups:
+            path = args.parts / f"{part_name(seed, group)}.json"
+            if path.is_file() and (found := json.loads(path.read_text()))["question"] == question:
+                print(f"{path.name}: there already", flush=True)
+                parts.append(found["figures"])
+                continue
+            begin = time.perf_counter()
+            _, figures = measure_text(settings, group, seed=seed, **how)
+            seconds = time.perf_counter() - begin
+            write_result(
+                "accuracy", {"question": question, "seconds": seconds, "figures": figures}, path
+            )
+            print(f"{path.name}: {seconds:.0f} s\n{table(figures)}\n", flush=True)
+            parts.append(figures)
+        columns.append((PLAIN if seed is None else f"features, seed {seed}", merged(parts)))
+    path = write_result(
+        "accuracy",
+        {
+            "int8_ops": ops.library_info()["cpu_instruction_set"],
+            "methods": {name: METHODS[name].title for name in methods},
+            "runs": dict(columns),
+        },
+        args.json,
+    )
+    print(f"{markdown(columns)}\n\n{path}")
+
+
+if __name__ == "__main__":
+    main()
