@@ -186,6 +186,7 @@ def evaluate(
                 task_folder=task_folder,
                 limit=limit,
                 num_fewshot=fewshot,
+                progress=not (quiet or as_json),
             )
             stdout.write((json.dumps(scores) if as_json else harness.table(scores)) + "\n")
         return

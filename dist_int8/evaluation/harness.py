@@ -76,6 +76,7 @@ class PipelineLM(TemplateLM):
         pretrained: a handle, or a folder or hub id to load.
         max_length: tokens of context and continuation at most; by default as for `hf`: the length
             in the model's config (2,048 where it has none), and what the handle was loaded for.
+        progress: show progress bars.
         batch_size, max_batch_size, device: what the harness gives every model; not used, the
             pipeline makes its own micro-batches where the settings say.
         **settings: of `dist_int8.load`, for a model to load.
