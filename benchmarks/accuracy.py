@@ -38,9 +38,7 @@ def main() -> None:
     parser.add_argument("--stride", type=int)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--no-plain", action="store_true", help="only with outlier features")
-    parser.add_argument(
-        "--methods", nargs="*", help="(default: of `dist-int8 eval`, and our rules)"
-    )
+    parser.add_argument("--methods", nargs="*", help="default: of `dist-int8 eval`, our rules")
     parser.add_argument("--at-once", type=int, default=4, help="methods of a part")
     parser.add_argument("--layer-tokens", type=int, default=512)
     parser.add_argument("--calibrate", help="hot columns of `ours` and the rules: random or a file")
@@ -55,7 +53,7 @@ def main() -> None:
     installed = set(chosen(None))
     methods = chosen(args.methods) if args.methods else [n for n in DEFAULT if n in installed]
     if not args.methods:
-        methods += [*RULES, "ours-head", "ours-embedding"]
+        methods += [*RULES, "ours-head", "ours-embedding", "ours-kv"]
     settings = load_settings(
         model=model,
         calibrate=args.calibrate,
@@ -76,11 +74,8 @@ def main() -> None:
     groups = [methods[i : i + args.at_once] for i in range(0, len(methods), args.at_once)]
     seeds = [*([] if args.no_plain else [None]), *args.seeds]
     # what a part was measured with: another question asks for all parts again
-    question = json.loads(
-        json.dumps(
-            [settings.model_dump(mode="json", exclude={"threads_per_stage"}), how], default=str
-        )
-    )
+    asked = [settings.model_dump(mode="json", exclude={"threads_per_stage"}), how]
+    question = json.loads(json.dumps(asked, default=str))
     columns = []
     for seed in seeds:
         parts = []

@@ -144,6 +144,7 @@ def reference_settings(settings: Settings, asked: Asked) -> dict[str, Any]:
         "dtype": REFERENCES[asked.reference],
         "calibrate": "off",
         "embedding": "16bit",
+        "kv": "16bit",
         "head": None,
     }
     return _arguments(settings, asked, changes)

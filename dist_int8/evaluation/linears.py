@@ -172,6 +172,8 @@ class SmoothQuant(_Stand):
 
 def bitsandbytes_linear(matrix: Matrix, threshold: float) -> nn.Module:
     """bitsandbytes' own `Linear8bitLt`."""
+    # it warns once a layer that it computes in fp16
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import bitsandbytes
 
     linear = matrix.linear

@@ -97,6 +97,7 @@ METHODS: dict[str, Method] = {
     "ours": Method("ours, as set"),
     "ours-head": Method("ours, head in int8", {"head": "int8"}),
     "ours-embedding": Method("ours, embedding in int8", {"embedding": "int8"}),
+    "ours-kv": Method("ours, keys and values in int8", {"kv": "int8"}),
     **{name: _rule(*rule, hot=False) for name, rule in _RULES.items()},
     **{f"{name}+hot": _rule(*rule, hot=True) for name, rule in _RULES.items()},
 }

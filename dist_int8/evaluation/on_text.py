@@ -107,7 +107,7 @@ def measure_text(
             key: getattr(settings, key)
             for key in (
                 *("outlier_rule", "outlier_threshold", "calibrate", "num_hot_columns"),
-                *("head", "embedding", "dtype"),
+                *("head", "embedding", "kv", "dtype"),
             )
         },
         "threads": torch.get_num_threads(),
