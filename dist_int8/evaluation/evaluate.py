@@ -92,13 +92,13 @@ def evaluate(
         ValueError: a text shorter than a window, a window longer than the model's, or as `load`.
     """
     assert settings.model is not None
-    places = windows(len(tokens), asked.window, asked.stride)
     spec = describe(load_config(settings.model))
     if spec.max_positions is not None and asked.window > spec.max_positions:
         raise ValueError(
             f"eval: window must be at most the model's {spec.max_positions} positions, got "
             f"{asked.window}; lower --window"
         )
+    places = windows(len(tokens), asked.window, asked.stride)
     found = Evaluation(asked, len(tokens))
     names = [] if asked.reference == "none" else [asked.reference]
     found.scores = {name: Scores() for name in (*names, *methods)}

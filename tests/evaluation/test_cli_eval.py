@@ -72,7 +72,9 @@ def test_windows_are_the_same_alone_and_together_on_stages_and_in_groups(capfd, 
     base = ["-m", tiny_llama, "--text", text, "--window", 64, "--layer-tokens", 0]
     one = as_json(capfd, *base, "--methods", "ours,row-wise,none")
     groups = as_json(capfd, *base, "--methods", "ours,row-wise,none", "--at-once", 1)
-    stages = as_json(capfd, *base, "--methods", "ours", "--batch", 3, "--stages", 2)
+    stages = as_json(
+        capfd, *base, "--methods", "ours", "--batch", 3, "--stages", 2, "--reference", "none"
+    )
     for name, method in one["methods"].items():
         assert groups["methods"][name]["windows"] == method["windows"]
         if name in stages["methods"]:
@@ -151,9 +153,11 @@ def test_without_matplotlib_it_says_so_first(capfd, tiny_llama, text, tmp_path, 
     ],
 )
 def test_bad_input_is_one_line(capfd, tiny_llama, tmp_path, flags, part):
-    for name, content in (("EMPTY", " \n"), ("SHORT", "hello")):
+    for name, content in (("EMPTY", " \n"), ("SHORT", "hello"), ("LONG", TEXT)):
         (tmp_path / name).write_text(content)
         flags = flags.replace(name, str(tmp_path / name))
+    if "--text" not in flags:  # a short one
+        flags += f" --text {tmp_path / 'LONG'}"
     code, shown = run(capfd, "-m", tiny_llama, *flags.split())
     assert code == 2 and shown.out == "" and shown.err.count("\n") == 1, shown.err
     assert shown.err.startswith("error: ") and part in shown.err
