@@ -77,21 +77,19 @@ def calibrate(model, args, prompts, counts, runs):
         records = decode(model, args, prompts[:count], 1)[1]
         pairs = list(itertools.pairwise(records))
         hops = [b[0] - a[1] for r in records for a, b in itertools.pairwise(r.spans)]
-        hop = statistics.median(hops) / 1e9 if hops else 0.0
-        back = statistics.median(b.spans[0][0] - a.spans[-1][1] for a, b in pairs) / 1e9
+        hop = statistics.mean(hops) / 1e9 if hops else 0.0
+        back = statistics.mean(b.spans[0][0] - a.spans[-1][1] for a, b in pairs) / 1e9
         stages = zip(*(record.spans for record in records), strict=True)
         stage_s = [statistics.mean(b - a for a, b in spans) / 1e9 for spans in stages]
         runs.setdefault(count, []).append((stage_s, max(0.0, back - hop)))
 
 
-def costs_of(runs):
-    """Medians over the runs: seconds of every stage and of rank 0 by rows."""
-    stage_s = {
-        count: [statistics.median(s) for s in zip(*(run[0] for run in many), strict=True)]
-        for count, many in runs.items()
+def costs_of(runs, repeat):
+    """Of one repeat: seconds of every stage and of rank 0 by rows."""
+    return {
+        "stage_s": {count: many[repeat][0] for count, many in runs.items()},
+        "host_s": {count: many[repeat][1] for count, many in runs.items()},
     }
-    host_s = {count: statistics.median(run[1] for run in many) for count, many in runs.items()}
-    return {"stage_s": stage_s, "host_s": host_s, "hop_s": [0.0]}
 
 
 def cost_of(costs, name, rows):
@@ -219,9 +217,11 @@ def main():
                     expected = expected or tokens
                     assert tokens == expected, f"{num_stages} stages, {m} lanes: other tokens"
                     speed.append(measured(records))
-            costs = told["costs"][num_stages] = costs_of(apart)
+            hop_s = [0.0]
             if num_stages > 1:
-                costs["hop_s"] = hops_among(model, args, prompts, crowd, num_stages - 1)
+                hop_s = hops_among(model, args, prompts, crowd, num_stages - 1)
+        repeats = [costs_of(apart, i) | {"hop_s": hop_s} for i in range(args.repeats)]
+        costs = told["costs"][num_stages] = repeats[-1]
         print(
             f"{num_stages} stages, rows: ms of each stage + of rank 0: "
             + "; ".join(
@@ -234,9 +234,14 @@ def main():
             + " ".join(f"{1e3 * second:.2f}" for second in costs["hop_s"])
         )
         for m, speed in runs.items():
-            simulation = predict(costs, speeds, sizes_of(args.sequences, m))
-            predicted = simulation.micro_batches_per_s * args.sequences / m
-            found = statistics.median(speed)
+            sizes = sizes_of(args.sequences, m)
+            # each repeat is predicted from its own calibration: the machine's speed drifts
+            simulations = [predict(known, speeds, sizes) for known in repeats]
+            predictions = [s.micro_batches_per_s * args.sequences / m for s in simulations]
+            errors = [a / b - 1 for a, b in zip(predictions, speed, strict=True)]
+            error = statistics.median(errors)
+            simulation = simulations[errors.index(sorted(errors)[len(errors) // 2])]
+            predicted, found = statistics.median(predictions), statistics.median(speed)
             rows.append(
                 {
                     "stages": num_stages,
@@ -244,12 +249,13 @@ def main():
                     "cut": cut,
                     "predicted_tokens_per_s": predicted,
                     "measured_tokens_per_s": found,
-                    "error": predicted / found - 1,
+                    "error": error,
+                    "errors": errors,
                 }
             )
             print(
                 f"{num_stages} stages, {m} micro-batches: predicted {predicted:.1f} tokens/s, "
-                f"measured {found:.1f}, {predicted / found - 1:+.1%}",
+                f"measured {found:.1f}, {error:+.1%}",
                 flush=True,
             )
             if args.show_schedule:
