@@ -22,7 +22,7 @@ from dist_int8.engine import Engine
 from dist_int8.handle import Model
 from dist_int8.loading import as_stored, build_stage, vocab_dtype_of
 from dist_int8.models import ModelSpec, describe, load_config
-from dist_int8.partition import Plan, StagePlan
+from dist_int8.partition import Plan, StagePlan, format_bytes
 from dist_int8.pipeline.in_process import InProcessTransport, connect
 from dist_int8.pipeline.microbatch import Limits
 from dist_int8.pipeline.runner import Pipeline, serve
@@ -124,6 +124,7 @@ def load(
         num_sequences=limits.num_slots,
         max_tokens=limits.max_tokens,
     )
+    _check_host_memory(plan, place)
     rank = 0 if place is None else place.rank
     if rank == 0 and on_plan is not None:
         on_plan(plan)
@@ -283,6 +284,21 @@ def _limits(settings: Settings, spec: ModelSpec) -> Limits:
         hidden_size=spec.hidden_size,
         vocab_size=spec.vocab_size,
     )
+
+
+def _check_host_memory(plan: Plan, place: Launched | None) -> None:
+    """Refuses CPU stages that all of this machine's memory could not hold, whatever else runs."""
+    here = len(plan.stages) if place is None else _ranks_here(place)
+    stages = [stage for stage in plan.stages[:here] if stage.device == "cpu"]
+    needed = sum(stage.needed_bytes for stage in stages)
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > total:
+        kv_bytes = sum(stage.kv_bytes for stage in stages)
+        raise ValueError(
+            f"load(): the stages on the CPU must fit this machine's {format_bytes(total)}, got "
+            f"{format_bytes(needed)}, of it {format_bytes(kv_bytes)} KV cache; lower max_sequences "
+            "or max_tokens, or use a smaller model"
+        )
 
 
 def _share_cores(settings: Settings, plan: Plan, place: Launched | None) -> frozenset[int]:

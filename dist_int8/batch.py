@@ -35,6 +35,7 @@ class Item:
         settings: of this answer.
         fingerprint: of everything that decides the answer.
         error: why it cannot be answered; kind, content and settings mean nothing then.
+        place: file and line, for errors that show later.
     """
 
     index: int
@@ -44,6 +45,7 @@ class Item:
     settings: GenerationSettings
     fingerprint: str
     error: str | None = None
+    place: str = ""
 
 
 def read_items(path: Path, settings: Mapping[str, Any], same: Mapping[str, Any]) -> list[Item]:
@@ -102,7 +104,7 @@ def _item(
     except ValueError as error:
         return Item(index, name, "", None, chosen, _fingerprint(line.decode("latin-1")), str(error))
     decides = [kind, given[kind], chosen.model_dump(mode="json"), index, dict(same)]
-    return Item(index, name, kind, given[kind], chosen, _fingerprint(decides))
+    return Item(index, name, kind, given[kind], chosen, _fingerprint(decides), place=place)
 
 
 def _parsed(line: bytes, place: str) -> dict[str, Any]:

@@ -175,6 +175,8 @@ def _report(error: Exception) -> int:
         code = BAD_INPUT
     elif isinstance(error, ValueError | FileNotFoundError):
         message, code = str(error), BAD_INPUT
+    elif isinstance(error, MemoryError):
+        message, code = f"not enough memory: {error}; lower max_sequences or max_tokens", FAILED
     elif isinstance(error, RuntimeError | OSError):
         message, code = str(error) or type(error).__name__, FAILED
     else:

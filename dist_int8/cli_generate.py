@@ -187,6 +187,11 @@ def generate(
             'try --model "$(dist-int8 demo-model)"'
         )
     _check_sources(prompt, input_file, output, show_schedule)
+    if trace is not None and (trace.is_dir() or not trace.absolute().parent.is_dir()):
+        raise ValueError(
+            f"{source}:trace: trace must be a new file in a folder that exists, got {trace}; "
+            "check the path"
+        )
     items = None
     if input_file is not None and os.environ.get("RANK", "0") == "0":  # the file is rank 0's
         from dist_int8.batch import read_items

@@ -160,7 +160,7 @@ def _answer_items(
                 prompt = _prompt_of(model, item, chat)
                 request = model.request(prompt, item.settings, item.index)
             except ValueError as error:
-                failed(item, error)
+                failed(item, f"{item.place}: {error}")
                 continue
             running[item.index] = (item, request)
             yield request

@@ -226,12 +226,16 @@ class Model:
         return schedule.draw(grid)
 
     def shutdown(self) -> None:
-        """Ends every stage and its process. Safe to call twice."""
+        """Ends every stage and its process. Safe to call twice.
+
+        Calls of other threads that are under way get `Draining`; `drain` lets them end first.
+        """
         with self._closing:
             if self._closed:
                 return
             self._closed = True
             atexit.unregister(self.shutdown)
+            self._engine.stop()
             try:
                 self._engine.drain()
                 self._engine.pipeline.close()

@@ -139,7 +139,10 @@ def test_a_config_asks_what_load_reserves(capsys):
         ("--gpus 2 --memory 80GB --head 4bit", "head must be 'int8' or '16bit'"),
         ("--gpus 2 --memory 80GB --objective x", "objective must be 'throughput'"),
         ("--gpus 2 --memory 80GB --reserve -1", "reserve must be a byte size above 0"),
-        ("--gpus 2 --memory 80GB --hot-columns -1", "num_hot_columns must be a multiple of 16, got -1"),
+        (
+            "--gpus 2 --memory 80GB --hot-columns -1",
+            "num_hot_columns must be a multiple of 16, got -1",
+        ),
         ("--gpus 3 --memory 80GB --hosts a,b", "hosts must divide the 3 stages, got 2"),
         ("--gpus 2 --profile a101", "profile must be one of t4, v100"),
         ("--gpus 2 --memory 80GB --hot-columns 8", "num_hot_columns must be a multiple of 16"),

@@ -169,3 +169,33 @@ def test_recovery_is_refused_under_a_launcher(tiny_llama, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="recover must be false under a launcher"):
         dist_int8.load(tiny_llama, devices=["cpu"] * 2, recover=True)
+
+
+@pytest.mark.parametrize("recover", [False, True])
+def test_a_shutdown_in_the_middle_is_no_failure_for_other_threads(tiny_llama, recover):
+    model = dist_int8.load(
+        tiny_llama, devices=["cpu", "cpu"], recover=recover, max_tokens=256, progress=False
+    )
+    seen, answering = [], threading.Event()
+
+    def ask():
+        try:
+            for _ in model.generate([1, 2, 3], max_new_tokens=250, stream=True):
+                answering.set()
+        except Exception as error:
+            seen.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert answering.wait(60)
+    model.shutdown()
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads)
+    assert [type(error) for error in seen] == [Draining, Draining], seen
+
+
+def test_a_kv_cache_beyond_the_machine_is_refused(tiny_llama):
+    with pytest.raises(ValueError, match=r"must fit this machine's .* lower max_sequences"):
+        dist_int8.load(tiny_llama, devices=["cpu", "cpu"], max_sequences=10**9, progress=False)

@@ -266,7 +266,7 @@ class Settings(Checked):
         description="Seconds within which every rank must have joined.",
         examples=[60.0],
     )
-    step_timeout: Seconds = Field(
+    step_timeout: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
         default=300.0,
         description="Seconds after which a step that does not end counts as hung, and a rank that "
         "gives no sign of life as stopped or cut off.",

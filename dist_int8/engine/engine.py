@@ -104,6 +104,7 @@ class Engine:
         self.failure: BaseException | None = None  # what went wrong in the pipeline, for good
         self._restore = restore
         self._draining = False
+        self._stopped = False
 
     def num_lanes(self, num_requests: int) -> int:
         """Micro-batches that so many requests are dealt to."""
@@ -192,6 +193,8 @@ class Engine:
             RankDied: a rank ended or failed; nothing more will come.
         """
         with self._lock, self._guarded():
+            if self._stopped:
+                return
             try:
                 self.pipeline.check()
             except RankDied as error:
@@ -212,6 +215,14 @@ class Engine:
                 if not request.ended:
                     request.error = error
             self._waiting.clear()
+
+    def stop(self) -> None:
+        """Ends whatever runs or waits, for a shutdown; nothing is recovered from now on."""
+        with self._lock:
+            self._stopped = True
+            self._restore = None
+            self.refuse_new()
+            self.give_up(Draining("generate: the model was shut down before the answer's end"))
 
     def run(self, requests: Iterable[Request], keep_going: bool = False) -> Iterator[Token]:
         """Runs the requests to their ends; yields every token as it arrives.

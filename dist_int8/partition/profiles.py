@@ -89,8 +89,8 @@ _DATASHEETS = (
     _datasheet("h100", 80, 3350, 1979, 989, 450),
     _datasheet("h200", 141, 4800, 1979, 989, 450),
 )
-# One thread of an AMD EPYC with AVX-512 VNNI on SmolLM2-135M: a block takes 0.38 to 0.64 ms for 1 to 8
-# rows and 2.8 ms for 64, the bf16 head 2.8 ms for 4; this profile says 0.37 to 0.63, 2.7 and 3.1.
+# One thread of an AMD EPYC with AVX-512 VNNI on SmolLM2-135M: a block takes 0.38 to 0.64 ms for 1
+# to 8 rows and 2.8 ms for 64, the bf16 head 2.8 ms for 4; this profile says 0.37 to 0.63, 2.7, 3.1.
 CPU = DeviceProfile(
     name="cpu",
     memory_bytes=16 * GB,
