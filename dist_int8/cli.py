@@ -184,6 +184,7 @@ def _report(error: Exception) -> int:
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         # Every rank meets the same mistake. Rank 0 says it, and its launcher ends the others.
+        termination.end_on_term()
         time.sleep(_AFTER_RANK_0_SECONDS)
         message = f"[rank {rank}] {message}"
     print(f"error: {' '.join(message.split())}", file=sys.stderr)

@@ -50,6 +50,13 @@ def leave_term_to_rank_0(drain_timeout_s: float) -> None:
     _handle(outlast)
 
 
+def end_on_term() -> None:
+    """For a rank that has failed: it serves nobody, so a SIGTERM that came or comes ends it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if received():
+        os._exit(EXIT_CODE)
+
+
 def _handle(first: Callable[[], object]) -> None:
     def on_term(signum: int, frame: FrameType | None) -> None:
         _received.append(signum)
