@@ -1,12 +1,13 @@
 """Does int8 lose anything? Ours, published methods and other libraries, side by side.
 
     python benchmarks/accuracy.py [--model FOLDER] [--text FILE] [--tokens 51201] [--seeds 0 1 2]
-        [--methods NAME ...] [--at-once 4] [--calibrate random] [--parts FOLDER] [--threads 2]
+        [--methods NAME ...] [--at-once 4] [--calibrate FILE] [--parts FOLDER] [--threads 2]
 
 What `dist-int8 eval` measures (docs/accuracy.md), on the model as it is and, for each seed, with
-outlier features injected. The work is cut into parts of a few methods each; a part's figures are
-written as soon as it is done (`--parts`), and parts that are there already are not measured again:
-stop it and start it as you like. At the end one table, and results/accuracy.json.
+outlier features injected; `ours` is as `quantize` makes it, with hot columns. The work is cut into
+parts of a few methods each; a part's figures are written as soon as it is done (`--parts`), and
+what is there already is not measured again: stop it and start it as you like. At the end one table
+of all parts that were measured so, and results/accuracy.json.
 """
 
 import json
@@ -16,17 +17,23 @@ from pathlib import Path
 from results import FOLDER, folder_of, make_parser, write_result
 
 from dist_int8.config import load_settings
-from dist_int8.evaluation.methods import DEFAULT, METHODS, chosen
+from dist_int8.evaluation.methods import DEFAULT, chosen
 from dist_int8.evaluation.on_text import measure_text
 from dist_int8.evaluation.report import markdown, merged, table
 from dist_int8.int8 import ops
 
-RULES = ["none+hot", "absolute-6+hot", "row_rms-6+hot", "row_rms-4+hot", "all+hot"]
+# other rules than the default one, and the default one without hot columns
+RULES = ["none+hot", "absolute-6+hot", "row_rms-6+hot", "all+hot", "row_rms-4"]
 PLAIN = "plain"
+# of every linear and every method: megabytes; `dist-int8 eval --json` has them
+TOO_LONG = ("layer_errors", "inputs")
 
 
-def part_name(seed: int | None, methods: list[str]) -> str:
-    return "-".join([PLAIN if seed is None else f"seed{seed}", *methods]).replace("+", "_")
+def measured_so(folder: Path, question: list, seed: int | None) -> list[dict]:
+    """Figures of the parts that answer the same question, the older before the newer."""
+    parts = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    parts = [part for part in parts if part["question"] == [*question, seed]]
+    return [part["figures"] for part in parts]
 
 
 def main() -> None:
@@ -41,7 +48,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", help="default: of `dist-int8 eval`, our rules")
     parser.add_argument("--at-once", type=int, default=4, help="methods of a part")
     parser.add_argument("--layer-tokens", type=int, default=512)
-    parser.add_argument("--calibrate", help="hot columns of `ours` and the rules: random or a file")
+    parser.add_argument(
+        "--calibrate",
+        default="random",
+        help="hot columns of `ours` and the rules: random or a file",
+    )
     parser.add_argument("--calibration-text", type=Path, help="what smoothquant looks at first")
     parser.add_argument("--num-hot-columns", type=int)
     parser.add_argument("--outlier-rule")
@@ -71,34 +82,30 @@ def main() -> None:
         "layer_tokens": args.layer_tokens,
         "calibration_text": args.calibration_text,
     }
-    groups = [methods[i : i + args.at_once] for i in range(0, len(methods), args.at_once)]
-    seeds = [*([] if args.no_plain else [None]), *args.seeds]
     # what a part was measured with: another question asks for all parts again
     asked = [settings.model_dump(mode="json", exclude={"threads_per_stage"}), how]
     question = json.loads(json.dumps(asked, default=str))
     columns = []
-    for seed in seeds:
-        parts = []
-        for group in groups:
-            path = args.parts / f"{part_name(seed, group)}.json"
-            if path.is_file() and (found := json.loads(path.read_text()))["question"] == question:
-                print(f"{path.name}: there already", flush=True)
-                parts.append(found["figures"])
-                continue
+    for seed in [*([] if args.no_plain else [None]), *args.seeds]:
+        heading = PLAIN if seed is None else f"features, seed {seed}"
+        known = {n for part in measured_so(args.parts, question, seed) for n in part["methods"]}
+        missing = [name for name in methods if name not in known]
+        print(f"{heading}: {len(methods) - len(missing)} methods measured before", flush=True)
+        for i in range(0, len(missing), args.at_once):
+            group = missing[i : i + args.at_once]
             begin = time.perf_counter()
             _, figures = measure_text(settings, group, seed=seed, **how)
             seconds = time.perf_counter() - begin
-            write_result(
-                "accuracy", {"question": question, "seconds": seconds, "figures": figures}, path
-            )
+            path = args.parts / f"{time.time_ns()}.json"
+            part = {"question": [*question, seed], "seconds": seconds, "figures": figures}
+            write_result("accuracy", part, path)
             print(f"{path.name}: {seconds:.0f} s\n{table(figures)}\n", flush=True)
-            parts.append(figures)
-        columns.append((PLAIN if seed is None else f"features, seed {seed}", merged(parts)))
+        values = merged(measured_so(args.parts, question, seed))
+        columns.append((heading, {k: v for k, v in values.items() if k not in TOO_LONG}))
     path = write_result(
         "accuracy",
         {
             "int8_ops": ops.library_info()["cpu_instruction_set"],
-            "methods": {name: METHODS[name].title for name in methods},
             "runs": dict(columns),
         },
         args.json,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 # Rows of logits worked on at a time: few enough for the processor's cache.
-_ROWS = 32
+_ROWS = 8
 
 
 @dataclass(frozen=True)
