@@ -8,11 +8,16 @@ every number of stages and micro-batches. What the simulator is told is measured
 - how long each stage works on n rows, and rank 0's own work: n sequences in one lane, so that one
   stage works at a time. What all sequences in one lane take is read off between one more and one
   less, to leave out the run that is predicted;
+- how long a stage turns around between two micro-batches: more lanes than stages of one sequence
+  each, where one ended after the next had come;
 - how much stages that work at the same time slow each other on this machine's cores: one, two and
   three processes with a whole model each, without any pipeline;
 - how long a hop takes: of one lane, beside none, one and two of those processes at work.
 
-Correctness first: every configuration gives the same tokens.
+The machine's speed changes from second to second (a virtual one's memory can be half as fast for a
+while). So the stages are timed right before and right after each measured run, and a run counts
+when the two agree; what is measured decides nothing. Correctness first: every configuration gives
+the same tokens.
 """
 
 import argparse
@@ -31,10 +36,9 @@ from transformers import AutoTokenizer
 import dist_int8
 from dist_int8.config import GenerationSettings
 from dist_int8.engine import Engine
-from dist_int8.pipeline import trace
 from dist_int8.pipeline.simulator import draw, simulate
 
-CROWD_ROWS, CROWD_S = 4, 2.0
+CROWD_ROWS, CROWD_S = 4, 1.0
 
 
 def load(folder, args, stages):
@@ -50,7 +54,7 @@ def load(folder, args, stages):
 
 
 def decode(model, args, prompts, num_lanes):
-    """(tokens of every prompt, the records of the time when all lanes only decoded)."""
+    """(tokens of every prompt, the records of the time when all lanes decoded all they have)."""
     before = model._engine
     engine = Engine(
         before.pipeline,
@@ -68,39 +72,71 @@ def decode(model, args, prompts, num_lanes):
     for _ in engine.run(requests):
         pass
     records = [r for r in model.trace.records if r.spans[0][0] >= since]
-    return [request.token_ids for request in requests], trace.steady(records)[0]
+    full = {
+        r.lane: r.num_tokens for r in sorted(records, key=lambda r: r.num_tokens) if r.kind == "D"
+    }
+    whole = itertools.groupby(records, lambda r: r.kind == "D" and r.num_tokens == full[r.lane])
+    runs = [list(group) for is_whole, group in whole if is_whole]
+    return [request.token_ids for request in requests], max(runs, key=len)
 
 
-def calibrate(model, args, prompts, counts, runs):
-    """Adds a run of each number of rows to `runs`: seconds of every stage and of rank 0."""
+def hops_of(records):
+    """Mean seconds from the end on one stage to the start on the next."""
+    hops = [b[0] - a[1] for r in records for a, b in itertools.pairwise(r.spans)]
+    return statistics.mean(hops) / 1e9 if hops else 0.0
+
+
+def calibrate(model, args, prompts, counts):
+    """Of each number of rows: seconds of every stage, and last of rank 0."""
+    found = {}
     for count in counts:
         records = decode(model, args, prompts[:count], 1)[1]
         pairs = list(itertools.pairwise(records))
-        hops = [b[0] - a[1] for r in records for a, b in itertools.pairwise(r.spans)]
-        hop = statistics.mean(hops) / 1e9 if hops else 0.0
         back = statistics.mean(b.spans[0][0] - a.spans[-1][1] for a, b in pairs) / 1e9
         stages = zip(*(record.spans for record in records), strict=True)
         stage_s = [statistics.mean(b - a for a, b in spans) / 1e9 for spans in stages]
-        runs.setdefault(count, []).append((stage_s, max(0.0, back - hop)))
+        found[count] = [*stage_s, max(0.0, back - hops_of(records))]
+    return found
 
 
-def costs_of(runs, repeat):
-    """Of one repeat: seconds of every stage and of rank 0 by rows."""
+def turnarounds(model, args, prompts):
+    """Median seconds between two micro-batches on each stage, where the second had come before."""
+    num_stages = len(model.plan.stages)
+    if num_stages == 1:
+        return [0.0]  # rank 0's own work is all there is
+    records = decode(model, args, prompts[: num_stages + 2], num_stages + 2)[1]
+    hop_ns = 1e9 * hops_of(decode(model, args, prompts[:1], 1)[1])
+    found = [0.0]  # of stage 0: rank 0's own work, which is told
+    for stage in range(1, num_stages):
+        gaps = [
+            second.spans[stage][0] - first.spans[stage][1]
+            for first, second in itertools.pairwise(records)
+            if second.spans[stage - 1][1] + 2 * hop_ns < first.spans[stage][1]
+        ]
+        found.append(statistics.median(gaps) / 1e9 if gaps else 0.0)
+    return found
+
+
+def agree(before, after, most=0.08):
+    """Whether the machine was as fast before as after: all stages together, by rows."""
+    pairs = [(sum(before[count]), sum(after[count])) for count in before]
+    return all(abs(a / b - 1) <= most for a, b in pairs)
+
+
+def between(before, after):
+    """The mean of two calibrations."""
     return {
-        "stage_s": {count: many[repeat][0] for count, many in runs.items()},
-        "host_s": {count: many[repeat][1] for count, many in runs.items()},
+        count: [(a + b) / 2 for a, b in zip(before[count], after[count], strict=True)]
+        for count in before
     }
 
 
-def cost_of(costs, name, rows):
-    """Of that many rows, or between the neighbours measured."""
-    known = costs[name]
-    if rows in known:
-        return known[rows]
-    less, more = known[rows - 1], known[rows + 1]
-    if name == "host_s":
-        return (less + more) / 2
-    return [(a + b) / 2 for a, b in zip(less, more, strict=True)]
+def cost_of(known, rows):
+    """(seconds of every stage, of rank 0) of so many rows, or between the neighbours measured."""
+    seconds = known.get(rows)
+    if seconds is None:
+        seconds = [(a + b) / 2 for a, b in zip(known[rows - 1], known[rows + 1], strict=True)]
+    return seconds[:-1], seconds[-1]
 
 
 class Crowd:
@@ -125,13 +161,16 @@ class Crowd:
         """Mean seconds of a step, when the first `count` are done."""
         return [json.loads(worker.stdout.readline()) for worker in self.workers[:count]]
 
-    def speeds(self):
-        """How fast each of k processes is, against one alone, for k = 1, 2, ..."""
-        seconds = []
-        for count in range(1, len(self.workers) + 1):
-            self.start(count)
-            seconds.append(statistics.mean(self.wait(count)))
-        return [seconds[0] / second for second in seconds]
+    def speeds(self, repeats):
+        """How fast each of k processes is, against one alone, for k = 1, 2, ...; in turn."""
+        found = []
+        for _ in range(repeats):
+            seconds = []
+            for count in range(1, len(self.workers) + 1):
+                self.start(count)
+                seconds.append(statistics.mean(self.wait(count)))
+            found.append([seconds[0] / second for second in seconds])
+        return [statistics.median(many) for many in zip(*found, strict=True)]
 
     def close(self):
         for worker in self.workers:
@@ -146,8 +185,7 @@ def hops_among(model, args, prompts, crowd, most):
         crowd.start(count)
         records = decode(model, args, prompts[:CROWD_ROWS], 1)[1]
         crowd.wait(count)
-        waits = [b[0] - a[1] for r in records for a, b in itertools.pairwise(r.spans)]
-        hops.append(statistics.mean(waits) / 1e9)
+        hops.append(hops_of(records))
     return hops
 
 
@@ -169,11 +207,14 @@ def sizes_of(num_sequences, num_lanes):
     return [len(range(lane, num_sequences, num_lanes)) for lane in range(num_lanes)]
 
 
-def predict(costs, speeds, sizes):
+def predict(known, told, sizes):
     """The simulation of lanes of so many sequences each."""
-    lanes = [cost_of(costs, "stage_s", size) for size in sizes]
-    host_s = statistics.mean(cost_of(costs, "host_s", size) for size in sizes)
-    return simulate(lanes, hop_s=costs["hop_s"], host_s=host_s, speeds=speeds)
+    costs = [cost_of(known, size) for size in sizes]
+    return simulate(
+        [stage_s for stage_s, _ in costs],
+        host_s=statistics.mean(host_s for _, host_s in costs),
+        **told,
+    )
 
 
 def measured(records):
@@ -182,14 +223,30 @@ def measured(records):
     return sum(record.num_tokens for record in records[1:]) / seconds
 
 
+def row_of(num_stages, num_lanes, cut, runs, dropped, told):
+    """The figures of one configuration: medians over its runs."""
+    errors = [predicted / found - 1 for predicted, found, _ in runs]
+    return {
+        "stages": num_stages,
+        "micro_batches": num_lanes,
+        "cut": cut,
+        "predicted_tokens_per_s": statistics.median(run[0] for run in runs) if runs else None,
+        "measured_tokens_per_s": statistics.median(run[1] for run in runs) if runs else None,
+        "error": statistics.median(errors) if runs else None,
+        "errors": errors,
+        "dropped": dropped,
+        "told": told,
+    }
+
+
 def main():
     parser: argparse.ArgumentParser = make_parser(__doc__)
     parser.add_argument("--stages", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--micro-batches", type=int, nargs="*", default=[1, 2, 3, 4, 5, 6])
     parser.add_argument("--sequences", type=int, default=12)
-    parser.add_argument("--prompt", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--prompt", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--show-schedule", action="store_true", help="draw the simulated runs")
     parser.add_argument("--crowd", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -199,74 +256,57 @@ def main():
     if args.crowd:
         crowd_worker(folder, args, prompts)
         return
-    counts = {size for m in args.micro_batches for size in sizes_of(args.sequences, m)}
-    counts = sorted(counts - {args.sequences} | {args.sequences - 1, args.sequences + 1})
     crowd = Crowd(args, max(args.stages))
-    speeds = crowd.speeds()
+    speeds = crowd.speeds(args.repeats)
     print("speed of each of 1, 2, ... at once: " + ", ".join(f"{speed:.2f}" for speed in speeds))
-    told = {"speeds": speeds, "cores": len(os.sched_getaffinity(0)), "costs": {}}
     expected, rows = None, []
     for num_stages in args.stages:
         with load(folder, args, num_stages) as model:
             cut = [stage.last_block - stage.first_block + 1 for stage in model.plan.stages]
-            runs, apart = {m: [] for m in args.micro_batches}, {}
-            for _ in range(args.repeats):  # in turn: a machine is not equally fast all the time
-                calibrate(model, args, prompts, counts, apart)
-                for m, speed in runs.items():
+            decode(model, args, prompts[: args.sequences], 1)  # warm
+            told = {"speeds": speeds, "turnaround_s": turnarounds(model, args, prompts)}
+            if num_stages > 1:
+                told["hop_s"] = hops_among(model, args, prompts, crowd, num_stages - 1)
+            print(f"{num_stages} stages {cut}: told {told}")
+            for m in args.micro_batches:
+                sizes = sizes_of(args.sequences, m)
+                counts = set(sizes) if m > 1 else {args.sequences - 1, args.sequences + 1}
+                runs, dropped = [], 0
+                before = calibrate(model, args, prompts, counts)
+                while len(runs) < args.repeats and dropped < 8 * args.repeats:
                     tokens, records = decode(model, args, prompts[: args.sequences], m)
                     expected = expected or tokens
                     assert tokens == expected, f"{num_stages} stages, {m} lanes: other tokens"
-                    speed.append(measured(records))
-            hop_s = [0.0]
-            if num_stages > 1:
-                hop_s = hops_among(model, args, prompts, crowd, num_stages - 1)
-        repeats = [costs_of(apart, i) | {"hop_s": hop_s} for i in range(args.repeats)]
-        costs = told["costs"][num_stages] = repeats[-1]
-        print(
-            f"{num_stages} stages, rows: ms of each stage + of rank 0: "
-            + "; ".join(
-                f"{n}: "
-                + " ".join(f"{1e3 * second:.1f}" for second in costs["stage_s"][n])
-                + f" + {1e3 * costs['host_s'][n]:.1f}"
-                for n in counts
-            )
-            + "; hop beside 0, 1, ... at work: "
-            + " ".join(f"{1e3 * second:.2f}" for second in costs["hop_s"])
-        )
-        for m, speed in runs.items():
-            sizes = sizes_of(args.sequences, m)
-            # each repeat is predicted from its own calibration: the machine's speed drifts
-            simulations = [predict(known, speeds, sizes) for known in repeats]
-            predictions = [s.micro_batches_per_s * args.sequences / m for s in simulations]
-            errors = [a / b - 1 for a, b in zip(predictions, speed, strict=True)]
-            error = statistics.median(errors)
-            simulation = simulations[errors.index(sorted(errors)[len(errors) // 2])]
-            predicted, found = statistics.median(predictions), statistics.median(speed)
-            rows.append(
-                {
-                    "stages": num_stages,
-                    "micro_batches": m,
-                    "cut": cut,
-                    "predicted_tokens_per_s": predicted,
-                    "measured_tokens_per_s": found,
-                    "error": error,
-                    "errors": errors,
-                }
-            )
-            print(
-                f"{num_stages} stages, {m} micro-batches: predicted {predicted:.1f} tokens/s, "
-                f"measured {found:.1f}, {error:+.1%}",
-                flush=True,
-            )
-            if args.show_schedule:
-                print(draw(simulation, 0.0, 3 * m / simulation.micro_batches_per_s))
+                    after = calibrate(model, args, prompts, counts)
+                    if agree(before, after):
+                        simulation = predict(between(before, after), told, sizes)
+                        predicted = simulation.micro_batches_per_s * args.sequences / m
+                        runs.append((predicted, measured(records), simulation))
+                    else:
+                        dropped += 1
+                    before = after
+                rows.append(row_of(num_stages, m, cut, runs, dropped, told))
+                if not runs:
+                    print(f"{num_stages} stages, {m} micro-batches: the machine never held still")
+                    continue
+                simulation = runs[-1][2]
+                print(
+                    "{stages} stages, {micro_batches} micro-batches: predicted "
+                    "{predicted_tokens_per_s:.1f} tokens/s, measured {measured_tokens_per_s:.1f}, "
+                    "{error:+.1%} ({dropped} runs dropped)".format(**rows[-1]),
+                    flush=True,
+                )
+                if args.show_schedule:
+                    print(draw(simulation, 0.0, 3 * m / simulation.micro_batches_per_s))
     crowd.close()
-    worst = max(abs(row["error"]) for row in rows)
-    mean = statistics.mean(abs(row["error"]) for row in rows)
+    errors = [abs(row["error"]) for row in rows if row["error"] is not None]
+    worst, mean = max(errors), statistics.mean(errors)
     print(f"off by {worst:.1%} at worst, {mean:.1%} on average")
     setting = {key: getattr(args, key) for key in ("sequences", "prompt", "tokens", "repeats")}
     figures = {"rows": rows, "worst_error": worst, "mean_error": mean}
-    write_result("simulator", {**setting, **told, **figures}, args.json)
+    write_result(
+        "simulator", {**setting, "cores": len(os.sched_getaffinity(0)), **figures}, args.json
+    )
 
 
 if __name__ == "__main__":

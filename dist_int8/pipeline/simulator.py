@@ -65,6 +65,7 @@ def simulate(
     host_s: float = 0.0,
     speeds: Sequence[float] = (1.0,),
     num_rounds: int = 32,
+    turnaround_s: float | Sequence[float] = 0.0,
 ) -> Simulation:
     """Runs every lane again and again; the first quarter fills the pipeline and does not count.
 
@@ -77,17 +78,30 @@ def simulate(
         speeds: how fast each of k stages is that work at the same time, against one alone; the
             last holds for more. Three stages of one thread on two cores: (1, 1, 2 / 3).
         num_rounds: of every lane.
+        turnaround_s: seconds that pass on a stage from the end of a micro-batch to the start of the
+            next one even where that one waits: sending the one, unpacking the other. Of every
+            stage, or one for all.
 
     Raises:
         ValueError: no lane, no stage, lanes that differ in stages, or times that make no sense.
     """
     hops = [hop_s] if isinstance(hop_s, int | float) else list(hop_s)
-    _check(lanes, [*hops, host_s], speeds, num_rounds)
-    num_stages, num_lanes = len(lanes[0]), len(lanes)
+    num_stages, num_lanes = len(lanes[0]) if lanes else 0, len(lanes)
+    if isinstance(turnaround_s, int | float):
+        turnarounds = [float(turnaround_s)] * num_stages
+    else:
+        turnarounds = list(turnaround_s)
+    _check(lanes, [*hops, host_s, *turnarounds], speeds, num_rounds)
+    if len(turnarounds) != num_stages:
+        raise ValueError(
+            f"simulate: turnaround_s must be one time, or one of each of {num_stages} stages, got "
+            f"{len(turnarounds)}; give {num_stages}"
+        )
     hops = hops if num_stages > 1 else [0.0]
     queues: list[deque[tuple[float, int]]] = [deque() for _ in range(num_stages)]
     queues[0].extend((0.0, lane) for lane in range(num_lanes))
     jobs: list[_Job | None] = [None] * num_stages
+    free = [0.0] * num_stages  # when each stage can take the next one
     begun = [0.0] * num_lanes  # when each lane's micro-batch started on stage 0
     slices: list[Slice] = []
     latencies: list[float] = []
@@ -95,14 +109,18 @@ def simulate(
     now = 0.0
     while len(ends) < num_lanes * num_rounds:
         for stage, queue in enumerate(queues):
-            if jobs[stage] is None and queue and queue[0][0] <= now:
+            if jobs[stage] is None and queue and max(queue[0][0], free[stage]) <= now:
                 lane = queue.popleft()[1]
                 jobs[stage] = _Job(lane, lanes[lane][stage] + (host_s if stage == 0 else 0.0), now)
                 if stage == 0:
                     begun[lane] = now
         active = [job for job in jobs if job is not None]
         speed = speeds[min(len(active), len(speeds)) - 1]
-        arrivals = [q[0][0] for q, job in zip(queues, jobs, strict=True) if q and job is None]
+        arrivals = [
+            max(queue[0][0], free[stage])
+            for stage, queue in enumerate(queues)
+            if queue and jobs[stage] is None
+        ]
         following = min([*arrivals, *(now + job.work / speed for job in active)])
         for job in active:
             job.work -= (following - now) * speed
@@ -111,6 +129,7 @@ def simulate(
             if done is None or done.work > 1e-12 * max(1.0, now):
                 continue
             jobs[stage] = None
+            free[stage] = now + turnarounds[stage]
             slices.append(Slice(stage, done.lane, done.start, now))
             at_work = sum(
                 job is not None or bool(queue and queue[0][0] <= now)

@@ -64,6 +64,18 @@ def test_a_hop_may_take_longer_while_others_work():
     assert simulate([[4.0, 4.0]] * 3, hop_s=(1.0, 1.0)).micro_batches_per_s == pytest.approx(1 / 4)
 
 
+def test_a_stage_turns_around_between_micro_batches():
+    """Full: 4 + 1 a micro-batch on stage 0, 4 + 2 on stage 1. Alone nothing waits for it."""
+    full = simulate([[4.0, 4.0]] * 4, turnaround_s=(1.0, 2.0))
+    assert full.micro_batches_per_s == pytest.approx(1 / 6)
+    assert full.utilisation[1] == pytest.approx(4 / 6)
+    assert simulate([[4.0, 4.0]] * 4, turnaround_s=1.0).micro_batches_per_s == pytest.approx(1 / 5)
+    alone = simulate([[4.0, 4.0]], hop_s=1.0, turnaround_s=2.0)
+    assert alone.micro_batches_per_s == pytest.approx(1 / 10)
+    with pytest.raises(ValueError, match="turnaround_s must be one time, or one of each of 2"):
+        simulate([[4.0, 4.0]], turnaround_s=(1.0, 1.0, 1.0))
+
+
 def test_the_simulated_order_is_the_schedule():
     """With equal stages and no hop a clock of the schedule is a unit of time."""
     for num_stages, num_lanes in ((2, 2), (3, 1), (3, 3), (4, 6)):
