@@ -8,11 +8,12 @@ every number of stages and micro-batches. What the simulator is told is measured
 - how long each stage works on n rows, and rank 0's own work: n sequences in one lane, so that one
   stage works at a time. What all sequences in one lane take is read off between one more and one
   less, to leave out the run that is predicted;
-- how long a stage turns around between two micro-batches: more lanes than stages of one sequence
-  each, where one ended after the next had come;
-- how much stages that work at the same time slow each other on this machine's cores: one, two and
-  three processes with a whole model each, without any pipeline;
-- how long a hop takes: of one lane, beside none, one and two of those processes at work.
+- how long a stage works beside that, to receive, unpack, pack and send: the CPU time of its process
+  less the time on its stage;
+- how long a hop takes: of one lane;
+- how much stages that work at the same time slow each other (cores, memory, the system's
+  scheduler): one factor, fitted to a full pipeline of two lanes more than stages, of one sequence
+  each, which is not one of those predicted. More stages than cores share them besides.
 
 The machine's speed changes from second to second (a virtual one's memory can be half as fast for a
 while). So the stages are timed right before and right after each measured run, and a run counts
@@ -22,13 +23,11 @@ the same tokens.
 
 import argparse
 import itertools
-import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 
+import psutil
 from decode import TEXT
 from results import folder_of, make_parser, write_result
 from transformers import AutoTokenizer
@@ -37,8 +36,6 @@ import dist_int8
 from dist_int8.config import GenerationSettings
 from dist_int8.engine import Engine
 from dist_int8.pipeline.simulator import draw, simulate
-
-CROWD_ROWS, CROWD_S = 4, 1.0
 
 
 def load(folder, args, stages):
@@ -100,21 +97,38 @@ def calibrate(model, args, prompts, counts):
 
 
 def turnarounds(model, args, prompts):
-    """Median seconds between two micro-batches on each stage, where the second had come before."""
-    num_stages = len(model.plan.stages)
-    if num_stages == 1:
-        return [0.0]  # rank 0's own work is all there is
-    records = decode(model, args, prompts[: num_stages + 2], num_stages + 2)[1]
-    hop_ns = 1e9 * hops_of(decode(model, args, prompts[:1], 1)[1])
-    found = [0.0]  # of stage 0: rank 0's own work, which is told
-    for stage in range(1, num_stages):
-        gaps = [
-            second.spans[stage][0] - first.spans[stage][1]
-            for first, second in itertools.pairwise(records)
-            if second.spans[stage - 1][1] + 2 * hop_ns < first.spans[stage][1]
-        ]
-        found.append(statistics.median(gaps) / 1e9 if gaps else 0.0)
-    return found
+    """Seconds of work a micro-batch of each stage's process beside its stage.
+
+    Its CPU time less the time on its stage, of one lane, so that nobody waits for a core.
+    """
+    me = psutil.Process()
+    ranks = [me, *sorted(me.children(), key=lambda child: child.create_time())]
+    assert len(ranks) == len(model.plan.stages)
+
+    def worked():
+        return [sum(rank.cpu_times()[:2]) for rank in ranks]
+
+    since, before = time.time_ns(), worked()
+    decode(model, args, prompts[:4], 1)
+    decode(model, args, prompts[:4], 1)
+    seconds = [b - a for a, b in zip(before, worked(), strict=True)]
+    records = [record for record in model.trace.records if record.spans[0][0] >= since]
+    at_work = [
+        sum(end - start for start, end in spans) / 1e9
+        for spans in zip(*(record.spans for record in records), strict=True)
+    ]
+    return [max(0.0, a - b) / len(records) for a, b in zip(seconds, at_work, strict=True)]
+
+
+def tell(model, args, prompts, repeats=5):
+    """Medians of what does not change much with the machine's speed."""
+    decode(model, args, prompts[: args.sequences], 1)  # warm
+    work = [turnarounds(model, args, prompts) for _ in range(repeats)]
+    hops = [hops_of(decode(model, args, prompts[:4], 1)[1]) for _ in range(repeats)]
+    return {
+        "turnaround_s": [statistics.median(one) for one in zip(*work, strict=True)],
+        "hop_s": statistics.median(hops),
+    }
 
 
 def agree(before, after, most=0.08):
@@ -139,67 +153,20 @@ def cost_of(known, rows):
     return seconds[:-1], seconds[-1]
 
 
-class Crowd:
-    """Processes with a whole model each, which decode for a while when told to."""
-
-    def __init__(self, args, most):
-        command = [sys.executable, __file__, "--crowd", "--prompt", str(args.prompt)]
-        command += ["--tokens", str(args.tokens)] + (["--model", args.model] if args.model else [])
-        self.workers = [
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            for _ in range(most)
-        ]
-        for worker in self.workers:
-            assert worker.stdout.readline() == "ready\n"
-
-    def start(self, count):
-        for worker in self.workers[:count]:
-            worker.stdin.write("go\n")
-            worker.stdin.flush()
-
-    def wait(self, count):
-        """Mean seconds of a step, when the first `count` are done."""
-        return [json.loads(worker.stdout.readline()) for worker in self.workers[:count]]
-
-    def speeds(self, repeats):
-        """How fast each of k processes is, against one alone, for k = 1, 2, ...; in turn."""
-        found = []
-        for _ in range(repeats):
-            seconds = []
-            for count in range(1, len(self.workers) + 1):
-                self.start(count)
-                seconds.append(statistics.mean(self.wait(count)))
-            found.append([seconds[0] / second for second in seconds])
-        return [statistics.median(many) for many in zip(*found, strict=True)]
-
-    def close(self):
-        for worker in self.workers:
-            worker.stdin.close()
-            worker.wait()
+def speeds_of(factor, num_stages):
+    """Speed of each of k stages that work at the same time, k = 1 ... num_stages."""
+    cores = len(os.sched_getaffinity(0))
+    return [1.0] + [factor * min(1.0, cores / count) for count in range(2, num_stages + 1)]
 
 
-def hops_among(model, args, prompts, crowd, most):
-    """Mean seconds of a hop of one lane beside 0, 1, ... busy processes."""
-    hops = []
-    for count in range(most + 1):
-        crowd.start(count)
-        records = decode(model, args, prompts[:CROWD_ROWS], 1)[1]
-        crowd.wait(count)
-        hops.append(hops_of(records))
-    return hops
-
-
-def crowd_worker(folder, args, prompts):
-    """Decodes for a while whenever it is told to, and says how long a step took."""
-    with load(folder, args, 1) as model:
-        decode(model, args, prompts[:CROWD_ROWS], 1)
-        print("ready", flush=True)
-        for _ in sys.stdin:
-            begun, steps = time.monotonic(), []
-            while time.monotonic() < begun + CROWD_S:
-                _, records = decode(model, args, prompts[:CROWD_ROWS], 1)
-                steps += [record.spans[0][1] - record.spans[0][0] for record in records]
-            print(statistics.mean(steps) / 1e9, flush=True)
+def fitted(known, told, num_stages, micro_batches_per_s):
+    """The factor with which the full pipeline of lanes of one sequence is simulated as measured."""
+    low, high = 0.3, 1.5
+    for _ in range(20):
+        factor = (low + high) / 2
+        found = predict(known, told, [1] * (num_stages + 2), factor).micro_batches_per_s
+        low, high = (factor, high) if found < micro_batches_per_s else (low, factor)
+    return factor
 
 
 def sizes_of(num_sequences, num_lanes):
@@ -207,13 +174,18 @@ def sizes_of(num_sequences, num_lanes):
     return [len(range(lane, num_sequences, num_lanes)) for lane in range(num_lanes)]
 
 
-def predict(known, told, sizes):
+def predict(known, told, sizes, factor):
     """The simulation of lanes of so many sequences each."""
     costs = [cost_of(known, size) for size in sizes]
+    num_stages = len(costs[0][0])
+    host_s = statistics.mean(host_s for _, host_s in costs)
+    first, *rest = told["turnaround_s"]
     return simulate(
         [stage_s for stage_s, _ in costs],
-        host_s=statistics.mean(host_s for _, host_s in costs),
-        **told,
+        hop_s=told["hop_s"],
+        host_s=host_s,
+        speeds=speeds_of(factor, num_stages),
+        turnaround_s=[max(0.0, first - host_s), *rest],  # rank 0's own work is in both
     )
 
 
@@ -225,7 +197,7 @@ def measured(records):
 
 def row_of(num_stages, num_lanes, cut, runs, dropped, told):
     """The figures of one configuration: medians over its runs."""
-    errors = [predicted / found - 1 for predicted, found, _ in runs]
+    errors = [predicted / found - 1 for predicted, found, *_ in runs]
     return {
         "stages": num_stages,
         "micro_batches": num_lanes,
@@ -235,6 +207,7 @@ def row_of(num_stages, num_lanes, cut, runs, dropped, told):
         "error": statistics.median(errors) if runs else None,
         "errors": errors,
         "dropped": dropped,
+        "factors": [run[3] for run in runs],
         "told": told,
     }
 
@@ -248,40 +221,40 @@ def main():
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--show-schedule", action="store_true", help="draw the simulated runs")
-    parser.add_argument("--crowd", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     folder = folder_of(args)
     words = AutoTokenizer.from_pretrained(folder)(TEXT * 8).input_ids
     prompts = [words[3 * i : 3 * i + args.prompt] for i in range(args.sequences + 1)]
-    if args.crowd:
-        crowd_worker(folder, args, prompts)
-        return
-    crowd = Crowd(args, max(args.stages))
-    speeds = crowd.speeds(args.repeats)
-    print("speed of each of 1, 2, ... at once: " + ", ".join(f"{speed:.2f}" for speed in speeds))
     expected, rows = None, []
     for num_stages in args.stages:
         with load(folder, args, num_stages) as model:
             cut = [stage.last_block - stage.first_block + 1 for stage in model.plan.stages]
-            decode(model, args, prompts[: args.sequences], 1)  # warm
-            told = {"speeds": speeds, "turnaround_s": turnarounds(model, args, prompts)}
-            if num_stages > 1:
-                told["hop_s"] = hops_among(model, args, prompts, crowd, num_stages - 1)
+            told = tell(model, args, prompts)
             print(f"{num_stages} stages {cut}: told {told}")
+
+            def know(counts, model=model, num_stages=num_stages):
+                """What changes with the machine's speed: by rows, and of a full pipeline."""
+                known = calibrate(model, args, prompts, counts | {1})
+                full = decode(model, args, prompts[: num_stages + 2], num_stages + 2)[1]
+                return known, measured(full)
+
             for m in args.micro_batches:
                 sizes = sizes_of(args.sequences, m)
                 counts = set(sizes) if m > 1 else {args.sequences - 1, args.sequences + 1}
                 runs, dropped = [], 0
-                before = calibrate(model, args, prompts, counts)
+                before = know(counts)
                 while len(runs) < args.repeats and dropped < 8 * args.repeats:
                     tokens, records = decode(model, args, prompts[: args.sequences], m)
                     expected = expected or tokens
                     assert tokens == expected, f"{num_stages} stages, {m} lanes: other tokens"
-                    after = calibrate(model, args, prompts, counts)
-                    if agree(before, after):
-                        simulation = predict(between(before, after), told, sizes)
+                    after = know(counts)
+                    if agree(before[0], after[0]):
+                        known = between(before[0], after[0])
+                        full = (before[1] + after[1]) / 2
+                        factor = fitted(known, told, num_stages, full) if num_stages > 1 else 1.0
+                        simulation = predict(known, told, sizes, factor)
                         predicted = simulation.micro_batches_per_s * args.sequences / m
-                        runs.append((predicted, measured(records), simulation))
+                        runs.append((predicted, measured(records), simulation, factor))
                     else:
                         dropped += 1
                     before = after
@@ -298,7 +271,6 @@ def main():
                 )
                 if args.show_schedule:
                     print(draw(simulation, 0.0, 3 * m / simulation.micro_batches_per_s))
-    crowd.close()
     errors = [abs(row["error"]) for row in rows if row["error"] is not None]
     worst, mean = max(errors), statistics.mean(errors)
     print(f"off by {worst:.1%} at worst, {mean:.1%} on average")

@@ -79,8 +79,8 @@ def simulate(
             last holds for more. Three stages of one thread on two cores: (1, 1, 2 / 3).
         num_rounds: of every lane.
         turnaround_s: seconds that pass on a stage from the end of a micro-batch to the start of the
-            next one even where that one waits: sending the one, unpacking the other. Of every
-            stage, or one for all.
+            next one even where that one waits: sending the one, unpacking the other. Stages that
+            share cores slow that too. Of every stage, or one for all.
 
     Raises:
         ValueError: no lane, no stage, lanes that differ in stages, or times that make no sense.
@@ -101,7 +101,7 @@ def simulate(
     queues: list[deque[tuple[float, int]]] = [deque() for _ in range(num_stages)]
     queues[0].extend((0.0, lane) for lane in range(num_lanes))
     jobs: list[_Job | None] = [None] * num_stages
-    free = [0.0] * num_stages  # when each stage can take the next one
+    turning = [0.0] * num_stages  # seconds of work left before each stage takes the next one
     begun = [0.0] * num_lanes  # when each lane's micro-batch started on stage 0
     slices: list[Slice] = []
     latencies: list[float] = []
@@ -109,27 +109,29 @@ def simulate(
     now = 0.0
     while len(ends) < num_lanes * num_rounds:
         for stage, queue in enumerate(queues):
-            if jobs[stage] is None and queue and max(queue[0][0], free[stage]) <= now:
+            if jobs[stage] is None and not turning[stage] and queue and queue[0][0] <= now:
                 lane = queue.popleft()[1]
                 jobs[stage] = _Job(lane, lanes[lane][stage] + (host_s if stage == 0 else 0.0), now)
                 if stage == 0:
                     begun[lane] = now
         active = [job for job in jobs if job is not None]
-        speed = speeds[min(len(active), len(speeds)) - 1]
+        left = [*(job.work for job in active), *filter(None, turning)]
+        speed = speeds[min(len(left), len(speeds)) - 1]
         arrivals = [
-            max(queue[0][0], free[stage])
-            for stage, queue in enumerate(queues)
-            if queue and jobs[stage] is None
+            queue[0][0]
+            for queue, job, turn in zip(queues, jobs, turning, strict=True)
+            if queue and job is None and not turn
         ]
-        following = min([*arrivals, *(now + job.work / speed for job in active)])
+        following = min([*arrivals, *(now + work / speed for work in left)])
+        done_s, now = (following - now) * speed, following
         for job in active:
-            job.work -= (following - now) * speed
-        now = following
+            job.work -= done_s
+        turning = [turn - done_s if turn - done_s > _least(now) else 0.0 for turn in turning]
         for stage, done in enumerate(jobs):
-            if done is None or done.work > 1e-12 * max(1.0, now):
+            if done is None or done.work > _least(now):
                 continue
             jobs[stage] = None
-            free[stage] = now + turnarounds[stage]
+            turning[stage] = turnarounds[stage]
             slices.append(Slice(stage, done.lane, done.start, now))
             at_work = sum(
                 job is not None or bool(queue and queue[0][0] <= now)
@@ -155,6 +157,11 @@ def simulate(
         sum(latencies[warm:]) / (len(latencies) - warm),
         tuple(slices),
     )
+
+
+def _least(now: float) -> float:
+    """Seconds of work below which nothing is left but rounding."""
+    return 1e-12 * max(1.0, now)
 
 
 def _check(

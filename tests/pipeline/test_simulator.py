@@ -72,6 +72,8 @@ def test_a_stage_turns_around_between_micro_batches():
     assert simulate([[4.0, 4.0]] * 4, turnaround_s=1.0).micro_batches_per_s == pytest.approx(1 / 5)
     alone = simulate([[4.0, 4.0]], hop_s=1.0, turnaround_s=2.0)
     assert alone.micro_batches_per_s == pytest.approx(1 / 10)
+    shared = simulate([[4.0, 4.0]] * 4, speeds=(1, 0.5), turnaround_s=1.0)  # two stages, one core
+    assert shared.micro_batches_per_s == pytest.approx(1 / 10)
     with pytest.raises(ValueError, match="turnaround_s must be one time, or one of each of 2"):
         simulate([[4.0, 4.0]], turnaround_s=(1.0, 1.0, 1.0))
 
