@@ -120,6 +120,7 @@ def load(
             formats_of(settings, dtype.itemsize, vocab_dtype.itemsize),
             num_hot_columns=hot.num_columns,
             hot_size=hot.element_size,
+            head_hot_columns=hot.head_columns,
         ),
         num_sequences=limits.num_slots,
         max_tokens=limits.max_tokens,

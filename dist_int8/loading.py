@@ -34,7 +34,8 @@ class HotColumns:
     """What a model's hot columns are, or are found with.
 
     Attributes:
-        num_columns: the most of any linear.
+        num_columns: the most of any linear of a block.
+        head_columns: of an int8 head; None: as many.
         element_size: bytes of one of their weights.
         calibration: None: they are in the checkpoint, or made up, or there are none.
     """
@@ -42,6 +43,7 @@ class HotColumns:
     num_columns: int = 0
     element_size: int = 2
     calibration: Calibration | None = None
+    head_columns: int | None = None
 
 
 def as_stored(settings: Settings, folder: Path, spec: ModelSpec) -> tuple[Settings, HotColumns]:
@@ -62,7 +64,10 @@ def as_stored(settings: Settings, folder: Path, spec: ModelSpec) -> tuple[Settin
             "calibrate": OFF,
         }
         changed = settings.model_copy(update=chosen)
-        return changed, HotColumns(stored.num_hot_columns, stored.linear_size)
+        hot = HotColumns(
+            stored.num_hot_columns, stored.linear_size, head_columns=stored.head_hot_columns
+        )
+        return changed, hot
     if not settings.calibrates:
         return settings, HotColumns()
     count = settings.num_hot_columns
@@ -161,6 +166,7 @@ def _find_hot_columns(
             spec,
             calibration,
             blocks=place.blocks,
+            head=how["last"],
             skip=how["skip"],
             device=how["device"],
             dtype=how["dtype"],

@@ -120,6 +120,7 @@ def formats_of_config(settings: Settings, config: Any, devices: Sequence[str]) -
     The config of an int8 checkpoint says what that has decided.
     """
     written = getattr(config, "quantization_config", None)
+    head_hot_columns = None
     if settings.int8 and isinstance(written, dict) and written.get("quant_method") == "dist_int8":
         settings = settings.model_copy(
             update={
@@ -130,6 +131,7 @@ def formats_of_config(settings: Settings, config: Any, devices: Sequence[str]) -
                 "num_hot_columns": written.get("num_hot_columns", 0),
             }
         )
+        head_hot_columns = written.get("head_hot_columns", 0)
     stored = str(config.dtype or "").removeprefix("torch.")
     dtype: str = settings.dtype
     if dtype == "auto":
@@ -137,7 +139,7 @@ def formats_of_config(settings: Settings, config: Any, devices: Sequence[str]) -
     float_size = 2 if dtype in _SIXTEEN_BITS else 4
     stored_size = 2 if stored in _SIXTEEN_BITS else 4
     formats = formats_of(settings, float_size, min(float_size, stored_size))
-    return replace(formats, hot_size=stored_size)
+    return replace(formats, hot_size=stored_size, head_hot_columns=head_hot_columns)
 
 
 def devices_of(

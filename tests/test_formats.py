@@ -49,6 +49,8 @@ def test_hot_columns_bring_the_logits_closer(hard_llama):
         return float((logits(hard_llama, **options) - exact).norm() / exact.norm())
 
     assert error(calibrate="random") < error() / 1.5
+    head = {"head": "int8", "skip_modules": ["blocks"], "outlier_rule": "none"}
+    assert error(calibrate="random", **head) < error(**head) / 1.2
     assert error(calibrate="random", num_hot_columns=0) == error()
 
 

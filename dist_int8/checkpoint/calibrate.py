@@ -79,13 +79,14 @@ def find_hot_columns(
     calibration: Calibration,
     *,
     blocks: range | None = None,
+    head: bool = False,
     skip: Collection[str] = (),
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     allow_pickle: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, list[int]]:
-    """The input features with the largest magnitude over the tokens, of every linear of the blocks.
+    """The input features with the largest magnitude over the tokens, of blocks' linears and head.
 
     Memory: one block in `dtype` and the hidden states [tokens, hidden]. Reads every block once.
 
@@ -95,6 +96,7 @@ def find_hot_columns(
         calibration: the tokens, run in sequences of 1,024 or what the model allows, and the number
             of columns: of a linear with fewer input features all of them.
         blocks: whose linears are wanted; those before them are run too. None: all.
+        head: the head too, unless it is skipped; all blocks are run for it.
         skip: linears that stay floating, by name component.
         device: where blocks run.
         dtype: of weights and hidden states there.
@@ -102,7 +104,7 @@ def find_hot_columns(
         progress: called with the number of checkpoint bytes just read.
 
     Returns:
-        For the name of each linear ("blocks.0.qkv") its columns in ascending order.
+        For the name of each linear ("blocks.0.qkv", "lm_head") its columns in ascending order.
 
     Raises:
         ValueError: as `load_stage`, or for a token that the model does not have.
@@ -119,17 +121,20 @@ def find_hot_columns(
         for ids in token_ids.split(window)
     ]
 
-    def load(blocks: range, embedding_rows: Tensor | None = None) -> DecoderStage:
+    def load(
+        blocks: range, embedding_rows: Tensor | None = None, last: bool = False
+    ) -> DecoderStage:
         return load_stage(
             folder,
             spec,
             blocks,
             first=embedding_rows is not None,
-            last=False,
+            last=last,
+            head=False,
             device=device,
             dtype=dtype,
             int8=False,
-            progress=progress,
+            progress=None if last else progress,  # a norm, and it may be of a shared table
             max_tokens=window,
             allow_pickle=allow_pickle,
             embedding_rows=embedding_rows,
@@ -144,7 +149,13 @@ def find_hot_columns(
     del first
     blocks = range(spec.num_blocks) if blocks is None else blocks
     found: dict[str, list[int]] = {}
-    for index in range(blocks.stop):
+    head = head and not is_skipped("lm_head", skip)
+
+    def hottest(absmax: Tensor) -> list[int]:
+        columns = absmax.topk(min(calibration.num_hot_columns, len(absmax))).indices
+        return sorted(columns.tolist())
+
+    for index in range(spec.num_blocks if head else blocks.stop):
         stage = load(range(index, index + 1))
         caches = _OneBlock(spec, index, window, dtype, device)
         block = stage.blocks[str(index)]
@@ -156,9 +167,12 @@ def find_hot_columns(
         for name, absmax in largest.items():
             qualified = f"blocks.{index}.{name}"
             if index in blocks and not is_skipped(qualified, skip):
-                columns = absmax.topk(min(calibration.num_hot_columns, len(absmax))).indices
-                found[qualified] = sorted(columns.tolist())
+                found[qualified] = hottest(absmax)
         del stage, block, caches
+    if head:
+        stage = load(range(0), last=True)
+        inputs = (stage.before_head(hidden).float().abs().amax(0) for hidden in hidden_states)
+        found["lm_head"] = hottest(torch.stack(list(inputs)).amax(0))
     return found
 
 

@@ -18,6 +18,7 @@ def config_of(
     dtype: str | None = None,
     calibration: Calibration | None = None,
     embedding_int8: bool = False,
+    head_hot_columns: int = 0,
 ) -> dict[str, Any]:
     """The config.json of a rewritten checkpoint.
 
@@ -29,6 +30,7 @@ def config_of(
         dtype: of the floating tensors, where it changes.
         calibration: what the hot columns were found with.
         embedding_int8: the token embedding is int8.
+        head_hot_columns: hot columns of an int8 head.
     """
     config = {key: value for key, value in fields.items() if key != "quantization_config"}
     if dtype is not None:
@@ -40,7 +42,11 @@ def config_of(
             "skip_modules": list(skip),
         }
         before = fields.get("quantization_config") or {}
-        for key in ("num_hot_columns", "calibrate"):  # of an int8 checkpoint, kept
+        for key in (
+            "num_hot_columns",
+            "head_hot_columns",
+            "calibrate",
+        ):  # of an int8 checkpoint, kept
             if before.get("quant_method") == "dist_int8" and key in before:
                 config["quantization_config"][key] = before[key]
         if embedding_int8:
@@ -50,6 +56,8 @@ def config_of(
                 "num_hot_columns": calibration.num_hot_columns,
                 "calibrate": calibration.source,
             }
+            if head_hot_columns:
+                config["quantization_config"]["head_hot_columns"] = head_hot_columns
     elif target == "bitsandbytes":
         config["quantization_config"] = {
             "quant_method": "bitsandbytes",

@@ -45,7 +45,8 @@ def random_stage(
 ) -> DecoderStage:
     """The stage that `load_stage` builds, with random weights made on `device`, no checkpoint.
 
-    The first `num_hot_columns` input features of every linear of the blocks are the hot ones.
+    The first `num_hot_columns` input features of the int8 linears of the blocks and of an int8 head
+    are the hot ones.
     """
     stage = DecoderStage.empty(spec, blocks, first, last, dtype, max_tokens)
     if int8:
@@ -64,7 +65,9 @@ class StoredFormat:
     skip: tuple[str, ...]
     """Linears that it holds in floating point, by name component."""
     num_hot_columns: int
-    """The most hot columns of any linear."""
+    """The most hot columns of any linear of a block."""
+    head_hot_columns: int
+    """Hot columns of the head."""
     linear_size: int
     """The most bytes of an element of what a linear of a block has in floating point."""
     embedding_int8: bool
@@ -86,6 +89,7 @@ def load_stage(
     embedding_int8: bool = False,
     hot_columns: Mapping[str, Sequence[int]] | None = None,
     embedding_rows: Tensor | None = None,
+    head: bool = True,
     progress: Callable[[int], object] | None = None,
     max_tokens: int | None = None,
     allow_pickle: bool = False,
@@ -117,6 +121,7 @@ def load_stage(
         hot_columns: input features that linears keep exactly, by name ("blocks.0.qkv"), of a
             checkpoint that is not int8.
         embedding_rows: int64 [U], in ascending order; hold only these rows of the embedding.
+        head: False: of the last stage's head hold only what stands before it.
         progress: called with the number of checkpoint bytes just read.
         max_tokens: longest sequence to prepare positions for; None: the model's own limit.
         allow_pickle: read `.bin` files where there is no safetensors file.
@@ -141,7 +146,10 @@ def load_stage(
 
     with torch.no_grad():
         for target, entry in located.items():
-            if target == HEAD and first and _shares_embedding(stage, located, reader):
+            if target == HEAD and not head:
+                continue
+            own = target == HEAD and bool((hot_columns or {}).get("lm_head"))
+            if target == HEAD and first and not own and _shares_embedding(stage, located, reader):
                 share_embedding(stage)
                 continue
             path, _, kind = target.rpartition(".")
@@ -195,7 +203,7 @@ def stored_format(
     located = locate(reader, spec, range(spec.num_blocks), first=True, last=True)
     num_hot, sizes = [0], [0]
     for target, entry in located.items():
-        if entry.hot_columns is not None:
+        if entry.hot_columns is not None and target != HEAD:
             num_hot.append(len(entry.hot_columns))
         if target.startswith("blocks.") and may_be_int8(target, entry.source):
             names = [piece.hot_weight if entry.is_int8 else piece.name for piece in entry.pieces]
@@ -205,6 +213,7 @@ def stored_format(
         is_int8_checkpoint(reader),
         _floating_linears(located),
         max(num_hot),
+        0 if (columns := located[HEAD].hot_columns) is None else len(columns),
         max(sizes),
         located[EMBEDDING].is_int8,
     )

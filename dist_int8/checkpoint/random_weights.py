@@ -32,7 +32,7 @@ def fill_with_random_weights(
         stage: `DecoderStage.empty`, converted or not.
         device: where it lives.
         vocab_dtype: of embedding and head, where they are not int8; and of hot weights.
-        num_hot_columns: of the linears of the blocks, the first ones.
+        num_hot_columns: of the int8 linears of the blocks and of an int8 head, the first ones.
     """
     device = torch.device(device)
     spec = stage.spec
@@ -43,7 +43,8 @@ def fill_with_random_weights(
         shape = (sum(piece[0] for piece in source.shapes), *source.shapes[0][1:])
         tied = target == HEAD and spec.tied_head
         name = EMBEDDING if tied else target
-        if tied and stage.first and has_same_format(stage):
+        own = isinstance(module, Int8Linear) and num_hot_columns > 0
+        if tied and stage.first and has_same_format(stage) and not own:
             share_embedding(stage)
             continue
         seed = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
@@ -52,7 +53,8 @@ def fill_with_random_weights(
                 weight = torch.empty(shape, dtype=torch.int8, device=device)
                 module.weight_int8 = weight.random_(-127, 128, generator=seed)
                 module.col_scale = torch.full(shape[:1], _STD / _INT8_STD, device=device)
-                num_hot = min(num_hot_columns, shape[1]) if path.startswith("blocks.") else 0
+                has_hot = path.startswith("blocks.") or target == HEAD
+                num_hot = min(num_hot_columns, shape[1]) if has_hot else 0
                 if num_hot:
                     columns = torch.arange(num_hot, dtype=torch.int32, device=device)
                     hot = torch.empty((shape[0], num_hot), dtype=vocab_dtype, device=device)

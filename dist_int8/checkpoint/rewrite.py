@@ -196,12 +196,15 @@ class _Rewriter:
                 floating_modules += [
                     other.removesuffix(".weight") for names in entry.source.names for other in names
                 ]
-            if self._is_the_embedding_again(name, entry, quantized, hot_columns):
+            own = name in hot_columns or calibration is not None  # a head's own hot columns
+            if not (own and name in quantized) and self._is_the_embedding_again(
+                name, entry, quantized
+            ):
                 continue  # transformers ties them
             columns = entry.hot_columns
             if name in hot_columns:
                 columns = torch.tensor(hot_columns[name], dtype=torch.int32)
-            elif calibration and name in quantized and name.startswith("blocks."):
+            elif calibration and name in quantized and name.startswith(("blocks.", "lm_head.")):
                 count = min(calibration.num_hot_columns, entry.pieces[0].shape[1])
                 columns = torch.zeros(count, dtype=torch.int32)
                 to_find[name.removesuffix(".weight")] = columns
@@ -224,6 +227,7 @@ class _Rewriter:
             dtype=dtype,
             calibration=calibration,
             embedding_int8=EMBEDDING in quantized,
+            head_hot_columns=len(to_find.get("lm_head", ())),
         )
         small_files = sorted(
             path
@@ -252,7 +256,8 @@ class _Rewriter:
         def run(progress: Callable[[int], object], note: Callable[[str], object]) -> bool:
             def prepare(aside: Path) -> None:
                 if calibration is not None:
-                    found = self._columns(aside / HOT_COLUMNS, calibration, progress)
+                    path, head = aside / HOT_COLUMNS, "lm_head" in to_find
+                    found = self._columns(path, calibration, head, progress)
                     for name, columns in to_find.items():
                         columns.copy_(torch.tensor(found[name]))
 
@@ -262,7 +267,11 @@ class _Rewriter:
         return Job(self.folder, out, num_bytes, len(shards), num_bytes_read, run)
 
     def _columns(
-        self, path: Path, calibration: Calibration, progress: Callable[[int], object]
+        self,
+        path: Path,
+        calibration: Calibration,
+        head: bool,
+        progress: Callable[[int], object],
     ) -> dict[str, list[int]]:
         """What calibration finds, or found in a run that was interrupted."""
         if path.is_file():
@@ -275,6 +284,7 @@ class _Rewriter:
             self.folder,
             self.spec,
             calibration,
+            head=head,
             device=device,
             dtype=dtype,
             allow_pickle=self._allow_pickle,
@@ -289,10 +299,8 @@ class _Rewriter:
             self.folder, self.spec, blocks, first=True, last=False, allow_pickle=self._allow_pickle
         )
 
-    def _is_the_embedding_again(
-        self, name: str, entry: Located, quantized: set[str], hot_columns: Mapping[str, object]
-    ) -> bool:
-        if name != HEAD or not self.spec.tied_head or name in hot_columns:
+    def _is_the_embedding_again(self, name: str, entry: Located, quantized: set[str]) -> bool:
+        if name != HEAD or not self.spec.tied_head:
             return False
         same_format = (HEAD in quantized) == (EMBEDDING in quantized)
         return same_format and entry.names == self.located[EMBEDDING].names

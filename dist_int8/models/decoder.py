@@ -205,16 +205,21 @@ class DecoderStage(nn.Module):
                 return x.new_empty((0, self.spec.vocab_size), dtype=torch.float32)
             x = x[rows]
             residual = None if residual is None else residual[rows]
+        x = self.before_head(x, residual)
+        head = self.lm_head
+        if type(head) is nn.Linear:  # its weight may be in 16 bits below fp32 hidden states
+            return ops.linear(x, head.weight).float()
+        return head(x).float()
+
+    def before_head(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """What the head of the last stage reads: x + residual [R, hidden] -> [R, embedding]."""
         if self.spec.final_norm:
             x, _ = self.final_norm(x, residual)
         elif residual is not None:
             x = x + residual
         if self.spec.has_projections:
             x = self.project_out(x)
-        head = self.lm_head
-        if type(head) is nn.Linear:  # its weight may be in 16 bits below fp32 hidden states
-            return ops.linear(x, head.weight).float()
-        return head(x).float()
+        return x
 
     def forward(
         self, batch: TokenBatch, hidden_states: Tensor | None, kv_cache: LayerCaches

@@ -14,9 +14,9 @@ from dist_int8.partition.memory import (
     Formats,
     Model,
     block_linears,
+    head_table_bytes,
     kv_bytes_per_token,
     linear_bytes,
-    vocab_bytes,
 )
 from dist_int8.partition.profiles import DeviceProfile
 
@@ -60,7 +60,7 @@ def block_ps(
 def head_ps(model: Model, formats: Formats, profile: DeviceProfile, *, num_rows: int) -> int:
     """Picoseconds of the head for `num_rows` rows, those whose next token is wanted."""
     num_weights = model.vocab_size * model.embedding_size
-    num_bytes = vocab_bytes(model, formats, int8=formats.head_int8)
+    num_bytes = head_table_bytes(model, formats)
     return _linear_ps(num_weights, num_bytes, num_rows, formats.head_int8, profile)
 
 

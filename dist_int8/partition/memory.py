@@ -106,6 +106,7 @@ class Formats:
         num_hot_columns: input features of every int8 linear of a block whose weights are also kept
             as the checkpoint has them: [N, H] weights and [H] int32 indices.
         hot_size: bytes of one of these weights.
+        head_hot_columns: the same of an int8 head; None: as many.
         kv_int8: the KV cache is int8 with an fp32 scale a token and head.
         skip: names of linears that stay floating, as in the setting skip_modules.
     """
@@ -117,6 +118,7 @@ class Formats:
     embedding_int8: bool = False
     num_hot_columns: int = 0
     hot_size: int = SIXTEEN_BITS
+    head_hot_columns: int | None = None
     kv_int8: bool = False
     skip: tuple[str, ...] = ()
 
@@ -196,7 +198,7 @@ def head_bytes(model: Model, formats: Formats) -> int:
     """Bytes of what the last stage holds after its blocks."""
     norm = norm_bytes(model.hidden_size, model.blocks[0].norm, formats)
     return (
-        vocab_bytes(model, formats, int8=formats.head_int8)
+        head_table_bytes(model, formats)
         + model.final_norm * norm
         + _projection_bytes(model, formats, "project_out")
     )
@@ -210,12 +212,29 @@ def vocab_bytes(model: Model, formats: Formats, *, int8: bool) -> int:
     return num_weights * formats.vocab_size
 
 
+def head_table_bytes(model: Model, formats: Formats) -> int:
+    """Bytes of the head: its table, and in int8 its hot columns."""
+    table = vocab_bytes(model, formats, int8=formats.head_int8)
+    H = min(_head_hot_columns(formats), model.embedding_size)
+    return table + H * (model.vocab_size * formats.hot_size + INT32_BYTES)
+
+
+def _head_hot_columns(formats: Formats) -> int:
+    if not formats.head_int8:
+        return 0
+    own = formats.head_hot_columns
+    return formats.num_hot_columns if own is None else own
+
+
 def shared_bytes(model: Model, formats: Formats) -> int:
     """Bytes that one stage with both embedding and head saves: a tied table is held once.
 
-    Only in the same format: an int8 head cannot share the table of a 16-bit embedding.
+    Only in the same format: an int8 head cannot share the table of a 16-bit embedding, nor one with
+    hot columns, which its own int8 weights and scales leave out, that of an int8 embedding.
     """
     if not model.tied_head or formats.head_int8 != formats.embedding_int8:
+        return 0
+    if _head_hot_columns(formats):
         return 0
     return vocab_bytes(model, formats, int8=formats.head_int8)
 

@@ -89,13 +89,15 @@ def test_columns_are_those_of_transformers_own_run(originals, name):
     ids = calibration_of(folder, spec, "random", 16).token_ids
     for window in ids.split(min(1024, spec.max_positions or 1024)):
         model(window[None])
-    found = columns_of(folder)
-    sources = tensor_sources(spec, range(spec.num_blocks), first=False, last=False)
+    found = columns_of(folder, head=True)
+    sources = tensor_sources(spec, range(spec.num_blocks), first=False, last=True)
     assert {f"{linear}.weight" for linear in found} == {
-        target for target, s in sources.items() if len(s.shapes[0]) == 2
+        target for target, s in sources.items() if len(s.shapes[0]) == 2 and "project" not in target
     }
+    assert found == columns_of(folder) | {"lm_head": found["lm_head"]}
     for linear, columns in found.items():
         names = [n.removesuffix(".weight") for n in sources[f"{linear}.weight"].names[0]]
+        names += ["lm_head", "embed_out"] if linear == "lm_head" else []  # a tied one's other name
         absmax = next(largest[path] for path in names if path in largest)
         assert len(set(columns)) == 16 and columns == sorted(columns)
         rest = torch.ones_like(absmax, dtype=torch.bool)
@@ -137,6 +139,9 @@ def test_each_stage_finds_its_own(originals):
     skipped = columns_of(originals["llama"], skip=["down", "blocks.2"])
     kept = {n: c for n, c in whole.items() if not n.endswith("down") and "blocks.2" not in n}
     assert skipped == kept
+    assert columns_of(originals["llama"], head=True, skip=["lm_head"]) == whole
+    last = columns_of(originals["llama"], head=True, blocks=range(1, 1))
+    assert list(last) == ["lm_head"]
     many = columns_of(originals["llama"], 64)
     assert len(many["blocks.0.qkv"]) == 48 and len(many["blocks.0.down"]) == 64
 
@@ -230,6 +235,39 @@ def test_a_text_without_a_tokenizer_is_refused(originals, tmp_path):
         quantize(originals["llama"], tmp_path / "out", calibrate=str(tmp_path / "text.txt"))
 
 
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "opt"])
+@pytest.mark.parametrize("embedding_int8", [False, True])
+def test_a_head_in_int8_has_its_own(originals, tmp_path, name, embedding_int8):
+    """In the checkpoint, a copy and back in floating point; a tied embedding stays whole."""
+    original = originals[name]
+    spec = spec_of(original)
+    blocks = range(spec.num_blocks)
+    options = {"skip": (), "embedding_int8": embedding_int8, "shard_bytes": 30_000}
+    quantize(original, tmp_path / "int8", calibrate="random", **options).run()
+    found = columns_of(original, head=True)
+    floating = load_stage(original, spec, blocks, **EDGES, int8=False)
+    direct = load_stage(
+        original, spec, blocks, **EDGES, skip=(), embedding_int8=embedding_int8, hot_columns=found
+    )
+    stored = load_stage(tmp_path / "int8", spec, blocks, **EDGES)
+    assert same(direct.state_dict(), stored.state_dict())
+    columns = found["lm_head"]
+    assert stored.lm_head.hot_columns.tolist() == columns
+    assert torch.equal(stored.lm_head.hot_weight, floating.lm_head.weight[:, columns])
+    assert stored_format(tmp_path / "int8", spec).head_hot_columns == 16
+    if embedding_int8:
+        table = reference.dequantize_weight(*reference.quantize_weight(floating.embedding.weight))
+        assert torch.equal(stored.embedding(torch.arange(30), torch.float32), table[:30])
+    else:
+        assert torch.equal(stored.embedding.weight, floating.embedding.weight)
+    quantize(tmp_path / "int8", tmp_path / "copy", shard_bytes=30_000).run()
+    copied = load_stage(tmp_path / "copy", spec, blocks, **EDGES)
+    assert same(copied.state_dict(), stored.state_dict())
+    dequantize(tmp_path / "int8", tmp_path / "floating", dtype="float32").run()
+    restored = load_stage(tmp_path / "floating", spec, blocks, **EDGES, int8=False)
+    assert torch.equal(restored.lm_head.weight, stored.lm_head.dequantize())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -274,7 +312,8 @@ def test_an_int8_embedding_and_head(originals, tmp_path, name, skip):
     made = random_stage(spec, blocks, **EDGES, skip=skip, embedding_int8=True, num_hot_columns=16)
     assert made.blocks["0"].qkv.hot_columns.tolist() == list(range(16))
     assert logits(made, ids).isfinite().all()
-    assert made.lm_head.state_dict().keys() == stage.lm_head.state_dict().keys()
+    hot = set() if skip else {"hot_columns", "hot_weight"}
+    assert set(made.lm_head.state_dict()) == set(stage.lm_head.state_dict()) | hot
     dequantize(tmp_path / "int8", tmp_path / "floating", dtype="float32").run()
     restored = load_stage(tmp_path / "floating", spec, blocks, **EDGES, int8=False)
     expected = reference.dequantize_weight(weight_int8, col_scale)

@@ -100,6 +100,10 @@ def test_hot_columns_are_counted():
     ]
     held = [held_bytes(layer) for layer in layers]
     assert extra == sum(held[0::2]) - sum(held[1::2])
+    head = memory.head_bytes(spec, replace(formats, head_int8=True))
+    assert head - memory.head_bytes(spec, replace(INT8, head_int8=True)) == 16 * (128_256 * 2 + 4)
+    own = replace(formats, head_int8=True, head_hot_columns=0)
+    assert memory.head_bytes(spec, own) == memory.head_bytes(spec, replace(INT8, head_int8=True))
 
 
 def test_bloom_176b_to_the_byte():
@@ -112,6 +116,9 @@ def test_bloom_176b_to_the_byte():
     assert memory.vocab_bytes(spec, tables, int8=True) == 3_597_619_200
     # an int8 head cannot share the table of a 16-bit embedding
     assert memory.shared_bytes(spec, replace(INT8, head_int8=True)) == 0
+    # nor one with hot columns that of an int8 embedding
+    assert memory.shared_bytes(spec, tables) == 3_597_619_200
+    assert memory.shared_bytes(spec, replace(tables, num_hot_columns=16)) == 0
 
 
 # Numbers of parameters that the models' cards and papers name.
