@@ -8,7 +8,7 @@
 namespace dist_int8 {
 
 struct AttentionShape {
-  DataType type;          // of qkv and the caches
+  DataType type;          // of qkv
   int64_t num_rows;       // T
   int64_t num_slots;      // S
   int64_t head_dim;       // D
@@ -18,8 +18,9 @@ struct AttentionShape {
 };
 
 inline AttentionShape check_attention(const char* op, const Tensor& qkv, const Tensor& key_cache,
-                                      const Tensor& value_cache, int64_t num_heads,
-                                      int64_t num_kv_heads, const std::optional<Tensor>& cos,
+                                      const Tensor& value_cache, ScalarType cache_type,
+                                      int64_t num_heads, int64_t num_kv_heads,
+                                      const std::optional<Tensor>& cos,
                                       const std::optional<Tensor>& sin,
                                       const std::optional<Tensor>& alibi_slopes, int64_t window) {
   if (num_heads < 1 || num_kv_heads < 1 || num_heads % num_kv_heads != 0) {
@@ -31,8 +32,8 @@ inline AttentionShape check_attention(const char* op, const Tensor& qkv, const T
   }
   AttentionShape shape{};
   shape.type = data_type(op, "qkv", qkv);
-  check_dtype(op, "key_cache", key_cache, qkv.scalar_type());
-  check_dtype(op, "value_cache", value_cache, qkv.scalar_type());
+  check_dtype(op, "key_cache", key_cache, cache_type);
+  check_dtype(op, "value_cache", value_cache, cache_type);
   check_same_device(op, "key_cache", key_cache, qkv);
   check_same_device(op, "value_cache", value_cache, qkv);
   check_shape(op, "key_cache", key_cache, {{"S", -1}, {"KV", num_kv_heads}, {"D", -1}, {"L", -1}});

@@ -42,6 +42,11 @@ STABLE_TORCH_LIBRARY(dist_int8, m) {
       "attention(Tensor qkv, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor segments, "
       "int num_heads, int num_kv_heads, float scale, Tensor? cos, Tensor? sin, "
       "Tensor? alibi_slopes, int window) -> Tensor");
+  m.def(
+      "int8_kv_attention(Tensor qkv, Tensor(a!) key_cache, Tensor(b!) key_scale, "
+      "Tensor(c!) value_cache, Tensor(d!) value_scale, Tensor segments, int num_heads, "
+      "int num_kv_heads, float scale, Tensor? cos, Tensor? sin, Tensor? alibi_slopes, "
+      "int window) -> Tensor");
   m.def("transform_layout(Tensor x, int source, int target, int rows, int cols) -> Tensor");
 }
 

@@ -52,18 +52,6 @@ static float absmax_below(const float* x, int64_t padded, float limit) {
   return largest(inliers);
 }
 
-DIST_INT8_INLINE void store_int8(int8_t* out, IntVec q) {
-#if defined(DIST_INT8_ISA_avx512_vnni)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8((__m512i)q));
-#else
-  for (int64_t i = 0; i < kLanes; ++i) out[i] = static_cast<int8_t>(q[i]);
-#endif
-}
-
-DIST_INT8_INLINE IntVec round_to_int(Vec v) {
-  return (IntVec)(v + broadcast(12582912.0f)) - 0x4b400000;
-}
-
 DIST_INT8_INLINE int32_t sum_int(IntVec v) {
   int32_t total = 0;
   for (int64_t i = 0; i < kLanes; ++i) total += v[i];

@@ -108,6 +108,25 @@ DIST_INT8_INLINE Vec load(const Float16* p) {
 #endif
 }
 
+DIST_INT8_INLINE Vec load(const int8_t* p) {
+#if defined(DIST_INT8_ISA_avx512_vnni)
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw));
+#elif defined(DIST_INT8_ISA_avx2)
+  const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(raw));
+#elif defined(__SSE2__)
+  int32_t raw;
+  memcpy(&raw, p, sizeof(raw));
+  const __m128i twice = _mm_unpacklo_epi8(_mm_cvtsi32_si128(raw), _mm_cvtsi32_si128(raw));
+  return _mm_cvtepi32_ps(_mm_srai_epi32(_mm_unpacklo_epi16(twice, twice), 24));
+#else
+  Vec v;
+  for (int64_t i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
 // The first n < kLanes elements; the other lanes are 0.
 template <typename T>
 DIST_INT8_INLINE Vec load_part(const T* p, int64_t n) {
@@ -127,6 +146,10 @@ DIST_INT8_INLINE Vec load_part(const BFloat16* p, int64_t n) {
 DIST_INT8_INLINE Vec load_part(const Float16* p, int64_t n) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p));
 }
+DIST_INT8_INLINE Vec load_part(const int8_t* p, int64_t n) {
+  const __m128i raw = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1), p);
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw));
+}
 #endif
 
 template <typename T>
@@ -145,6 +168,19 @@ DIST_INT8_INLINE void store(Float16* p, Vec v) {
 #else
   store_part(p, v, kLanes);
 #endif
+}
+
+DIST_INT8_INLINE void store_int8(int8_t* out, IntVec q) {
+#if defined(DIST_INT8_ISA_avx512_vnni)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8((__m512i)q));
+#else
+  for (int64_t i = 0; i < kLanes; ++i) out[i] = static_cast<int8_t>(q[i]);
+#endif
+}
+
+// Round half to even for |v| < 2^22.
+DIST_INT8_INLINE IntVec round_to_int(Vec v) {
+  return (IntVec)(v + broadcast(12582912.0f)) - 0x4b400000;
 }
 
 DIST_INT8_INLINE Vec absolute(Vec v) { return (Vec)((IntVec)v & 0x7fffffff); }
@@ -278,6 +314,7 @@ void linear(const LinearArgs& args, const Runtime& runtime);
 void add_norm(const AddNormArgs& args, const Runtime& runtime);
 void silu_mul(const SiluMulArgs& args, const Runtime& runtime);
 void attention(const AttentionArgs& args, const Runtime& runtime);
+void int8_kv_attention(const Int8KVAttentionArgs& args, const Runtime& runtime);
 void transform_layout(const TransformLayoutArgs& args, const Runtime& runtime);
 
 }  // namespace dist_int8::DIST_INT8_ISA

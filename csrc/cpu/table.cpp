@@ -16,6 +16,7 @@ const CpuKernels kernels = {
     add_norm,
     silu_mul,
     attention,
+    int8_kv_attention,
     transform_layout,
 };
 

@@ -41,28 +41,22 @@ void make_blocks(const char* op, const Tensor& segments, const AttentionShape& s
   }
 }
 
-Tensor attention(const Tensor& qkv, const Tensor& key_cache, const Tensor& value_cache,
-                 const Tensor& segments, int64_t num_heads, int64_t num_kv_heads, double scale,
-                 const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-                 const std::optional<Tensor>& alibi_slopes, int64_t window) {
-  constexpr const char* op = "attention";
-  check_dtype(op, "qkv", qkv, ScalarType::Float);
-  const AttentionShape shape = check_attention(op, qkv, key_cache, value_cache, num_heads,
-                                               num_kv_heads, cos, sin, alibi_slopes, window);
-  static thread_local std::vector<TokenBlock> blocks;
-  blocks.clear();
-  make_blocks(op, segments, shape, &blocks);
-  Tensor out = empty({shape.num_rows, num_heads * shape.head_dim}, ScalarType::Float, qkv);
+// What both ops take beside their caches. `blocks` is written, and lives as long as the arguments.
+AttentionArgs make_args(const char* op, const AttentionShape& shape, const Tensor& qkv,
+                        const Tensor& segments, int64_t num_heads, int64_t num_kv_heads,
+                        double scale, const std::optional<Tensor>& cos,
+                        const std::optional<Tensor>& sin, const std::optional<Tensor>& alibi_slopes,
+                        int64_t window, const Tensor& out, std::vector<TokenBlock>* blocks) {
+  blocks->clear();
+  make_blocks(op, segments, shape, blocks);
   AttentionArgs args{};
   args.qkv = qkv.const_data_ptr<float>();
-  args.key_cache = static_cast<float*>(key_cache.mutable_data_ptr());
-  args.value_cache = static_cast<float*>(value_cache.mutable_data_ptr());
   args.cos = float_pointer(cos);
   args.sin = float_pointer(sin);
   args.alibi_slopes = float_pointer(alibi_slopes);
   args.out = static_cast<float*>(out.mutable_data_ptr());
-  args.blocks = blocks.data();
-  args.num_blocks = static_cast<int64_t>(blocks.size());
+  args.blocks = blocks->data();
+  args.num_blocks = static_cast<int64_t>(blocks->size());
   args.num_rows = shape.num_rows;
   args.num_heads = num_heads;
   args.num_kv_heads = num_kv_heads;
@@ -71,7 +65,56 @@ Tensor attention(const Tensor& qkv, const Tensor& key_cache, const Tensor& value
   args.max_tokens = shape.max_tokens;
   args.window = window;
   args.scale = static_cast<float>(scale);
+  return args;
+}
+
+Tensor attention(const Tensor& qkv, const Tensor& key_cache, const Tensor& value_cache,
+                 const Tensor& segments, int64_t num_heads, int64_t num_kv_heads, double scale,
+                 const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                 const std::optional<Tensor>& alibi_slopes, int64_t window) {
+  constexpr const char* op = "attention";
+  check_dtype(op, "qkv", qkv, ScalarType::Float);
+  const AttentionShape shape =
+      check_attention(op, qkv, key_cache, value_cache, ScalarType::Float, num_heads, num_kv_heads,
+                      cos, sin, alibi_slopes, window);
+  static thread_local std::vector<TokenBlock> blocks;
+  Tensor out = empty({shape.num_rows, num_heads * shape.head_dim}, ScalarType::Float, qkv);
+  AttentionArgs args = make_args(op, shape, qkv, segments, num_heads, num_kv_heads, scale, cos, sin,
+                                 alibi_slopes, window, out, &blocks);
+  args.key_cache = static_cast<float*>(key_cache.mutable_data_ptr());
+  args.value_cache = static_cast<float*>(value_cache.mutable_data_ptr());
   cpu_kernels().attention(args, runtime());
+  return out;
+}
+
+Tensor int8_kv_attention(const Tensor& qkv, const Tensor& key_cache, const Tensor& key_scale,
+                         const Tensor& value_cache, const Tensor& value_scale,
+                         const Tensor& segments, int64_t num_heads, int64_t num_kv_heads,
+                         double scale, const std::optional<Tensor>& cos,
+                         const std::optional<Tensor>& sin,
+                         const std::optional<Tensor>& alibi_slopes, int64_t window) {
+  constexpr const char* op = "int8_kv_attention";
+  check_dtype(op, "qkv", qkv, ScalarType::Float);
+  const AttentionShape shape =
+      check_attention(op, qkv, key_cache, value_cache, ScalarType::Char, num_heads, num_kv_heads,
+                      cos, sin, alibi_slopes, window);
+  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>{"key_scale", key_scale},
+                                     {"value_scale", value_scale}}) {
+    check_dtype(op, name, tensor, ScalarType::Float);
+    check_same_device(op, name, tensor, qkv);
+    check_shape(op, name, tensor,
+                {{"S", shape.num_slots}, {"KV", num_kv_heads}, {"L", shape.max_tokens}});
+  }
+  static thread_local std::vector<TokenBlock> blocks;
+  Tensor out = empty({shape.num_rows, num_heads * shape.head_dim}, ScalarType::Float, qkv);
+  Int8KVAttentionArgs args{};
+  args.attention = make_args(op, shape, qkv, segments, num_heads, num_kv_heads, scale, cos, sin,
+                             alibi_slopes, window, out, &blocks);
+  args.key_cache = static_cast<int8_t*>(key_cache.mutable_data_ptr());
+  args.key_scale = static_cast<float*>(key_scale.mutable_data_ptr());
+  args.value_cache = static_cast<int8_t*>(value_cache.mutable_data_ptr());
+  args.value_scale = static_cast<float*>(value_scale.mutable_data_ptr());
+  cpu_kernels().int8_kv_attention(args, runtime());
   return out;
 }
 
@@ -80,4 +123,5 @@ Tensor attention(const Tensor& qkv, const Tensor& key_cache, const Tensor& value
 
 STABLE_TORCH_LIBRARY_IMPL(dist_int8, CPU, m) {
   m.impl("attention", TORCH_BOX(&dist_int8::attention));
+  m.impl("int8_kv_attention", TORCH_BOX(&dist_int8::int8_kv_attention));
 }

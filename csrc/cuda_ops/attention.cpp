@@ -13,8 +13,9 @@ Tensor attention(const Tensor& qkv, const Tensor& key_cache, const Tensor& value
                  const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
                  const std::optional<Tensor>& alibi_slopes, int64_t window) {
   constexpr const char* op = "attention";
-  const AttentionShape shape = check_attention(op, qkv, key_cache, value_cache, num_heads,
-                                               num_kv_heads, cos, sin, alibi_slopes, window);
+  const AttentionShape shape =
+      check_attention(op, qkv, key_cache, value_cache, qkv.scalar_type(), num_heads, num_kv_heads,
+                      cos, sin, alibi_slopes, window);
   if (shape.head_dim < 1 || shape.head_dim > kMaxHeadDim) {
     fail(op, "D must be 1 to " + std::to_string(kMaxHeadDim) + " on a GPU, got " +
                  std::to_string(shape.head_dim) + "; run this model on CPUs");

@@ -194,7 +194,7 @@ class Settings(Checked):
     kv: Literal["int8", "16bit"] = Field(
         default="16bit",
         description="Format of the KV cache: the dtype between the int8 products (16bit), or int8 "
-        "with a scale a token and head: half or a quarter of the bytes, and slower attention.",
+        "with a scale a token and head: half or a quarter of the bytes; on a GPU slower attention.",
         examples=["int8"],
     )
     calibrate: NonEmpty = Field(

@@ -154,6 +154,25 @@ def _attention(
     return qkv.new_empty(qkv.shape[0], num_heads * key_cache.shape[2])
 
 
+@_fake("int8_kv_attention")
+def _int8_kv_attention(
+    qkv: Tensor,
+    key_cache: Tensor,
+    key_scale: Tensor,
+    value_cache: Tensor,
+    value_scale: Tensor,
+    segments: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    alibi_slopes: Tensor | None,
+    window: int,
+) -> Tensor:
+    return qkv.new_empty(qkv.shape[0], num_heads * key_cache.shape[2])
+
+
 @_fake("transform_layout")
 def _transform_layout(x: Tensor, source: int, target: int, rows: int, cols: int) -> Tensor:
     tile_rows, tile_cols = ((1, 1), (1, 32), (8, 32), (32, 32))[target]

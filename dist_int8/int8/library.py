@@ -24,6 +24,7 @@ OPS = (
     "silu_mul_quantize",
     "activation_quantize",
     "attention",
+    "int8_kv_attention",
     "transform_layout",
 )
 

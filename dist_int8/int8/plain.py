@@ -7,6 +7,8 @@ Same arguments and results as in `dist_int8.int8.ops`, which documents them. `qu
 import torch
 from torch import Tensor
 
+from dist_int8.int8 import reference
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.is_cuda and x.dtype == weight.dtype:
@@ -38,21 +40,33 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * c - b * s, b * c + a * s, rest], dim=2)
 
 
-def check_segments(rows: list[list[int]], key_cache: Tensor, cos: Tensor | None) -> None:
+def check_segments(
+    rows: list[list[int]], key_cache: Tensor, cos: Tensor | None, op: str = "attention"
+) -> None:
     """Raise ValueError for a (slot, start, count) outside the caches or the tables."""
     num_slots, _, _, max_tokens = key_cache.shape
     limit = max_tokens if cos is None else min(max_tokens, cos.shape[0])
     for b, (slot, start, count) in enumerate(rows):
         if not 0 <= slot < num_slots:
             raise ValueError(
-                f"attention: segments[{b}] slot must be in 0..{num_slots - 1}, got {slot}; "
+                f"{op}: segments[{b}] slot must be in 0..{num_slots - 1}, got {slot}; "
                 "the cache has that many slots"
             )
         if start < 0 or count < 0 or start + count > limit:
             raise ValueError(
-                f"attention: segments[{b}] positions must be in 0..{limit - 1}, "
+                f"{op}: segments[{b}] positions must be in 0..{limit - 1}, "
                 f"got {start}..{start + count - 1}; raise max_tokens or shorten the sequence"
             )
+
+
+def check_cover(rows: list[list[int]], num_tokens: int, op: str = "attention") -> None:
+    """Raise ValueError where segments do not add up to the rows of qkv."""
+    covered = sum(count for _, _, count in rows)
+    if covered != num_tokens:
+        raise ValueError(
+            f"{op}: segments must cover T={num_tokens} tokens of qkv, got {covered}; "
+            "their counts must add up to the rows of qkv"
+        )
 
 
 def attention(
@@ -74,12 +88,7 @@ def attention(
     query, key, value = heads.float().split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     out = torch.empty_like(query)
     rows = segments.tolist()
-    covered = sum(count for _, _, count in rows)
-    if covered != num_tokens:
-        raise ValueError(
-            f"attention: segments must cover T={num_tokens} tokens of qkv, got {covered}; "
-            "their counts must add up to the rows of qkv"
-        )
+    check_cover(rows, num_tokens)
     check_segments(rows, key_cache, cos)
 
     # Every write comes before the first read: a slot may appear in more than one segment.
@@ -101,7 +110,8 @@ def attention(
     for slot, start, count in rows:
         tokens = slice(first, first + count)
         end = start + count
-        grouped = rotated[tokens].view(count, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+        grouped = rotated[tokens].view(count, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        grouped = grouped.permute(1, 2, 0, 3)
         scores = (grouped * scale) @ key_cache[slot, :, None, :, :end].float()
         key_positions = torch.arange(end, device=qkv.device)
         if alibi_slopes is not None:
@@ -115,3 +125,77 @@ def attention(
         out[tokens] = attended.permute(2, 0, 1, 3).reshape(count, num_heads, head_dim)
         first += count
     return out.to(qkv.dtype).reshape(num_tokens, num_heads * head_dim)
+
+
+def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x fp32 [T, KV, D] -> int8 [T, KV, D], scale fp32 [T, KV]; rounded as weights are."""
+    flat, scale = reference.quantize_weight(x.flatten(0, 1))
+    return flat.view(x.shape), scale.view(x.shape[:2])
+
+
+def int8_kv_attention(
+    qkv: Tensor,
+    key_cache: Tensor,
+    key_scale: Tensor,
+    value_cache: Tensor,
+    value_scale: Tensor,
+    segments: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    alibi_slopes: Tensor | None,
+    window: int,
+) -> Tensor:
+    """`attention` over the rounded keys and values, those of the new tokens included.
+
+    key_cache int8 [S, KV, D, L], value_cache int8 [S, KV, L, D], their scales fp32 [S, KV, L].
+    Documented in `dist_int8.int8.kv`. Widens one slot after the other.
+    """
+    op = "int8_kv_attention"
+    head_dim = key_cache.shape[2]
+    num_tokens = qkv.shape[0]
+    rows = segments.tolist()
+    check_cover(rows, num_tokens, op)
+    check_segments(rows, key_cache, cos, op)
+    heads = qkv.view(num_tokens, num_heads + 2 * num_kv_heads, head_dim).float()
+    query, key, value = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    if cos is not None and sin is not None:
+        positions = [p for _, start, count in rows for p in range(start, start + count)]
+        at = torch.tensor(positions, device=qkv.device)
+        query, key = (rotate(x, cos[at], sin[at]) for x in (query, key))
+    new_keys, new_key_scale = quantize_heads(key)
+    new_values, new_value_scale = quantize_heads(value)
+    first = 0
+    for slot, start, count in rows:
+        tokens, places = slice(first, first + count), slice(start, start + count)
+        key_cache[slot, :, :, places] = new_keys[tokens].permute(1, 2, 0)
+        key_scale[slot, :, places] = new_key_scale[tokens].transpose(0, 1)
+        value_cache[slot, :, places] = new_values[tokens].transpose(0, 1)
+        value_scale[slot, :, places] = new_value_scale[tokens].transpose(0, 1)
+        first += count
+
+    out = torch.empty((num_tokens, num_heads * head_dim), dtype=qkv.dtype, device=qkv.device)
+    first = 0
+    for slot, start, count in rows:
+        tokens, end = slice(first, first + count), start + count
+        keys = key_cache[slot, :, :, :end].float() * key_scale[slot, :, None, :end]
+        values = value_cache[slot, :, :end].float() * value_scale[slot, :, :end, None]
+        keys, values = keys.to(qkv.dtype), values.to(qkv.dtype)
+        new = [keys[:, :, start:].permute(2, 0, 1), values[:, start:].transpose(0, 1)]
+        out[tokens] = attention(
+            torch.cat([query[tokens].to(qkv.dtype), *new], dim=1).flatten(1),
+            keys[None],
+            values[None],
+            torch.tensor([[0, start, count]], dtype=torch.int32),
+            num_heads,
+            num_kv_heads,
+            scale,
+            None,
+            None,
+            alibi_slopes,
+            window,
+        )
+        first += count
+    return out

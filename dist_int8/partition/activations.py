@@ -82,7 +82,7 @@ def _attention_phases(
     # keys or values of the slot; where query heads share them, repeated for the product
     repeated = heads if block.num_heads > block.num_kv_heads else 0
     slot = (kv_heads + repeated) * context * FLOAT32_BYTES
-    if formats.kv_int8:  # int8/kv.py: qkv of a chunk anew, keys and values of the slot widened
+    if formats.kv_int8:  # int8/plain.py: qkv of a chunk anew, int8 heads, and the slot widened
         copies += chunk * (block.qkv_size * (size + FLOAT32_BYTES) + heads * size)
         copies += 3 * kv_heads * context * size
     copies += chunk * context * (INT64_BYTES + 1)  # ages of the positions, and what they hide

@@ -14,7 +14,7 @@ class KVCache:
 
     Keys are stored transposed, [num_slots, num_kv_heads, head_dim, max_tokens], so that the scores
     of neighbouring positions lie side by side; values are [num_slots, num_kv_heads, max_tokens,
-    head_dim]. In int8 both lie as values do, with an fp32 scale a token and head. Memory starts as
+    head_dim]. In int8 they lie the same way, with an fp32 scale a token and head. Memory starts as
     zeros: a masked position contributes 0 * 0, never 0 * NaN.
     """
 
@@ -31,8 +31,12 @@ class KVCache:
     ) -> None:
         key_shape = (num_slots, num_kv_heads, head_dim, max_tokens)
         value_shape = (num_slots, num_kv_heads, max_tokens, head_dim)
+        scale_shape = (num_slots, num_kv_heads, max_tokens)
         self._layers: list[tuple[Cache, Cache]] = [
-            (_int8_zeros(value_shape, device), _int8_zeros(value_shape, device))
+            (
+                _int8_zeros(key_shape, scale_shape, device),
+                _int8_zeros(value_shape, scale_shape, device),
+            )
             if int8
             else (_zeros(key_shape, dtype, device), _zeros(value_shape, dtype, device))
             for _ in range(num_blocks)
@@ -52,8 +56,10 @@ class KVCache:
         )
 
 
-def _int8_zeros(shape: tuple[int, ...], device: torch.device) -> Int8KV:
-    return Int8KV(_zeros(shape, torch.int8, device), _zeros(shape[:-1], torch.float32, device))
+def _int8_zeros(
+    shape: tuple[int, ...], scale_shape: tuple[int, ...], device: torch.device
+) -> Int8KV:
+    return Int8KV(_zeros(shape, torch.int8, device), _zeros(scale_shape, torch.float32, device))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

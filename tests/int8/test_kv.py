@@ -1,117 +1,357 @@
 """Attention over an int8 KV cache: that of the specification on rounded keys, whatever the cut."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from dist_int8.int8 import kv, plain, reference
+from dist_int8.int8 import kv, ops, plain, reference
 
-HEADS, KV_HEADS, DIM, LENGTH = 6, 2, 16, 24
-
-
-def caches(num_slots=3):
-    shape = (num_slots, KV_HEADS, LENGTH, DIM)
-    return [
-        kv.Int8KV(torch.zeros(shape, dtype=torch.int8), torch.zeros(shape[:-1])) for _ in range(2)
-    ]
-
-
-def options(kind):
-    angles = torch.arange(LENGTH)[:, None] / torch.tensor([1.0, 3.0, 9.0])
-    tables = {"cos": angles.cos(), "sin": angles.sin()} if kind == "rotary" else {}
-    slopes = {"alibi_slopes": torch.linspace(0.1, 1, HEADS)} if kind == "alibi" else {}
-    window = {"window": 5} if kind == "window" else {}
-    shape = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "scale": DIM**-0.5}
-    return {**shape, **tables, **slopes, **window}
+# num_heads, num_kv_heads, head_dim, max_tokens, rotary dimensions, ALiBi, window.
+SHAPES = [
+    (9, 3, 64, 100, 64, False, 0),
+    (4, 4, 16, 50, 8, False, 0),
+    (8, 2, 20, 37, 0, True, 0),
+    (3, 1, 80, 77, 32, False, 7),
+    (1, 1, 8, 33, 0, False, 1),
+    (6, 2, 128, 300, 128, True, 40),
+    (14, 2, 5, 129, 4, True, 16),
+]
+NUM_SLOTS = 3
+EACH_SHAPE = pytest.mark.parametrize("shape", SHAPES)
 
 
-def qkv_of(num_tokens, seed):
-    seeded = torch.Generator().manual_seed(seed)
-    return torch.randn(num_tokens, (HEADS + 2 * KV_HEADS) * DIM, generator=seeded)
+class Case:
+    """One attention layer with its tables."""
+
+    def __init__(self, num_heads, num_kv_heads, head_dim, max_tokens, rotary, alibi, window):
+        self.num_kv_heads, self.head_dim, self.max_tokens = num_kv_heads, head_dim, max_tokens
+        self.num_heads, self.width = num_heads, (num_heads + 2 * num_kv_heads) * head_dim
+        seeded = torch.Generator().manual_seed(1)
+        angles = torch.rand(max_tokens, rotary // 2, generator=seeded) * 6
+        self.settings = {
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "scale": head_dim**-0.5,
+            "cos": angles.cos() if rotary else None,
+            "sin": angles.sin() if rotary else None,
+            "alibi_slopes": torch.rand(num_heads, generator=seeded) if alibi else None,
+            "window": window,
+        }
+
+    def qkv(self, num_tokens, seed=0):
+        """Rows whose heads differ in size by powers of ten."""
+        seeded = torch.Generator().manual_seed(seed)
+        x = torch.randn(num_tokens, self.width // self.head_dim, self.head_dim, generator=seeded)
+        sizes = torch.randint(-1, 2, x.shape[:2], generator=seeded)
+        return (x * 10.0 ** sizes[..., None] / 3).flatten(1)
+
+    def caches(self):
+        """A key and a value cache; what was never written is NaN."""
+        slots, D, L = (NUM_SLOTS, self.num_kv_heads), self.head_dim, self.max_tokens
+        shapes = ((*slots, D, L), (*slots, L, D))
+        scale = torch.full((*slots, L), torch.nan)
+        return [kv.Int8KV(torch.ones(s, dtype=torch.int8), scale.clone()) for s in shapes]
+
+    def run(self, qkv, segments, caches):
+        segments = torch.tensor(segments, dtype=torch.int32)
+        return kv.attention(qkv, *caches, segments, **self.settings)
+
+    def plain(self, qkv, segments, caches):
+        segments = torch.tensor(segments, dtype=torch.int32)
+        tensors = (*caches[0], *caches[1])
+        return plain.int8_kv_attention(qkv, *tensors, segments, *self.settings.values())
+
+    def new_heads(self, qkv, segments):
+        """Rotated query, rotated key and value [T, heads, D] of the tokens of the segments."""
+        H, KV = self.num_heads, self.num_kv_heads
+        heads = qkv.view(len(qkv), -1, self.head_dim).split([H, KV, KV], dim=1)
+        if self.settings["cos"] is None:
+            return heads
+        at = torch.tensor([p for _, start, count in segments for p in range(start, start + count)])
+        tables = self.settings["cos"][at], self.settings["sin"][at]
+        return [*(plain.rotate(x, *tables) for x in heads[:2]), heads[2]]
+
+    def widened(self, qkv, segments, caches):
+        """`ops.attention` over what int8 caches hold once they hold the tokens of the segments."""
+        query, *_ = self.new_heads(qkv, segments)
+        keys = caches[0].values * caches[0].scale[:, :, None]
+        values = caches[1].values * caches[1].scale[..., None]
+        rows = [(slot, slice(start, start + count)) for slot, start, count in segments]
+        new_keys = torch.cat([keys[slot, :, :, at].permute(2, 0, 1) for slot, at in rows])
+        new_values = torch.cat([values[slot, :, at].transpose(0, 1) for slot, at in rows])
+        whole = torch.cat([query, new_keys, new_values], dim=1).flatten(1)
+        settings = self.settings | {"cos": None, "sin": None}
+        segments = torch.tensor(segments, dtype=torch.int32)
+        return ops.attention(whole, keys, values, segments, **settings)
 
 
-def attend(qkv, cache, segments, kind):
-    return kv.attention(qkv, *cache, torch.tensor(segments, dtype=torch.int32), **options(kind))
+def same_caches(one, two, slot=slice(None)):
+    return all(
+        torch.equal(ours.values[slot], theirs.values[slot])
+        and torch.equal(ours.scale[slot].nan_to_num(-1.0), theirs.scale[slot].nan_to_num(-1.0))
+        for ours, theirs in zip(one, two, strict=True)
+    )
 
 
-KINDS = pytest.mark.parametrize("kind", ["rotary", "alibi", "window"])
+def test_it_is_compiled():
+    assert "int8_kv_attention" in ops.library_info()["cpu_ops"]
 
 
 def test_a_token_and_head_has_its_scale():
-    x = torch.randn(5, KV_HEADS, DIM) * torch.tensor([1e-3, 1.0, 50.0, 0.0, 1.0])[:, None, None]
-    values, scale = kv.quantize_heads(x)
-    assert values.shape == x.shape and scale.shape == (5, KV_HEADS)
+    x = torch.randn(5, 2, 16) * torch.tensor([1e-3, 1.0, 50.0, 0.0, 1.0])[:, None, None]
+    values, scale = plain.quantize_heads(x)
+    assert values.shape == x.shape and scale.shape == (5, 2)
     error = (values * scale[..., None] - x).abs()
     assert torch.all(error <= scale[..., None] / 2 * (1 + 1e-5))
     assert torch.equal(scale, x.abs().amax(-1) / 127)
 
 
-@KINDS
-def test_it_is_attention_over_rounded_keys_and_values(kind):
-    """Plain attention in fp32 over what the caches hold after the call, written by its new keys."""
-    cache = caches()
-    attend(qkv_of(7, 0), cache, [(1, 0, 7)], kind)
-    qkv = qkv_of(4, 1)
-    got = attend(qkv, cache, [(1, 7, 3), (2, 0, 1)], kind)
-    wide = [c.values.float() * c.scale[..., None] for c in cache]
-    given = options(kind)
-    heads = qkv.view(4, -1, DIM)
-    query = heads[:, :HEADS]
-    at = torch.tensor([7, 8, 9, 0])
-    if kind == "rotary":
-        query = plain.rotate(query, given["cos"][at], given["sin"][at])
-    new = [torch.stack([c[1, :, 7], c[1, :, 8], c[1, :, 9], c[2, :, 0]]) for c in wide]
-    expected = plain.attention(
-        torch.cat([query, *new], dim=1).flatten(1),
-        wide[0].transpose(2, 3).contiguous(),
-        wide[1],
-        torch.tensor([(1, 7, 3), (2, 0, 1)], dtype=torch.int32),
-        HEADS,
-        KV_HEADS,
-        given["scale"],
-        None,
-        None,
-        given.get("alibi_slopes"),
-        given.get("window", 0),
-    )
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    key = heads[:, HEADS : HEADS + KV_HEADS]
-    if kind == "rotary":
-        key = plain.rotate(key, given["cos"][at], given["sin"][at])
-    rounded = reference.dequantize_weight(*reference.quantize_weight(key.flatten(0, 1)))
-    assert torch.equal(new[0], rounded.view(new[0].shape))
+@EACH_SHAPE
+def test_it_is_attention_over_rounded_keys_and_values(shape):
+    """Of the caches after the call, which hold the new tokens' keys and values, rounded."""
+    case = Case(*shape)
+    caches = case.caches()
+    case.run(case.qkv(17), [(1, 0, 17)], caches)
+    qkv, segments = case.qkv(8, seed=1), [(1, 17, 5), (2, 0, 2), (0, 0, 1)]
+    got = case.run(qkv, segments, caches)
+    for (slot, start, count), end in zip(segments, (5, 7, 8), strict=True):
+        tokens, places = slice(end - count, end), slice(start, start + count)
+        _, *new = case.new_heads(qkv, segments)
+        for cache, x, transposed in zip(caches, new, (True, False), strict=True):
+            values, scale = reference.quantize_weight(x[tokens].flatten(0, 1))
+            held = cache.values.transpose(2, 3) if transposed else cache.values
+            assert torch.equal(held[slot, :, places].transpose(0, 1).flatten(0, 1), values)
+            assert torch.equal(cache.scale[slot, :, places].T.flatten(), scale)
+    torch.testing.assert_close(got, case.widened(qkv, segments, caches), rtol=1e-5, atol=1e-5)
 
 
-@KINDS
-def test_cuts_and_company_change_no_bit(kind):
-    qkv, others = qkv_of(9, 2), qkv_of(14, 3)
-    whole = caches()
-    alone = attend(qkv, whole, [(0, 0, 9)], kind)
-    cut = caches()
-    pieces = [attend(qkv[a:b], cut, [(2, a, b - a)], kind) for a, b in ((0, 4), (4, 5), (5, 9))]
-    assert torch.equal(torch.cat(pieces), alone)
-    company = caches()
-    attend(others[:8], company, [(1, 0, 8)], kind)
-    mixed = torch.cat([others[8:10], qkv, others[10:]])
-    together = attend(mixed, company, [(1, 8, 2), (0, 0, 9), (2, 0, 4)], kind)
-    assert torch.equal(together[2:11], alone)
-    for one, two in zip(whole, company, strict=True):
-        assert torch.equal(one.values[0], two.values[0]) and torch.equal(one.scale[0], two.scale[0])
+@EACH_SHAPE
+def test_the_plain_version_agrees(shape):
+    case = Case(*shape)
+    caches, copies = case.caches(), case.caches()
+    steps = [
+        (case.qkv(14), [(2, 0, 9), (0, 0, 5)]),
+        (case.qkv(12, 1), [(2, 9, 1), (0, 5, 7), (1, 0, 4)]),
+        (case.qkv(5, 2), [(0, 12, 1), (1, 4, 0), (0, 13, 3), (2, 10, 1)]),
+        (case.qkv(3, 3), [(1, 4, 1), (2, 11, 1), (0, 16, 1)]),
+    ]
+    for qkv, segments in steps:
+        got, want = case.run(qkv, segments, caches), case.plain(qkv, segments, copies)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        assert same_caches(caches, copies)
+
+
+@EACH_SHAPE
+def test_cuts_and_company_change_no_bit(shape):
+    case = Case(*shape)
+    last = case.max_tokens - 1
+    a, b = case.qkv(last + 1), case.qkv(last + 1, seed=1)
+    whole = case.caches()
+    alone = case.run(a, [(0, 0, last + 1)], whole)
+    assert alone.isfinite().all()
+    # a in slot 2 in chunks of 11, 1, 9 and the rest, then its last token, beside parts of b.
+    caches = case.caches()
+    parts = []
+    for i, (start, end) in enumerate([(0, 11), (11, 12), (12, 21), (21, last), (last, last + 1)]):
+        other, mine = b[5 * i : 5 * i + 5], a[start:end]
+        segments = [(2, start, end - start), (0, 5 * i, 5)]
+        if i % 2:
+            parts.append(case.run(torch.cat([other, mine]), segments[::-1], caches)[5:])
+        else:
+            parts.append(case.run(torch.cat([mine, other]), segments, caches)[: end - start])
+    assert torch.equal(torch.cat(parts), alone)
+    moved = [kv.Int8KV(*(tensor[[2, 0, 1]] for tensor in cache)) for cache in caches]
+    assert same_caches(moved, whole, slot=0)
+
+
+@EACH_SHAPE
+def test_threads_change_no_bit(shape):
+    case = Case(*shape)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for num_threads in (1, 2):
+            torch.set_num_threads(num_threads)
+            caches = case.caches()
+            segments = [(slot, 0, case.max_tokens) for slot in range(NUM_SLOTS)]
+            results.append((case.run(case.qkv(3 * case.max_tokens), segments, caches), caches))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0][0], results[1][0])
+    assert same_caches(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("part", ["query", "key", "value"])
+def test_what_is_not_finite_stays_with_those_who_see_it(part, bad):
+    case = Case(6, 2, 20, 40, 0, False, 4)
+    first = {"query": 1, "key": 6, "value": 8}[part] * case.head_dim
+    qkv = case.qkv(12)
+    clean = case.run(qkv, [(1, 0, 12)], case.caches())
+    qkv[5, first + 3] = bad
+    caches = case.caches()
+    got = case.run(qkv, [(1, 0, 12)], caches)
+    seen = torch.zeros(12, 6, dtype=torch.bool)
+    if part == "query":
+        seen[5, 1] = True
+    else:
+        seen[5:9, :3] = True  # four tokens see it, and three heads share the key-value head
+        cache = caches[part == "value"]
+        assert cache.scale[1, 0, 5].isnan() and cache.scale[1, :, :12].isnan().sum() == 1
+    assert torch.equal(got.view(12, 6, 20).isnan().all(-1), seen)
+    assert torch.equal(got.view(12, 6, 20)[~seen], clean.view(12, 6, 20)[~seen])
+    want = case.widened(qkv, [(1, 0, 12)], caches)
+    assert torch.equal(got.isnan(), want.isnan())
+
+
+def test_tiny_and_zero_heads():
+    case = Case(2, 2, 16, 40, 0, False, 0)
+    qkv = case.qkv(6)
+    qkv[2] = 0
+    qkv[3] = 1e-42  # its scale would be subnormal
+    qkv[4] *= 1e-30
+    caches, copies = case.caches(), case.caches()
+    got, want = case.run(qkv, [(0, 0, 6)], caches), case.plain(qkv, [(0, 0, 6)], copies)
+    assert same_caches(caches, copies) and not caches[0].scale[0, :, 2:4].any()
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_halves_are_rounded_to_even():
+    case = Case(1, 1, 8, 33, 0, False, 0)
+    key = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, -127.0])
+    caches = case.caches()
+    case.run(torch.cat([key, key, key])[None], [(0, 0, 1)], caches)
+    expected = [127, 0, 2, 2, 0, -2, -2, -127]
+    assert caches[0].values[0, 0, :, 0].tolist() == caches[1].values[0, 0, 0].tolist() == expected
+
+
+def test_next_to_halves_it_rounds_as_the_specification():
+    """Where a product with 1 / scale, or another scale, would round to another integer."""
+    case = Case(3, 3, 64, 33, 0, False, 0)
+    seeded = torch.Generator().manual_seed(0)
+    halves = torch.randint(-127, 127, (33, 9, 64), generator=seeded) + 0.5
+    halves[..., 0] = 127
+    qkv = (halves * (torch.rand(33, 9, 1, generator=seeded) + 0.1)).flatten(1)
+    caches, copies = case.caches(), case.caches()
+    case.run(qkv, [(0, 0, 33)], caches)
+    case.plain(qkv, [(0, 0, 33)], copies)
+    assert same_caches(caches, copies)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits(dtype):
-    cache = caches()
-    qkv = qkv_of(6, 4)
-    exact = attend(qkv, caches(), [(0, 0, 6)], "rotary")
-    got = attend(qkv.to(dtype), cache, [(0, 0, 6)], "rotary")
+    case = Case(*SHAPES[0])
+    qkv = case.qkv(6)
+    exact = case.run(qkv, [(0, 0, 6)], case.caches())
+    got = case.run(qkv.to(dtype), [(0, 0, 6)], case.caches())
     assert got.dtype == dtype
     torch.testing.assert_close(got.float(), exact, rtol=0.05, atol=0.05)
 
 
-def test_segments_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="segments must cover T=3 tokens of qkv, got 2"):
-        attend(qkv_of(3, 0), caches(), [(0, 0, 2)], "alibi")
-    with pytest.raises(ValueError, match=r"slot must be in 0\.\.2, got 3"):
-        attend(qkv_of(2, 0), caches(), [(3, 0, 2)], "alibi")
-    with pytest.raises(ValueError, match=r"positions must be in 0\.\.23, got 23\.\.24"):
-        attend(qkv_of(2, 0), caches(), [(0, 23, 2)], "alibi")
+def test_no_tokens():
+    case = Case(*SHAPES[0])
+    caches = case.caches()
+    assert case.run(case.qkv(0), [(0, 3, 0)], caches).shape == (0, 9 * 64)
+    assert same_caches(caches, case.caches())
+
+
+def test_it_compiles_without_graph_breaks():
+    case = Case(*SHAPES[1])
+    segments = torch.tensor([[0, 0, 5]], dtype=torch.int32)
+
+    def attend(qkv, key_cache, value_cache):
+        return kv.attention(qkv, key_cache, value_cache, segments, **case.settings) + 1
+
+    eager = attend(case.qkv(5), *case.caches())
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(case.qkv(5), *case.caches()), eager)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "segments, message",
+    [
+        ([(3, 0, 2)], r"segments\[0\] slot must be in 0..2, got 3"),
+        ([(-1, 0, 2)], r"slot must be in 0..2, got -1"),
+        ([(0, 0, 1), (0, 100, 1)], r"segments\[1\] positions must be in 0..99, got 100..100"),
+        ([(0, 99, 2)], r"positions must be in 0..99, got 99..100"),
+        ([(0, -1, 2)], r"positions must be in 0..99, got -1..0"),
+        ([(0, 0, -1), (0, 0, 3)], r"positions must be"),
+        ([(0, 0, 1)], r"segments must cover T=2 tokens of qkv, got 1"),
+    ],
+)
+def test_bad_segments_raise_and_write_nothing(segments, message, dtype):
+    case = Case(*SHAPES[0])
+    caches = case.caches()
+    with pytest.raises(ValueError, match=f"^int8_kv_attention: .*{message}"):
+        case.run(case.qkv(2).to(dtype), segments, caches)
+    assert same_caches(caches, case.caches())
+
+
+def test_positions_stay_inside_the_rotary_table():
+    case = Case(*SHAPES[0])
+    case.settings["cos"] = case.settings["cos"][:40]
+    case.settings["sin"] = case.settings["sin"][:40]
+    with pytest.raises(ValueError, match=r"positions must be in 0..39, got 39..40"):
+        case.run(case.qkv(2), [(0, 39, 2)], case.caches())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"key_cache": torch.zeros(3, 3, 64, 100)}, "key_cache must be int8, got float32"),
+        (
+            {"key_cache": torch.zeros(3, 2, 64, 100, dtype=torch.int8)},
+            r"key_cache must be \[S, KV=3, D, L\], got \[3, 2, 64, 100\]",
+        ),
+        (
+            {"value_cache": torch.zeros(3, 3, 64, 100, dtype=torch.int8)},
+            r"value_cache must be \[S=3, KV=3, L=100, D=64\], got \[3, 3, 64, 100\]",
+        ),
+        (
+            {"value_cache": torch.zeros(3, 3, 64, 100, dtype=torch.int8).transpose(2, 3)},
+            "value_cache must be contiguous",
+        ),
+        (
+            {"key_scale": torch.zeros(3, 3, 99)},
+            r"key_scale must be \[S=3, KV=3, L=100\], got \[3, 3, 99\]",
+        ),
+        ({"value_scale": torch.zeros(3, 3, 100).half()}, "value_scale must be float32"),
+        ({"qkv": torch.zeros(2, 64)}, r"qkv must be \[T, \(H\+2\*KV\)\*D=960\], got \[2, 64\]"),
+        ({"num_heads": 8}, "num_heads must be a multiple of num_kv_heads, got 8 and 3"),
+        ({"window": -1}, "window must be >= 0, got -1"),
+        ({"sin": None}, "cos and sin must be given together"),
+        ({"alibi_slopes": torch.ones(8)}, r"alibi_slopes must be \[H=9\], got \[8\]"),
+        ({"segments": torch.zeros(1, 3)}, "segments must be int32, got float32"),
+    ],
+)
+def test_bad_arguments(change, message):
+    case = Case(*SHAPES[0])
+    (key_cache, key_scale), (value_cache, value_scale) = case.caches()
+    given = {
+        "qkv": case.qkv(2),
+        "key_cache": key_cache,
+        "key_scale": key_scale,
+        "value_cache": value_cache,
+        "value_scale": value_scale,
+        "segments": torch.tensor([[0, 0, 2]], dtype=torch.int32),
+        **case.settings,
+        **change,
+    }
+    keys = kv.Int8KV(given.pop("key_cache"), given.pop("key_scale"))
+    values = kv.Int8KV(given.pop("value_cache"), given.pop("value_scale"))
+    with pytest.raises(ValueError, match=f"^int8_kv_attention: {message}"):
+        kv.attention(key_cache=keys, value_cache=values, **given)
+
+
+@pytest.mark.parametrize("instruction_set", ["avx2", "generic"])
+def test_other_instruction_sets(instruction_set):
+    """This file again, with the kernel that lesser machines get."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "not instruction_sets and not compiles and not bad_arguments"]
+    environment = os.environ | {"DIST_INT8_CPU_ISA": instruction_set}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -497,6 +497,10 @@ def compiled_calls():
     caches = [torch.zeros_like(case.key_cache), torch.zeros_like(case.value_cache)]
     segments = torch.tensor([[0, 2, 3], [1, 0, 4]], dtype=torch.int32)
     attention = [torch.randn(7, case.width), *caches, segments, *case.settings.values()]
+    scales = [cache.new_zeros(3, 2, 24) for cache in caches]
+    int8_caches = [
+        part for cache, scale in zip(caches, scales, strict=True) for part in (cache.char(), scale)
+    ]
     return {
         "quantize_rows": (x, 2, 4.0, hot[0]),
         "int8_linear": (x, weight_int8, col_scale, bias, 2, 4.0, *hot),
@@ -517,6 +521,7 @@ def compiled_calls():
         "silu_mul_quantize": (x, 2, 4.0, hot[0]),
         "activation_quantize": (x, 3, 1, 6.0, None),
         "attention": tuple(attention),
+        "int8_kv_attention": (attention[0], *int8_caches, *attention[3:]),
         "transform_layout": (weight_int8, 0, 3, 6, 40),
     }
 

@@ -54,8 +54,10 @@ class Caches:
         self.key = torch.empty(*shape, block.head_dim, workload.max_tokens, **empty)
         self.value = torch.empty(*shape, workload.max_tokens, block.head_dim, **empty)
         if int8:
-            values = self.value.to(torch.int8)
-            self.key = self.value = Int8KV(values, values[..., 0].float())
+            scale = self.value[..., 0].float()
+            self.key, self.value = (
+                Int8KV(cache.to(torch.int8), scale) for cache in (self.key, self.value)
+            )
 
     def layer(self, index):
         return self.key, self.value

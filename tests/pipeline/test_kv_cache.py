@@ -37,6 +37,7 @@ def test_bytes():
 def test_int8_has_a_scale_a_token_and_head():
     cache = KVCache(3, 2, 4, 8, 16, torch.bfloat16, torch.device("cpu"), int8=True)
     key, value = cache.layer(2)
-    assert key.values.shape == value.values.shape == (2, 4, 16, 8)
-    assert key.scale.shape == (2, 4, 16) and not key.values.any() and not value.scale.any()
+    assert key.values.shape == (2, 4, 8, 16) and value.values.shape == (2, 4, 16, 8)
+    assert key.scale.shape == value.scale.shape == (2, 4, 16)
+    assert not key.values.any() and not value.scale.any()
     assert cache.num_bytes() == 3 * 2 * 2 * 4 * 16 * (8 + 4)

@@ -135,6 +135,14 @@ struct AttentionArgs {
   float scale;
 };
 
+struct Int8KVAttentionArgs {
+  AttentionArgs attention;  // all but its caches
+  int8_t* key_cache;        // [S, KV, D, L]
+  float* key_scale;         // [S, KV, L]
+  int8_t* value_cache;      // [S, KV, L, D]
+  float* value_scale;       // [S, KV, L]
+};
+
 // The kernels of one instruction set.
 struct CpuKernels {
   const char* name;
@@ -145,6 +153,7 @@ struct CpuKernels {
   void (*add_norm)(const AddNormArgs&, const Runtime&);
   void (*silu_mul)(const SiluMulArgs&, const Runtime&);
   void (*attention)(const AttentionArgs&, const Runtime&);
+  void (*int8_kv_attention)(const Int8KVAttentionArgs&, const Runtime&);
   void (*transform_layout)(const TransformLayoutArgs&, const Runtime&);
 };
 

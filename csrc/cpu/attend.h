@@ -1,0 +1,257 @@
+// Causal attention of a few queries over one key-value head of one slot, whose cache is of floats,
+// or of int8 with a scale a token:
+//
+//   scores   keys lie transposed, [D, L]: kLanes neighbouring keys are a vector, and a score is a
+//            chain of fma over d = 0, 1, ...; in int8 times the key's scale
+//   softmax  maximum, then exponentials summed by lanes in vectors that start at multiples of
+//            kLanes
+//   values   a chain of fma over keys in rising order; in int8 a weight is times the value's scale
+//
+// None of these orders depends on which queries are together.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/simd.h"
+
+namespace dist_int8::DIST_INT8_ISA {
+
+#if defined(DIST_INT8_ISA_avx512_vnni)
+constexpr int64_t kMaxQueries = 6;
+constexpr int key_vectors(int queries) { return queries <= 3 ? 8 : 4; }
+constexpr int64_t kValueVectors = 4;
+#else
+constexpr int64_t kMaxQueries = 2;
+constexpr int key_vectors(int) { return 4; }
+constexpr int64_t kValueVectors = 4;
+#endif
+
+// One key-value head of one slot.
+template <typename Element>
+struct HeadCache {
+  const Element* keys;       // [D, L]
+  const Element* values;     // [L, D]
+  const float* key_scale;    // [L]; null where Element is float
+  const float* value_scale;  // [L]; likewise
+  int64_t max_tokens;        // L
+  int64_t head_dim;          // D
+};
+
+template <typename Element>
+constexpr bool has_scales() {
+  return std::is_same<Element, int8_t>::value;
+}
+
+// p[0..kLanes) of [L] at j; the lanes behind L are 0.
+template <typename T>
+DIST_INT8_INLINE Vec load_keys(const T* p, int64_t part) {
+  return part != 0 ? load_part(p, part) : load(p);
+}
+
+struct Query {
+  const float* q;  // [D], scaled
+  float* scores;   // scores[j - base] of key j
+  float* out;      // [D] padded to kLanes
+  float slope;
+  int64_t first;  // keys first..last
+  int64_t last;
+};
+
+// part: how many of the kLanes keys from j on exist, or 0 for all.
+template <int kCount, int kVectors, typename Element>
+DIST_INT8_INLINE void score_keys(const Query* queries, const HeadCache<Element>& cache, int64_t j,
+                                 int64_t base, int64_t part) {
+  const int64_t L = cache.max_tokens, D = cache.head_dim;
+  Vec acc[kCount][kVectors] = {};
+  for (int64_t d = 0; d < D; ++d) {
+    Vec k[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      k[v] = load_keys(cache.keys + d * L + j + v * kLanes, part);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+      const Vec q = broadcast(queries[i].q[d]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) acc[i][v] = fma(q, k[v], acc[i][v]);
+    }
+  }
+  if constexpr (has_scales<Element>()) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const Vec scale = load_keys(cache.key_scale + j + v * kLanes, part);
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount; ++i) acc[i][v] *= scale;
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) store(queries[i].scores + j - base + v * kLanes, acc[i][v]);
+  }
+}
+
+// Scores of keys base..end for kCount queries; base is a multiple of kLanes.
+template <int kCount, typename Element>
+static void score(const Query* queries, const HeadCache<Element>& cache, int64_t base,
+                  int64_t end) {
+  constexpr int kVectors = key_vectors(kCount);
+  int64_t j = base;
+  for (; j + kVectors * kLanes <= end; j += kVectors * kLanes) {
+    score_keys<kCount, kVectors>(queries, cache, j, base, 0);
+  }
+  for (; j < end; j += kLanes) {
+    const int64_t rest = cache.max_tokens - j;
+    if (rest >= kLanes) {
+      score_keys<kCount, 1>(queries, cache, j, base, 0);
+    } else {
+      score_keys<kCount, 1>(queries, cache, j, base, rest);
+    }
+  }
+}
+
+// Scores become exp(score - maximum), times the value's scale; returns the sum of the exponentials,
+// to which keys outside first..last add nothing that fp32 can see: one of the terms is 1.
+template <typename Element>
+static float softmax(const Query& query, const HeadCache<Element>& cache, int64_t base) {
+  IntVec lane{};
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const int64_t start = query.first / kLanes * kLanes;
+  const Vec outside = broadcast(-__builtin_inff());
+  Vec largest_score = outside;
+  for (int64_t j = start; j <= query.last; j += kLanes) {
+    const IntVec key = lane + static_cast<int32_t>(j);
+    float* p = query.scores + j - base;
+    Vec s = load(p);
+    if (query.slope != 0) {
+      s += broadcast(query.slope) * __builtin_convertvector(key, Vec);
+    }
+    if (j < query.first || j + kLanes > query.last + 1) {
+      const IntVec seen =
+          (key >= static_cast<int32_t>(query.first)) & (key <= static_cast<int32_t>(query.last));
+      s = seen ? s : outside;
+    }
+    store(p, s);
+    largest_score = maximum(s, largest_score);
+  }
+  const Vec highest = broadcast(largest(largest_score));
+  Vec total{};
+  for (int64_t j = start; j <= query.last; j += kLanes) {
+    float* p = query.scores + j - base;
+    const Vec e = exponential(load(p) - highest);
+    total += e;
+    if constexpr (has_scales<Element>()) {
+      const int64_t rest = cache.max_tokens - j;
+      store(p, e * load_keys(cache.value_scale + j, rest < kLanes ? rest : 0));
+    } else {
+      store(p, e);
+    }
+  }
+  return sum(total);
+}
+
+// out[i] += sum over keys j in [begin, end) of scores[i][j] * values[j], kVectors vectors of d.
+template <int kCount, int kVectors, typename Element>
+DIST_INT8_INLINE void add_values(const Query* queries, const Element* values, int64_t D, int64_t d,
+                                 int64_t base, int64_t begin, int64_t end, int64_t part) {
+  Vec acc[kCount][kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) acc[i][v] = load(queries[i].out + d + v * kLanes);
+  }
+  for (int64_t j = begin; j < end; ++j) {
+    Vec value[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const Element* p = values + j * D + d + v * kLanes;
+      value[v] = part != 0 ? load_part(p, part) : load(p);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+      const Vec weight = broadcast(queries[i].scores[j - base]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[i][v] = fma(weight, value[v], acc[i][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(queries[i].out + d + v * kLanes, acc[i][v]);
+  }
+}
+
+template <int kCount, typename Element>
+static void weigh_values(const Query* queries, const Element* values, int64_t D, int64_t base,
+                         int64_t begin, int64_t end) {
+  if (begin >= end) return;
+  int64_t d = 0;
+  for (; d + kValueVectors * kLanes <= D; d += kValueVectors * kLanes) {
+    add_values<kCount, kValueVectors>(queries, values, D, d, base, begin, end, 0);
+  }
+  for (; d + kLanes <= D; d += kLanes) {
+    add_values<kCount, 1>(queries, values, D, d, base, begin, end, 0);
+  }
+  if (d < D) add_values<kCount, 1>(queries, values, D, d, base, begin, end, D - d);
+}
+
+template <int kCount, typename Element>
+static void attend(const Query* queries, const HeadCache<Element>& cache, int64_t base) {
+  const Element* values = cache.values;
+  const int64_t D = cache.head_dim;
+  int64_t end = 0, all_first = 0, all_last = queries[0].last;
+  for (int i = 0; i < kCount; ++i) {
+    end = max64(end, queries[i].last + 1);
+    all_first = max64(all_first, queries[i].first);
+    all_last = min64(all_last, queries[i].last);
+  }
+  score<kCount>(queries, cache, base, end);
+  float totals[kCount];
+  for (int i = 0; i < kCount; ++i) {
+    totals[i] = softmax(queries[i], cache, base);
+    memset(queries[i].out, 0, round_up(D, kLanes) * sizeof(float));
+  }
+  // Keys that only some queries see are added one query at a time: a weight of 0 would still turn a
+  // value that is not finite into NaN.
+  if (all_first > all_last) {
+    for (int i = 0; i < kCount; ++i) {
+      weigh_values<1>(&queries[i], values, D, base, queries[i].first, queries[i].last + 1);
+    }
+  } else {
+    for (int i = 0; i < kCount; ++i) {
+      weigh_values<1>(&queries[i], values, D, base, queries[i].first, all_first);
+    }
+    weigh_values<kCount>(queries, values, D, base, all_first, all_last + 1);
+    for (int i = 0; i < kCount; ++i) {
+      weigh_values<1>(&queries[i], values, D, base, all_last + 1, queries[i].last + 1);
+    }
+  }
+  for (int i = 0; i < kCount; ++i) {
+    for (int64_t d = 0; d < D; ++d) queries[i].out[d] /= totals[i];
+  }
+}
+
+template <typename Element>
+static void attend_some(int64_t count, const Query* queries, const HeadCache<Element>& cache,
+                        int64_t base) {
+  switch (count) {
+    case 1:
+      return attend<1>(queries, cache, base);
+    case 2:
+      return attend<2>(queries, cache, base);
+    case 3:
+      if constexpr (kMaxQueries >= 3) return attend<3>(queries, cache, base);
+      break;
+    case 4:
+      if constexpr (kMaxQueries >= 4) return attend<4>(queries, cache, base);
+      break;
+    case 5:
+      if constexpr (kMaxQueries >= 5) return attend<5>(queries, cache, base);
+      break;
+    default:
+      if constexpr (kMaxQueries >= 6) return attend<6>(queries, cache, base);
+      break;
+  }
+}
+
+}  // namespace dist_int8::DIST_INT8_ISA
