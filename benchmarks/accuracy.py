@@ -40,7 +40,9 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--text", type=Path, help="file or folder (default: Python's help topics)")
     parser.add_argument("--tokens", type=int, default=51_201, help="of the text")
-    parser.add_argument("--first-token", type=int, default=5000)
+    parser.add_argument(
+        "--first-token", type=int, default=5000, help="tokens before it are left out (%(default)s)"
+    )
     parser.add_argument("--window", type=int)
     parser.add_argument("--stride", type=int)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
@@ -114,4 +116,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        raise SystemExit(f"accuracy: {error}") from None

@@ -109,6 +109,11 @@ def plan(
         dist-int8 plan -m configs/models/llama-3-70b --gpus 2 --memory 40GB --profile a100-40 --json
         dist-int8 plan --config configs/bloom-176b-4xa100-80gb.yaml --save plan.yaml
     """
+    if hot_columns is not None and (hot_columns < 0 or hot_columns % 16):
+        raise ValueError(
+            f"{_SOURCE}:hot_columns: hot_columns must be 0 or a multiple of 16, got "
+            f"{hot_columns}; write --hot-columns 16"
+        )
     settings = _settings(
         config,
         memory,

@@ -141,11 +141,14 @@ def test_a_config_asks_what_load_reserves(capsys):
         ("--gpus 2 --memory 80GB --reserve -1", "reserve must be a byte size above 0"),
         (
             "--gpus 2 --memory 80GB --hot-columns -1",
-            "num_hot_columns must be a multiple of 16, got -1",
+            "hot_columns must be 0 or a multiple of 16, got -1; write --hot-",
         ),
         ("--gpus 3 --memory 80GB --hosts a,b", "hosts must divide the 3 stages, got 2"),
         ("--gpus 2 --profile a101", "profile must be one of t4, v100"),
-        ("--gpus 2 --memory 80GB --hot-columns 8", "num_hot_columns must be a multiple of 16"),
+        (
+            "--gpus 2 --memory 80GB --hot-columns 8",
+            "hot_columns must be 0 or a multiple of 16, got 8",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_1(capsys, flags, part):

@@ -9,6 +9,7 @@ A matrix is stored in one of three forms, next to its name `X.weight`:
   and fp32 `X.SCB` [N], the absmax of each row: 127 times our scale.
 """
 
+import json
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -115,6 +116,7 @@ def locate(
         target: _settle(reader, target, source, problems)
         for target, source in tensor_sources(spec, blocks, first=first, last=last).items()
     }
+    problems += _lost_hot_columns(reader, located)
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ValueError(
@@ -123,6 +125,30 @@ def locate(
             "belong together"
         )
     return located
+
+
+def _lost_hot_columns(reader: CheckpointReader, located: dict[str, Located]) -> list[str]:
+    """Linears without the hot columns that config.json says; their int8 weights leave them out."""
+    path = reader.folder / "config.json"
+    fields = json.loads(path.read_text()) if path.is_file() else {}
+    written = fields.get("quantization_config")
+    if not isinstance(written, dict) or written.get("quant_method") != "dist_int8":
+        return []
+    problems = []
+    for target, entry in located.items():
+        key = "head_hot_columns" if target == "lm_head.weight" else "num_hot_columns"
+        if not entry.is_int8 or not target.startswith(("blocks.", "lm_head.")):
+            continue
+        piece = entry.pieces[0]
+        wanted = min(int(written.get(key) or 0), piece.shape[1])
+        found = 0 if entry.hot_columns is None else len(entry.hot_columns)
+        if found < wanted:
+            base = piece.name.removesuffix("weight")
+            problems.append(
+                f"{base}hot_columns and {base}hot_weight must have {wanted} columns, as "
+                f"config.json says ({key}), got {found}"
+            )
+    return problems
 
 
 def _unknown(reader: CheckpointReader, spec: ModelSpec) -> list[str]:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dist_int8.api import load
 from dist_int8.config import Settings
-from dist_int8.evaluation.host import Host
+from dist_int8.evaluation.host import Host, refuse_int8
 from dist_int8.evaluation.layers import LayerReport, MakeLayer, runtime_layer, watch_layers
 from dist_int8.evaluation.methods import METHODS, REFERENCES
 from dist_int8.evaluation.perplexity import Scores, Window, log_probabilities_, windows
@@ -155,9 +155,10 @@ def with_outlier_features(settings: Settings, seed: int) -> Iterator[Settings]:
     """Settings of the same model with outlier features, in a folder of its own for a while.
 
     It computes the same function in floating point (`models.outlier_features`). Raises ValueError
-    for a family that they are not described for.
+    for a family that they are not described for, and for an int8 checkpoint.
     """
     assert settings.model is not None
+    refuse_int8(settings.model, "name it with --inject-outliers")
     with tempfile.TemporaryDirectory(prefix="dist-int8-features-") as name:
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype="auto")

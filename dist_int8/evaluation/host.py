@@ -11,11 +11,21 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from dist_int8.checkpoint import is_int8
 from dist_int8.evaluation.linears import Matrix
 from dist_int8.evaluation.methods import METHODS
 from dist_int8.int8.convert import is_skipped
 
 SKIPPED = ("lm_head", "embed_out")
+
+
+def refuse_int8(folder: str | Path, advice: str) -> None:
+    """Raises ValueError for an int8 checkpoint, whose scales transformers would not know."""
+    if is_int8(folder):
+        raise ValueError(
+            f"{folder}: must be a floating-point checkpoint for what transformers computes, got "
+            f"int8 weights; take the model that they were made of: {advice}"
+        )
 
 
 class Host:
@@ -31,6 +41,7 @@ class Host:
 
         Raises ValueError where transformers cannot load the folder in floating point.
         """
+        refuse_int8(folder, "name it, or --methods ours --layer-tokens 0")
         bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # ours shows what there is to wait for
         try:

@@ -82,6 +82,11 @@ def measure_text(
     spec = describe(load_config(folder))
     tokenizer = make_tokenizer(folder)
     tokens = tokens_of(tokenizer, content, num_tokens, first_token)
+    if first_token and not len(tokens):
+        raise ValueError(
+            f"eval: first_token must be below the number of tokens of {text_name}, got "
+            f"{first_token}; lower --first-token"
+        )
     if window is None:
         window = min(DEFAULT_WINDOW, spec.max_positions or DEFAULT_WINDOW)
     calibration = None if other is None else tokens_of(tokenizer, other[0], CALIBRATION_TOKENS)

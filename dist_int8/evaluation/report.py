@@ -56,7 +56,8 @@ def _method(found: Evaluation, name: str) -> dict[str, Any]:
             "change_percent_error": change_error,
             "divergence": divergence,
             "divergence_error": divergence_error,
-            "agreement_percent": scores.agreement_percent,
+            # the argmax of NaN agrees with that of NaN
+            "agreement_percent": scores.agreement_percent if math.isfinite(divergence) else None,
         }
     if found.layers is not None and name in found.layers.errors:
         values["layer_error"] = found.layers.summary(name)

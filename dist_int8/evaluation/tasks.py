@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 
 if TYPE_CHECKING:
     from dist_int8.config import Settings
@@ -252,6 +253,18 @@ def _require_harness() -> None:
         )
 
 
+def _unreadable(folder: Path) -> list[str]:
+    """Task files that are no YAML, which the harness passes over."""
+    problems = []
+    for path in sorted(folder.glob("*.y*ml")):
+        try:
+            for _ in yaml.parse(path.read_text(encoding="utf-8")):
+                pass
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            problems.append(f"{path.name} cannot be read: {' '.join(str(error).split())}")
+    return problems
+
+
 def _load(names: list[str], task_folder: str | Path | None) -> dict[str, Any]:
     """The tasks, with their data."""
     from lm_eval.tasks import TaskManager
@@ -270,6 +283,7 @@ def _load(names: list[str], task_folder: str | Path | None) -> dict[str, Any]:
             where, known = "of the harness", "`lm-eval ls tasks` lists them"
         else:
             where, known = f"of {task_folder}", f"it has {', '.join(manager.all_tasks) or 'none'}"
+            known += "".join(f"; {problem}" for problem in _unreadable(folder))
         raise ValueError(f"eval: tasks must be {where}, got {', '.join(unknown)}; {known}")
     # data files are named relative to the task files
     with contextlib.chdir(folder) if folder is not None else contextlib.nullcontext():

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -34,6 +35,15 @@ def columns_of(folder, num_hot_columns=16, **options):
     spec = spec_of(folder)
     calibration = calibration_of(folder, spec, "random", num_hot_columns)
     return find_hot_columns(folder, spec, calibration, **options)
+
+
+def lose(folder, *names):
+    """Takes tensors out of an int8 checkpoint."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    for name in names:
+        path = folder / index["weight_map"].pop(name)
+        save_file({n: t for n, t in load_file(path).items() if n != name}, path)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def same(one, two):
@@ -263,6 +273,9 @@ def test_a_head_in_int8_has_its_own(originals, tmp_path, name, embedding_int8):
     quantize(tmp_path / "int8", tmp_path / "copy", shard_bytes=30_000).run()
     copied = load_stage(tmp_path / "copy", spec, blocks, **EDGES)
     assert same(copied.state_dict(), stored.state_dict())
+    lose(tmp_path / "copy", "lm_head.hot_columns", "lm_head.hot_weight")
+    with pytest.raises(ValueError, match=r"hot_weight must have 16 columns, as config\.json"):
+        load_stage(tmp_path / "copy", spec, blocks, **EDGES)
     dequantize(tmp_path / "int8", tmp_path / "floating", dtype="float32").run()
     restored = load_stage(tmp_path / "floating", spec, blocks, **EDGES, int8=False)
     assert torch.equal(restored.lm_head.weight, stored.lm_head.dequantize())

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from dist_int8 import cli
-from dist_int8.checkpoint import calibration_of, find_hot_columns
+from dist_int8.checkpoint import calibration_of, find_hot_columns, quantize
 from dist_int8.config import load_settings
 from dist_int8.evaluation.host import Host
 from dist_int8.evaluation.layers import hot_columns, watch_layers
@@ -161,6 +162,35 @@ def test_bad_input_is_one_line(capfd, tiny_llama, tmp_path, flags, part):
     code, shown = run(capfd, "-m", tiny_llama, *flags.split())
     assert code == 2 and shown.out == "" and shown.err.count("\n") == 1, shown.err
     assert shown.err.startswith("error: ") and part in shown.err
+
+
+def test_an_int8_checkpoint_is_for_the_runtime_alone(capfd, tiny_llama, text, tmp_path):
+    """transformers would take its int8 values for weights."""
+    quantize(tiny_llama, tmp_path / "int8").run()
+    options = ["-m", tmp_path / "int8", "--text", text, "--window", 128, "--threads", 1]
+    for flags in (
+        ["--methods", "ours,vector-wise", "--layer-tokens", 0],
+        ["--methods", "ours"],
+        ["--methods", "ours", "--layer-tokens", 0, "--inject-outliers", 0],
+    ):
+        code, shown = run(capfd, *options, *flags)
+        assert code == 2 and "must be a floating-point checkpoint for what tran" in shown.err
+    found = as_json(capfd, *options[:-2], "--methods", "ours", "--layer-tokens", 0)
+    assert abs(found["methods"]["ours"]["change_percent"]) < 5
+
+
+def test_nan_agrees_with_nothing(capfd, tiny_llama, text, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    model.save_pretrained(tmp_path / "nan")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "nan")
+    options = ["-m", tmp_path / "nan", "--text", text, "--window", 128, "--layer-tokens", 0]
+    found = as_json(capfd, *options, "--methods", "ours")
+    assert found["methods"]["ours"]["agreement_percent"] is None
+    assert found["methods"]["ours"]["perplexity"] is None
+    code, shown = run(capfd, *options, "--methods", "ours", "--threads", 1)
+    assert code == 0 and "not finite" in shown.out
 
 
 def test_no_model_and_no_package(capfd, monkeypatch):

@@ -196,6 +196,12 @@ def test_unknown_tasks_are_refused_before_a_model_is_loaded(names, folder, messa
         run_tasks("no-such-model", names, task_folder=folder)
 
 
+def test_a_task_file_that_is_no_yaml_is_named(tmp_path):
+    (tmp_path / "mine.yaml").write_text("task: [mine\n")
+    with pytest.raises(ValueError, match=r"it has none; mine.yaml cannot be read: .* line 2"):
+        run_tasks("/no/such/model", ["mine"], task_folder=tmp_path)
+
+
 def test_a_missing_harness_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'dist_int8\[eval\]'"):
