@@ -73,3 +73,13 @@ def write_yaml(path: str | Path, values: Mapping[str, Any], comment: str) -> Non
 
 def _flat(error: BaseException) -> str:
     return " ".join(str(error).split())
+
+
+def syntax_error(path: Path) -> str | None:
+    """What is wrong with a YAML file of any content and tags, in one line; None: nothing."""
+    try:
+        for _ in yaml.parse(path.read_text(encoding="utf-8")):
+            pass
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        return " ".join(str(error).split())
+    return None

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
+
+from dist_int8.config import syntax_error
 
 if TYPE_CHECKING:
     from dist_int8.config import Settings
@@ -255,14 +256,8 @@ def _require_harness() -> None:
 
 def _unreadable(folder: Path) -> list[str]:
     """Task files that are no YAML, which the harness passes over."""
-    problems = []
-    for path in sorted(folder.glob("*.y*ml")):
-        try:
-            for _ in yaml.parse(path.read_text(encoding="utf-8")):
-                pass
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            problems.append(f"{path.name} cannot be read: {' '.join(str(error).split())}")
-    return problems
+    found = {path.name: syntax_error(path) for path in sorted(folder.glob("*.y*ml"))}
+    return [f"{name} cannot be read: {error}" for name, error in found.items() if error]
 
 
 def _load(names: list[str], task_folder: str | Path | None) -> dict[str, Any]:
