@@ -176,19 +176,19 @@ def test_a_shutdown_in_the_middle_is_no_failure_for_other_threads(tiny_llama, re
     model = dist_int8.load(
         tiny_llama, devices=["cpu", "cpu"], recover=recover, max_tokens=256, progress=False
     )
-    seen, answering = [], threading.Event()
+    seen, answering = [], [threading.Event() for _ in range(2)]
 
-    def ask():
+    def ask(event):
         try:
             for _ in model.generate([1, 2, 3], max_new_tokens=250, stream=True):
-                answering.set()
+                event.set()
         except Exception as error:
             seen.append(error)
 
-    threads = [threading.Thread(target=ask) for _ in range(2)]
+    threads = [threading.Thread(target=ask, args=(event,)) for event in answering]
     for thread in threads:
         thread.start()
-    assert answering.wait(60)
+    assert all(event.wait(60) for event in answering)  # one that begins later is refused instead
     model.shutdown()
     for thread in threads:
         thread.join(10)
