@@ -41,7 +41,7 @@ from dist_int8.pipeline.simulator import draw, simulate
 def load(folder, args, stages):
     return dist_int8.load(
         folder,
-        devices=["cpu"] * (stages if isinstance(stages, int) else len(stages)),
+        devices=["cpu"] * stages,
         stages=stages,
         threads_per_stage=1,
         max_sequences=args.sequences + 1,

@@ -134,7 +134,7 @@ def find_hot_columns(
             device=device,
             dtype=dtype,
             int8=False,
-            progress=None if last else progress,  # a norm, and it may be of a shared table
+            progress=None if last else progress,  # a norm, not in the bytes announced
             max_tokens=window,
             allow_pickle=allow_pickle,
             embedding_rows=embedding_rows,

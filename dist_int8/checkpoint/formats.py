@@ -42,11 +42,8 @@ def config_of(
             "skip_modules": list(skip),
         }
         before = fields.get("quantization_config") or {}
-        for key in (
-            "num_hot_columns",
-            "head_hot_columns",
-            "calibrate",
-        ):  # of an int8 checkpoint, kept
+        # of an int8 checkpoint, kept
+        for key in ("num_hot_columns", "head_hot_columns", "calibrate"):
             if before.get("quant_method") == "dist_int8" and key in before:
                 config["quantization_config"][key] = before[key]
         if embedding_int8:

@@ -140,7 +140,10 @@ def _lost_hot_columns(reader: CheckpointReader, located: dict[str, Located]) -> 
         if not entry.is_int8 or not target.startswith(("blocks.", "lm_head.")):
             continue
         piece = entry.pieces[0]
-        wanted = min(int(written.get(key) or 0), piece.shape[1])
+        count = written.get(key, 0)
+        if not isinstance(count, int):
+            return [f"config.json: {key} must be a number, got {count!r}"]
+        wanted = min(count, piece.shape[1])
         found = 0 if entry.hot_columns is None else len(entry.hot_columns)
         if found < wanted:
             base = piece.name.removesuffix("weight")
