@@ -4,14 +4,15 @@
 namespace dist_int8::DIST_INT8_ISA {
 
 void int8_linear(const Int8LinearArgs& args, const Runtime& runtime) {
-  const int64_t M = args.rows.num_rows, K = args.rows.num_features, H = args.num_hot;
+  const int64_t M = args.rows.num_rows, K = args.rows.num_features;
+  const int64_t H = args.rows.num_hot, hot_ld = padded_hot(H);
   if (M == 0 || args.num_outputs == 0) return;
 
   const int64_t ld = padded_features(K);
   int8_t* low_plane = static_cast<int8_t*>(runtime.scratch(kLowPlane, M * ld));
   int8_t* high_plane = static_cast<int8_t*>(
       args.rows.rule == OutlierRule::kNone ? nullptr : runtime.scratch(kHighPlane, M * ld));
-  float* scale = static_cast<float*>(runtime.scratch(kRowState, (4 * M + M * H) * 4));
+  float* scale = static_cast<float*>(runtime.scratch(kRowState, (4 * M + M * hot_ld) * 4));
   int32_t* sum_low = reinterpret_cast<int32_t*>(scale + M);
   int32_t *sum_high = sum_low + M, *num_high = sum_high + M;
   float* hot_x = scale + 4 * M;
@@ -26,14 +27,13 @@ void int8_linear(const Int8LinearArgs& args, const Runtime& runtime) {
   rows.sum_high = sum_high;
   rows.num_high = num_high;
   if (H != 0) {
-    uint8_t* hot = static_cast<uint8_t*>(runtime.scratch(kHotMask, K));
-    memset(hot, 0, K);
-    for (int64_t h = 0; h < H; ++h) hot[args.hot_columns[h]] = 1;
-    rows.hot = hot;
+    memset(hot_x, 0, M * hot_ld * 4);
     with_type(rows.x_type, [&](auto tag) {
       const auto* x = static_cast<const decltype(tag)*>(rows.x);
       for (int64_t m = 0; m < M; ++m) {
-        for (int64_t h = 0; h < H; ++h) hot_x[m * H + h] = widen(x[m * K + args.hot_columns[h]]);
+        for (int64_t h = 0; h < H; ++h) {
+          hot_x[m * hot_ld + h] = widen(x[m * K + rows.hot_columns[h]]);
+        }
       }
     });
   }

@@ -153,10 +153,10 @@ struct Epilogue {
   const float* col_scale;   // [N]
   const float* bias;        // [N], or null
   const T* residual;        // [M, N], or null
-  const float* hot_x;       // [M, H]
-  const float* hot_weight;  // [H][4] of the current weight rows
-  int64_t num_hot;
-  T* out;  // [M, N]
+  const float* hot_x;       // [M, hot_ld]
+  const float* hot_weight;  // [4][hot_ld] of the current weight rows; zeros behind H in both
+  int64_t hot_ld;           // 0: no hot columns
+  T* out;                   // [M, N]
   int64_t N;
 
   void operator()(int64_t m, int64_t n, Vec4 total) const {
@@ -172,14 +172,15 @@ struct Epilogue {
       }
     }
     Vec4 y = total * (row_scale[m] * scale);
-    if (num_hot != 0) {
-      Vec4 hot{};
-      for (int64_t h = 0; h < num_hot; ++h) {
-        Vec4 w;
-        memcpy(&w, hot_weight + 4 * h, sizeof(w));
-        hot += hot_x[m * num_hot + h] * w;
+    if (hot_ld != 0) {
+      Vec hot[kTileCols] = {};
+      for (int64_t h = 0; h < hot_ld; h += kLanes) {
+        const Vec x = load(hot_x + m * hot_ld + h);
+        unrolled<kTileCols>([&](auto j) DIST_INT8_FORCED {
+          hot[j] = fma(x, load(hot_weight + j * hot_ld + h), hot[j]);
+        });
       }
-      y += hot;
+      y += sum4(hot);
     }
     if (bias != nullptr) y += offset;
     if (residual != nullptr) {
@@ -201,15 +202,17 @@ static void multiply(const Int8MatmulArgs& args, const Runtime& runtime,
                      const QuantizedPlanes& rows, const RowBlock* blocks, int64_t num_blocks,
                      const float* bias) {
   const int64_t K = args.num_features, N = args.num_outputs, H = args.num_hot, ld = rows.ld;
+  const int64_t hot_ld = padded_hot(H);
   const int64_t num_groups = (N + kTileCols - 1) / kTileCols;
   // A thread should have at least about 10 us of work.
   const int64_t work = max64(1, K * kTileCols * (8 + args.num_rows));
   const int64_t grain = max64(1, 4000000 / work);
   parallel(runtime, num_groups, grain, [&](int64_t begin, int64_t end) {
     int8_t* gathered = static_cast<int8_t*>(runtime.scratch(kWeights, kTileCols * ld));
-    float* hot_weight = static_cast<float*>(runtime.scratch(kHot, (kTileCols + 1) * (H + 1) * 4));
-    Epilogue<T> epilogue{rows.scale, args.col_scale, bias, static_cast<const T*>(args.residual),
-                         rows.hot_x, hot_weight,     H,    static_cast<T*>(args.out),
+    float* hot_weight = static_cast<float*>(runtime.scratch(kHot, kTileCols * hot_ld * 4));
+    memset(hot_weight, 0, kTileCols * hot_ld * 4);
+    Epilogue<T> epilogue{rows.scale, args.col_scale, bias,   static_cast<const T*>(args.residual),
+                         rows.hot_x, hot_weight,     hot_ld, static_cast<T*>(args.out),
                          N};
     for (int64_t b = 0; b < num_blocks; ++b) {
       const RowBlock& block = blocks[b];
@@ -231,9 +234,8 @@ static void multiply(const Int8MatmulArgs& args, const Runtime& runtime,
           }
         }
         for (int64_t j = 0; j < kTileCols && H != 0; ++j) {
-          float* row = hot_weight + kTileCols * H;
-          widen_row(args.hot_type, args.hot_weight, min64(n + j, N - 1) * H, row, H);
-          for (int64_t h = 0; h < H; ++h) hot_weight[kTileCols * h + j] = row[h];
+          widen_row(args.hot_type, args.hot_weight, min64(n + j, N - 1) * H,
+                    hot_weight + j * hot_ld, H);
         }
         const int64_t num_tiles = (block.count + kTileRows - 1) / kTileRows;
         int64_t row = 0;
@@ -290,13 +292,14 @@ void multiply_rows(const Int8MatmulArgs& args, const Runtime& runtime,
 
 // Packed planes padded, with the sums that quantize_rows would have made.
 void int8_matmul(const Int8MatmulArgs& args, const Runtime& runtime) {
-  const int64_t M = args.num_rows, K = args.num_features, H = args.num_hot;
+  const int64_t M = args.num_rows, K = args.num_features;
+  const int64_t H = args.num_hot, hot_ld = padded_hot(H);
   if (M == 0 || args.num_outputs == 0) return;
   const int64_t ld = padded_features(K);
   int8_t* low = static_cast<int8_t*>(runtime.scratch(kLowPlane, M * ld));
   int8_t* high = static_cast<int8_t*>(runtime.scratch(kHighPlane, M * ld));
-  float* hot_x = static_cast<float*>(runtime.scratch(kRowState, (3 * M + M * H) * 4));
-  int32_t* sum_low = reinterpret_cast<int32_t*>(hot_x + M * H);
+  float* hot_x = static_cast<float*>(runtime.scratch(kRowState, (3 * M + M * hot_ld) * 4));
+  int32_t* sum_low = reinterpret_cast<int32_t*>(hot_x + M * hot_ld);
   int32_t *sum_high = sum_low + M, *num_high = sum_high + M;
   parallel(runtime, M, max64(1, 100000 / max64(1, K)), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
@@ -313,7 +316,10 @@ void int8_matmul(const Int8MatmulArgs& args, const Runtime& runtime) {
       }
     }
   });
-  if (H != 0) widen_row(args.out_type, args.x_hot, 0, hot_x, M * H);
+  memset(hot_x, 0, M * hot_ld * 4);
+  for (int64_t m = 0; m < M && H != 0; ++m) {
+    widen_row(args.out_type, args.x_hot, m * H, hot_x + m * hot_ld, H);
+  }
   multiply_rows(args, runtime, {low, high, ld, args.row_scale, sum_low, sum_high, num_high, hot_x});
 }
 

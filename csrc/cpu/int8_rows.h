@@ -6,17 +6,7 @@
 namespace dist_int8::DIST_INT8_ISA {
 
 // Scratch slots of the two ops; quantize_rows has slot 0.
-enum Slot {
-  kLowPlane = 1,
-  kHighPlane,
-  kRowState,
-  kHotMask,
-  kColumns,
-  kNarrowPlane,
-  kWeights,
-  kHot,
-  kBias
-};
+enum Slot { kLowPlane = 1, kHighPlane, kRowState, kColumns, kNarrowPlane, kWeights, kHot, kBias };
 
 struct QuantizedPlanes {
   const int8_t* low;   // [M, ld], zeros behind K
@@ -26,8 +16,10 @@ struct QuantizedPlanes {
   const int32_t* sum_low;   // [M] sum of a row of `low`
   const int32_t* sum_high;  // [M]
   const int32_t* num_high;  // [M] how many are not 0
-  const float* hot_x;       // [M, H]
+  const float* hot_x;       // [M, padded_hot(H)], zeros behind H
 };
+
+DIST_INT8_INLINE int64_t padded_hot(int64_t H) { return round_up(H, kLanes); }
 
 // Rows an odd multiple of 64 bytes apart fall into different cache sets.
 DIST_INT8_INLINE int64_t padded_features(int64_t K) {

@@ -157,11 +157,7 @@ void quantize_rows(const QuantizeRowsArgs& args, const Runtime& runtime) {
     for (int64_t m = begin; m < end; ++m) {
       widen_row(args.x_type, args.x, m * K, row, K);
       for (int64_t k = K; k < padded; ++k) row[k] = 0.0f;
-      if (args.hot != nullptr) {
-        for (int64_t k = 0; k < K; ++k) {
-          if (args.hot[k]) row[k] = 0.0f;
-        }
-      }
+      for (int64_t h = 0; h < args.num_hot; ++h) row[args.hot_columns[h]] = 0.0f;
       quantize_row(args, m, row);
     }
   });

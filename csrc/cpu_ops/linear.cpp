@@ -21,11 +21,11 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight_int8, const Tensor& col
   }
   if (hot_columns.has_value()) {
     check_hot_columns(op, *hot_columns, K);
-    args.num_hot = hot_columns->size(0);
+    args.rows.num_hot = hot_columns->size(0);
     args.hot_type = data_type(op, "hot_weight", *hot_weight);
-    check_shape(op, "hot_weight", *hot_weight, {{"N", N}, {"H", args.num_hot}});
+    check_shape(op, "hot_weight", *hot_weight, {{"N", N}, {"H", args.rows.num_hot}});
     check_cpu(op, "hot_weight", *hot_weight);
-    args.hot_columns = hot_columns->const_data_ptr<int32_t>();
+    args.rows.hot_columns = hot_columns->const_data_ptr<int32_t>();
     args.hot_weight = hot_weight->const_data_ptr();
   }
   Tensor out = empty({M, N}, x.scalar_type(), x);

@@ -1,6 +1,5 @@
 // Ops that work row by row on the CPU: checks, outputs, and the call of the chosen instruction set.
 #include <tuple>
-#include <vector>
 
 #include "cpu_ops/runtime.h"
 
@@ -28,13 +27,11 @@ QuantizedRows quantize(const char* op, const Tensor& x, int64_t rule, double thr
   const int64_t H = hot_columns.has_value() ? hot_columns->size(0) : 0;
   check_features(op, K);
   Tensor x_hot = empty({M, H}, x.scalar_type(), x);
-  std::vector<uint8_t> hot;
   if (hot_columns.has_value()) {
     check_hot_columns(op, *hot_columns, K);
-    hot.resize(static_cast<size_t>(K));
     const int32_t* columns = hot_columns->const_data_ptr<int32_t>();
-    for (int64_t h = 0; h < H; ++h) hot[static_cast<size_t>(columns[h])] = 1;
-    args.hot = hot.data();
+    args.hot_columns = columns;
+    args.num_hot = H;
     if (args.x_type == DataType::kFloat32) {
       gather<uint32_t>(x, columns, H, x_hot);
     } else {

@@ -19,32 +19,31 @@ struct Runtime {
 struct QuantizeRowsArgs {
   const void* x;  // [M, K] of x_type
   DataType x_type;
-  int64_t num_rows;      // M
-  int64_t num_features;  // K
-  OutlierRule rule;      // kNone also stands for a threshold of 0
-  double threshold;      // unit of x (kAbsolute) or of rms(row) (kRowRms)
-  const uint8_t* hot;    // [K] 1 where x is zeroed before anything else, or null
-  int8_t* x_int8;        // [M, ld] low plane
-  int8_t* x_high;        // [M, ld] high plane; see high_is_sparse
-  int64_t ld;            // bytes from row to row; columns K..ld are written as zeros
-  bool high_is_sparse;   // leave rows of x_high without outliers unwritten
-  float* row_scale;      // [M]
-  uint32_t* high_tiles;  // [M, ceil(K / 2048)] a bit for 64 columns of x_high, or null
-  int32_t* sum_low;      // [M] sum of x_int8, or null
-  int32_t* sum_high;     // [M] sum of x_high, or null
-  int32_t* num_high;     // [M] how many x_high are not 0, or null
+  int64_t num_rows;            // M
+  int64_t num_features;        // K
+  OutlierRule rule;            // kNone also stands for a threshold of 0
+  double threshold;            // unit of x (kAbsolute) or of rms(row) (kRowRms)
+  const int32_t* hot_columns;  // [H] columns of x that are zeroed before anything else, or null
+  int64_t num_hot;             // H
+  int8_t* x_int8;              // [M, ld] low plane
+  int8_t* x_high;              // [M, ld] high plane; see high_is_sparse
+  int64_t ld;                  // bytes from row to row; columns K..ld are written as zeros
+  bool high_is_sparse;         // leave rows of x_high without outliers unwritten
+  float* row_scale;            // [M]
+  uint32_t* high_tiles;        // [M, ceil(K / 2048)] a bit for 64 columns of x_high, or null
+  int32_t* sum_low;            // [M] sum of x_int8, or null
+  int32_t* sum_high;           // [M] sum of x_high, or null
+  int32_t* num_high;           // [M] how many x_high are not 0, or null
 };
 
 struct Int8LinearArgs {
-  QuantizeRowsArgs rows;   // x, M, K, rule, threshold and hot; the rest is filled by the kernel
+  QuantizeRowsArgs rows;   // x, M, K, rule, threshold and hot columns; the kernel fills the rest
   const int8_t* weight;    // [N, K]
   const float* col_scale;  // [N]
   const void* bias;        // [N] of bias_type, or null
   DataType bias_type;
-  const int32_t* hot_columns;  // [H], or null
-  const void* hot_weight;      // [N, H] of hot_type, or null
+  const void* hot_weight;  // [N, H] of hot_type, or null
   DataType hot_type;
-  int64_t num_hot;      // H
   int64_t num_outputs;  // N
   void* out;            // [M, N] of rows.x_type
 };
