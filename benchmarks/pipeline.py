@@ -38,6 +38,7 @@ def main():
             micro_batches=cut[1],
             max_sequences=args.sequences,
             max_tokens=args.prompt + args.tokens,
+            prefill_ratio=args.prompt / args.tokens,
             progress=False,
         )
         for cut in cuts

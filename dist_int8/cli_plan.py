@@ -61,6 +61,12 @@ def plan(
     objective: Annotated[
         str | None, _option(_ASKED, "throughput, latency or max_kv_tokens. (default: throughput)")
     ] = None,
+    prefill_ratio: Annotated[
+        float | None,
+        _option(
+            _ASKED, "Prompt tokens for every generated one, which throughput counts. (default: 1)"
+        ),
+    ] = None,
     sequences: Annotated[
         int | None, _option(_ASKED, "Sequences in flight; without it as many as fit.")
     ] = None,
@@ -124,6 +130,7 @@ def plan(
         profile=profile.split(",") if profile is not None else None,
         hosts=hosts.split(",") if hosts is not None else None,
         objective=objective,
+        prefill_ratio=prefill_ratio,
         prefill_chunk=prefill_chunk,
         micro_batches=micro_batches,
         reserve=_reserve(reserve),

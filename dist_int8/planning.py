@@ -76,7 +76,7 @@ def answer(settings: Settings, asked: Asked, config: Any, spec: Any, source: str
         max_tokens=max_tokens,
         prefill_chunk=settings.prefill_chunk,
         num_micro_batches=settings.micro_batches,
-        request=Request(settings.objective, settings.pinned, asked.choose_count),
+        request=replace(_request(settings), choose_count=asked.choose_count),
     )
     devices = devices_of(settings, names, budgets=budgets, source=source)
     return ask(spec, devices, formats, question)
@@ -221,12 +221,16 @@ def plan_of(
         max_tokens=max_tokens,
         prefill_chunk=settings.prefill_chunk,
         num_micro_batches=settings.micro_batches,
-        request=Request(settings.objective, settings.pinned),
+        request=_request(settings),
     )
     plan = ask(model, devices, formats, question)
     if not plan.fits:
         raise ValueError(plan.refusal())
     return plan
+
+
+def _request(settings: Settings) -> Request:
+    return Request(settings.objective, settings.pinned, prefill_ratio=settings.prefill_ratio)
 
 
 def _one_each(

@@ -243,6 +243,15 @@ class Settings(Checked):
         "shortest way of one token (latency), or the most tokens in the KV cache (max_kv_tokens).",
         examples=["throughput"],
     )
+    prefill_ratio: float = Field(
+        default=1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Prompt tokens for every generated one in the requests to come, as in 16 for "
+        "prompts of 1024 and answers of 64: throughput counts both, and prompts hardly need the "
+        "head of the last stage.",
+        examples=[16],
+    )
     profile: Annotated[list[NonEmpty] | None, BeforeValidator(listed)] = Field(
         default=None,
         description="How fast the devices are, for the plan: a name such as a100-80, or a file "

@@ -49,11 +49,13 @@ class Request:
         objective: what to make best.
         pinned: number of blocks of each stage; None: the planner chooses.
         choose_count: leave devices out where that is better; otherwise each gets a stage.
+        prefill_ratio: prompt tokens for every new one, at least 0; latency does not count them.
     """
 
     objective: Objective = "throughput"
     pinned: tuple[int, ...] | None = None
     choose_count: bool = False
+    prefill_ratio: float = 1.0
 
 
 def plan_stages(
@@ -71,9 +73,9 @@ def plan_stages(
     """
     request = request or Request()
     assert devices and request.objective in OBJECTIVES
-    with_prompts = request.objective != "latency"
+    ratio = 0.0 if request.objective == "latency" else request.prefill_ratio
     problem = problem_of(
-        model, devices, formats, workload, request.choose_count, with_prompts=with_prompts
+        model, devices, formats, workload, request.choose_count, prefill_ratio=ratio
     )
     if request.pinned is not None:
         stages = _pinned(request.pinned, problem.num_blocks, len(devices))
@@ -114,21 +116,22 @@ def problem_of(
     workload: Workload,
     choose_count: bool = False,
     *,
-    with_prompts: bool = False,
+    prefill_ratio: float = 0.0,
 ) -> Problem:
     """The numbers of a question.
 
     Args:
-        with_prompts: the time of a block is that of a decode step and of as many prompt tokens: a
-            pipeline that always has requests to run does both, and of the prompts the head takes
-            next to nothing. Where reading the weights bounds a decode step, prompts weigh little.
+        prefill_ratio: the time of a block is that of a decode step and of so many prompt tokens
+            for each of its tokens: a pipeline that always has requests to run does both, and of the
+            prompts the head takes next to nothing. Where reading the weights bounds a decode step,
+            few prompts weigh little.
     """
     num_devices = len(devices)
     middle = activation_bytes(model, formats, workload, first=False, last=False)
     last = activation_bytes(model, formats, workload, first=False, last=True)
     both = activation_bytes(model, formats, workload, first=True, last=True)
     alone = num_devices == 1
-    times = _times(model, devices, formats, workload, with_prompts)
+    times = _times(model, devices, formats, workload, prefill_ratio)
     rows = _decode_rows(workload, num_devices)
     return Problem(
         times=times,
@@ -167,9 +170,9 @@ def _times(
     devices: Sequence[Device],
     formats: memory.Formats,
     workload: Workload,
-    with_prompts: bool,
+    prefill_ratio: float,
 ) -> list[list[int]]:
-    """Picoseconds of a decode step of every block on every device; equal ones counted once.
+    """Picoseconds of a step of every block on every device; equal ones counted once.
 
     Sequences are taken as half as long as they may grow, which is their mean.
     """
@@ -184,10 +187,10 @@ def _times(
             how = {"context": workload.max_tokens // 2, "index": index}
             decode = {"num_rows": rows, "num_sequences": rows}
             known[key] = cost.block_ps(block, formats, profile, **decode, **how)
-            if with_prompts:
+            if prefill_ratio:
                 prefill = {"num_rows": chunk, "num_sequences": 1}
                 of_chunk = cost.block_ps(block, formats, profile, **prefill, **how)
-                known[key] += of_chunk * rows // chunk
+                known[key] += round(of_chunk * rows * prefill_ratio / chunk)
         return known[key]
 
     return [[time(d.profile, index) for index in range(len(model.blocks))] for d in devices]

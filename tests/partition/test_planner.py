@@ -65,6 +65,18 @@ def test_a_heavy_head_leaves_the_last_stage_fewer_blocks():
     assert last_stage(64, cpus(2)) == 3 and last_stage(600, cpus(2)) == 2
 
 
+@pytest.mark.parametrize("devices", [cpus(4), gpus(4, 200)])
+def test_long_prompts_give_the_stage_of_the_head_more_blocks(bloom, devices):
+    workload = Workload(num_sequences=1, max_tokens=1024)
+
+    def last_stage(ratio, objective="throughput"):
+        request = Request(objective, prefill_ratio=ratio)
+        return counts(plan_stages(bloom, devices, INT8, workload, request))[-1]
+
+    assert last_stage(0.0) == 16 and last_stage(1000.0) == 17
+    assert last_stage(0.0, "latency") == last_stage(1000.0, "latency")
+
+
 @pytest.mark.parametrize("gigabytes", [70, 80, 141])
 def test_bloom_is_balanced_by_what_a_step_reads(bloom, gigabytes):
     """An fp16 head is 2.9 int8 blocks to a device that waits for memory (7.19e9 / 2.47e9 bytes)."""
