@@ -138,7 +138,10 @@ def test_a_config_asks_what_load_reserves(capsys):
         ("--gpus 2 --memory 80GB --context -5", "context must be at least 1, got -5"),
         ("--gpus 2 --memory 80GB --head 4bit", "head must be 'int8' or '16bit'"),
         ("--gpus 2 --memory 80GB --objective x", "objective must be 'throughput'"),
-        ("--gpus 2 --memory 80GB --prefill-ratio -1", "prefill_ratio must be at least 0, got -1.0"),
+        (
+            "--gpus 2 --memory 80GB --prefill-ratio -1",
+            "prefill_ratio must be at least 0.0, got -1.0",
+        ),
         ("--gpus 2 --memory 80GB --reserve -1", "reserve must be a byte size above 0"),
         (
             "--gpus 2 --memory 80GB --hot-columns -1",
