@@ -121,6 +121,7 @@ def evaluate(
     num_hot_columns: Annotated[int | None, _setting(_RUNTIME, "num_hot_columns")] = None,
     head: Annotated[str | None, _setting(_RUNTIME, "head")] = None,
     embedding: Annotated[str | None, _setting(_RUNTIME, "embedding")] = None,
+    kv: Annotated[str | None, _setting(_RUNTIME, "kv")] = None,
     as_json: Annotated[
         bool, _option(_OUTPUT, "One JSON object on stdout, nothing else.", "--json")
     ] = False,
@@ -168,6 +169,7 @@ def evaluate(
         num_hot_columns=num_hot_columns,
         head=head,
         embedding=embedding,
+        kv=kv,
     )
     if settings.model is None:
         raise ValueError(

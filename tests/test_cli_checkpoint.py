@@ -98,6 +98,9 @@ def test_quantize_finds_hot_columns_unless_told_not_to(tiny_llama, tmp_path, cap
     assert "calibrate" not in config("off", "--calibrate", "off")
     assert "calibrate" not in config("none", "--num-hot-columns", 0)
     assert "calibrate" not in config("bnb", "--format", "bitsandbytes")
+    code, _, err = run(capsys, "quantize", tiny_llama, tmp_path / "x", "--num-hot-columns", 80)
+    assert code == 2 and "at most the 64 input features of the narrowest linear, got 80" in err
+    assert not (tmp_path / "x").exists()
     small = config("small", "--calibrate", text, "--head", "int8", "--embedding", "int8")
     assert small["calibrate"].startswith("text ") and small["skip_modules"] == []
     assert small["embedding"] == "int8"

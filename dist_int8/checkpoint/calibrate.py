@@ -54,10 +54,20 @@ def calibration_of(
         num_hot_columns: of each linear.
 
     Raises:
-        ValueError: no such file, or one without text, or no tokenizer.
+        ValueError: no such file, or one without text, or no tokenizer, or more hot columns than a
+            linear has input features.
     """
     if calibrate == OFF or num_hot_columns == 0:
         return None
+    widths = [spec.embedding_size]
+    for block in spec.blocks:
+        widths += [block.hidden_size, block.num_heads * block.head_dim, block.intermediate_size]
+    narrowest = min(widths)
+    if num_hot_columns > narrowest:
+        raise ValueError(
+            f"calibrate: num_hot_columns must be at most the {narrowest} input features of the "
+            f"narrowest linear, got {num_hot_columns}; 16 do"
+        )
     if calibrate == RANDOM:
         seed = torch.Generator().manual_seed(0)
         token_ids = torch.randint(spec.vocab_size, (NUM_TOKENS,), generator=seed)
@@ -152,7 +162,7 @@ def find_hot_columns(
     head = head and not is_skipped("lm_head", skip)
 
     def hottest(absmax: Tensor) -> list[int]:
-        columns = absmax.topk(min(calibration.num_hot_columns, len(absmax))).indices
+        columns = absmax.topk(calibration.num_hot_columns).indices
         return sorted(columns.tolist())
 
     for index in range(spec.num_blocks if head else blocks.stop):

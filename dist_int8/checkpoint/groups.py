@@ -52,7 +52,7 @@ def int8_group(
     def make() -> Made:
         for part in Source(reader, device).int8(piece, columns):
             yield 0, part.first, part.weight_int8.cpu()
-            yield 1, part.first, _finite(reader, piece, part.first, part.col_scale.cpu())
+            yield 1, part.first, part.col_scale.cpu()
             if part.hot_weight is not None:
                 yield 2, part.first, part.hot_weight.cpu()
         if columns is not None:
@@ -87,16 +87,7 @@ def bitsandbytes_group(
     def make() -> Made:
         for first, weight_int8, col_scale in quantized(Source(reader, device)):
             yield 0, first, weight_int8.cpu()
-            yield 1, first, _finite(reader, piece, first, col_scale.cpu()) * ABSMAX_PER_SCALE
+            yield 1, first, col_scale.cpu() * ABSMAX_PER_SCALE
         yield 2, 0, torch.zeros((), dtype=torch.uint8)
 
     return Group(outputs, make)
-
-
-def _finite(reader: CheckpointReader, piece: Piece, first: int, col_scale: Tensor) -> Tensor:
-    if not col_scale.isfinite().all():
-        raise ValueError(
-            f"{reader.folder}:{piece.name}: weights must be finite, got NaN or Inf within rows "
-            f"{first}..{first + len(col_scale) - 1}; mend the checkpoint"
-        )
-    return col_scale

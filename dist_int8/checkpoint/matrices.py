@@ -1,5 +1,6 @@
 """A stored parameter as a sequence of slices, in whichever form it is wanted."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -35,6 +36,8 @@ class Source:
         reader: of the checkpoint.
         device: where slices are handed out and worked on.
         progress: called with the number of bytes just read, of each tensor once.
+
+    Reading raises ValueError at the first NaN or infinity, with the tensor's name.
     """
 
     def __init__(
@@ -58,7 +61,9 @@ class Source:
     def floating(self, piece: Piece, hot_columns: Tensor | None) -> Iterator[tuple[int, Tensor]]:
         """Rows in order, in their stored floating dtype, or fp32 if they are stored in int8."""
         if piece.scale is None:
-            yield from self._slices(piece.name)
+            for first, rows in self._slices(piece.name):
+                self._check_finite(piece.name, first, rows)
+                yield first, rows
             return
         for part in self._stored_int8(piece):
             rows = reference.dequantize_weight(part.weight_int8, part.col_scale)
@@ -80,14 +85,21 @@ class Source:
             if hot is not None:
                 hot_weight = rows[:, hot]
                 rows.index_fill_(1, hot, 0.0)
-            yield Int8Rows(first, *self._quantizer(rows), hot_weight)
+                self._check_finite(piece.name, first, hot_weight)
+            weight_int8, col_scale = self._quantizer(rows)
+            self._check_finite(piece.name, first, col_scale)  # NaN where a weight is not finite
+            yield Int8Rows(first, weight_int8, col_scale, hot_weight)
 
     def _stored_int8(self, piece: Piece) -> Iterator[Int8Rows]:
         assert piece.scale is not None
         scale = self.read(piece.scale)
+        self._check_finite(piece.scale, 0, scale)
         if piece.scale_divisor != 1.0:
             scale = scale / piece.scale_divisor
-        hot_weight = None if piece.hot_weight is None else self.read(piece.hot_weight)
+        hot_weight = None
+        if piece.hot_weight is not None:
+            hot_weight = self.read(piece.hot_weight)
+            self._check_finite(piece.hot_weight, 0, hot_weight)
         for name in piece.extra:
             self._report(name, None)
         slices = self._slices(piece.name) if piece.layout == "row" else self._from_layout(piece)
@@ -109,6 +121,15 @@ class Source:
             self._report(name, rows)
             yield first, rows.to(self._device)
         self._reported.add(name)
+
+    def _check_finite(self, name: str, first: int, rows: Tensor) -> None:
+        # A sum is much cheaper than isfinite(), and not finite where an element is not.
+        if math.isfinite(rows.sum().item()) or rows.isfinite().all():
+            return
+        raise ValueError(
+            f"{self.reader.folder}:{name}: weights must be finite, got NaN or Inf within rows "
+            f"{first}..{first + len(rows) - 1}; mend the checkpoint"
+        )
 
     def _report(self, name: str, rows: Tensor | None, whole: bool = False) -> None:
         if name in self._reported:

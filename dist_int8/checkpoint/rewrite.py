@@ -205,8 +205,7 @@ class _Rewriter:
             if name in hot_columns:
                 columns = torch.tensor(hot_columns[name], dtype=torch.int32)
             elif calibration and name in quantized and name.startswith(("blocks.", "lm_head.")):
-                count = min(calibration.num_hot_columns, entry.pieces[0].shape[1])
-                columns = torch.zeros(count, dtype=torch.int32)
+                columns = torch.zeros(calibration.num_hot_columns, dtype=torch.int32)
                 to_find[name.removesuffix(".weight")] = columns
             for piece, names in zip(entry.pieces, entry.source.names, strict=False):
                 where = (self.reader, self._device, piece, names[0], columns)

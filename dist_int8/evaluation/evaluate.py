@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dist_int8.api import load
 from dist_int8.config import Settings
-from dist_int8.evaluation.host import Host, refuse_int8
+from dist_int8.evaluation.host import Host, refuse_int8, without_bars
 from dist_int8.evaluation.layers import LayerReport, MakeLayer, runtime_layer, watch_layers
 from dist_int8.evaluation.methods import METHODS, REFERENCES
 from dist_int8.evaluation.perplexity import Scores, Window, log_probabilities_, windows
@@ -161,14 +161,16 @@ def with_outlier_features(settings: Settings, seed: int) -> Iterator[Settings]:
     refuse_int8(settings.model, "name it with --inject-outliers")
     with tempfile.TemporaryDirectory(prefix="dist-int8-features-") as name:
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype="auto")
+            with without_bars():
+                model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype="auto")
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{settings.model}: must be a model that transformers loads in floating point, "
                 f"got: {' '.join(str(error).split())}; leave --inject-outliers out"
             ) from None
         inject_outlier_features(model, seed)
-        model.save_pretrained(name)
+        with without_bars():
+            model.save_pretrained(name)
         with contextlib.suppress(OSError, ValueError):
             AutoTokenizer.from_pretrained(settings.model).save_pretrained(name)
         del model

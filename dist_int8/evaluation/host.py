@@ -28,6 +28,18 @@ def refuse_int8(folder: str | Path, advice: str) -> None:
         )
 
 
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """transformers shows no progress bars: ours show what there is to wait for."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
 class Host:
     """A floating-point model on the CPU.
 
@@ -42,21 +54,17 @@ class Host:
         Raises ValueError where transformers cannot load the folder in floating point.
         """
         refuse_int8(folder, "name it, or --methods ours --layer-tokens 0")
-        bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()  # ours shows what there is to wait for
         try:
-            self.model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32
-            ).eval()
+            with without_bars():
+                self.model: Any = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=torch.float32
+                ).eval()
         except (OSError, ValueError, ImportError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"{folder}: must be a model that transformers loads in floating point, got: "
                 f"{reason}; name another, or --methods ours --reference none --layer-tokens 0"
             ) from None
-        finally:
-            if bars:
-                logging.enable_progress_bar()
         self.linears: dict[str, nn.Linear] = {
             name: child
             for name, child in self.model.named_modules()

@@ -205,6 +205,18 @@ def test_damaged_files_and_misfit_tensors_are_listed_together(folder_of):
     assert f"{down} must have shape [48, 80], got [48, 79]" in message
 
 
+@pytest.mark.parametrize("int8", [True, False])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize(
+    "name", ["layers.1.mlp.up_proj.weight", "layers.0.input_layernorm.weight", "norm.weight"]
+)
+def test_weights_that_are_not_finite_are_named(folder_of, name, value, int8):
+    folder = folder_of("llama")
+    rewrite(folder, lambda tensors: tensors[f"model.{name}"][7].fill_(value))
+    with pytest.raises(ValueError, match=rf"{folder}:model.{name}: weights must be finite"):
+        load(folder, int8=int8)
+
+
 def test_config_with_fewer_blocks_than_the_checkpoint(folder_of):
     folder = folder_of("llama")
     config = json.loads((folder / "config.json").read_text())
