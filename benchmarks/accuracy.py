@@ -25,6 +25,9 @@ from dist_int8.int8 import ops
 # other rules than the default one, and the default one without hot columns
 RULES = ["none+hot", "absolute-6+hot", "row_rms-6+hot", "all+hot", "row_rms-4"]
 PLAIN = "plain"
+# settings that figures depend on
+DECIDING = ["model", "revision", "dtype", "int8", "outlier_rule", "outlier_threshold"]
+DECIDING += ["skip_modules", "head", "embedding", "kv", "calibrate", "num_hot_columns"]
 # of every linear and every method: megabytes; `dist-int8 eval --json` has them
 TOO_LONG = ("layer_errors", "inputs")
 
@@ -85,7 +88,7 @@ def main() -> None:
         "calibration_text": args.calibration_text,
     }
     # what a part was measured with: another question asks for all parts again
-    asked = [settings.model_dump(mode="json", exclude={"threads_per_stage"}), how]
+    asked = [settings.model_dump(mode="json", include=set(DECIDING)), how]
     question = json.loads(json.dumps(asked, default=str))
     columns = []
     for seed in [*([] if args.no_plain else [None]), *args.seeds]:

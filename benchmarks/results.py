@@ -37,7 +37,7 @@ def folder_of(args: argparse.Namespace) -> str:
 def write_result(name: str, figures: dict[str, Any], path: Path | None = None) -> Path:
     """The figures, device, versions, commit and date in `path`, or in results/<name>.json."""
     path = path or FOLDER / f"{name}.json"
-    packages = ("torch", "transformers", "bitsandbytes", "dist_int8")
+    packages = ("torch", "transformers", "bitsandbytes", "torchao", "lm_eval", "dist_int8")
     versions = {}
     for package in packages:
         try:
