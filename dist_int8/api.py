@@ -177,7 +177,10 @@ def load(
         if settings.in_process:
             transport = _start_threads([stage, *map(build, plan.stages[1:])], plan, cores)
         elif len(plan.stages) > 1:
-            transport = links.connect()
+            try:
+                transport = links.connect()
+            except RankDied as error:
+                raise world.blame(error) from None
             world.wait_for("ready", LOAD_TIMEOUT_S)
         recovery = Recovery(links, settings.max_recoveries) if settings.recover else None
         return Model(

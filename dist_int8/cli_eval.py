@@ -154,6 +154,8 @@ def evaluate(
 
         typer.echo("\n".join(f"{n:16} {m.where:13} {m.title}" for n, m in METHODS.items()))
         return
+    if quiet or as_json:  # read when tqdm is imported: for the bars of other libraries
+        os.environ["TQDM_DISABLE"] = "1"
     settings = load_settings(
         config,
         source=COMMAND,
@@ -176,8 +178,9 @@ def evaluate(
             f"{COMMAND}:model: model must be a folder or a hub id, got none; give --model, or "
             'try --model "$(dist-int8 demo-model)"'
         )
-    _check(reference, tokens, first_token, batch, at_once, layer_tokens)
+    _check(reference, tokens, first_token, batch, at_once, layer_tokens, inject_outliers)
     if tasks is not None:
+        _refuse_with_tasks(text=text, methods=methods, inject_outliers=inject_outliers, plot=plot)
         from dist_int8.evaluation import tasks as harness
 
         with _stdout_for_us() as stdout:
@@ -193,9 +196,9 @@ def evaluate(
             stdout.write((json.dumps(scores) if as_json else harness.table(scores)) + "\n")
         return
     if plot is not None:
-        from dist_int8.evaluation.pictures import check_matplotlib
+        from dist_int8.evaluation.pictures import check_picture
 
-        check_matplotlib()
+        check_picture(plot)
     from dist_int8.evaluation.methods import chosen, left_out
 
     given = methods.split(",") if methods is not None else None
@@ -219,10 +222,6 @@ def evaluate(
             layer_tokens=layer_tokens,
             progress=not (quiet or as_json),
         )
-        if plot is not None:
-            from dist_int8.evaluation.pictures import draw
-
-            draw(found, plot)
         if as_json:
             stdout.write(json.dumps(values) + "\n")
         else:
@@ -231,6 +230,11 @@ def evaluate(
             stdout.write(f"{table(values)}\n\n{summary(values)}\n")
             if missing := left_out(given):
                 stdout.write(f"not installed: {', '.join(missing)}\n")
+        stdout.flush()
+        if plot is not None:
+            from dist_int8.evaluation.pictures import draw
+
+            draw(found, plot)
 
 
 def _check(
@@ -240,11 +244,17 @@ def _check(
     batch: int | None,
     at_once: int | None,
     layer_tokens: int,
+    seed: int | None,
 ) -> None:
     if reference not in ("fp32", "bf16", "none"):
         raise ValueError(
             f"{COMMAND}:reference: reference must be fp32, bf16 or none, got {reference!r}; "
             "fp32 is the usual one"
+        )
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(
+            f"{COMMAND}:inject_outliers: inject_outliers must be a seed in 0..2^63-1, got {seed}; "
+            "write --inject-outliers 0"
         )
     for key, value, lowest in (
         ("tokens", tokens, 2),
@@ -256,6 +266,15 @@ def _check(
         if value is not None and value < lowest:
             raise ValueError(
                 f"{COMMAND}:{key}: {key} must be at least {lowest}, got {value}; raise it"
+            )
+
+
+def _refuse_with_tasks(**flags: Any) -> None:
+    for key, value in flags.items():
+        if value is not None:
+            raise ValueError(
+                f"{COMMAND}:{key}: {key} must be left out with --tasks, got {str(value)!r}; tasks "
+                "compare the settings with floating point"
             )
 
 

@@ -1,6 +1,7 @@
 """Ranks that are killed, stopped and terminated: errors that name them, nothing left, recovery."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import dist_int8
 from dist_int8.engine import Draining
@@ -46,6 +49,16 @@ def stream_and_hit(model, num_tokens, rank, signum, prompts, **settings):
         if count == num_tokens:
             children_of(model)[rank].send_signal(signum)
     return answers
+
+
+def test_a_rank_that_cannot_load_its_stage_says_why(tiny_llama, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_llama, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.weight"][5] = torch.inf
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(RankDied, match=r"rank 1 stage 1 failed: .*up_proj.weight: weights must be"):
+        dist_int8.load(folder, devices=["cpu", "cpu"], **OPTIONS)
 
 
 def test_everybody_who_waits_hears_which_rank_was_stopped(tiny_llama):

@@ -117,7 +117,8 @@ def find_hot_columns(
         For the name of each linear ("blocks.0.qkv", "lm_head") its columns in ascending order.
 
     Raises:
-        ValueError: as `load_stage`, or for a token that the model does not have.
+        ValueError: as `load_stage`, for a token that the model does not have, or where activations
+            are not finite.
     """
     token_ids = calibration.token_ids
     if token_ids.max() >= spec.vocab_size:
@@ -161,7 +162,12 @@ def find_hot_columns(
     found: dict[str, list[int]] = {}
     head = head and not is_skipped("lm_head", skip)
 
-    def hottest(absmax: Tensor) -> list[int]:
+    def hottest(name: str, absmax: Tensor) -> list[int]:
+        if not absmax.isfinite().all():
+            raise ValueError(
+                f"calibrate: activations must be finite, got NaN or Inf before {name}; the model "
+                f"does not work in {dtype}"
+            )
         columns = absmax.topk(calibration.num_hot_columns).indices
         return sorted(columns.tolist())
 
@@ -177,12 +183,12 @@ def find_hot_columns(
         for name, absmax in largest.items():
             qualified = f"blocks.{index}.{name}"
             if index in blocks and not is_skipped(qualified, skip):
-                found[qualified] = hottest(absmax)
+                found[qualified] = hottest(qualified, absmax)
         del stage, block, caches
     if head:
         stage = load(range(0), last=True)
         inputs = (stage.before_head(hidden).float().abs().amax(0) for hidden in hidden_states)
-        found["lm_head"] = hottest(torch.stack(list(inputs)).amax(0))
+        found["lm_head"] = hottest("lm_head", torch.stack(list(inputs)).amax(0))
     return found
 
 

@@ -94,6 +94,11 @@ class Source:
         assert piece.scale is not None
         scale = self.read(piece.scale)
         self._check_finite(piece.scale, 0, scale)
+        if len(scale) and scale.min() < 0:
+            raise ValueError(
+                f"{self.reader.folder}:{piece.scale}: scales must be at least 0, got "
+                f"{scale.min().item():g}; mend the checkpoint"
+            )
         if piece.scale_divisor != 1.0:
             scale = scale / piece.scale_divisor
         hot_weight = None

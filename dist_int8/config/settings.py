@@ -246,6 +246,7 @@ class Settings(Checked):
     prefill_ratio: float = Field(
         default=1.0,
         ge=0,
+        le=1e6,
         allow_inf_nan=False,
         description="Prompt tokens for every generated one in the requests to come, as in 16 for "
         "prompts of 1024 and answers of 64: throughput counts both, and prompts hardly need the "

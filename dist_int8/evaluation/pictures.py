@@ -13,8 +13,18 @@ from dist_int8.evaluation.methods import METHODS
 _OURS, _OTHERS, _REFERENCE = "C0", "0.7", "black"
 
 
-def check_matplotlib() -> None:
-    """Raises ValueError, before anything is measured, where matplotlib is missing."""
+def check_picture(picture: Path) -> None:
+    """Raises ValueError, before anything is measured, where nothing could be drawn there."""
+    reason = None
+    if picture.suffix not in (".png", ".svg", ".pdf"):
+        reason = "another ending"
+    elif picture.is_dir() or not picture.parent.is_dir():
+        reason = "a folder" if picture.is_dir() else "no such folder"
+    if reason is not None:
+        raise ValueError(
+            f"dist-int8 eval:plot: plot must be a picture that can be written, got "
+            f"{str(picture)!r} ({reason}); write outliers.png, .svg or .pdf"
+        )
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -35,7 +45,7 @@ def draw(found: Evaluation, picture: Path) -> None:
     Raises:
         ValueError: matplotlib is not installed, or the file cannot be written.
     """
-    check_matplotlib()
+    check_picture(picture)
     from matplotlib.figure import Figure
 
     kinds = _kinds(found.layers)
@@ -57,6 +67,8 @@ def draw(found: Evaluation, picture: Path) -> None:
 
 
 def _draw_methods(found: Evaluation, part: Any) -> None:
+    from matplotlib.ticker import NullFormatter
+
     base = found.base
     names = list(found.scores)
     colours = [
@@ -70,17 +82,19 @@ def _draw_methods(found: Evaluation, part: Any) -> None:
         changes = [found.scores[name].change_percent(base) for name in names]
         errors = [base.perplexity * (error or 0.0) / 100 for _, error in changes]
     panels[0].barh(names, perplexities, xerr=errors, color=colours)
-    finite = [value for value in perplexities if math.isfinite(value)]
-    if base is not None and max(finite) < 2 * base.perplexity:
+    pairs = zip(perplexities, errors, strict=True)
+    ends = [(value - error, value + error) for value, error in pairs if math.isfinite(value)]
+    low = min((least for least, _ in ends), default=0.0)
+    high = max((most for _, most in ends), default=0.0)
+    if base is not None and 0 < high < 2 * base.perplexity:
         # bars that begin at 0 would all look alike
-        low, high = min(finite), max(finite)
         panels[0].set_xlim(low - 0.1 * (high - low) - 1e-3, high + 0.25 * (high - low) + 1e-3)
         panels[0].axvline(base.perplexity, color=_REFERENCE, linewidth=0.8)
         for row, (change, _) in enumerate(changes):
             panels[0].annotate(
                 f" {change:+.2f}%", (perplexities[row] + errors[row], row), va="center"
             )
-    elif max(finite) > 10 * min(finite):
+    elif high > 10 * low:
         panels[0].set_xscale("log")
     panels[0].set_xlabel("perplexity (the axis does not begin at 0)")
     panels[0].invert_yaxis()
@@ -97,6 +111,7 @@ def _draw_methods(found: Evaluation, part: Any) -> None:
         )
         if any(mean > 0 for mean, _ in means):
             panels[1].set_xscale("log")
+            panels[1].xaxis.set_minor_formatter(NullFormatter())
         panels[1].set_xlabel(f"KL divergence to {found.asked.reference}, nats a token")
     part.suptitle(
         f"{sum(next(iter(found.scores.values())).num_targets)} tokens, window "
@@ -117,6 +132,8 @@ def _kinds(layers: LayerReport | None) -> dict[str, list[Inputs]]:
 
 
 def _draw_map(kinds: dict[str, list[Inputs]], part: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     maps, counts = part.subplots(2, len(kinds), squeeze=False, height_ratios=[3, 1])
     highest = max(inputs.ratio.max().item() for blocks in kinds.values() for inputs in blocks)
     for column, (kind, blocks) in enumerate(kinds.items()):
@@ -130,8 +147,10 @@ def _draw_map(kinds: dict[str, list[Inputs]], part: Any) -> None:
         )
         maps[column].set_title(f"input of {kind}")
         maps[column].set_xlabel("feature")
+        maps[column].yaxis.set_major_locator(MaxNLocator(integer=True))
         counts[column].bar(range(len(blocks)), [len(b.outlier_features) for b in blocks])
         counts[column].set_xlabel("block")
+        counts[column].xaxis.set_major_locator(MaxNLocator(integer=True))
     part.colorbar(image, ax=list(maps), label="log2(largest magnitude / RMS)")
     maps[0].set_ylabel("block")
     counts[0].set_ylabel("features >= 6.0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,6 +108,9 @@ def evaluate(
 
                 model = stack.enter_context(load(model))
             model = PipelineLM(model, progress=progress)
+        if not progress:  # the harness prints what it is at
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
         return lm_eval.evaluate(
             lm=model, task_dict=loaded, limit=limit, bootstrap_iters=bootstrap_iterations
         )

@@ -80,8 +80,11 @@ class Transport:
             capacity = control_bytes + limits.max_rows * hidden_bytes
         self._capacity = HEADER_BYTES + capacity + END_BYTES
         self._posted: deque[tuple[dist.Work, Tensor]] = deque()
-        for _ in range(BUFFERS):
-            self._post_receive()
+        try:
+            for _ in range(BUFFERS):
+                self._post_receive()
+        except (RuntimeError, dist.DistError) as error:  # it failed while loading its stage
+            raise self._lost_source(error) from None
         self._thread: threading.Thread | None = None
         if world.rank == 0:
             self._thread = threading.Thread(

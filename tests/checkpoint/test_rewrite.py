@@ -144,6 +144,25 @@ def test_a_weight_that_is_not_finite_is_refused(folder_of, tmp_path):
     assert not (tmp_path / "int8").exists()
 
 
+def test_a_negative_scale_is_refused(int8_llama):
+    name = "model.layers.0.mlp.up_proj.col_scale"
+    shard = next(int8_llama.glob("*.safetensors")).name
+    rewrite(int8_llama, shard, lambda tensors: tensors[name][2].neg_())
+    with pytest.raises(ValueError, match=rf"{name}: scales must be at least 0, got -"):
+        load(int8_llama)
+
+
+def test_activations_that_overflow_cannot_be_calibrated_with(folder_of, tmp_path):
+    folder = folder_of("llama")
+    name = "model.layers.0.mlp.up_proj.weight"
+    rewrite(folder, "model.safetensors", lambda tensors: tensors[name].fill_(3e38))
+    with pytest.raises(
+        ValueError, match="activations must be finite, got NaN or Inf before blocks"
+    ):
+        quantize(folder, tmp_path / "int8", calibrate="random").run()
+    assert not (tmp_path / "int8").exists()
+
+
 def test_everything_wrong_with_an_int8_checkpoint_is_listed(int8_llama):
     base = "model.layers.0.self_attn"
 

@@ -130,6 +130,25 @@ def test_a_table_and_a_picture(capfd, tiny_llama, text, tmp_path):
     assert "ours, as set" in lines[3] and "401 tokens of" in shown.out
 
 
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--plot", "no/where.png"], "got 'no/where.png' (no such folder)"),
+        (["--plot", "."], "got '.' (another ending)"),
+        (["--plot", "picture.txt"], "got 'picture.txt' (another ending)"),
+        (
+            ["--tasks", "plays_cloze", "--methods", "absmax"],
+            "methods must be left out with --tasks",
+        ),
+        (["--tasks", "plays_cloze", "--plot", "x.png"], "plot must be left out with --tasks"),
+        (["--inject-outliers", 2**70], "inject_outliers must be a seed in 0..2^63-1"),
+    ],
+)
+def test_flags_that_cannot_be(capfd, tiny_llama, flags, part):
+    code, shown = run(capfd, "-m", tiny_llama, *flags)
+    assert code == 2 and part in shown.err and shown.err.count("\n") == 1
+
+
 def test_without_matplotlib_it_says_so_first(capfd, tiny_llama, text, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, shown = run(capfd, "-m", tiny_llama, "--text", text, "--plot", tmp_path / "x.png")
@@ -191,6 +210,9 @@ def test_nan_agrees_with_nothing(capfd, tiny_llama, text, tmp_path):
     assert found["methods"]["ours"]["perplexity"] is None
     code, shown = run(capfd, *options, "--methods", "ours", "--threads", 1)
     assert code == 0 and "not finite" in shown.out
+    picture = tmp_path / "eval.png"
+    code, shown = run(capfd, *options, "--methods", "ours", "--threads", 1, "--plot", picture)
+    assert code == 0 and "not finite" in shown.out and picture.stat().st_size
 
 
 def test_quiet_is_quiet(capfd, tiny_llama, text):
