@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from tqdm import tqdm
 
 from dist_int8.config import load_settings, parse_byte_size
 
@@ -155,6 +154,8 @@ def verify(
 def _run(job: Any, verb: str, verify: bool, quiet: bool) -> None:
     def note(line: str) -> None:
         if not quiet:
+            from tqdm import tqdm
+
             tqdm.write(line, file=sys.stderr)
 
     with _bar(verb, job.num_bytes_read + job.num_bytes, quiet) as progress:
@@ -178,6 +179,8 @@ def _verify(folder: Path, quiet: bool) -> None:
 
 @contextlib.contextmanager
 def _bar(verb: str, num_bytes: int, quiet: bool) -> Iterator[Callable[[int], object]]:
+    from tqdm import tqdm
+
     with tqdm(
         total=num_bytes,
         desc=verb,
