@@ -247,7 +247,7 @@ def _num_changed(base: dict[str, Any], ours: dict[str, Any], score: TaskScore) -
         values.append([sample.get(metric) for sample in samples])
     if not values[0] or not all(value in (0, 1) for value in values[0] + values[1]):
         return None
-    return sum(one != other for one, other in zip(*values, strict=True))
+    return sum(bool(one != other) for one, other in zip(*values, strict=True))  # not NumPy's
 
 
 def _require_harness() -> None:

@@ -142,7 +142,7 @@ def test_tasks_over_local_files_have_equal_scores(ours, theirs):
 
 def test_int8_beside_floating_point_from_the_command_line(tiny_llama, capfd):
     command = ["eval", "--model", str(tiny_llama), "--devices", "cpu", "--threads", "1"]
-    command += ["--tasks", "plays_next_line", "--task-folder", str(TASKS), "--limit", "5"]
+    command += ["--tasks", "plays_next_line,plays_write", "--task-folder", str(TASKS), "--limit", "5"]
 
     def printed(*more: str) -> str:
         CliRunner().invoke(app, [*command, *more], catch_exceptions=False)
@@ -150,11 +150,12 @@ def test_int8_beside_floating_point_from_the_command_line(tiny_llama, capfd):
 
     values = json.loads(printed("--json"))
     assert (values["model"], values["reference"]) == (str(tiny_llama), "fp32")
-    assert [row["metric"] for row in values["scores"]] == ["acc", "acc_norm"]
+    metrics = [row["metric"] for row in values["scores"]]
+    assert metrics == ["acc", "acc_norm", "exact_match,first_word"]
     for row in values["scores"]:
         assert row["num_documents"] == 5
         assert row["changed"] >= abs(row["ours"] - row["reference"]) * 5 - 1e-6
-    header, line, _ = printed("--reference", "none").splitlines()
+    header, line, *_ = printed("--reference", "none").splitlines()
     assert header.split() == ["task", "metric", "documents", "ours", "+-"]
     assert f"{values['scores'][0]['ours']:.4f}" in line
 
