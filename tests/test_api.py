@@ -270,13 +270,13 @@ def test_a_second_load_in_one_session_works(tiny_llama):
             assert len(model.generate("abc", max_new_tokens=2)[0].token_ids) == 2
 
 
-def test_nan_weights_end_in_a_clear_error(tiny_llama, tmp_path):
+def test_weights_that_overflow_end_in_a_clear_error(tiny_llama, tmp_path):
     from safetensors.torch import load_file, save_file
 
     for file in tiny_llama.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tensors = load_file(tmp_path / "model.safetensors")
-    tensors["model.layers.2.input_layernorm.weight"][0] = float("nan")
+    tensors["model.layers.2.input_layernorm.weight"][:] = 3e38  # times 1.2 it leaves fp32
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with (
         dist_int8.load(tmp_path, devices=["cpu"], **OPTIONS) as model,

@@ -1,6 +1,8 @@
 """Host memory: a few slices, whatever the size of a tensor."""
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,21 +88,24 @@ def test_calibration_holds_one_block(tmp_path):
         max_position_embeddings=128,
     )
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    spec = describe(load_config(tmp_path))
-    calibration = replace(calibration_of(tmp_path, spec, "random", 16), token_ids=torch.arange(64))
-
-    def find():
-        assert len(find_hot_columns(tmp_path, spec, calibration)) == 8 * 4
-        return 0
-
-    find()
-    assert extra_bytes(find) <= 2 * 12_600_000
+    # In a process of its own that has done it once before: what was paged in does not count, and
+    # with large tensors in mappings of their own no holes in its heap do.
+    program = [sys.executable, __file__, str(tmp_path)]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    ended = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
+    assert 12_600_000 <= int(ended.stdout.split()[-1]) <= 2 * 12_600_000
 
 
-def test_peak_is_below_twice_the_largest_tensor(folder, tmp_path):
-    loaded(folder)  # what is paged in or allocated once is no part of it
-    bound = 2 * LARGEST
-    assert extra_bytes(lambda: loaded(folder)) <= bound
-    assert extra_bytes(lambda: loaded(folder, int8=False)) <= bound
-    assert extra_bytes(lambda: quantize(folder, tmp_path / "int8").run() and 0) <= bound
-    assert extra_bytes(lambda: loaded(tmp_path / "int8")) <= bound
+def calibrate(folder: str) -> None:
+    spec = describe(load_config(folder))
+    calibration = replace(calibration_of(folder, spec, "random", 16), token_ids=torch.arange(64))
+    assert len(find_hot_columns(folder, spec, calibration)) == 8 * 4
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    calibrate(sys.argv[1])
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    calibrate(sys.argv[1])
+    print(status("VmHWM") - before)
