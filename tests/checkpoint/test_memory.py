@@ -102,6 +102,15 @@ def calibrate(folder: str) -> None:
     assert len(find_hot_columns(folder, spec, calibration)) == 8 * 4
 
 
+def test_peak_is_below_twice_the_largest_tensor(folder, tmp_path):
+    loaded(folder)  # what is paged in or allocated once is no part of it
+    bound = 2 * LARGEST
+    assert extra_bytes(lambda: loaded(folder)) <= bound
+    assert extra_bytes(lambda: loaded(folder, int8=False)) <= bound
+    assert extra_bytes(lambda: quantize(folder, tmp_path / "int8").run() and 0) <= bound
+    assert extra_bytes(lambda: loaded(tmp_path / "int8")) <= bound
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     calibrate(sys.argv[1])

@@ -142,7 +142,8 @@ def test_tasks_over_local_files_have_equal_scores(ours, theirs):
 
 def test_int8_beside_floating_point_from_the_command_line(tiny_llama, capfd):
     command = ["eval", "--model", str(tiny_llama), "--devices", "cpu", "--threads", "1"]
-    command += ["--tasks", "plays_next_line,plays_write", "--task-folder", str(TASKS), "--limit", "5"]
+    command += ["--tasks", "plays_next_line,plays_write", "--task-folder", str(TASKS)]
+    command += ["--limit", "5"]
 
     def printed(*more: str) -> str:
         CliRunner().invoke(app, [*command, *more], catch_exceptions=False)
