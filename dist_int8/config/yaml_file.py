@@ -81,5 +81,5 @@ def syntax_error(path: Path) -> str | None:
         for _ in yaml.parse(path.read_text(encoding="utf-8")):
             pass
     except (OSError, ValueError, yaml.YAMLError) as error:
-        return " ".join(str(error).split())
+        return _flat(error)
     return None
