@@ -47,6 +47,14 @@ STABLE_TORCH_LIBRARY(dist_int8, m) {
       "Tensor(c!) value_cache, Tensor(d!) value_scale, Tensor segments, int num_heads, "
       "int num_kv_heads, float scale, Tensor? cos, Tensor? sin, Tensor? alibi_slopes, "
       "int window) -> Tensor");
+  // Of every block in turn: norms, weight and bias of both; linears, weight_int8, col_scale, bias,
+  // hot_columns, hot_weight of qkv, attention_output, gate_up and down; caches, the two of
+  // attention, or the four of int8_kv_attention. What a block lacks is an empty tensor.
+  m.def(
+      "decoder_blocks(Tensor x, Tensor? residual, Tensor segments, Tensor[] norms, "
+      "Tensor[] linears, Tensor(a!)[] caches, bool int8_kv, int num_heads, int num_kv_heads, "
+      "float scale, Tensor? cos, Tensor? sin, Tensor? alibi_slopes, int window, float eps, "
+      "int norm_kind, int outlier_rule, float outlier_threshold) -> (Tensor, Tensor)");
   m.def("transform_layout(Tensor x, int source, int target, int rows, int cols) -> Tensor");
 }
 

@@ -10,12 +10,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dist_int8.int8 import ops, reference
+from dist_int8.int8.convert import convert
+from dist_int8.models import BlockSpec, DecoderStage, ModelSpec, TokenBatch
 from dist_int8.partition.profiles import DEFAULT_GPU, PROFILES
 
 NUM_FEATURES = 4096  # of the layers measured, in and out
@@ -137,21 +139,38 @@ def _seconds(
 
 
 def _overhead(place: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of a block whose linears are next to nothing: four small ones and two norms."""
-    size = 64
+    """Seconds of a block whose linears are next to nothing, among others of its kind."""
+    size, count = 64, 20
+    spec = BlockSpec(
+        hidden_size=size,
+        intermediate_size=size,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=size,
+        norm="rms",
+        norm_eps=1e-5,
+        gated=True,
+    )
+    blocks = tuple([spec] * count)
+    model = ModelSpec("llama", "llama", 1, size, blocks, False, size, size)
+    stage = DecoderStage(model, range(count), first=False, last=False, dtype=dtype)
+    for parameter in stage.parameters():
+        parameter.fill_(1.0)
+    convert(stage, **_RULE).to(place)
+    cache = torch.zeros(1, 1, size, size, device=place, dtype=dtype)
+    caches = _OneLayer((cache, cache))
+    batch = TokenBatch.from_segments(None, [(0, 0, 1)], device=place)
     x = torch.ones(1, size, device=place, dtype=dtype)
-    weight = torch.ones(size, size, device=place, dtype=torch.int8)
-    scale = torch.ones(size, device=place)
+    return _seconds(lambda x, _: stage(batch, x, caches), x, [x] * count, place) / count
 
-    def small(x: Tensor, ones: Tensor) -> Tensor:
-        for _ in range(2):
-            x, _ = ops.add_norm(x, x, ones, None, 1e-5, "rms")
-        for _ in range(4):
-            ops.int8_linear(x, weight, scale, **_RULE)
-        return x
 
-    ones = torch.ones(size, device=place, dtype=dtype)
-    return _seconds(small, x, [ones] * 20, place)
+class _OneLayer(NamedTuple):
+    """Key and value cache of every block."""
+
+    caches: tuple[Tensor, Tensor]
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.caches
 
 
 def _wait(place: torch.device) -> None:

@@ -57,7 +57,7 @@ MAY_IMPORT = {
     },
     "evaluation": {"api", "checkpoint", "config", "engine", "handle", "int8", "models"},
     "loading": {"checkpoint", "config", "engine", "models", "partition", "pipeline"},
-    "bench": {"config", "int8", "partition"},
+    "bench": {"config", "int8", "models", "partition"},
     "handle": {"config", "engine", "models", "partition", "pipeline"},
     "engine": {"config", "pipeline"},
     "pipeline": {"distributed", "models", "world"},

@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "attention_checks.h"
+#include "cpu_ops/ops.h"
 #include "cpu_ops/runtime.h"
 
 namespace dist_int8 {
@@ -68,6 +69,8 @@ AttentionArgs make_args(const char* op, const AttentionShape& shape, const Tenso
   return args;
 }
 
+}  // namespace
+
 Tensor attention(const Tensor& qkv, const Tensor& key_cache, const Tensor& value_cache,
                  const Tensor& segments, int64_t num_heads, int64_t num_kv_heads, double scale,
                  const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
@@ -118,7 +121,6 @@ Tensor int8_kv_attention(const Tensor& qkv, const Tensor& key_cache, const Tenso
   return out;
 }
 
-}  // namespace
 }  // namespace dist_int8
 
 STABLE_TORCH_LIBRARY_IMPL(dist_int8, CPU, m) {

@@ -1,9 +1,9 @@
 // Linear layers on the CPU: checks, outputs, and the call of the chosen instruction set.
+#include "cpu_ops/ops.h"
 #include "cpu_ops/runtime.h"
 #include "matmul_checks.h"
 
 namespace dist_int8 {
-namespace {
 
 Tensor int8_linear(const Tensor& x, const Tensor& weight_int8, const Tensor& col_scale,
                    const std::optional<Tensor>& bias, int64_t rule, double threshold,
@@ -42,6 +42,8 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight_int8, const Tensor& col
   cpu_kernels().int8_linear(args, runtime());
   return out;
 }
+
+namespace {
 
 Tensor int8_matmul(const Tensor& x_int8, const Tensor& x_high, const Tensor& row_scale,
                    const Tensor& high_tiles, const Tensor& x_hot, const Tensor& weight_int8,

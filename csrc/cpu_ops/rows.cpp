@@ -1,6 +1,5 @@
 // Ops that work row by row on the CPU: checks, outputs, and the call of the chosen instruction set.
-#include <tuple>
-
+#include "cpu_ops/ops.h"
 #include "cpu_ops/runtime.h"
 
 namespace dist_int8 {
@@ -100,6 +99,8 @@ Tensor norm_into(const char* op, const Tensor& x, const Tensor* residual, const 
   return normed;
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> add_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
                                     const std::optional<Tensor>& bias, double eps, int64_t kind) {
   Tensor total;
@@ -111,6 +112,8 @@ Tensor norm(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
             int64_t kind) {
   return norm_into("add_norm", x, nullptr, weight, bias, eps, kind, nullptr);
 }
+
+namespace {
 
 Tensor silu_mul_of(const char* op, const Tensor& gate_up) {
   SiluMulArgs args{};
@@ -128,7 +131,11 @@ Tensor silu_mul_of(const char* op, const Tensor& gate_up) {
   return out;
 }
 
+}  // namespace
+
 Tensor silu_mul(const Tensor& gate_up) { return silu_mul_of("silu_mul", gate_up); }
+
+namespace {
 
 // The fused ops are their two halves here: a row passes through the cache anyway.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_norm_quantize(

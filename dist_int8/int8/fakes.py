@@ -173,6 +173,11 @@ def _int8_kv_attention(
     return qkv.new_empty(qkv.shape[0], num_heads * key_cache.shape[2])
 
 
+@_fake("decoder_blocks")
+def _decoder_blocks(x: Tensor, residual: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
 @_fake("transform_layout")
 def _transform_layout(x: Tensor, source: int, target: int, rows: int, cols: int) -> Tensor:
     tile_rows, tile_cols = ((1, 1), (1, 32), (8, 32), (32, 32))[target]

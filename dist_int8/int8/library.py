@@ -25,6 +25,7 @@ OPS = (
     "activation_quantize",
     "attention",
     "int8_kv_attention",
+    "decoder_blocks",
     "transform_layout",
 )
 

@@ -69,7 +69,7 @@ def quantize_rows(
         return QuantizedRows(
             *_quantize_rows(
                 x.contiguous(),
-                _rule(outlier_rule, outlier_threshold),
+                rule_index(outlier_rule, outlier_threshold),
                 outlier_threshold,
                 hot_columns,
             )
@@ -113,7 +113,7 @@ def int8_linear(
             weight_int8,
             col_scale,
             bias,
-            _rule(outlier_rule, outlier_threshold),
+            rule_index(outlier_rule, outlier_threshold),
             outlier_threshold,
             hot_columns,
             hot_weight,
@@ -205,7 +205,7 @@ def add_norm(
     mean(total) (Ba et al. 2016); + bias; in fp32, rounded to x's dtype once. Raises ValueError for
     shapes, dtypes and an unknown kind.
     """
-    norm_kind = _norm_kind("add_norm", kind)
+    norm_kind = norm_kind_index("add_norm", kind)
     if _add_norm is not None and _norm is not None and _has_kernels(x):
         if residual is None:
             x = x.contiguous()
@@ -241,7 +241,7 @@ def add_norm_quantize(
     The normed rows are rounded to x's dtype before they are quantized, as between the two ops. On
     CPU the result is that of the two ops, bit for bit. Arguments and errors as there.
     """
-    norm_kind = _norm_kind("add_norm_quantize", kind)
+    norm_kind = norm_kind_index("add_norm_quantize", kind)
     if _add_norm_quantize is not None and _has_kernels(x):
         x = x.contiguous()
         total, *rows = _add_norm_quantize(
@@ -251,7 +251,7 @@ def add_norm_quantize(
             bias,
             eps,
             norm_kind,
-            _rule(outlier_rule, outlier_threshold),
+            rule_index(outlier_rule, outlier_threshold),
             outlier_threshold,
             hot_columns,
         )
@@ -272,7 +272,7 @@ def silu_mul_quantize(
         return QuantizedRows(
             *_silu_mul_quantize(
                 gate_up.contiguous(),
-                _rule(outlier_rule, outlier_threshold),
+                rule_index(outlier_rule, outlier_threshold),
                 outlier_threshold,
                 hot_columns,
             )
@@ -304,7 +304,7 @@ def activation_quantize(
             *_activation_quantize(
                 x.contiguous(),
                 index,
-                _rule(outlier_rule, outlier_threshold),
+                rule_index(outlier_rule, outlier_threshold),
                 outlier_threshold,
                 hot_columns,
             )
@@ -399,14 +399,16 @@ def _has_kernels(x: Tensor) -> bool:
     return x.is_cpu or (_ON_CUDA and x.is_cuda)
 
 
-def _norm_kind(op: str, kind: str) -> int:
+def norm_kind_index(op: str, kind: str) -> int:
+    """norm_kind of the compiled ops."""
     norm_kind = _KINDS.get(kind)
     if norm_kind is None:
         raise ValueError(f"{op}: kind must be 'rms' or 'layer', got {kind!r}; choose one of them")
     return norm_kind
 
 
-def _rule(outlier_rule: str, outlier_threshold: float) -> int:
+def rule_index(outlier_rule: str, outlier_threshold: float) -> int:
+    """outlier_rule of the compiled ops; ValueError for an unknown one."""
     index = _RULES.get(outlier_rule)
     if index is None:
         reference.check_outlier_rule(outlier_rule, outlier_threshold)

@@ -5,7 +5,8 @@ The next norm adds and normalizes in one op (`ops.add_norm`), so a Llama block i
 add_norm, qkv, attention, attention_output, add_norm, gate_up, silu_mul, down.
 
 On a GPU, a norm or an activation in front of an `Int8Linear` also quantizes its rows, so that they
-never travel through memory in floating point. On CPUs `int8_linear` quantizes inside.
+never travel through memory in floating point. On CPUs `int8_linear` quantizes inside, and blocks
+like Llama's run in one call (`blocks.py`), with the same result.
 """
 
 from typing import Any, NamedTuple, TypeGuard

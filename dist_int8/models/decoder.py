@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dist_int8.int8 import ops
 from dist_int8.int8.embedding import Int8Embedding
 from dist_int8.models.block import Cache, DecoderBlock, Norm, PositionTables
+from dist_int8.models.blocks import run_blocks
 from dist_int8.models.rotary import alibi_slopes, rotary_tables
 from dist_int8.models.spec import ModelSpec
 
@@ -238,13 +239,8 @@ class DecoderStage(nn.Module):
         assert (hidden_states is None) == self.first, "all but the first stage get hidden states"
         tables = PositionTables(self.rotary_cos, self.rotary_sin, self.alibi_slopes)
         x = self._embed(batch) if hidden_states is None else hidden_states
-        residual: Tensor | None = None
-        segments = batch.segments
-        for index, block in enumerate(self.blocks.values()):
-            key_cache, value_cache = kv_cache.layer(index)
-            if index == 0 and isinstance(key_cache, Tensor):  # once for all blocks
-                segments = ops.decode_segments(segments, key_cache, tables.cos)
-            x, residual = block(x, residual, segments, key_cache, value_cache, tables)
+        blocks: Any = self.blocks.values()
+        x, residual = run_blocks(blocks, x, batch.segments, kv_cache.layer, tables)
         if self.last:
             return self._logits(x, residual, batch.logit_rows)
         return x if residual is None else x + residual

@@ -89,8 +89,8 @@ _DATASHEETS = (
     _datasheet("h100", 80, 3350, 1979, 989, 450),
     _datasheet("h200", 141, 4800, 1979, 989, 450),
 )
-# One thread of an AMD EPYC with AVX-512 VNNI on SmolLM2-135M: a block takes 0.38 to 0.64 ms for 1
-# to 8 rows and 2.8 ms for 64, the bf16 head 2.8 ms for 4; this profile says 0.37 to 0.63, 2.7, 3.1.
+# One thread of an AMD EPYC with AVX-512 VNNI on SmolLM2-135M: a block takes 0.33 to 0.59 ms for 1
+# to 8 rows and 2.9 ms for 64, the bf16 head 2.8 ms for 4; this profile says 0.32 to 0.58, 2.6, 3.1.
 CPU = DeviceProfile(
     name="cpu",
     memory_bytes=16 * GB,
@@ -99,7 +99,7 @@ CPU = DeviceProfile(
     int8_ops=0.19 * TERA,
     float_ops=0.3 * TERA,
     overlaps=False,
-    block_overhead_s=150e-6,
+    block_overhead_s=100e-6,
     link_bandwidth=2 * GB,
     link_latency_s=100e-6,
     network_bandwidth=1 * GB,

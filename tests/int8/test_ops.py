@@ -501,6 +501,15 @@ def compiled_calls():
     int8_caches = [
         part for cache, scale in zip(caches, scales, strict=True) for part in (cache.char(), scale)
     ]
+    hidden, heads, inner = 40, 4 * 16, 24
+    linears = []
+    for rows, columns in (
+        (case.width, hidden),
+        (hidden, heads),
+        (2 * inner, hidden),
+        (hidden, inner),
+    ):
+        linears += [*linear_arguments(1, columns, rows)[1:3], *[torch.empty(0)] * 3]
     return {
         "quantize_rows": (x, 2, 4.0, hot[0]),
         "int8_linear": (x, weight_int8, col_scale, bias, 2, 4.0, *hot),
@@ -522,6 +531,20 @@ def compiled_calls():
         "activation_quantize": (x, 3, 1, 6.0, None),
         "attention": tuple(attention),
         "int8_kv_attention": (attention[0], *int8_caches, *attention[3:]),
+        "decoder_blocks": (
+            torch.randn(7, hidden),
+            None,
+            segments,
+            [torch.ones(hidden), torch.empty(0)] * 2,
+            linears,
+            caches,
+            False,
+            *case.settings.values(),
+            1e-5,
+            0,
+            2,
+            4.0,
+        ),
         "transform_layout": (weight_int8, 0, 3, 6, 40),
     }
 

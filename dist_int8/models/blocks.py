@@ -1,0 +1,128 @@
+"""Runs the blocks of a stage, neighbours in one call where `int8/decoder_blocks.py` has them."""
+
+from collections.abc import Callable, Iterable
+from itertools import groupby
+from typing import Any
+
+from torch import Tensor, nn
+
+from dist_int8.int8 import kv, ops
+from dist_int8.int8.decoder_blocks import BlockTensors, decoder_blocks, runs
+from dist_int8.int8.linear import Int8Linear
+from dist_int8.models.block import Cache, DecoderBlock, PositionTables
+
+# What `decoder_blocks` reads of a block, in its order.
+NORMS = ("attention_norm", "mlp_norm")
+LINEARS = ("qkv", "attention_output", "gate_up", "down")
+PARTS = ("weight_int8", "col_scale", "bias", "hot_columns", "hot_weight")
+
+Hidden = tuple[Tensor, Tensor | None]  # (x, residual); their sum is the hidden state
+
+
+def run_blocks(
+    blocks: Iterable[DecoderBlock],
+    x: Tensor,
+    segments: Tensor,
+    caches_of: Callable[[int], tuple[Cache, Cache]],
+    tables: PositionTables,
+) -> Hidden:
+    """x [T, hidden] through blocks, whose caches are `caches_of(0)` and so on -> (x, residual)."""
+    residual: Tensor | None = None
+    numbered = [(block, *caches_of(index)) for index, block in enumerate(blocks)]
+    if numbered and isinstance(numbered[0][1], Tensor):  # once for all blocks
+        segments = ops.decode_segments(segments, numbered[0][1], tables.cos)
+    if not runs(x):
+        return _one_by_one(numbered, x, residual, segments, tables)
+    for rule, some in groupby(numbered, lambda item: _rule_in_one_call(item[0])):
+        group = list(some)
+        if rule is None:
+            x, residual = _one_by_one(group, x, residual, segments, tables)
+        else:
+            x, residual = _in_one_call(group, rule, x, residual, segments, tables)
+    return x, residual
+
+
+def _one_by_one(
+    numbered: Iterable[tuple[DecoderBlock, Cache, Cache]],
+    x: Tensor,
+    residual: Tensor | None,
+    segments: Tensor,
+    tables: PositionTables,
+) -> Hidden:
+    for block, key_cache, value_cache in numbered:
+        x, residual = block(x, residual, segments, key_cache, value_cache, tables)
+    return x, residual
+
+
+def _rule_in_one_call(block: DecoderBlock) -> tuple[Any, ...] | None:
+    """What blocks of one call have in common; None where a block has to run op by op.
+
+    It has to where its arrangement is not that of `decoder_blocks`, a linear is not int8 or has a
+    rule of its own, or somebody watches: whoever hooks a linear wants to see it called.
+    """
+    spec = block.spec
+    if not spec.gated or spec.norm_after or spec.residual_from_norm or spec.parallel_residual:
+        return None
+    # Not block.qkv and so on: nn.Module.__getattr__ costs about 1 us for each.
+    modules: dict[str, Any] = block._modules
+    first = modules["qkv"]
+    if _is_watched(block) or any(_is_watched(modules[name]) for name in NORMS):
+        return None
+    for name in LINEARS:
+        linear = modules[name]
+        if (
+            type(linear) is not Int8Linear
+            or _is_watched(linear)
+            or linear.outlier_rule != first.outlier_rule
+            or linear.outlier_threshold != first.outlier_threshold
+        ):
+            return None
+    return spec, first.outlier_rule, first.outlier_threshold
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _in_one_call(
+    group: list[tuple[DecoderBlock, Cache, Cache]],
+    rule: tuple[Any, ...],
+    x: Tensor,
+    residual: Tensor | None,
+    segments: Tensor,
+    tables: PositionTables,
+) -> Hidden:
+    spec, outlier_rule, outlier_threshold = rule
+    return decoder_blocks(
+        x,
+        residual,
+        segments,
+        [_tensors_of(*item) for item in group],
+        norm_eps=spec.norm_eps,
+        norm_kind=spec.norm,
+        outlier_rule=outlier_rule,
+        outlier_threshold=outlier_threshold,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        scale=group[0][0].scale,
+        cos=tables.cos,
+        sin=tables.sin,
+        alibi_slopes=tables.alibi_slopes,
+        window=spec.window,
+    )
+
+
+def _tensors_of(block: DecoderBlock, key_cache: Cache, value_cache: Cache) -> BlockTensors:
+    modules: dict[str, Any] = block._modules
+    parameters = [modules[name]._parameters for name in NORMS]
+    buffers = [modules[name]._buffers for name in LINEARS]
+    if isinstance(key_cache, kv.Int8KV) and isinstance(value_cache, kv.Int8KV):
+        caches: tuple[Tensor, ...] = (*key_cache, *value_cache)
+    else:
+        assert isinstance(key_cache, Tensor) and isinstance(value_cache, Tensor)
+        caches = (key_cache, value_cache)
+    return BlockTensors(
+        [norm[part] for norm in parameters for part in ("weight", "bias")],
+        [linear[part] for linear in buffers for part in PARTS],
+        caches,
+    )

@@ -1,0 +1,97 @@
+"""The op of several blocks: arguments that it refuses (results: tests/models/test_blocks.py)."""
+
+import pytest
+import torch
+
+from dist_int8.int8 import decoder_blocks, reference
+from dist_int8.int8.decoder_blocks import BlockTensors
+
+HIDDEN, INNER, HEAD_DIM, TOKENS = 32, 24, 16, 8
+SETTINGS = {
+    "norm_eps": 1e-5,
+    "norm_kind": "rms",
+    "outlier_rule": "row_rms",
+    "outlier_threshold": 4.0,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "scale": 0.25,
+    "cos": None,
+    "sin": None,
+    "alibi_slopes": None,
+    "window": 0,
+}
+
+
+def tensors(**changes):
+    """The tensors of a block, by name, as BlockTensors."""
+    named = {"norm": torch.ones(HIDDEN), "key_cache": torch.zeros(1, 1, HEAD_DIM, TOKENS)}
+    shapes = {"qkv": (64, HIDDEN), "attention_output": (HIDDEN, 32), "gate_up": (48, HIDDEN)}
+    for name, (rows, columns) in {**shapes, "down": (HIDDEN, INNER)}.items():
+        named[name], named[f"{name}_scale"] = reference.quantize_weight(torch.randn(rows, columns))
+    named |= {"value_cache": torch.zeros(1, 1, TOKENS, HEAD_DIM), "bias": None} | changes
+    linears = []
+    for name in ("qkv", "attention_output", "gate_up", "down"):
+        linears += [named[name], named[f"{name}_scale"], named["bias"], None, None]
+    norms = [named["norm"], None, named["norm"], None]
+    return BlockTensors(norms, linears, (named["key_cache"], named["value_cache"]))
+
+
+def run(*blocks, x=None, residual=None, segments=((0, 0, 3),), **changes):
+    x = torch.randn(3, HIDDEN) if x is None else x
+    where = torch.tensor(segments, dtype=torch.int32)
+    return decoder_blocks.decoder_blocks(x, residual, where, blocks, **(SETTINGS | changes))
+
+
+def test_a_residual_counts_as_if_it_had_been_added():
+    x, residual = torch.randn(2, 3, HIDDEN)
+    torch.manual_seed(0)
+    block = tensors()
+    got = run(block, x=x, residual=residual)
+    expected = run(block, x=x + residual)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"norm": torch.ones(5)}, r"add_norm: weight must be \[K=32\], got \[5\]"),
+        ({"qkv": torch.ones(64, 9, dtype=torch.int8)}, r"weight_int8 must be \[N, K=32\]"),
+        ({"down": torch.ones(HIDDEN, 9, dtype=torch.int8)}, r"weight_int8 must be \[N, K=24\]"),
+        ({"down_scale": torch.ones(3)}, r"col_scale must be \[N=32\], got \[3\]"),
+        ({"gate_up": torch.ones(48, HIDDEN)}, "weight_int8 must be int8, got float32"),
+        ({"bias": torch.ones(5)}, r"bias must be \[N=64\]"),
+        ({"key_cache": torch.zeros(1, 2, HEAD_DIM, TOKENS)}, r"key_cache must be \[S, KV=1"),
+        ({"value_cache": torch.zeros(1, 1, TOKENS, 5)}, r"value_cache must be \[S=1"),
+    ],
+)
+def test_bad_tensors(change, message):
+    with pytest.raises(ValueError, match=message):
+        run(tensors(), tensors(**change))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"segments": ((0, 6, 3),)}, r"segments\[0\] positions must be in 0..7, got 6..8"),
+        ({"segments": ((0, 0, 2),)}, "segments must cover T=3 tokens"),
+        ({"residual": torch.ones(2, HIDDEN)}, r"residual must be \[T=3, K=32\]"),
+        ({"norm_kind": "batch"}, "kind must be 'rms' or 'layer', got 'batch'"),
+        ({"outlier_rule": "most"}, "most"),
+        ({"outlier_threshold": float("nan")}, "outlier_threshold must be a finite number"),
+    ],
+)
+def test_bad_settings(change, message):
+    with pytest.raises(ValueError, match=message):
+        run(tensors(), **change)
+
+
+@pytest.mark.parametrize(
+    "count, message", [(0, "norms must be of 1 block"), (3, "linears must be")]
+)
+def test_bad_counts(count, message):
+    op = torch.ops.dist_int8.decoder_blocks.default
+    none = torch.empty(0)
+    arguments = (torch.ones(1, 4), None, torch.zeros(1, 3, dtype=torch.int32))
+    settings = (False, 1, 1, 1.0, None, None, None, 0, 1e-5, 0, 0, 0.0)
+    with pytest.raises(ValueError, match=f"^decoder_blocks: {message}"):
+        op(*arguments, [none] * 4 * count, [none] * 7, [none] * 6, *settings)
