@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dist_int8.checkpoint.arena import Arena
 from dist_int8.checkpoint.locate import Located, Piece, is_int8_checkpoint, locate, may_be_int8
 from dist_int8.checkpoint.matrices import Source
 from dist_int8.checkpoint.random_weights import (
@@ -143,6 +144,8 @@ def load_stage(
     device = torch.device(device)
     stage.move_tables(device)
     source = Source(reader, device, progress)
+    # Floating linears may be swapped one by one later, and give their memory back then.
+    arena = Arena(device, separate=not int8)
 
     with torch.no_grad():
         for target, entry in located.items():
@@ -156,9 +159,9 @@ def load_stage(
             module = stage.get_submodule(path)
             if isinstance(module, Int8Linear | Int8Embedding):
                 if kind == "weight":
-                    _fill_int8(module, entry, source, device, (hot_columns or {}).get(path))
+                    _fill_int8(module, entry, source, arena, (hot_columns or {}).get(path))
                 else:
-                    module.bias = _floating(entry, source, device, dtype)
+                    module.bias = _floating(entry, source, arena, dtype)
                 continue
             stored = {reader.dtype(name) for name in entry.names}
             keeps_16_bits = path in ("embedding", "lm_head") and dtype == torch.float32
@@ -166,7 +169,7 @@ def load_stage(
             if keeps_16_bits and len(stored) == 1 and (name := stored.pop()) in ("F16", "BF16"):
                 wanted = TORCH_DTYPES[name]
             rows = embedding_rows if target == EMBEDDING else None
-            filled = _floating(entry, source, device, wanted, rows)
+            filled = _floating(entry, source, arena, wanted, rows)
             setattr(module, kind, nn.Parameter(filled, requires_grad=False))
     return stage.eval()
 
@@ -246,15 +249,15 @@ def _shares_embedding(
 def _floating(
     entry: Located,
     source: Source,
-    device: torch.device,
+    arena: Arena,
     dtype: torch.dtype,
     only: Tensor | None = None,
 ) -> Tensor:
-    """The parameter in `dtype` on `device`; `only` the rows of these numbers, ascending."""
+    """The parameter in `dtype`; `only` the rows of these numbers, ascending."""
     if not entry.pieces:
-        return entry.source.assemble([]).to(device, dtype)
+        return entry.source.assemble([]).to(arena.device, dtype)
     num_rows = sum(piece.shape[0] for piece in entry.pieces) if only is None else len(only)
-    out = torch.empty((num_rows, *entry.pieces[0].shape[1:]), dtype=dtype, device=device)
+    out = arena.empty((num_rows, *entry.pieces[0].shape[1:]), dtype)
     for begin, piece in _beginnings(entry):
         for first, rows in source.floating(piece, entry.hot_columns):
             if only is None:
@@ -269,12 +272,12 @@ def _fill_int8(
     module: Int8Linear | Int8Embedding,
     entry: Located,
     source: Source,
-    device: torch.device,
+    arena: Arena,
     columns: Sequence[int] | None,
 ) -> None:
     N, K = module.weight_int8.shape
-    weight_int8 = torch.empty((N, K), dtype=torch.int8, device=device)
-    col_scale = torch.empty(N, dtype=torch.float32, device=device)
+    weight_int8 = arena.empty((N, K), torch.int8)
+    col_scale = arena.empty((N,), torch.float32)
     hot_weight: Tensor | None = None
     hot_columns = entry.hot_columns
     if columns and not entry.is_int8:
@@ -286,11 +289,11 @@ def _fill_int8(
             if part.hot_weight is not None:
                 if hot_weight is None:
                     shape = (N, part.hot_weight.shape[1])
-                    hot_weight = torch.empty(shape, dtype=part.hot_weight.dtype, device=device)
+                    hot_weight = arena.empty(shape, part.hot_weight.dtype)
                 _put(hot_weight, entry.order, begin + part.first, part.hot_weight)
     module.weight_int8, module.col_scale = weight_int8, col_scale
     if hot_columns is not None:
-        module.hot_columns, module.hot_weight = hot_columns.to(device), hot_weight
+        module.hot_columns, module.hot_weight = hot_columns.to(arena.device), hot_weight
 
 
 def _beginnings(entry: Located) -> list[tuple[int, Piece]]:

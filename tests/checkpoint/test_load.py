@@ -1,5 +1,6 @@
 """Filling a stage from a checkpoint: names, dtypes, quantization, sharing, and every refusal."""
 
+import itertools
 import json
 
 import pytest
@@ -240,3 +241,16 @@ def test_buffers_of_old_checkpoints_are_passed_over(folder_of, name, buffer):
     before = load(folder)
     rewrite(folder, lambda tensors: tensors.update({buffer: torch.zeros(3)}))
     assert_same(load(folder), before)
+
+
+def test_int8_weights_lie_in_the_order_in_which_a_step_reads_them(folder_of):
+    folder = folder_of("llama_tied")
+    stage = load(folder)
+    names = ("qkv", "attention_output", "gate_up", "down")
+    weights = [getattr(stage.blocks[i], name).weight_int8 for i in "012" for name in names]
+    for one, other in itertools.pairwise(weights):
+        between = other.data_ptr() - (one.data_ptr() + one.nbytes)
+        assert 0 <= between < 4096  # scales, norms
+    floating = load(folder, int8=False)
+    weight = floating.blocks["0"].qkv.weight
+    assert weight.untyped_storage().nbytes() == weight.nbytes
