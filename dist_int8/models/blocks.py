@@ -81,7 +81,9 @@ def _rule_in_one_call(block: DecoderBlock) -> tuple[Any, ...] | None:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    # accelerate's hooks put another `forward` on the module itself
+    replaced = "forward" in module.__dict__
+    return bool(replaced or module._forward_hooks or module._forward_pre_hooks)
 
 
 def _in_one_call(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
 from dist_int8.int8 import decoder_blocks, kv
@@ -148,6 +149,20 @@ def test_whoever_watches_a_module_sees_it_called(name, kind, calls):
     handle.remove()
     run(blocks)
     assert len(seen) == 2 and calls == [1, 1, 2, 2]
+
+
+def test_a_linear_with_a_hook_of_accelerate_runs_op_by_op(calls):
+    seen = []
+
+    class Watch(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            seen.append(module)
+            return args, kwargs
+
+    block = make_block()
+    add_hook_to_module(block.down, Watch())
+    run([block])
+    assert seen == [block.down] * 2 and calls == []
 
 
 def test_sixteen_bits_run_op_by_op(calls):
