@@ -49,7 +49,7 @@ STABLE_TORCH_LIBRARY(dist_int8, m) {
       "int window) -> Tensor");
   // Of every block in turn: norms, weight and bias of both; linears, weight_int8, col_scale, bias,
   // hot_columns, hot_weight of qkv, attention_output, gate_up and down; caches, the two of
-  // attention, or the four of int8_kv_attention. What a block lacks is an empty tensor.
+  // attention, or the four of int8_kv_attention. What a block lacks is a tensor of bool.
   m.def(
       "decoder_blocks(Tensor x, Tensor? residual, Tensor segments, Tensor[] norms, "
       "Tensor[] linears, Tensor(a!)[] caches, bool int8_kv, int num_heads, int num_kv_heads, "

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dist_int8 import cli, cli_generate
+from dist_int8 import RankDied, cli, cli_generate
 
 SMALL = ["--device", "cpu", "--max-tokens", "96", "--threads", "1"]
 
@@ -177,3 +177,21 @@ def test_text_is_streamed_to_stdout_and_the_rest_to_stderr(tiny_llama, as_json):
 def test_a_model_without_chat_template(tiny_llama):
     answer = run("generate", "-m", tiny_llama, "-p", "x", "--chat", "--quiet", *SMALL)
     assert answer.returncode == 2 and "must have a chat template" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    "text, cure",
+    [
+        ("rank 1 stage 1 (process 7) died with signal SIGKILL", "; start again, or set `recover"),
+        ("rank 1 stage 1 failed: x must be 1, got 2; change x", "; change x"),
+    ],
+)
+def test_a_lost_rank_comes_with_a_cure(text, cure, monkeypatch, capsys):
+    def lose_it(**_):
+        raise RankDied(text, 1)
+
+    monkeypatch.setattr(cli, "app", lose_it)
+    assert cli.run(["generate"]) == cli.FAILED
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {text.partition(';')[0]}") and said.count(";") == 1
+    assert cure in said and said.count("\n") == 1

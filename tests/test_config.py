@@ -75,6 +75,7 @@ def test_memory_of_a_stage():
         ("stages: 2\nmodel: x\nstages: 3\n", ["stages", "once", "lines 1 and 3"]),
         ("outlier_treshold: 6\n", ["outlier_treshold", "did you mean outlier_threshold?"]),
         ("zzz: 6\n", ["zzz", "known: model"]),
+        ("bogus: 6\n", ["bogus", "known: model"]),
         ("stages: two\n", ["stages must be an integer or a list", "got 'two'; write 4 or"]),
         ("gpus: yes\n", ["gpus must be an integer, got True"]),
         ("gpus: 0\n", ["gpus must be at least 1, got 0"]),

@@ -17,9 +17,9 @@ void check_count(const char* name, const Tensors& tensors, size_t expected) {
                 std::to_string(tensors.size()) + "; call it through dist_int8.int8.decoder_blocks");
 }
 
-// A list of tensors has no place for None: an empty tensor stands for it.
+// A list of tensors has no place for None: a tensor of bool, which no op takes, stands for it.
 std::optional<Tensor> present(const Tensor& tensor) {
-  return tensor.numel() == 0 ? std::nullopt : std::optional<Tensor>(tensor);
+  return tensor.scalar_type() == ScalarType::Bool ? std::nullopt : std::optional<Tensor>(tensor);
 }
 
 constexpr size_t kNormTensors = 4;     // weight and bias, of both norms

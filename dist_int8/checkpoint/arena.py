@@ -7,10 +7,11 @@ a decoding step of a small model takes 4 to 18% longer.
 
 import math
 
+import numpy
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 1 << 28  # taken at once; the operating system hands out pages when first written
+CHUNK_BYTES = 1 << 26  # taken at once; the operating system hands out pages when first written
 LARGE = CHUNK_BYTES // 4  # tensors from here on have memory of their own: their ends do not matter
 ALIGNMENT = 64
 
@@ -18,7 +19,8 @@ ALIGNMENT = 64
 class Arena:
     """Gives out uninitialized tensors, neighbours in memory on CPUs.
 
-    A chunk is freed when all its tensors are: what was cut from one arena should end together.
+    Each has a storage of its own size, so it is saved and copied like any other; but a chunk is
+    freed only with the last of its tensors: what was cut from one arena should end together.
 
     Args:
         device: of the tensors; on others than the CPU each has memory of its own.
@@ -28,17 +30,19 @@ class Arena:
     def __init__(self, device: torch.device | str, separate: bool = False) -> None:
         self.device = torch.device(device)
         self._cuts = self.device.type == "cpu" and not separate
-        self._chunk = torch.empty(0, dtype=torch.uint8)
+        self._chunk = numpy.empty(0, dtype=numpy.uint8)
         self._used = 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor, aligned to 64 bytes."""
-        num_bytes = math.prod(shape) * dtype.itemsize
+        count = math.prod(shape)
+        num_bytes = count * dtype.itemsize
         if not self._cuts or not 0 < num_bytes < LARGE:
             return torch.empty(shape, dtype=dtype, device=self.device)
-        if self._used + num_bytes > self._chunk.numel():
-            self._chunk = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
-            self._used = -self._chunk.data_ptr() % ALIGNMENT
-        piece = self._chunk[self._used : self._used + num_bytes]
+        if self._used + num_bytes > self._chunk.size:
+            self._chunk = numpy.empty(CHUNK_BYTES, dtype=numpy.uint8)
+            self._used = -self._chunk.ctypes.data % ALIGNMENT
+        # not a slice of one large tensor, whose storage would be saved and copied whole
+        tensor = torch.frombuffer(self._chunk, dtype=dtype, count=count, offset=self._used)
         self._used += -(-num_bytes // ALIGNMENT) * ALIGNMENT
-        return piece.view(dtype).view(shape)
+        return tensor.view(shape)

@@ -42,7 +42,7 @@ def _one_line(cls: type[BaseModel], source: str, detail: Any) -> str:
         return f"{source}:{message}"
     key = str(detail["loc"][0])
     if detail["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(key, cls.model_fields, n=1)
+        close = difflib.get_close_matches(key, cls.model_fields, n=1, cutoff=0.7)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(cls.model_fields)}"
         return f"{source}:{key}: {key} must be a known setting, got an unknown key; {hint}"
     if detail["type"] == "value_error":

@@ -20,7 +20,7 @@ _decoder_blocks = (
     if load() and has_kernel("decoder_blocks", "CPU")
     else None
 )
-_NONE = torch.empty(0)  # a list of tensors has no place for None
+_NONE = torch.empty(0, dtype=torch.bool)  # a list of tensors has no place for None
 
 
 class BlockTensors(NamedTuple):

@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from dist_int8.int8 import kv, ops
 from dist_int8.int8.decoder_blocks import BlockTensors, decoder_blocks, runs
 from dist_int8.int8.linear import Int8Linear
-from dist_int8.models.block import Cache, DecoderBlock, PositionTables
+from dist_int8.models.block import Cache, DecoderBlock, Norm, PositionTables
 
 # What `decoder_blocks` reads of a block, in its order.
 NORMS = ("attention_norm", "mlp_norm")
@@ -31,7 +33,8 @@ def run_blocks(
     numbered = [(block, *caches_of(index)) for index, block in enumerate(blocks)]
     if numbered and isinstance(numbered[0][1], Tensor):  # once for all blocks
         segments = ops.decode_segments(segments, numbered[0][1], tables.cos)
-    if not runs(x):
+    # torch.compile and hooks on all modules want to see the ops and the modules.
+    if not runs(x) or torch.compiler.is_compiling() or _has_any_global_hook():
         return _one_by_one(numbered, x, residual, segments, tables)
     for rule, some in groupby(numbered, lambda item: _rule_in_one_call(item[0])):
         group = list(some)
@@ -57,27 +60,30 @@ def _one_by_one(
 def _rule_in_one_call(block: DecoderBlock) -> tuple[Any, ...] | None:
     """What blocks of one call have in common; None where a block has to run op by op.
 
-    It has to where its arrangement is not that of `decoder_blocks`, a linear is not int8 or has a
-    rule of its own, or somebody watches: whoever hooks a linear wants to see it called.
+    It has to where its arrangement is not that of `decoder_blocks`, a part is not of our own kind
+    or the two norms or four linears differ in their rule, or somebody watches: whoever hooks a
+    module wants to see it called.
     """
     spec = block.spec
     if not spec.gated or spec.norm_after or spec.residual_from_norm or spec.parallel_residual:
         return None
     # Not block.qkv and so on: nn.Module.__getattr__ costs about 1 us for each.
     modules: dict[str, Any] = block._modules
-    first = modules["qkv"]
-    if _is_watched(block) or any(_is_watched(modules[name]) for name in NORMS):
+    if type(block) is not DecoderBlock or _is_watched(block):
         return None
-    for name in LINEARS:
-        linear = modules[name]
-        if (
-            type(linear) is not Int8Linear
-            or _is_watched(linear)
-            or linear.outlier_rule != first.outlier_rule
-            or linear.outlier_threshold != first.outlier_threshold
-        ):
+    for names, kind in ((NORMS, Norm), (LINEARS, Int8Linear)):
+        if any(type(modules[name]) is not kind or _is_watched(modules[name]) for name in names):
             return None
-    return spec, first.outlier_rule, first.outlier_threshold
+    norm, linear = modules[NORMS[0]], modules[LINEARS[0]]
+    norm_rule = norm.kind, norm.eps
+    linear_rule = linear.outlier_rule, linear.outlier_threshold
+    for name in NORMS:
+        if (modules[name].kind, modules[name].eps) != norm_rule:
+            return None
+    for name in LINEARS:
+        if (modules[name].outlier_rule, modules[name].outlier_threshold) != linear_rule:
+            return None
+    return spec, block.scale, *norm_rule, *linear_rule
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -94,19 +100,19 @@ def _in_one_call(
     segments: Tensor,
     tables: PositionTables,
 ) -> Hidden:
-    spec, outlier_rule, outlier_threshold = rule
+    spec, scale, norm_kind, norm_eps, outlier_rule, outlier_threshold = rule
     return decoder_blocks(
         x,
         residual,
         segments,
         [_tensors_of(*item) for item in group],
-        norm_eps=spec.norm_eps,
-        norm_kind=spec.norm,
+        norm_eps=norm_eps,
+        norm_kind=norm_kind,
         outlier_rule=outlier_rule,
         outlier_threshold=outlier_threshold,
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
-        scale=group[0][0].scale,
+        scale=scale,
         cos=tables.cos,
         sin=tables.sin,
         alibi_slopes=tables.alibi_slopes,

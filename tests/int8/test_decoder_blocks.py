@@ -60,6 +60,7 @@ def test_a_residual_counts_as_if_it_had_been_added():
         ({"down_scale": torch.ones(3)}, r"col_scale must be \[N=32\], got \[3\]"),
         ({"gate_up": torch.ones(48, HIDDEN)}, "weight_int8 must be int8, got float32"),
         ({"bias": torch.ones(5)}, r"bias must be \[N=64\]"),
+        ({"bias": torch.ones(0)}, r"bias must be \[N=64\], got \[0\]"),
         ({"key_cache": torch.zeros(1, 2, HEAD_DIM, TOKENS)}, r"key_cache must be \[S, KV=1"),
         ({"value_cache": torch.zeros(1, 1, TOKENS, 5)}, r"value_cache must be \[S=1"),
     ],
@@ -90,7 +91,7 @@ def test_bad_settings(change, message):
 )
 def test_bad_counts(count, message):
     op = torch.ops.dist_int8.decoder_blocks.default
-    none = torch.empty(0)
+    none = torch.empty(0, dtype=torch.bool)
     arguments = (torch.ones(1, 4), None, torch.zeros(1, 3, dtype=torch.int32))
     settings = (False, 1, 1, 1.0, None, None, None, 0, 1e-5, 0, 0, 0.0)
     with pytest.raises(ValueError, match=f"^decoder_blocks: {message}"):

@@ -502,6 +502,7 @@ def compiled_calls():
         part for cache, scale in zip(caches, scales, strict=True) for part in (cache.char(), scale)
     ]
     hidden, heads, inner = 40, 4 * 16, 24
+    none = torch.empty(0, dtype=torch.bool)
     linears = []
     for rows, columns in (
         (case.width, hidden),
@@ -509,7 +510,7 @@ def compiled_calls():
         (2 * inner, hidden),
         (hidden, inner),
     ):
-        linears += [*linear_arguments(1, columns, rows)[1:3], *[torch.empty(0)] * 3]
+        linears += [*linear_arguments(1, columns, rows)[1:3], *[none] * 3]
     return {
         "quantize_rows": (x, 2, 4.0, hot[0]),
         "int8_linear": (x, weight_int8, col_scale, bias, 2, 4.0, *hot),
@@ -535,7 +536,7 @@ def compiled_calls():
             torch.randn(7, hidden),
             None,
             segments,
-            [torch.ones(hidden), torch.empty(0)] * 2,
+            [torch.ones(hidden), none] * 2,
             linears,
             caches,
             False,

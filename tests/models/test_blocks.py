@@ -4,11 +4,12 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dist_int8.int8 import decoder_blocks, kv
 from dist_int8.int8.linear import Int8Linear
 from dist_int8.models import blocks as blocks_module
-from dist_int8.models.block import DecoderBlock, PositionTables
+from dist_int8.models.block import DecoderBlock, Norm, PositionTables
 from dist_int8.models.blocks import run_blocks
 from dist_int8.models.spec import BlockSpec
 
@@ -163,6 +164,70 @@ def test_a_linear_with_a_hook_of_accelerate_runs_op_by_op(calls):
     add_hook_to_module(block.down, Watch())
     run([block])
     assert seen == [block.down] * 2 and calls == []
+
+
+def test_a_hook_on_all_modules_sees_them(calls):
+    seen = []
+    handle = register_module_forward_pre_hook(lambda module, _: seen.append(type(module)))
+    try:
+        run([make_block()])
+    finally:
+        handle.remove()
+    assert seen.count(Int8Linear) == 2 * 4 and calls == []
+
+
+class OtherNorm(Norm):
+    def forward(self, x, residual):
+        normed, total = super().forward(x, residual)
+        return normed * 2, total
+
+
+class OtherBlock(DecoderBlock):
+    def forward(self, *args):
+        x, residual = super().forward(*args)
+        return x * 2, residual
+
+
+class Wrapper(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.forward, self.before = norm, norm.forward, norm.before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: setattr(block.attention_norm, "__class__", OtherNorm),
+        lambda block: setattr(block, "__class__", OtherBlock),
+        lambda block: setattr(block, "attention_norm", Wrapper(block.attention_norm)),
+        lambda block: setattr(block.mlp_norm, "eps", 0.5),
+        lambda block: setattr(block, "scale", 0.9),
+    ],
+    ids=["norm", "block", "wrapper", "eps", "scale"],
+)
+def test_what_was_changed_in_a_block_counts(change, monkeypatch):
+    blocks = [make_block(), make_block()]
+    before = run(blocks)
+    change(blocks[1])
+    after = run(blocks)
+    assert not torch.equal(before[0], after[0]) or isinstance(blocks[1].attention_norm, Wrapper)
+    assert_same_bits(after, op_by_op(monkeypatch, blocks))
+
+
+def test_compiles_without_graph_breaks(calls):
+    blocks = [make_block(), make_block()]
+    caches = [torch.zeros(1, 2, HEAD_DIM, MAX_TOKENS), torch.zeros(1, 2, MAX_TOKENS, HEAD_DIM)]
+    segments = torch.tensor([[0, 0, 3]], dtype=torch.int32)
+
+    def step(x):
+        tables = PositionTables(None, None, None)
+        return run_blocks(blocks, x, segments, lambda index: caches, tables)
+
+    x = torch.randn(3, HIDDEN)
+    expected = step(x)
+    compiled = torch.compile(step, backend="eager", fullgraph=True)(x)
+    assert_same_bits(compiled, expected)
+    assert calls == [2]
 
 
 def test_sixteen_bits_run_op_by_op(calls):
