@@ -1,8 +1,8 @@
 """Memory that the weights of a CPU stage are cut from, one behind the other.
 
 The kernels prefetch 32 KiB ahead. Where the next weight follows at once, the end of one fetches the
-beginning of the next; where each has an allocation of its own, every linear begins with a wait, and
-a decoding step of a small model takes 4 to 18% longer.
+beginning of the next. Where malloc places each by itself, among the buffers of loading, a decoding
+step of SmolLM2-135M takes 4 to 8% longer.
 """
 
 import math
