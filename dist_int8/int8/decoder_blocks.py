@@ -1,13 +1,13 @@
 """Neighbouring decoder blocks in one call on CPUs, where a token's work is short.
 
-Eight ops a block, called one by one from Python, take 0.1 ms more than their work: a quarter of a
-decoding step of a small model. The compiled op runs the same kernels in the same order, so its
+Eight ops a block, called one by one from Python, take about 0.05 ms more than their work: 6 to 20%
+of a decoding step of SmolLM2-135M. The compiled op runs the same kernels in the same order, so its
 result is the same, bit for bit.
 """
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +51,13 @@ def decoder_blocks(
     norm_kind: str,
     outlier_rule: str,
     outlier_threshold: float,
-    **attention: Any,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    alibi_slopes: Tensor | None,
+    window: int,
 ) -> tuple[Tensor, Tensor]:
     """x + residual [T, hidden] through blocks with gated MLPs -> the next (x, residual).
 
@@ -65,8 +71,7 @@ def decoder_blocks(
         blocks: one or more, of the same sizes and kind of cache.
         norm_eps, norm_kind: of all norms, as of `ops.add_norm`.
         outlier_rule, outlier_threshold: of all linears.
-        attention: num_heads, num_kv_heads, scale, cos, sin, alibi_slopes and window, as of
-            `ops.attention`.
+        num_heads, num_kv_heads, scale, cos, sin, alibi_slopes, window: as of `ops.attention`.
 
     Raises ValueError as the ops do, the name of the op first. Call it where `runs(x)`.
     """
@@ -80,13 +85,13 @@ def decoder_blocks(
         [_NONE if tensor is None else tensor for tensor in linears],
         caches,
         len(caches) == 4 * len(blocks),
-        attention["num_heads"],
-        attention["num_kv_heads"],
-        attention["scale"],
-        attention["cos"],
-        attention["sin"],
-        attention["alibi_slopes"],
-        attention["window"],
+        num_heads,
+        num_kv_heads,
+        scale,
+        cos,
+        sin,
+        alibi_slopes,
+        window,
         norm_eps,
         ops.norm_kind_index("decoder_blocks", norm_kind),
         ops.rule_index(outlier_rule, outlier_threshold),

@@ -90,7 +90,7 @@ _DATASHEETS = (
     _datasheet("h200", 141, 4800, 1979, 989, 450),
 )
 # One thread of an AMD EPYC with AVX-512 VNNI on SmolLM2-135M: a block takes 0.33 to 0.59 ms for 1
-# to 8 rows and 2.9 ms for 64, the bf16 head 2.8 ms for 4; this profile says 0.32 to 0.58, 2.6, 3.1.
+# to 8 rows and 2.9 ms for 64, the bf16 head 3.1 ms for 4; this profile says 0.32 to 0.58, 2.6, 3.1.
 CPU = DeviceProfile(
     name="cpu",
     memory_bytes=16 * GB,
