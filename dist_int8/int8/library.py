@@ -1,12 +1,15 @@
 """The compiled library `dist_int8/_ops.so`: found, loaded once, and described.
 
 `load()` runs when `dist_int8.int8.ops` is imported. Without a library (a source tree that was never
-built, say) every op runs in plain torch; `library_info()` says so and why.
+built, say) every op runs in plain torch; `library_info()` says so and why. The environment variable
+DIST_INT8_LIBRARY names another library, for a source tree on a machine that cannot build one.
 """
 
 import ctypes
 import importlib
 import importlib.util
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,22 +37,44 @@ _error: str | None = None
 
 
 def load() -> bool:
-    """Load the library if it is there and describe its ops to torch.compile; is it loaded?"""
+    """Load the library if it is there and describe its ops to torch.compile; is it loaded?
+
+    Raises:
+        ImportError: the library that DIST_INT8_LIBRARY names is not there or does not load.
+    """
     global _path, _error
     if _path is not None:
         return True
-    spec = importlib.util.find_spec("dist_int8._ops")
-    if spec is None or spec.origin is None:
+    named = os.environ.get("DIST_INT8_LIBRARY")
+    path = _named(named) if named else _built()
+    if path is None:
         _error = "dist_int8/_ops.so is not built; run make kernels"
         return False
     try:
-        torch.ops.load_library(spec.origin)
+        torch.ops.load_library(path)
     except OSError as error:
-        _error = f"{spec.origin} did not load: {error}"
+        _error = f"{path} did not load: {error}"
+        if named:
+            raise ImportError(f"environment: DIST_INT8_LIBRARY: {_error}") from None
         return False
-    _path, _error = spec.origin, None
+    _path, _error = path, None
     importlib.import_module("dist_int8.int8.fakes")
     return True
+
+
+def _built() -> str | None:
+    """The library that was built with this package."""
+    spec = importlib.util.find_spec("dist_int8._ops")
+    return spec.origin if spec is not None else None
+
+
+def _named(path: str) -> str:
+    if not Path(path).is_file():
+        raise ImportError(
+            f"environment: DIST_INT8_LIBRARY must be a compiled library, got {path!r}, which is "
+            "not there; build it (make gpu-bundle) or unset the variable"
+        )
+    return str(Path(path).resolve())
 
 
 def library_info() -> dict[str, Any]:
