@@ -26,10 +26,13 @@ REQUIRED = {
     "rich": None,
     "tqdm": None,
     "typer": None,
-    "cuda-python": None,
-    "deepspeed": "0.19.6",
+    "cuda-bindings": None,  # what cuda-python installs and `devices` imports
 }
-OPTIONAL = {"gguf": "dist-int8 demo-model"}
+# What else there is a use for, with the least version, and that use.
+OPTIONAL = {
+    "deepspeed": ("0.19.6", "the deepspeed launcher"),
+    "gguf": (None, "dist-int8 demo-model"),
+}
 GIBIBYTE = 1024**3
 
 Verdict = Literal["ok", "missing", "broken"]
@@ -75,7 +78,7 @@ class Report:
 def examine() -> Report:
     """Looks at everything; raises nothing, since telling what is broken is the point."""
     packages = [_package(name, least) for name, least in REQUIRED.items()]
-    packages += [_optional(name, purpose) for name, purpose in OPTIONAL.items()]
+    packages += [_package(name, least, purpose) for name, (least, purpose) in OPTIONAL.items()]
     library, compiled = _library()
     gpus = probe()
     findings = [_python(), *packages, *compiled, _cpu(library), *_gpus(gpus, library)]
@@ -104,24 +107,18 @@ def _python() -> Finding:
     return Finding("python", "ok", f"{platform.python_version()} ({sys.executable})")
 
 
-def _package(name: str, least: str | None) -> Finding:
+def _package(name: str, least: str | None, purpose: str | None = None) -> Finding:
+    """`purpose` is what an optional package is for; without it the package is required."""
+    verdict: Verdict = "missing" if purpose else "broken"
+    use = f" ({purpose} needs it)" if purpose else ""
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return Finding(name, "broken", "not installed", f"pip install {name}")
+        return Finding(name, verdict, f"not installed{use}", f"pip install {name}")
     if least is not None and _numbers(version) < _numbers(least):
         wanted = f"pip install '{name}>={least}'"
-        return Finding(name, "broken", f"{version}, older than {least}", wanted)
+        return Finding(name, verdict, f"{version}, older than {least}{use}", wanted)
     return Finding(name, "ok", version)
-
-
-def _optional(name: str, purpose: str) -> Finding:
-    try:
-        return Finding(name, "ok", importlib.metadata.version(name))
-    except importlib.metadata.PackageNotFoundError:
-        return Finding(
-            name, "missing", f"not installed ({purpose} needs it)", f"pip install {name}"
-        )
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -94,9 +94,26 @@ def test_no_library_is_slow_but_not_broken():
     assert "plain torch" in findings["kernels"]["value"]
 
 
-def test_required_packages_are_those_of_pyproject():
+def test_packages_are_those_of_pyproject():
+    """cuda-python is there for cuda-bindings, which is imported; deepspeed is only a launcher."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    required = {
-        name if least is None else f"{name}>={least}" for name, least in doctor.REQUIRED.items()
-    }
-    assert required == set(project["dependencies"])
+    looked_at = {**doctor.REQUIRED, "deepspeed": doctor.OPTIONAL["deepspeed"][0]}
+    found = {name if least is None else f"{name}>={least}" for name, least in looked_at.items()}
+    assert found - {"cuda-bindings"} == set(project["dependencies"]) - {"cuda-python"}
+
+
+NO_LAUNCHER = """
+import importlib.metadata
+real = importlib.metadata.version
+def version(name):
+    if name in ("deepspeed", "cuda-python"):
+        raise importlib.metadata.PackageNotFoundError(name)
+    return real(name)
+importlib.metadata.version = version
+"""
+
+
+def test_what_is_not_imported_stops_nothing():
+    answer = run_doctor(before=NO_LAUNCHER)
+    assert answer.returncode == 0, answer.stdout
+    assert "the deepspeed launcher needs it" in " ".join(answer.stdout.split())
