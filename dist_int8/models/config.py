@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from dist_int8.models.families import BY_MODEL_TYPE, BY_NAME
+from dist_int8.models.rotary import check_one_set
 from dist_int8.models.sources import TensorSource
 from dist_int8.models.spec import ModelSpec
 
@@ -113,9 +114,10 @@ def load_config(model: str | Path) -> PretrainedConfig:
                 f"{where}:{names[0]}: must be 1 to {_LARGEST_SIZE}, got {found[0]}; correct the "
                 "field"
             )
+    check_one_set(fields.get("rope_parameters") or {})
     try:
         return CONFIG_MAPPING[model_type].from_dict(fields)
-    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{where}: must be a valid {model_type} config, got {reason}; correct the field"

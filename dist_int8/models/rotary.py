@@ -18,6 +18,23 @@ _FIXED = ("linear", "llama3", "yarn", "proportional")
 _LENGTH_KEY = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
 
 
+def check_one_set(parameters: Any) -> None:
+    """Refuses rope parameters that differ between layers; some releases of transformers fail there.
+
+    Raises:
+        ValueError: they are per layer type.
+    """
+    if not isinstance(parameters, dict):
+        raise ValueError(
+            f"config.json:rope_parameters: must be a mapping, got {parameters!r}; correct the field"
+        )
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise ValueError(
+            "config.json:rope_parameters: rope parameters must be one set for all layers, got one "
+            f"per layer type ({', '.join(parameters)}); use a model with a single rope variant"
+        )
+
+
 def describe_rotary(config: Any, head_dim: int, max_positions: int) -> tuple[RotarySpec, int]:
     """Read a config's `rope_parameters`.
 
@@ -36,11 +53,7 @@ def describe_rotary(config: Any, head_dim: int, max_positions: int) -> tuple[Rot
         ValueError: unknown or per-layer-type rope parameters.
     """
     parameters = config.rope_parameters or {}
-    if not isinstance(parameters, dict) or any(isinstance(v, dict) for v in parameters.values()):
-        raise ValueError(
-            "config.json:rope_parameters: rope parameters must be one set for all layers, got one "
-            f"per layer type ({', '.join(parameters)}); use a model with a single rope variant"
-        )
+    check_one_set(parameters)
     if parameters.get("mrope_section") is not None:
         raise ValueError(
             "config.json:rope_parameters.mrope_section: must be absent, got "

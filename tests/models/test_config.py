@@ -187,6 +187,7 @@ REFUSED = {
             "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
         },
     ),
+    "rope_parameters ": (QWEN2, {"rope_parameters": [1e4]}),
     "layer_types": (QWEN2, {"layer_types": ["full_attention", "linear_attention"]}),
     "layer_types ": (MISTRAL, {"layer_types": ["full_attention", "sliding_attention"]}),
     "n_inner": (BLOOM, {"n_inner": 100}),
