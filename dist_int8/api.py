@@ -16,7 +16,7 @@ from dist_int8 import distributed, spawned
 from dist_int8 import world as worlds
 from dist_int8.checkpoint import resolve_model
 from dist_int8.config import Settings, load_settings
-from dist_int8.devices import choose_devices
+from dist_int8.devices import choose_devices, over_nccl
 from dist_int8.distributed import Launched
 from dist_int8.engine import Engine
 from dist_int8.handle import Model
@@ -94,6 +94,8 @@ def load(
             "it out"
         )
     stage_devices = _devices(settings, place)
+    hosts = _hosts(settings, place)
+    uses_nccl = over_nccl(settings, stage_devices, hosts)
     folder = resolve_model(
         settings.model,
         settings.revision,
@@ -114,7 +116,7 @@ def load(
             stage_devices,
             # under a launcher each rank would see other numbers, and plan for itself
             budgets=None if place else free_budgets(stage_devices),
-            hosts=_hosts(settings, place),
+            hosts=hosts,
         ),
         replace(
             formats_of(settings, dtype.itemsize, vocab_dtype.itemsize),
@@ -129,12 +131,11 @@ def load(
     rank = 0 if place is None else place.rank
     if rank == 0 and on_plan is not None:
         on_plan(plan)
-    device_types = {torch.device(device).type for device in stage_devices}
     cores = _share_cores(settings, plan, place)
     if place is not None:
         world = distributed.join(
             place,
-            device_types,
+            uses_nccl,
             settings.rendezvous_timeout,
             cores,
             settings.interface,
@@ -150,7 +151,7 @@ def load(
         world = spawned.spawn(
             len(plan.stages),
             same,
-            device_types,
+            uses_nccl,
             settings.rendezvous_timeout,
             cores,
             settings.step_timeout,
@@ -166,7 +167,7 @@ def load(
         links = Links(
             world,
             connect=lambda: Transport(world, limits, dtype, device),
-            device_types=device_types,
+            uses_nccl=uses_nccl,
             rendezvous_timeout_s=settings.rendezvous_timeout,
             load_timeout_s=LOAD_TIMEOUT_S,
         )

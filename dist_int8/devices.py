@@ -6,6 +6,8 @@ Without a driver every question has an answer: no GPU, and why.
 """
 
 import uuid
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +40,9 @@ def probe() -> Gpus:
     try:
         from cuda.bindings import driver
     except ImportError as error:
-        return Gpus((), f"cuda-python is not importable ({_flat(error)})", None)
+        return Gpus(
+            (), f"cuda-bindings (part of cuda-python) is not importable ({_flat(error)})", None
+        )
     try:
         _call(driver, "cuInit", 0)
         version = _call(driver, "cuDriverGetVersion")
@@ -77,6 +81,36 @@ def choose_devices(settings: Settings, gpus: Gpus | None = None) -> list[str]:
     if found.gpus and num_stages > len(found.gpus):
         raise ValueError(_too_few("stages", f"at most the number of {_seen(found)}", num_stages))
     return [f"cuda:{index}" if found.gpus else "cpu" for index in range(num_stages)]
+
+
+def over_nccl(settings: Settings, devices: Sequence[str], hosts: Sequence[str] | None) -> bool:
+    """Whether hidden states travel over NCCL between stages in processes of their own.
+
+    Args:
+        settings: `backend` and `in_process` decide.
+        devices: "cpu" or "cuda:N" of every stage.
+        hosts: machine of every stage; None: all on one.
+
+    Raises:
+        ValueError: NCCL is asked for with a stage on the CPU, or meets the same GPU twice, which
+            it would fail at while connecting.
+    """
+    on_gpus = "cpu" not in devices
+    if settings.backend == "nccl" and not on_gpus:
+        raise ValueError(
+            "load():backend: backend must be gloo where a stage is on the CPU, got nccl; leave it "
+            "out"
+        )
+    if settings.in_process or len(devices) == 1 or settings.backend == "gloo" or not on_gpus:
+        return False
+    places = Counter(zip(hosts or ["localhost"] * len(devices), devices, strict=True))
+    (_, device), count = places.most_common(1)[0]
+    if count > 1:
+        raise ValueError(
+            f"load():devices: devices must name each GPU once where NCCL connects the stages, got "
+            f"{device} for {count} stages; set backend to gloo, or in_process to true"
+        )
+    return True
 
 
 def _seen(found: Gpus) -> str:

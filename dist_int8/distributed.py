@@ -68,7 +68,7 @@ def launched() -> Launched | None:
 
 def join(
     place: Launched,
-    device_types: set[str],
+    uses_nccl: bool,
     timeout_s: float,
     cores: frozenset[int] = frozenset(),
     interface: str | None = None,
@@ -98,10 +98,10 @@ def join(
             host = interfaces.address_of(listen_on)
             world.monitor = Monitor(world.others, host, step_timeout_s)
             store.set(ADDRESS_KEY, world.monitor.address)
-            meet(world, store, device_types, listen_on, timeout_s)
+            meet(world, store, uses_nccl, listen_on, timeout_s)
         else:
             world.watch(_address_of_rank_0(store, world, timeout_s), timeout_s)
-            connect(world, store, device_types, listen_on, timeout_s)
+            connect(world, store, uses_nccl, listen_on, timeout_s)
     except BaseException:
         if place.rank == 0:
             world.kill()
@@ -135,13 +135,13 @@ def _missing_rank_0(world_size: int, timeout_s: float, error: BaseException) -> 
 def meet(
     world: World,
     store: dist.Store,
-    device_types: set[str],
+    uses_nccl: bool,
     listen_on: dict[str, str],
     timeout_s: float,
 ) -> None:
     """Waits, on rank 0, for every other rank, and connects them."""
     world.wait_for("joined", timeout_s)
-    connect(world, store, device_types, listen_on, timeout_s)
+    connect(world, store, uses_nccl, listen_on, timeout_s)
 
 
 def stay_on(cores: frozenset[int]) -> None:
@@ -153,7 +153,7 @@ def stay_on(cores: frozenset[int]) -> None:
 def connect(
     world: World,
     store: dist.Store,
-    device_types: set[str],
+    uses_nccl: bool,
     listen_on: dict[str, str],
     timeout_s: float,
 ) -> None:
@@ -169,7 +169,7 @@ def connect(
     def start() -> None:
         try:
             stay_on(world.cores)
-            result.append(_start_groups(world, store, device_types, listen_on, timeout_s))
+            result.append(_start_groups(world, store, uses_nccl, listen_on, timeout_s))
         except BaseException as error:  # raised again where it is awaited
             result.append(error)
 
@@ -193,21 +193,21 @@ def connect(
 def _start_groups(
     world: World,
     store: dist.Store,
-    device_types: set[str],
+    uses_nccl: bool,
     listen_on: dict[str, str],
     timeout_s: float,
 ) -> dict[str, Any]:
-    """Connects the ranks: gloo for headers, results and CPU stages, NCCL between GPUs."""
+    """Connects the ranks: gloo for headers and results, NCCL or gloo for hidden states."""
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
     options._timeout = timedelta(seconds=timeout_s)  # for connecting; whoever waits later says
     options._devices = [gloo.create_device(**listen_on)]
     place = (world.rank, world.world_size)
     groups = {"cpu": gloo(dist.PrefixStore("gloo", store), *place, options)}
-    if device_types == {"cuda"}:  # mixed with CPU stages, hidden_states go through gloo
-        nccl = dist.ProcessGroupNCCL.Options()
-        nccl._timeout = IDLE_TIMEOUT
-        groups["cuda"] = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), *place, nccl)
+    if uses_nccl:  # otherwise hidden_states go through host memory, by gloo
+        over_nccl = dist.ProcessGroupNCCL.Options()
+        over_nccl._timeout = IDLE_TIMEOUT
+        groups["cuda"] = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), *place, over_nccl)
     return groups
 
 

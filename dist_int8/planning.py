@@ -183,10 +183,16 @@ def devices_of(
 
 
 def free_budgets(names: Sequence[str]) -> list[int | None]:
-    """Bytes to use on each GPU of this machine that is seen, its free memory less a context."""
+    """Bytes for each stage on a GPU of this machine that is seen; None for the others.
+
+    Its free memory less a context, or an equal share of it where stages share the GPU.
+    """
     gpus = probe().gpus if any(name != "cpu" for name in names) else ()
     free = {f"cuda:{gpu.index}": gpu.free_bytes or gpu.total_bytes for gpu in gpus}
-    return [max(1, free[name] - CUDA_CONTEXT_BYTES) if name in free else None for name in names]
+    return [
+        max(1, free[name] // names.count(name) - CUDA_CONTEXT_BYTES) if name in free else None
+        for name in names
+    ]
 
 
 def profile_of(name: str, source: str = "load()") -> DeviceProfile:

@@ -27,14 +27,14 @@ class Links:
     Attributes:
         world: the ranks.
         connect: makes the links to the neighbours of the world's present groups.
-        device_types: of all stages.
+        uses_nccl: whether hidden states travel over NCCL.
         rendezvous_timeout_s: within which ranks must have joined.
         load_timeout_s: within which stages must be ready.
     """
 
     world: World
     connect: Callable[[], Transport]
-    device_types: set[str]
+    uses_nccl: bool
     rendezvous_timeout_s: float
     load_timeout_s: float
 
@@ -71,9 +71,7 @@ class Recovery:
             try:
                 if pipeline.transport is not None:
                     pipeline.transport.abort()
-                spawned.regroup(
-                    world, lost, self.links.device_types, self.links.rendezvous_timeout_s
-                )
+                spawned.regroup(world, lost, self.links.uses_nccl, self.links.rendezvous_timeout_s)
                 transport = self.links.connect()
                 world.wait_for("ready", self.links.load_timeout_s)
                 pipeline.reconnect(transport)
@@ -103,7 +101,7 @@ def serve_until_shutdown(stage: Stage, links: Links, recover: bool) -> None:
         transport = None
         try:
             if not met:
-                spawned.rejoin(world, links.device_types, links.rendezvous_timeout_s)
+                spawned.rejoin(world, links.uses_nccl, links.rendezvous_timeout_s)
             transport = links.connect()
             world.abort = transport.abort
             world.report("ready")

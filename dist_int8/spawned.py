@@ -25,7 +25,7 @@ def is_spawned() -> bool:
 def spawn(
     world_size: int,
     settings: dict[str, Any],
-    device_types: set[str],
+    uses_nccl: bool,
     timeout_s: float,
     cores: frozenset[int] = frozenset(),
     step_timeout_s: float = STEP_TIMEOUT_S,
@@ -46,14 +46,14 @@ def spawn(
         store = _store_of_folder(world, timeout_s)
         for rank in world.others:
             world.start(rank)
-        distributed.meet(world, store, device_types, listen_on, timeout_s)
+        distributed.meet(world, store, uses_nccl, listen_on, timeout_s)
     except BaseException:
         world.kill()
         raise
     return world
 
 
-def regroup(world: World, lost: set[int], device_types: set[str], timeout_s: float) -> None:
+def regroup(world: World, lost: set[int], uses_nccl: bool, timeout_s: float) -> None:
     """Starts the lost ranks of `spawn` again and meets them and the others anew, on rank 0.
 
     Raises:
@@ -68,12 +68,10 @@ def regroup(world: World, lost: set[int], device_types: set[str], timeout_s: flo
     store = _store_of_folder(world, timeout_s, world.monitor.regroup(lost))
     for rank in sorted(lost):
         world.start(rank)
-    distributed.meet(
-        world, store, device_types, interfaces.choose(None, one_machine=True), timeout_s
-    )
+    distributed.meet(world, store, uses_nccl, interfaces.choose(None, one_machine=True), timeout_s)
 
 
-def rejoin(world: World, device_types: set[str], timeout_s: float) -> None:
+def rejoin(world: World, uses_nccl: bool, timeout_s: float) -> None:
     """Meets the others anew, on a rank above 0 that rank 0 asked to.
 
     Raises:
@@ -85,7 +83,7 @@ def rejoin(world: World, device_types: set[str], timeout_s: float) -> None:
     folder = Path(os.environ["DIST_INT8_FOLDER"])
     store = distributed.file_store(folder, world, timeout_s)
     listen_on = interfaces.choose(None, one_machine=True)
-    distributed.connect(world, store, device_types, listen_on, timeout_s)
+    distributed.connect(world, store, uses_nccl, listen_on, timeout_s)
 
 
 def _start_rank(world: World, rank: int, line: bytes) -> None:

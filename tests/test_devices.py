@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dist_int8.config import load_settings
-from dist_int8.devices import Gpu, Gpus, choose_devices
+from dist_int8.devices import Gpu, Gpus, choose_devices, over_nccl
 
 NONE = Gpus((), "no CUDA driver is installed", None)
 TWO = Gpus(tuple(Gpu(i, "GPU", (8, 0), 80 * 1024**3, None, ()) for i in range(2)), None, "13.0")
@@ -100,3 +100,44 @@ def test_more_gpus_than_there_are(settings, found, parts):
         choose_devices(load_settings(**settings), found)
     for part in [*parts, "--device cpu"]:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "devices", "hosts", "expected"),
+    [
+        ({}, ["cuda:0", "cuda:1"], None, True),
+        ({"backend": "nccl"}, ["cuda:0", "cuda:1"], None, True),
+        ({"backend": "gloo"}, ["cuda:0", "cuda:1"], None, False),
+        ({"backend": "gloo"}, ["cuda:0", "cuda:0"], None, False),
+        ({"in_process": True}, ["cuda:0", "cuda:0"], None, False),
+        ({}, ["cuda:0", "cuda:0"], ["a", "b"], True),
+        ({}, ["cuda:0", "cpu"], None, False),
+        ({}, ["cuda:0"], None, False),
+    ],
+)
+def test_what_carries_hidden_states(settings, devices, hosts, expected):
+    assert over_nccl(load_settings(**settings), devices, hosts) is expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "devices", "hosts", "said"),
+    [
+        (
+            {},
+            ["cuda:0", "cuda:1", "cuda:0"],
+            None,
+            "each GPU once where NCCL connects the stages, got cuda:0 for 2 stages",
+        ),
+        ({"backend": "nccl"}, ["cuda:1", "cuda:1"], ["a", "a"], "got cuda:1 for 2 stages"),
+        ({"backend": "nccl"}, ["cuda:0", "cpu"], None, "gloo where a stage is on the CPU"),
+    ],
+)
+def test_nccl_is_refused_where_it_would_fail(settings, devices, hosts, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        over_nccl(load_settings(**settings), devices, hosts)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_backend_says_nothing_to_stages_of_one_process():
+    with pytest.raises(ValueError, match="backend must be left out with in_process, got gloo"):
+        load_settings(in_process=True, backend="gloo")

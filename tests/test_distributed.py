@@ -59,7 +59,7 @@ def listening_addresses(pid: int) -> set[str]:
 def _rank(rank: int, port: int, queue) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.pop("DIST_INT8_FOLDER", None)
-    world = distributed.join(Launched(rank, 2, rank), {"cpu"}, 60.0)
+    world = distributed.join(Launched(rank, 2, rank), False, 60.0)
     tensor = torch.full((1,), rank)
     world.groups["cpu"].allreduce([tensor]).wait()
     queue.put((rank, int(tensor), listening_addresses(os.getpid())))
@@ -89,7 +89,7 @@ def test_a_rank_that_never_joins_is_named(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     with pytest.raises(RankDied, match="rank 1, 2 of 3 is not joined after 1 s"):
-        distributed.join(Launched(0, 3, 0), {"cpu"}, 1.0)
+        distributed.join(Launched(0, 3, 0), False, 1.0)
 
 
 def test_a_taken_port_is_named(monkeypatch):
@@ -99,4 +99,4 @@ def test_a_taken_port_is_named(monkeypatch):
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         with pytest.raises(ValueError, match=r"must be a free address .*another MASTER_PORT"):
-            distributed.join(Launched(0, 2, 0), {"cpu"}, 1.0)
+            distributed.join(Launched(0, 2, 0), False, 1.0)

@@ -5,9 +5,10 @@ import json
 import pytest
 
 import dist_int8
-from dist_int8 import cli
+from dist_int8 import cli, planning
 from dist_int8.checkpoint import CheckpointReader
 from dist_int8.config import load_settings
+from dist_int8.devices import Gpu, Gpus
 from dist_int8.partition import PROFILES
 from dist_int8.planning import devices_of, free_budgets, profile_of
 
@@ -36,6 +37,15 @@ def test_refused_before_a_weight_is_read(tiny_llama, monkeypatch, settings, part
     with pytest.raises(ValueError) as caught:
         dist_int8.load(tiny_llama, devices=["cpu", "cpu"], **OPTIONS, **settings)
     assert part in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_one_gpu_for_two_ranks_is_refused_before_a_rank_is_started(tiny_llama, monkeypatch):
+    gpus = Gpus((Gpu(0, "GPU", (9, 0), 80 * 1024**3, None, ()),), None, "13.0")
+    monkeypatch.setattr("dist_int8.devices.probe", lambda: gpus)
+    monkeypatch.setattr("dist_int8.spawned.spawn", lambda *_: pytest.fail("a rank was started"))
+    with pytest.raises(ValueError, match="set backend to gloo, or in_process to true") as caught:
+        dist_int8.load(tiny_llama, devices=["cuda:0", "cuda:0"], **OPTIONS)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_refusal_ends_with_what_would_fit(tiny_llama):
@@ -84,6 +94,18 @@ def test_devices_of_settings():
     cpu = devices_of(load_settings(devices=["cpu"]), ["cpu"], budgets=[7])[0]
     assert (cpu.budget, cpu.reserve, cpu.profile.name) == (7, 0, "cpu")
     assert free_budgets(["cpu", "cpu"]) == [None, None]
+
+
+def test_stages_share_the_free_memory_of_their_gpu(monkeypatch):
+    gpus = tuple(Gpu(i, "GPU", (9, 0), 80 * 1024**3, (60 + i) * 1024**3, ()) for i in range(2))
+    monkeypatch.setattr(planning, "probe", lambda: Gpus(gpus, None, "13.0"))
+    context = planning.CUDA_CONTEXT_BYTES
+    assert free_budgets(["cuda:0", "cuda:1", "cpu", "cuda:0"]) == [
+        30 * 1024**3 - context,
+        61 * 1024**3 - context,
+        None,
+        30 * 1024**3 - context,
+    ]
 
 
 def test_profiles_by_name():

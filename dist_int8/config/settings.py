@@ -116,6 +116,13 @@ class Settings(Checked):
         "states are copied from device to device, without NCCL. One machine only.",
         examples=[True],
     )
+    backend: Literal["auto", "nccl", "gloo"] = Field(
+        default="auto",
+        description="What carries hidden states between stages in processes of their own: nccl, "
+        "from GPU to GPU, each with one stage, or gloo, through host memory, which also lets "
+        "stages share a GPU; auto: nccl where every stage is on a GPU.",
+        examples=["gloo"],
+    )
     threads_per_stage: Count | None = Field(
         default=None,
         description="CPU threads of each stage; by default the cores are shared evenly.",
@@ -305,6 +312,11 @@ class Settings(Checked):
             raise ValueError(
                 f"gpus: gpus must be left out when devices is given, got gpus={self.gpus} and "
                 f"devices={self.devices}; keep one of the two"
+            )
+        if self.in_process and self.backend != "auto":
+            raise ValueError(
+                f"backend: backend must be left out with in_process, got {self.backend}; stages of "
+                "one process pass hidden states themselves"
             )
         named = self.gpus if self.devices is None else len(self.devices)
         if None not in (named, self.num_stages) and named != self.num_stages:

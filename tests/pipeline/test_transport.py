@@ -18,7 +18,7 @@ NUM_MESSAGES = 9
 
 def make_world(rank: int, path: str) -> World:
     os.environ["DIST_INT8_FOLDER"] = path
-    return distributed.join(Launched(rank, 2, rank), {"cpu"}, 60.0)
+    return distributed.join(Launched(rank, 2, rank), False, 60.0)
 
 
 def make_transport(world: World) -> Transport:
