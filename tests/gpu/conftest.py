@@ -17,6 +17,12 @@ def device():
     return DEVICE
 
 
+@pytest.fixture(scope="session")
+def stage_device():
+    """The device as `load()` names it."""
+    return "cuda:0" if DEVICE.type == "cuda" else "cpu"
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Blocks of all sizes full of bits that are NaN in every format go back to the allocator.

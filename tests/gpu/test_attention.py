@@ -105,11 +105,12 @@ def test_an_invalid_segment_on_the_gpu_gives_nan(device, gpu_only, segment):
     torch.testing.assert_close(keys, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_prefill_is_plain_torch(device):
-    case = Case(torch.float32, 4, 2, 32, 64, [0, 8], half=16)
-    case.segments[:, 2] = torch.tensor([5, 3])
+@pytest.mark.parametrize("counts", [(5, 3), (1, 6, 1, 1)], ids=["prefill", "prefill-and-decode"])
+def test_prefill_is_plain_torch(device, counts):
+    case = Case(torch.float32, 4, 2, 32, 64, [0, 8, 30, 63][: len(counts)], half=16)
+    case.segments[:, 2] = torch.tensor(counts)
     generator = torch.Generator().manual_seed(0)
-    case.qkv = torch.randn(8, 8 * 32, generator=generator)
+    case.qkv = torch.randn(sum(counts), 8 * 32, generator=generator)
     case.keys.nan_to_num_(0.0)
     case.values.nan_to_num_(0.0)
     for mine, theirs in zip(

@@ -87,6 +87,44 @@ def test_everything_fused_against_the_specification(
     )
 
 
+@pytest.mark.parametrize("parts", ["product", "everything"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("N", "K"), [(4096, 512), (4104, 1040), (4224, 64)])
+@pytest.mark.parametrize("M", [513, 640, 1100])
+def test_the_tile_of_real_prefill(device, rows_with_outliers, dtype, M, N, K, parts):
+    """256 x 128 outputs a thread block on 9.0: more than 512 rows, at least 4096 outputs."""
+    x = rows_with_outliers(M, K, dtype)
+    generator = torch.Generator().manual_seed(N)
+    weight = torch.randn(N, K, generator=generator) / K**0.5
+    weight_int8, col_scale = reference.quantize_weight(weight)
+    bias = residual = hot = hot_weight = None
+    rule = "none"
+    if parts == "everything":
+        rule = "row_rms"
+        hot = torch.arange(16, dtype=torch.int32) * (K // 16)
+        hot_weight = weight[:, hot.long()].to(dtype)
+        bias = torch.randn(N, generator=generator).to(dtype)
+        residual = torch.randn(M, N, generator=generator).to(dtype)
+    rows = ops.quantize_rows(x, rule, 4.0, hot)
+    arguments = (weight_int8, col_scale, bias)
+    more = {"hot_weight": hot_weight, "residual": residual}
+
+    def to(value):
+        return None if value is None else value.to(device)
+
+    got = ops.int8_matmul(
+        QuantizedRows(*map(to, rows)),
+        *map(to, arguments),
+        **{name: to(value) for name, value in more.items()},
+    )
+    want = ops.int8_matmul(rows, *arguments, **more)  # the CPU's, which other tests hold to account
+    assert got.dtype == dtype
+    tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(
+        got.cpu(), want, rtol=2 * tolerance, atol=tolerance * float(want.abs().max())
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", reference.OUTLIER_RULES)
 @pytest.mark.parametrize("M", [1, 17, 130])

@@ -31,7 +31,12 @@ def test_sanitizer_finds_nothing(gpu_only, tool):
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(sanitizer).exists():
         pytest.skip("compute-sanitizer is not installed")
-    done = run(sanitizer, "--tool", tool, "--error-exitcode", "9")
+    # torch and cuda-bindings try calls that may fail: those are no errors of a kernel
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
+    command += ["--report-api-errors", "no"] * (tool == "memcheck")
+    done = run(*command)
     if "Device not supported" in done.stdout + done.stderr:
         pytest.skip("compute-sanitizer does not take this machine's GPU")
-    assert done.returncode == 0 and "every op ran" in done.stdout, done.stdout[-4000:]
+    said = done.stdout + done.stderr
+    good = done.returncode == 0 and "every op ran" in done.stdout
+    assert good, f"status {done.returncode}: {said[:1500]} ... {said[-400:]}"
