@@ -19,28 +19,26 @@ SOURCES := $(shell find csrc -type f -not -path "*/report/*" -not -name "*.md" -
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 RESULTS := benchmarks/results
 
-# `make gpu BUNDLE=.gpu` runs on a machine with a GPU, a python3 with torch, and no network, from what
-# `make gpu-bundle` put there (benchmarks/README.md); nothing is installed or compiled then.
-BUNDLE ?=
+# What `make gpu-bundle` packs for a machine with a GPU and no network (benchmarks/README.md).
+BUNDLE ?= .gpu
 BUNDLE_ARCH ?= 90a-real
 BUNDLE_PYTHON ?= 3.12
-BUNDLE_PACKAGES := bitsandbytes|pydantic|pydantic_core|typing-inspection|annotated-types
-ifeq ($(BUNDLE),)
-GPU_NEEDS := install
-GPU_PYTHON := $(BIN)/python
-else
-GPU_NEEDS := unpack-bundle
-GPU_PYTHON := PYTHONPATH="$(CURDIR):$(abspath $(BUNDLE))/site" DIST_INT8_COMMIT="$$(cat $(BUNDLE)/commit)" python3
-endif
+# Where `make gpu` puts what it finds, and the seconds that it has.
+GPU_OUT ?= first-light/$(shell date +%Y%m%d-%H%M%S)
+GPU_BUDGET ?= 1800
+# The versions of the other side of a bundle, for a rehearsal of it.
+TORCH211_VENV ?= .venv-torch211
+TORCH211_PYTHON ?= python$(BUNDLE_PYTHON)
+TORCH211 ?= torch==2.11.0 transformers==5.17.0 accelerate==1.15.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-gpu test-multi-node gpu gpu-bundle unpack-bundle kernels kernels-report lint format bench clean
+.PHONY: help install run test test-gpu test-multi-node test-torch211 gpu gpu-bundle gpu-report kernels kernels-report lint format bench clean
 
 help: ## List the verbs
 	@echo "make install && make run   an answer from a real model through two int8 stages"
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "Knobs: TORCH=$(TORCH) PYTHON=$(PYTHON) VENV=$(VENV)"
 	@echo "       PROMPT, STAGES, DEVICE, MAX_NEW_TOKENS for make run"
@@ -86,42 +84,38 @@ test-multi-node: install ## Run every launcher on hosts made of network namespac
 
 # Exit status 1 without a GPU: nothing was tested, and nobody should read it as a pass.
 define require_gpu
-	@$(GPU_PYTHON) -c 'import sys; from dist_int8.devices import probe; g = probe(); print(*[f"cuda:{x.index} {x.name}" for x in g.gpus], sep="\n") if g.gpus else sys.exit(f"make $@: needs a GPU, sees none ({g.reason}); nothing was run")'
+	@$(BIN)/python -c 'import sys; from dist_int8.devices import probe; g = probe(); print(*[f"cuda:{x.index} {x.name}" for x in g.gpus], sep="\n") if g.gpus else sys.exit(f"make $@: needs a GPU, sees none ({g.reason}); nothing was run")'
 endef
 
-test-gpu: $(GPU_NEEDS) ## Run the tests that need a GPU
+test-gpu: install ## Run the tests that need a GPU
 	$(require_gpu)
-	$(GPU_PYTHON) -m pytest tests/gpu
+	$(BIN)/python -m pytest tests/gpu
 
-# A failing test does not keep the benchmarks from running: time on a GPU is scarce. They fail late.
-gpu: $(GPU_NEEDS) ## Run the GPU tests and benchmarks, write JSON to benchmarks/results
+gpu: install ## Run everything that needs a GPU: tests, speed, counters (results in GPU_OUT)
 	$(require_gpu)
-	mkdir -p $(RESULTS)
-	$(GPU_PYTHON) -m dist_int8.cli doctor --json > $(RESULTS)/gpu-machine.json
-	failed=""; \
-	$(GPU_PYTHON) -m pytest tests/gpu --junit-xml=$(RESULTS)/gpu-tests.xml || failed="tests/gpu"; \
-	for script in $(wildcard benchmarks/gpu_*.py); do \
-	    $(GPU_PYTHON) $$script --json $(RESULTS)/$$(basename $$script .py).json || failed="$$failed $$script"; \
-	done; \
-	test -z "$$failed" || { echo "make gpu: failed:$$failed"; exit 1; }
+	$(BIN)/python benchmarks/gpu/first_light.py --out $(GPU_OUT) --budget $(GPU_BUDGET)
 
-gpu-bundle: install ## Put the compiled library and missing packages in .gpu, for a machine without network
+gpu-report: install ## Write the GPU tables of the documents from the records
+	$(BIN)/python benchmarks/gpu/report.py --write
+
+gpu-bundle: install ## Pack the compiled library and missing packages for a machine without network
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/bundle -G Ninja -DCMAKE_BUILD_TYPE=Release \
 	    -DPython_EXECUTABLE=$(abspath $(BIN))/python -DCMAKE_CUDA_ARCHITECTURES=$(BUNDLE_ARCH)
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/bundle
-	rm -rf .gpu && mkdir -p .gpu/site
-	cp build/bundle/_ops.so .gpu/_ops.so
-	git rev-parse HEAD > .gpu/commit
-	$(PIP) install --quiet --no-deps --only-binary=:all: --python-version $(BUNDLE_PYTHON) \
-	    --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 \
-	    --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --target .gpu/site \
-	    $$($(PIP) freeze | grep -iE '^($(BUNDLE_PACKAGES))==')
-	find .gpu/site/bitsandbytes -name "libbitsandbytes_*" ! -name "*_cpu.so" ! -name "*_cuda13*.so" -delete
-	du -sh .gpu
+	$(BIN)/python benchmarks/gpu/bundle.py --library build/bundle/_ops.so --out $(BUNDLE) \
+	    --python $(BUNDLE_PYTHON) --architectures $(BUNDLE_ARCH)
 
-unpack-bundle:
-	test -f $(BUNDLE)/_ops.so || { echo "make: BUNDLE must hold _ops.so, got '$(BUNDLE)'; run make gpu-bundle first"; exit 1; }
-	cp $(BUNDLE)/_ops.so dist_int8/_ops.so
+# What the other side has, but for what the bundle brings; PYTHON there should be BUNDLE_PYTHON.
+$(TORCH211_VENV)/.stamp:
+	$(TORCH211_PYTHON) -m venv $(TORCH211_VENV)
+	$(TORCH211_VENV)/bin/python -m pip install --quiet $(TORCH211) numpy safetensors pytest \
+	    hypothesis rich tqdm typer pyyaml psutil cuda-bindings sentencepiece protobuf
+	touch $@
+
+test-torch211: $(TORCH211_VENV)/.stamp ## Rehearse a bundle (make gpu-bundle first) with the versions of its other side
+	PYTHONPATH="$(CURDIR):$(abspath $(BUNDLE))/site" DIST_INT8_LIBRARY="$(abspath $(BUNDLE))/_ops.so" \
+	    OMP_NUM_THREADS=1 $(TORCH211_VENV)/bin/python -m pytest -p no:cacheprovider \
+	    tests/int8 tests/models tests/engine tests/pipeline
 
 kernels: $(VENV)/.stamp-cutlass ## Compile the kernels again
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --no-build-isolation --no-deps --force-reinstall -e .
@@ -144,7 +138,7 @@ format: install ## Rewrite the code in the house style
 
 bench: install ## Run the CPU benchmarks, write JSON to benchmarks/results
 	mkdir -p $(RESULTS)
-	for script in $(filter-out benchmarks/results.py benchmarks/timing.py benchmarks/gpu_%,$(wildcard benchmarks/*.py)); do \
+	for script in $(filter-out benchmarks/results.py,$(wildcard benchmarks/*.py)); do \
 	    $(BIN)/python $$script --json $(RESULTS)/$$(basename $$script .py).json || exit 1; \
 	done
 

@@ -4,13 +4,12 @@ import argparse
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu.records import commit, is_clean
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -44,13 +43,11 @@ def write_result(name: str, figures: dict[str, Any], path: Path | None = None) -
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    # A copy of the tree without .git is told its commit (make gpu BUNDLE=...).
-    commit = _git("rev-parse", "HEAD") or os.environ.get("DIST_INT8_COMMIT", "")
     record = {
         "benchmark": name,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": commit,
-        "clean": _is_clean(),
+        "commit": commit(),
+        "clean": is_clean(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "python": platform.python_version(),
         "versions": versions,
@@ -59,23 +56,6 @@ def write_result(name: str, figures: dict[str, Any], path: Path | None = None) -
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
     return path
-
-
-def _git(*arguments: str) -> str | None:
-    """What git prints; None where there is no git or no repository."""
-    try:
-        done = subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent
-        )
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _is_clean() -> bool | None:
-    """Whether the tree is that of the commit; None where nobody can tell."""
-    changed = _git("status", "--porcelain", "--untracked-files=no")
-    return None if changed is None else not changed
 
 
 def _cpu_name() -> str:

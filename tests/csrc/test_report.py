@@ -15,9 +15,9 @@ REPORT = Path(__file__).parents[2] / "csrc/report"
 
 
 def module(name):
-    spec = importlib.util.spec_from_file_location(name, REPORT / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"csrc_{name}", REPORT / f"{name}.py")
     loaded = importlib.util.module_from_spec(spec)
-    sys.modules[name] = loaded
+    sys.modules[spec.name] = loaded  # a dataclass looks for its module
     spec.loader.exec_module(loaded)
     return loaded
 

@@ -1,7 +1,7 @@
 """How long does one BLOOM-176B block take to decode a token, and does its memory meet the plan?
 
-    python benchmarks/gpu_block.py [--batches 1 8 32] [--contexts 128 2048]
-    python benchmarks/gpu_block.py --device cpu --small     # tries the script out, measures nothing
+    python benchmarks/gpu/block.py [--batches 1 8 32] [--contexts 128 2048] [--records FILE]
+    python benchmarks/gpu/block.py --device cpu --small     # tries the script out, measures nothing
 
 One block with random int8 weights (d = 14336, 112 heads, 2.47 GB) in fp16, one new token for each
 sequence of the batch, attending to `context` positions. Microseconds are medians over replays of a
@@ -15,9 +15,13 @@ does not, and the step makes no host synchronisation.
 """
 
 import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from results import make_parser, write_result
+from cells import Cells
+from records import Records, make_parser
 from timing import device_limits, environment, microseconds
 from torch import nn
 
@@ -31,11 +35,10 @@ from dist_int8.partition.memory import Formats, block_bytes, kv_bytes_per_token
 
 BLOOM = {"hidden_size": 14336, "intermediate_size": 57344, "num_heads": 112, "head_dim": 128}
 SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_heads": 8, "head_dim": 32}
-FLOOR_US = 574.0  # int8 weights of the block at 4.3 TB/s
 DTYPE = torch.float16
 
 
-def make_block(small, device):
+def make_block(small: bool, device: torch.device) -> DecoderBlock:
     sizes = SMALL if small else BLOOM
     spec = BlockSpec(
         **sizes,
@@ -73,7 +76,7 @@ def make_block(small, device):
 class Step:
     """One new token for each of `batch` sequences of `context` positions, its own included."""
 
-    def __init__(self, block, batch, context, device):
+    def __init__(self, block: DecoderBlock, batch: int, context: int, device: torch.device) -> None:
         self.block, spec = block, block.spec
         self.hidden = spec.hidden_size
         shape = (batch, spec.num_kv_heads, spec.head_dim, context)
@@ -88,17 +91,17 @@ class Step:
         self.segments = ops.decode_segments(torch.tensor(rows, dtype=torch.int32), self.keys, None)
         self.tables = PositionTables(None, None, alibi_slopes(spec.num_heads).to(device))
 
-    def run(self):
+    def run(self) -> Any:
         return self.block(self.x, self.residual, self.segments, self.keys, self.values, self.tables)
 
-    def parts(self):
+    def parts(self) -> dict[str, Callable[[], Any]]:
         """The calls that the block makes, each alone on inputs of the same size."""
         block, spec = self.block, self.block.spec
         rows, _ = block.attention_norm.before(block.qkv, self.x, self.residual)
         qkv = block.qkv(rows)
         heads = {"num_heads": spec.num_heads, "num_kv_heads": spec.num_kv_heads}
 
-        def attend():
+        def attend() -> torch.Tensor:
             return ops.attention(
                 qkv,
                 self.keys,
@@ -112,7 +115,7 @@ class Step:
         context = attend()
         inner = block.up(block.mlp_norm.before(block.up, self.x, self.residual)[0])
 
-        def activate():
+        def activate() -> Any:
             if not block_module._takes_rows(block.down, inner):
                 return block.activation(inner)
             return ops.activation_quantize(inner, spec.activation, *block.down.quantization)
@@ -132,7 +135,7 @@ class Step:
 
 
 @contextlib.contextmanager
-def no_synchronisation(device):
+def no_synchronisation(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
@@ -143,7 +146,7 @@ def no_synchronisation(device):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def check(step, device):
+def check(step: Step, device: torch.device) -> float:
     """The quantizing path is near the plain one; nothing in a step waits for the GPU."""
     fused = step.run()[0].float()
     with no_synchronisation(device):
@@ -160,13 +163,19 @@ def check(step, device):
 
 
 @torch.inference_mode()
-def measure(block, batch, context, limits, device):
+def measure(
+    block: DecoderBlock,
+    batch: int,
+    context: int,
+    limits: dict[str, float],
+    device: torch.device,
+) -> dict[str, Any]:
     step = Step(block, batch, context, device)
     error = check(step, device)
     spec = block.spec
     weights = block_bytes(spec, Formats(int8=True, float_size=2, vocab_size=2))
     cache = batch * context * kv_bytes_per_token(spec, 2)
-    figure = {"batch": batch, "context": context, "fused_against_plain": error}
+    figure: dict[str, Any] = {"fused_against_plain": error}
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -178,57 +187,56 @@ def measure(block, batch, context, limits, device):
             "cache_planned": cache,
             "held": held,  # weights, cache and the inputs of the step
             "peak": torch.cuda.max_memory_allocated(),
-            "step": torch.cuda.max_memory_allocated() - held,
         }
-    figure["graph"] = microseconds([step.run], device)
-    figure["eager"] = microseconds([step.run], device, graph=False)
-    parts = {name: microseconds([call], device) for name, call in step.parts().items()}
-    figure["parts"] = {name: part["median_us"] for name, part in parts.items()}
-    floor = (weights + cache) / limits["copy_tb_per_s"] / 1e6
-    figure["floor_us"] = floor
-    figure["times_floor"] = figure["graph"]["median_us"] / floor
+    figure["graph_us"] = microseconds([step.run], device)["median_us"]
+    figure["eager_us"] = microseconds([step.run], device, graph=False)["median_us"]
+    figure["parts_us"] = {
+        name: microseconds([call], device)["median_us"] for name, call in step.parts().items()
+    }
+    figure["floor_us"] = (weights + cache) / limits["copy_tb_per_s"] / 1e6
+    figure["times_floor"] = figure["graph_us"] / figure["floor_us"]
     return figure
 
 
-def main():
+def describe(figure: dict[str, Any]) -> str:
+    peak = figure.get("bytes", {}).get("peak", 0) / 1e9
+    parts = ", ".join(f"{name} {us:.0f}" for name, us in figure["parts_us"].items())
+    return (
+        f"batch {figure['batch']:3d}  context {figure['context']:5d}"
+        f"  graph {figure['graph_us']:9.1f} us  eager {figure['eager_us']:9.1f}"
+        f"  floor {figure['floor_us']:9.1f}  x floor {figure['times_floor']:5.2f}"
+        f"  peak {peak:5.2f} GB  {parts}"
+    )
+
+
+def main() -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--small", action="store_true", help="a tiny block: only tries this out")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--contexts", type=int, nargs="*", default=[128, 2048])
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cuda":
-        torch.cuda.set_device(torch.cuda.current_device() if device.index is None else device)
+        torch.cuda.set_device(torch.cuda.current_device())
     else:
         block_module.FUSED_DEVICES.add(device.type)
     torch.manual_seed(0)
+    records = Records(args.records, "block")
+    cells = Cells(records, args.skip_tried)
     limits = device_limits(device, args.small)
-    print(limits)
+    records.add("environment", limits=limits, **environment(device))
+    print(limits, flush=True)
     block = make_block(args.small, device)
-    figures = []
-    print("  batch  context   graph us   eager us   floor us   x floor   peak GB   parts us")
     for context in args.contexts:
         for batch in args.batches:
-            figure = measure(block, batch, context, limits, device)
-            figures.append(figure)
-            peak = figure.get("bytes", {}).get("peak", 0) / 1e9
-            parts = ", ".join(f"{name} {us:.0f}" for name, us in figure["parts"].items())
-            print(
-                f"{batch:7d} {context:8d} {figure['graph']['median_us']:10.1f} "
-                f"{figure['eager']['median_us']:10.1f} {figure['floor_us']:10.1f} "
-                f"{figure['times_floor']:9.2f} {peak:9.2f}   {parts}",
-                flush=True,
-            )
-    record = {
-        **environment(device),
-        "limits": limits,
-        "floor_of_weights_us": FLOOR_US,
-        "steps": figures,
-    }
-    if not args.small or args.json:
-        write_result("gpu_block", record, args.json)
+
+            def measured(batch: int = batch, context: int = context) -> dict[str, Any]:
+                return measure(block, batch, context, limits, device)
+
+            found = cells.run("decode", {"batch": batch, "context": context}, measured)
+            if found is not None:
+                print(describe(found), flush=True)
+    return cells.status()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,9 +1,12 @@
 """How long calls take on a GPU (on a CPU, to try a benchmark out), and what the device can do."""
 
+import contextlib
+import importlib.metadata
 import math
+import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -96,32 +99,37 @@ def device_limits(device: torch.device, small: bool) -> dict[str, float]:
     copy: bytes read plus bytes written. int8 and bf16: square products of torch's libraries on
     random data.
     """
-    size = (1 << 20) if small else (1 << 32)
-    copy = _copy(size, device)
     n = 256 if small else 8192
     a, b = (torch.randint(-127, 128, (n, n), dtype=torch.int8, device=device) for _ in range(2))
-    operations = 2.0 * n**3
-    int8 = microseconds([lambda: torch._int_mm(a, b.t())], device, budget_ms=100)["median_us"]
     c, d = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
-    bf16 = microseconds([lambda: c @ d.t()], device, budget_ms=100)["median_us"]
-    return {
-        "copy_tb_per_s": 2 * size / copy / 1e6,
-        "int8_tops": operations / int8 / 1e6,
-        "bf16_tflops": operations / bf16 / 1e6,
+    limits = {"copy_tb_per_s": copy_tb_per_s(device, small)}
+    products: dict[str, Call] = {
+        "int8_tops": lambda: torch._int_mm(a, b.t()),
+        "bf16_tflops": lambda: c @ d.t(),
     }
+    for name, call in products.items():
+        with contextlib.suppress(RuntimeError):  # a library that has no such product here
+            limits[name] = (
+                2.0 * n**3 / microseconds([call], device, budget_ms=100)["median_us"] / 1e6
+            )
+    return limits
 
 
-def _copy(size: int, device: torch.device) -> float:
+def copy_tb_per_s(device: torch.device, small: bool) -> float:
+    """Bytes read plus bytes written of one large copy on the device, in TB per second."""
+    size = (1 << 20) if small else (1 << 32)
     source = torch.empty(size, dtype=torch.uint8, device=device).random_(0, 255)
     target = torch.empty_like(source)
-    return microseconds([lambda: target.copy_(source)], device)["median_us"]
+    return 2 * size / microseconds([lambda: target.copy_(source)], device)["median_us"] / 1e6
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a record needs beyond `results.write_result`."""
+    """What is needed to read a record later: card, versions and the compiled library."""
     info: dict[str, Any] = {
-        "device_used": device_name(device),
+        "device": device_name(device),
+        "python": platform.python_version(),
         "cuda": torch.version.cuda,
+        "versions": dict(_versions()),
         "library": ops.library_info(),
     }
     if device.type == "cuda":
@@ -131,3 +139,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         info["memory_bytes"] = properties.total_memory
         info["l2_bytes"] = properties.L2_cache_size
     return info
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for package in ("torch", "transformers", "bitsandbytes", "triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield package, importlib.metadata.version(package)

@@ -1,0 +1,130 @@
+"""The steps of first light, in order of worth: what each runs, how long it should and may take.
+
+Expected seconds are guesses for an H100 with 16 CPU cores that nobody has measured there; each says
+what it is made of. "a start" is a process that imports torch and transformers and makes a CUDA
+context: 8 s on a machine whose files are cold (2 to 6 s where they are warm, measured on two CPU
+cores). "here" are seconds of the same tests on those two cores, all on the CPU: on the other side
+the CPU twin of every test remains, and each test poisons the GPU's memory first.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the steps run and put what they find.
+
+    Attributes:
+        out: folder of the results.
+        device: "cuda", or "cpu" for a rehearsal.
+        small: tiny sizes, and every 30th test.
+        skip_tried: leave out what the records say was tried, one of records.SINCE; None: nothing.
+    """
+
+    out: Path
+    device: str
+    small: bool
+    skip_tried: str | None = None
+
+    @property
+    def flags(self) -> list[str]:
+        return ["--skip-tried", self.skip_tried] if self.skip_tried else []
+
+    @property
+    def records(self) -> Path:
+        return self.out / "results.jsonl"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process.
+
+    Attributes:
+        name: what --only takes.
+        command: what is run, given the place.
+        expected_s: seconds that it should take there.
+        limit_s: seconds after which it counts as hung.
+        least_s: seconds without which it is not worth starting.
+        why: what expected_s is made of.
+    """
+
+    name: str
+    command: Callable[[Place], list[str]]
+    expected_s: int
+    limit_s: int
+    least_s: int
+    why: str
+
+
+def _script(name: str, seconds: tuple[int, int, int], why: str, *arguments: str) -> Step:
+    def command(place: Place) -> list[str]:
+        flags = ["--device", place.device, "--records", str(place.records)]
+        flags += ["--small"] * place.small + place.flags
+        return [sys.executable, str(HERE / f"{name}.py"), *flags, *arguments]
+
+    return Step(name, command, *seconds, why)
+
+
+def _tests(name: str, seconds: tuple[int, int, int], why: str, *arguments: str) -> Step:
+    def command(place: Place) -> list[str]:
+        return [
+            *(sys.executable, "-m", "pytest", str(ROOT / "tests" / "gpu" / f"{name}.py")),
+            *("-v", "--color=no", "--maxfail", "20", "-p", "no:cacheprovider"),
+            *("-p", "pytest_records", "--records", str(place.records)),
+            *("--every", "30" if place.small else "1"),
+            *("-o", "junit_logging=no", "--junit-xml", "{junit}"),
+            *place.flags,
+            *arguments,
+        ]
+
+    return Step(name, command, *seconds, why)
+
+
+def _profile(place: Place) -> list[str]:
+    script = _script("device_profile", (0, 0, 0), "")
+    return [*script.command(place), "--profile", str(place.out / "profile.yaml")]
+
+
+# name, (expected, limit, least seconds), what they are made of
+STEPS = (
+    _script("card", (30, 120, 15), "the first start, all files cold: 25; 18 ops once: 5"),
+    _tests("test_matmul", (30, 120, 15), "a start: 8; 682 tests, 18 here: 22"),
+    _tests("test_rows", (15, 60, 10), "a start: 8; 303 tests, 3 here: 7"),
+    _tests("test_attention", (15, 60, 10), "a start: 8; 33 tests, 9 here: 7"),
+    _tests("test_block", (15, 60, 10), "a start: 8; 43 tests, 3 here, and CUDA graphs: 7"),
+    _tests("test_models", (30, 90, 15), "a start, and one of a rank: 16; 33 tests, 6 here: 14"),
+    _tests("test_api", (12, 60, 10), "a start: 8; 2 tests of a tiny model: 4"),
+    _script(
+        "model",
+        (50, 120, 30),
+        "a start: 8; 8 + 16 GB of random weights: 8; 2 x 3 batches of 3 x 34 steps at 10 and "
+        "30 ms: 12; prefill: 5; warming up: 10; the floor: 2",
+    ),
+    _script(
+        "stages",
+        (60, 150, 30),
+        "a start, and one of a rank: 16; 5 loads of 8 GB: 15, one with a CPU block and table: 10; "
+        "5 x 136 steps at 20 ms: 14",
+    ),
+    _script("block", (20, 60, 15), "a start: 8; 2.5 GB: 3; 6 cells of 9 medians, 0.1 each: 5"),
+    _script(
+        "linear",
+        (100, 180, 25),
+        "a start: 8; 8 layers: 12, bitsandbytes' from the CPU: 10; 96 cells of 10 medians: 70",
+    ),
+    Step("device_profile", _profile, 12, 45, 12, "a start: 8; copies of 4 GB and 5 rounds: 4"),
+    _script("counters", (30, 75, 20), "two starts, one under ncu: 20; 8 kernels in passes: 10"),
+    _tests(
+        "test_sanitizer",
+        (70, 200, 40),
+        "a start and three of the program, two of them under the sanitizer, 3 times as slow: 70",
+        *("-k", "program or memcheck or racecheck", "--test-limit", "100"),
+    ),
+    _tests("test_layouts", (20, 60, 10), "a start: 8; 97 tests, 1 here, and 4.3 GB four times: 12"),
+)
