@@ -18,7 +18,7 @@ import report
 from steps import STEPS, Place, Step
 
 SCRIPTS = Path(first_light.__file__).parent
-MOST_FILES, MOST_BYTES = 8, 4 << 20  # what comes back from a lent machine, with room to spare
+MOST_FILES, MOST_BYTES = 8, 4 << 20  # little enough to carry away by hand
 
 
 def step(name, code, limit_s=20, least_s=0):
