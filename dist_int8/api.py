@@ -95,7 +95,8 @@ def load(
         )
     stage_devices = _devices(settings, place)
     hosts = _hosts(settings, place)
-    uses_nccl = over_nccl(settings, stage_devices, hosts)
+    owners = _gpu_owners(place, len(stage_devices)) or hosts
+    uses_nccl = over_nccl(settings, stage_devices, owners)
     folder = resolve_model(
         settings.model,
         settings.revision,
@@ -263,6 +264,17 @@ def _hosts(settings: Settings, place: Launched | None) -> list[str] | None:
             "each with torchrun, deepspeed or srun"
         )
     return None
+
+
+def _gpu_owners(place: Launched | None, count: int) -> list[str] | None:
+    """A name for every rank where a launcher may have given each a GPU of its own.
+
+    With srun --gpus-per-task every rank sees one GPU, which each calls cuda:0.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if place is None or spawned.is_spawned() or visible is None or "," in visible:
+        return None
+    return [f"rank-{rank}" for rank in range(count)]
 
 
 def _dtype(settings: Settings, devices: list[str], hf_config: Any) -> torch.dtype:

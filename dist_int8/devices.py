@@ -89,7 +89,7 @@ def over_nccl(settings: Settings, devices: Sequence[str], hosts: Sequence[str] |
     Args:
         settings: `backend` and `in_process` decide.
         devices: "cpu" or "cuda:N" of every stage.
-        hosts: machine of every stage; None: all on one.
+        hosts: machine of every stage, or whoever else has GPUs of its own; None: one has all.
 
     Raises:
         ValueError: NCCL is asked for with a stage on the CPU, or meets the same GPU twice, which

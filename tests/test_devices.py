@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from dist_int8 import api
 from dist_int8.config import load_settings
 from dist_int8.devices import Gpu, Gpus, choose_devices, over_nccl
+from dist_int8.distributed import Launched
 
 NONE = Gpus((), "no CUDA driver is installed", None)
 TWO = Gpus(tuple(Gpu(i, "GPU", (8, 0), 80 * 1024**3, None, ()) for i in range(2)), None, "13.0")
@@ -130,12 +132,31 @@ def test_what_carries_hidden_states(settings, devices, hosts, expected):
         ),
         ({"backend": "nccl"}, ["cuda:1", "cuda:1"], ["a", "a"], "got cuda:1 for 2 stages"),
         ({"backend": "nccl"}, ["cuda:0", "cpu"], None, "gloo where a stage is on the CPU"),
+        ({"backend": "nccl"}, ["cpu"], None, "gloo where a stage is on the CPU"),
     ],
 )
 def test_nccl_is_refused_where_it_would_fail(settings, devices, hosts, said):
     with pytest.raises(ValueError, match=said) as caught:
         over_nccl(load_settings(**settings), devices, hosts)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("launched", "visible", "owners"),
+    [
+        (None, "0", None),
+        (Launched(1, 2, 1), None, None),
+        (Launched(1, 2, 1), "0,1", None),
+        (Launched(1, 2, 1), "3", ["rank-0", "rank-1"]),
+    ],
+)
+def test_ranks_that_each_see_one_gpu_may_all_call_it_cuda_0(monkeypatch, launched, visible, owners):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert api._gpu_owners(launched, 2) == owners
+    if owners:
+        assert over_nccl(load_settings(), ["cuda:0", "cuda:0"], owners)
 
 
 def test_a_backend_says_nothing_to_stages_of_one_process():
