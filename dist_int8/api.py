@@ -16,7 +16,7 @@ from dist_int8 import distributed, spawned
 from dist_int8 import world as worlds
 from dist_int8.checkpoint import resolve_model
 from dist_int8.config import Settings, load_settings
-from dist_int8.devices import choose_devices, over_nccl
+from dist_int8.devices import choose_devices, connects_over_nccl
 from dist_int8.distributed import Launched
 from dist_int8.engine import Engine
 from dist_int8.handle import Model
@@ -96,7 +96,7 @@ def load(
     stage_devices = _devices(settings, place)
     hosts = _hosts(settings, place)
     owners = _gpu_owners(place, len(stage_devices)) or hosts
-    uses_nccl = over_nccl(settings, stage_devices, owners)
+    uses_nccl = connects_over_nccl(settings, stage_devices, owners)
     folder = resolve_model(
         settings.model,
         settings.revision,

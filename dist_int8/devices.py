@@ -83,7 +83,9 @@ def choose_devices(settings: Settings, gpus: Gpus | None = None) -> list[str]:
     return [f"cuda:{index}" if found.gpus else "cpu" for index in range(num_stages)]
 
 
-def over_nccl(settings: Settings, devices: Sequence[str], hosts: Sequence[str] | None) -> bool:
+def connects_over_nccl(
+    settings: Settings, devices: Sequence[str], hosts: Sequence[str] | None
+) -> bool:
     """Whether hidden states travel over NCCL between stages in processes of their own.
 
     Args:

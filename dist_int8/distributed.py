@@ -205,9 +205,11 @@ def _start_groups(
     place = (world.rank, world.world_size)
     groups = {"cpu": gloo(dist.PrefixStore("gloo", store), *place, options)}
     if uses_nccl:  # otherwise hidden_states go through host memory, by gloo
-        over_nccl = dist.ProcessGroupNCCL.Options()
-        over_nccl._timeout = IDLE_TIMEOUT
-        groups["cuda"] = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), *place, over_nccl)
+        nccl_options = dist.ProcessGroupNCCL.Options()
+        nccl_options._timeout = IDLE_TIMEOUT
+        groups["cuda"] = dist.ProcessGroupNCCL(
+            dist.PrefixStore("nccl", store), *place, nccl_options
+        )
     return groups
 
 

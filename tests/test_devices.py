@@ -12,7 +12,7 @@ import pytest
 
 from dist_int8 import api
 from dist_int8.config import load_settings
-from dist_int8.devices import Gpu, Gpus, choose_devices, over_nccl
+from dist_int8.devices import Gpu, Gpus, choose_devices, connects_over_nccl
 from dist_int8.distributed import Launched
 
 NONE = Gpus((), "no CUDA driver is installed", None)
@@ -118,7 +118,7 @@ def test_more_gpus_than_there_are(settings, found, parts):
     ],
 )
 def test_what_carries_hidden_states(settings, devices, hosts, expected):
-    assert over_nccl(load_settings(**settings), devices, hosts) is expected
+    assert connects_over_nccl(load_settings(**settings), devices, hosts) is expected
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_what_carries_hidden_states(settings, devices, hosts, expected):
 )
 def test_nccl_is_refused_where_it_would_fail(settings, devices, hosts, said):
     with pytest.raises(ValueError, match=said) as caught:
-        over_nccl(load_settings(**settings), devices, hosts)
+        connects_over_nccl(load_settings(**settings), devices, hosts)
     assert "\n" not in str(caught.value)
 
 
@@ -156,7 +156,7 @@ def test_ranks_that_each_see_one_gpu_may_all_call_it_cuda_0(monkeypatch, launche
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert api._gpu_owners(launched, 2) == owners
     if owners:
-        assert over_nccl(load_settings(), ["cuda:0", "cuda:0"], owners)
+        assert connects_over_nccl(load_settings(), ["cuda:0", "cuda:0"], owners)
 
 
 def test_a_backend_says_nothing_to_stages_of_one_process():
