@@ -155,6 +155,7 @@ def environment_of(bundle: Path | None, device: str) -> dict[str, str]:
     paths = [str(ROOT), str(HERE)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "DIST_INT8_GPU_TESTS": device}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # of that machine; each takes its seconds
     environment.setdefault("OMP_NUM_THREADS", str(min(16, os.cpu_count() or 1)))
     if bundle is not None:
         manifest = json.loads((bundle / "manifest.json").read_text())

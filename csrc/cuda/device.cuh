@@ -98,37 +98,6 @@ DIST_INT8_DEVICE void store16(void* to, const Vector16& value) {
       make_uint4(value.words[0], value.words[1], value.words[2], value.words[3]);
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-DIST_INT8_DEVICE uint64_t evict_first_policy() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-#endif
-
-// Load of 16 bytes of global memory that is read once and not written by this kernel: it passes by
-// L1 and is the first to leave L2.
-DIST_INT8_DEVICE Vector16 load16_streaming(const void* from) {
-  Vector16 value;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-               : "=r"(value.words[0]), "=r"(value.words[1]), "=r"(value.words[2]),
-                 "=r"(value.words[3])
-               : "l"(from), "l"(evict_first_policy()));
-#else
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.words[0]), "=r"(value.words[1]), "=r"(value.words[2]),
-                 "=r"(value.words[3])
-               : "l"(from));
-#endif
-  return value;
-}
-// Store of 16 bytes that nobody reads soon.
-DIST_INT8_DEVICE void store16_streaming(void* to, const Vector16& value) {
-  __stcs(static_cast<uint4*>(to),
-         make_uint4(value.words[0], value.words[1], value.words[2], value.words[3]));
-}
-
 DIST_INT8_DEVICE uint32_t shared_address(const void* in_shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(in_shared));
 }
@@ -137,6 +106,9 @@ DIST_INT8_DEVICE uint32_t shared_address(const void* in_shared) {
 // where `valid` is false (`global` is not read then, but must be a pointer). The bytes of `shared`
 // are undefined from here until copy_async_wait has covered the copy's group; other threads may
 // read them only after a barrier behind that. Before sm_80 a plain copy.
+//
+// Without a cache policy: for sm_90 ptxas 12.9 and 13.0 encode cp.async with .L2::cache_hint and a
+// shared address in a uniform register as an illegal instruction.
 DIST_INT8_DEVICE void copy_async16(void* shared, const void* global, bool valid = true) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
@@ -144,17 +116,6 @@ DIST_INT8_DEVICE void copy_async16(void* shared, const void* global, bool valid 
                : "memory");
 #else
   store16(shared, valid ? load16(global) : Vector16{{0, 0, 0, 0}});
-#endif
-}
-// The same for bytes that are read once: the first to leave L2.
-DIST_INT8_DEVICE void copy_async16_streaming(void* shared, const void* global, bool valid = true) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(
-                   shared_address(shared)),
-               "l"(global), "r"(valid ? 16 : 0), "l"(evict_first_policy())
-               : "memory");
-#else
-  store16(shared, valid ? load16_streaming(global) : Vector16{{0, 0, 0, 0}});
 #endif
 }
 // Closes this thread's group of copies.

@@ -50,7 +50,7 @@ DIST_INT8_DEVICE int piece_offset(int row, int piece) {
 
 // Copies `kCount` rows of a row-major matrix, from `first` on, to rows `to_row`... of a tile. Rows
 // beyond the matrix are left as they are: they reach only sums that nobody reads.
-template <bool kAligned, bool kStreaming, int kCount>
+template <bool kAligned, int kCount>
 DIST_INT8_DEVICE void fill_small_rows(unsigned char* tile, int to_row, const int8_t* matrix,
                                       int64_t first, int64_t num_rows, int64_t k, int64_t K) {
   using namespace device;
@@ -65,8 +65,6 @@ DIST_INT8_DEVICE void fill_small_rows(unsigned char* tile, int to_row, const int
     if (i < left) {
       if (!kAligned) {
         store16(to, load16_bytes(source, at, K));
-      } else if (kStreaming) {
-        copy_async16_streaming(to, source, inside);
       } else {
         copy_async16(to, source, inside);
       }
@@ -78,10 +76,10 @@ DIST_INT8_DEVICE void fill_small_rows(unsigned char* tile, int to_row, const int
 template <typename Shape>
 DIST_INT8_DEVICE void fill_small_tile(const CudaInt8MatmulArgs& args, unsigned char* tile,
                                       int64_t first_row, int64_t k) {
-  fill_small_rows<Shape::kAligned, true, Shape::kRows>(tile, 0, args.weight, first_row,
-                                                       args.num_outputs, k, args.num_features);
-  fill_small_rows<Shape::kAligned, false, Shape::kTokens>(tile, Shape::kRows, args.x_int8, 0,
-                                                          args.num_rows, k, args.num_features);
+  fill_small_rows<Shape::kAligned, Shape::kRows>(tile, 0, args.weight, first_row, args.num_outputs,
+                                                 k, args.num_features);
+  fill_small_rows<Shape::kAligned, Shape::kTokens>(tile, Shape::kRows, args.x_int8, 0,
+                                                   args.num_rows, k, args.num_features);
 }
 
 // The part of x_high that goes with one lane's 16 bytes of a 64-wide tile.

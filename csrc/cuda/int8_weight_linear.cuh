@@ -37,8 +37,8 @@ DIST_INT8_DEVICE void fill_weight_linear_tile(const CudaInt8WeightLinearArgs& ar
                                               int64_t first_token, int64_t k) {
   using namespace device;
   const int64_t K = args.num_features;
-  fill_small_rows<Shape::kAligned, true, Shape::kRows>(tile, 0, args.weight, first_row,
-                                                       args.num_outputs, k, K);
+  fill_small_rows<Shape::kAligned, Shape::kRows>(tile, 0, args.weight, first_row, args.num_outputs,
+                                                 k, K);
   const int piece = lane_index() % 16, row = lane_index() / 16;
   const int64_t at = k + piece * 8;
   const int8_t* x = static_cast<const int8_t*>(args.x);

@@ -453,18 +453,13 @@ inline Vector16 load16(const void* from) {
   std::memcpy(value.words, from, 16);
   return value;
 }
-inline Vector16 load16_streaming(const void* from) { return load16(from); }
 inline void store16(void* to, const Vector16& value) {
   emulator::Machine::check_aligned(to, "store16: the address is not aligned to 16 bytes");
   std::memcpy(to, value.words, 16);
 }
-inline void store16_streaming(void* to, const Vector16& value) { store16(to, value); }
 
 inline void copy_async16(void* shared, const void* global, bool valid = true) {
   emulator::Machine::get().copy_async(shared, global, valid);
-}
-inline void copy_async16_streaming(void* shared, const void* global, bool valid = true) {
-  copy_async16(shared, global, valid);
 }
 inline void copy_async_commit() { emulator::Machine::get().copy_async_commit(); }
 template <int kPending>
