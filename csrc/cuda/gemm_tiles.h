@@ -9,8 +9,9 @@
 //   7.5   int8_matmul_small    int8_matmul_tiled    int8_matmul_tiled     int8_matmul_tiled
 //
 // Our own two kernels read weights once and carry outliers, hot columns, bias and residual along.
-// The CUTLASS kernels multiply faster, but what they add must lie in memory first (outlier_part):
-// that pays where the product is bound by arithmetic, above about 200 rows on 9.0 and 150 on 8.0.
+// The CUTLASS kernels multiply faster, but their sums go through memory (int8_finish): that pays
+// where the product is bound by arithmetic, above about 200 rows on 9.0 and 150 on 8.0. All four
+// give the same bits.
 #pragma once
 
 #include "dist_int8/numeric.h"
@@ -35,7 +36,6 @@ struct GemmShape {
   int64_t M;
   int64_t N;
   int64_t K;
-  DataType out_type;
 };
 
 struct GemmRule {
@@ -43,7 +43,6 @@ struct GemmRule {
   int32_t max_architecture;
   int64_t max_rows;     // the rule holds up to this M
   int64_t min_outputs;  // and from this N
-  bool is_for_float32;  // float32 results are for checks: they have one tile, built once
   GemmTile tile;
 };
 
@@ -53,31 +52,25 @@ constexpr int64_t kAnyRows = INT64_MAX;
 // also run on 8.6, 8.9 and, from their PTX, on what came after Hopper. A wide tile leaves
 // multiprocessors idle where N is small, so it has a least N.
 constexpr GemmRule kGemmRules[] = {
-    // architecture, M up to, N from, float32, tile
-    {90, 90, 128, 0, false, GemmTile::kTiled},
-    {90, 90, 512, 0, false, GemmTile::kSm90_128x128x128},
-    {90, 90, kAnyRows, 4096, false, GemmTile::kSm90_256x128x128},
-    {90, 90, kAnyRows, 0, false, GemmTile::kSm90_128x128x128},
-    {90, 90, 128, 0, true, GemmTile::kTiled},
-    {90, 90, kAnyRows, 0, true, GemmTile::kSm90_128x128x128},
-    {80, INT32_MAX, 512, 0, false, GemmTile::kTiled},
-    {80, INT32_MAX, kAnyRows, 4096, false, GemmTile::kSm80_128x256x64},
-    {80, INT32_MAX, kAnyRows, 0, false, GemmTile::kSm80_128x128x64},
-    {80, INT32_MAX, 512, 0, true, GemmTile::kTiled},
-    {80, INT32_MAX, kAnyRows, 0, true, GemmTile::kSm80_128x128x64},
+    // architecture, M up to, N from, tile
+    {90, 90, 128, 0, GemmTile::kTiled},
+    {90, 90, 512, 0, GemmTile::kSm90_128x128x128},
+    {90, 90, kAnyRows, 4096, GemmTile::kSm90_256x128x128},
+    {90, 90, kAnyRows, 0, GemmTile::kSm90_128x128x128},
+    {80, INT32_MAX, 512, 0, GemmTile::kTiled},
+    {80, INT32_MAX, kAnyRows, 4096, GemmTile::kSm80_128x256x64},
+    {80, INT32_MAX, kAnyRows, 0, GemmTile::kSm80_128x128x64},
 };
 
-// CUTLASS kernels move 16 bytes at a time: rows of x and weight, and of the result.
+// CUTLASS kernels move 16 bytes at a time: rows of x and weight, and of the sums.
 constexpr bool is_aligned_for_tiles(const GemmShape& shape) {
-  const int64_t out_bytes = shape.out_type == DataType::kFloat32 ? 4 : 2;
-  return shape.K % 16 == 0 && shape.N * out_bytes % 16 == 0 && shape.K > 0;
+  return shape.K % 16 == 0 && shape.N % 4 == 0 && shape.K > 0;
 }
 
 constexpr bool holds(const GemmRule& rule, const GemmShape& shape) {
   return shape.architecture >= rule.min_architecture &&
          shape.architecture <= rule.max_architecture && shape.M <= rule.max_rows &&
-         shape.N >= rule.min_outputs &&
-         rule.is_for_float32 == (shape.out_type == DataType::kFloat32);
+         shape.N >= rule.min_outputs;
 }
 
 constexpr GemmTile gemm_tile(const GemmShape& shape) {

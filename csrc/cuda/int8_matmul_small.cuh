@@ -232,7 +232,7 @@ DIST_INT8_DEVICE void int8_matmul_small_body(const CudaInt8MatmulArgs& args) {
     const float y = total_sum(sum_low, sum_high) * (args.row_scale[m] * args.col_scale[n]);
     const float hot_part =
         hot_tiles ? hot[row * kTokens + m] : (args.num_hot != 0 ? hot_sum(args, m, n) : 0.0f);
-    finish(args, args.type, y, hot_part, load_bias(args, n), m, n);
+    finish(args, y, hot_part, load_bias(args, n), m, n);
   }
 }
 

@@ -8,7 +8,7 @@ namespace {
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 2)
     int8_matmul_tiled_kernel(const __grid_constant__ CudaInt8MatmulArgs args) {
-  int8_matmul_tiled_body<Shape, true>(args, args.type);
+  int8_matmul_tiled_body<Shape>(args, nullptr);
 }
 
 struct TiledLauncher {

@@ -1,5 +1,5 @@
-// int8_matmul for any number of rows, portable from sm_75 on, and the part of it that an epilogue
-// adds (outlier_part): tensor-core tiles with both planes, hot columns, bias and residual fused.
+// int8_matmul for any number of rows, portable from sm_75 on, and what is left of it behind a GEMM
+// (int8_finish): tensor-core tiles with both planes, hot columns, bias and residual fused.
 //
 // A block computes kBlockRows rows of x times kBlockOutputs output features, in tiles of 64 columns
 // of K that pass through a ring of kStages in shared memory, one barrier a tile:
@@ -172,10 +172,34 @@ DIST_INT8_DEVICE void multiply_plane(const CudaInt8MatmulArgs& args, const int8_
   block_sync();  // the ring may be filled anew
 }
 
+// Adds the sums of x_int8 that a GEMM left in memory, int32 [M, N].
+template <typename Shape>
+DIST_INT8_DEVICE void add_sums(const CudaInt8MatmulArgs& args, const int32_t* from, int64_t first_m,
+                               int64_t first_n,
+                               int32_t (&sums)[Shape::kRowTiles][Shape::kOutputTiles][4]) {
+  using namespace device;
+  DIST_INT8_UNROLL
+  for (int r = 0; r < Shape::kRowTiles; ++r) {
+    DIST_INT8_UNROLL
+    for (int o = 0; o < Shape::kOutputTiles; ++o) {
+      DIST_INT8_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const fragments::Place place = fragments::m16n8_c(lane_index(), i);
+        const int64_t m = first_m + r * 16 + place.row, n = first_n + o * 8 + place.column;
+        const bool inside = m < args.num_rows && n < args.num_outputs;
+        const int32_t sum = inside ? from[m * args.num_outputs + n] : 0;
+        sums[r][o][i] =
+            static_cast<int32_t>(static_cast<uint32_t>(sums[r][o][i]) + static_cast<uint32_t>(sum));
+      }
+    }
+  }
+}
+
 // Grid: ceil(M / kBlockRows) by ceil(N / kBlockOutputs); kThreads threads, kSharedBytes of shared
-// memory. kWithLow false: the outlier part alone.
-template <typename Shape, bool kWithLow>
-DIST_INT8_DEVICE void int8_matmul_tiled_body(const CudaInt8MatmulArgs& args, DataType out_type) {
+// memory. low_sums: int32 [M, N] of x_int8, or null where they are computed here.
+template <typename Shape>
+DIST_INT8_DEVICE void int8_matmul_tiled_body(const CudaInt8MatmulArgs& args,
+                                             const int32_t* low_sums) {
   using namespace device;
   const int64_t first_row = block_x() * Shape::kBlockRows;
   const int64_t first_output = block_y() * Shape::kBlockOutputs;
@@ -224,8 +248,12 @@ DIST_INT8_DEVICE void int8_matmul_tiled_body(const CudaInt8MatmulArgs& args, Dat
       }
     }
   }
-  if (kWithLow) {
+  const int row_base = warp_index() / Shape::kOutputWarps * Shape::kWarpRows;
+  const int output_base = warp_index() % Shape::kOutputWarps * Shape::kWarpOutputs;
+  if (low_sums == nullptr) {
     multiply_plane<Shape>(args, args.x_int8, nullptr, ring, first_row, first_output, sums);
+  } else {
+    add_sums<Shape>(args, low_sums, first_row + row_base, first_output + output_base, sums);
   }
 
   // The totals go through shared memory, each thread to bytes of its own, so that what follows is
@@ -246,8 +274,6 @@ DIST_INT8_DEVICE void int8_matmul_tiled_body(const CudaInt8MatmulArgs& args, Dat
       store16(totals_at(r, o), totals);
     }
   }
-  const int row_base = warp_index() / Shape::kOutputWarps * Shape::kWarpRows;
-  const int output_base = warp_index() % Shape::kOutputWarps * Shape::kWarpOutputs;
   const bool hot_tiles = args.num_hot != 0 && hot_on_tensor_cores(args);
   DIST_INT8_NO_UNROLL
   for (int tile = 0; tile < Shape::kRowTiles * Shape::kOutputTiles; ++tile) {
@@ -267,8 +293,8 @@ DIST_INT8_DEVICE void int8_matmul_tiled_body(const CudaInt8MatmulArgs& args, Dat
       if (m >= args.num_rows || n >= args.num_outputs) continue;
       if (args.num_hot != 0 && !hot_tiles) hot[i] = hot_sum(args, m, n);
       const float total = float_from_bits(totals.words[i]);
-      finish(args, out_type, total * (args.row_scale[m] * args.col_scale[n]), hot[i],
-             load_bias(args, n), m, n);
+      finish(args, total * (args.row_scale[m] * args.col_scale[n]), hot[i], load_bias(args, n), m,
+             n);
     }
   }
 }

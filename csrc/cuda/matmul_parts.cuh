@@ -90,13 +90,13 @@ DIST_INT8_DEVICE float hot_sum(const CudaInt8MatmulArgs& args, int64_t m, int64_
 // ------------------------------------------------------------------------------------- last steps
 
 // Adds the rest to y = total * (row_scale * col_scale) and stores it. `bias` is 0 without one.
-DIST_INT8_DEVICE void finish(const CudaInt8MatmulArgs& args, DataType out_type, float y, float hot,
-                             float bias, int64_t m, int64_t n) {
-  const int64_t at = m * args.num_outputs + n;
+DIST_INT8_DEVICE void finish(const CudaInt8MatmulArgs& args, float y, float hot, float bias,
+                             int64_t m, int64_t n) {
+  const int64_t at = m * args.out_stride + n;
   if (args.num_hot != 0) y += hot;
   if (args.bias != nullptr) y += bias;
   if (args.residual != nullptr) y += load_float(args.residual, args.type, at);
-  store_float(y, args.out, out_type, at);
+  store_float(y, args.out, args.type, at);
 }
 
 DIST_INT8_DEVICE float load_bias(const CudaInt8MatmulArgs& args, int64_t n) {

@@ -1,8 +1,7 @@
 // int8_matmul, int8_linear and int8_weight_linear on a GPU: the kernel for the shape, and what it
 // needs.
 //
-// Nothing here reads device memory or allocates but through torch, so a CUDA graph captures it. The
-// addend of a CUTLASS kernel lies in its output: there is no workspace.
+// Nothing here reads device memory or allocates but through torch, so a CUDA graph captures it.
 #include <cuda_runtime_api.h>
 
 #include <vector>
@@ -49,31 +48,24 @@ const Device& device_of(int32_t index) {
 using Gemm = const char* (*)(const CudaInt8GemmArgs&, void*);
 
 // The entry point of a CUTLASS tile, or null where this library was built without it.
-Gemm gemm_of(GemmTile tile, DataType out_type) {
-  const int type = static_cast<int>(out_type);
+Gemm gemm_of(GemmTile tile) {
   switch (tile) {
 #if DIST_INT8_GEMM_sm80
     case GemmTile::kSm80_128x128x64:
-    case GemmTile::kSm80_128x256x64: {
-      static constexpr Gemm kernels[] = {cuda_int8_gemm_sm80_float32, cuda_int8_gemm_sm80_bfloat16,
-                                         cuda_int8_gemm_sm80_float16};
-      return kernels[type];
-    }
+    case GemmTile::kSm80_128x256x64:
+      return cuda_int8_gemm_sm80;
 #endif
 #if DIST_INT8_GEMM_sm90a
     case GemmTile::kSm90_128x128x128:
-    case GemmTile::kSm90_256x128x128: {
-      static constexpr Gemm kernels[] = {cuda_int8_gemm_sm90a_float32,
-                                         cuda_int8_gemm_sm90a_bfloat16,
-                                         cuda_int8_gemm_sm90a_float16};
-      return kernels[type];
-    }
+    case GemmTile::kSm90_256x128x128:
+      return cuda_int8_gemm_sm90a;
 #endif
     default:
-      static_cast<void>(type);
       return nullptr;
   }
 }
+
+int64_t size_of(DataType type) { return type == DataType::kFloat32 ? 4 : 2; }
 
 const void* shifted(const void* pointer, int64_t bytes) {
   return pointer == nullptr ? nullptr : static_cast<const char*>(pointer) + bytes;
@@ -81,7 +73,7 @@ const void* shifted(const void* pointer, int64_t bytes) {
 
 // The decode kernel over blocks of rows.
 const char* run_small(const CudaInt8MatmulArgs& args, void* stream) {
-  const int64_t bytes = args.type == DataType::kFloat32 ? 4 : 2;
+  const int64_t bytes = size_of(args.type);
   const int64_t num_words = (args.num_features + 2047) / 2048;
   for (int64_t m = 0; m < args.num_rows; m += kSmallRows) {
     CudaInt8MatmulArgs block = args;
@@ -98,37 +90,54 @@ const char* run_small(const CudaInt8MatmulArgs& args, void* stream) {
   return nullptr;
 }
 
-// What is added to the product of the low planes goes to `out` first, and from there into the sums.
-const char* run_gemm(Gemm gemm, GemmTile tile, int32_t device, const CudaInt8MatmulArgs& args,
+// Sums of a GEMM that lie in memory at once (partition/activations.py counts them), and of how many
+// output features they are: whole tiles, the last block like the others.
+constexpr int64_t kMaxSumsBytes = 64 << 20;
+int64_t outputs_per_block(int64_t num_rows, int64_t num_outputs) {
+  constexpr int64_t kTile = 256;
+  const int64_t most = kMaxSumsBytes / (4 * kTile) / num_rows * kTile;
+  const int64_t num_blocks = most == 0 ? num_outputs : (num_outputs + most - 1) / most;
+  const int64_t even = (num_outputs + num_blocks - 1) / num_blocks;
+  return (even + kTile - 1) / kTile * kTile;
+}
+
+// The GEMM and what follows it, over blocks of output features.
+const char* run_gemm(Gemm gemm, GemmTile tile, const Tensor& x, const CudaInt8MatmulArgs& args,
                      void* stream) {
-  const bool has_addend = args.high_tiles != nullptr || args.num_hot != 0 || args.bias != nullptr ||
-                          args.residual != nullptr;
-  if (has_addend) {
-    if (const char* error = cuda_outlier_part({args, args.type}, stream)) return error;
+  const int64_t M = args.num_rows, N = args.num_outputs, K = args.num_features;
+  const int64_t width = outputs_per_block(M, N);
+  Tensor sums = empty({M * (width < N ? width : N)}, ScalarType::Int, x);
+  for (int64_t n = 0; n < N; n += width) {
+    CudaInt8FinishArgs rest{args, sums.const_data_ptr<int32_t>()};
+    CudaInt8MatmulArgs& block = rest.matmul;
+    block.num_outputs = N - n < width ? N - n : width;
+    block.weight += n * K;
+    block.col_scale += n;
+    block.bias = shifted(args.bias, n * size_of(args.bias_type));
+    block.hot_weight = shifted(args.hot_weight, n * args.num_hot * size_of(args.hot_type));
+    block.residual = shifted(args.residual, n * size_of(args.type));
+    block.out = static_cast<char*>(args.out) + n * size_of(args.type);
+    CudaInt8GemmArgs product{};
+    product.x_int8 = args.x_int8;
+    product.weight = block.weight;
+    product.sums = sums.mutable_data_ptr<int32_t>();
+    product.M = M;
+    product.N = block.num_outputs;
+    product.K = K;
+    product.tile = tile;
+    product.device = x.get_device_index();
+    product.num_multiprocessors = args.num_multiprocessors;
+    if (const char* error = gemm(product, stream)) return error;
+    if (const char* error = cuda_int8_finish(rest, stream)) return error;
   }
-  CudaInt8GemmArgs product{};
-  product.x_int8 = args.x_int8;
-  product.weight = args.weight;
-  product.row_scale = args.row_scale;
-  product.col_scale = args.col_scale;
-  product.addend = has_addend ? args.out : nullptr;
-  product.out = args.out;
-  product.M = args.num_rows;
-  product.N = args.num_outputs;
-  product.K = args.num_features;
-  product.tile = tile;
-  product.device = device;
-  product.num_multiprocessors = args.num_multiprocessors;
-  return gemm(product, stream);
+  return nullptr;
 }
 
 // Whether 16-byte accesses may start at these tensors: views into others need not allow it.
 bool is_aligned(const CudaInt8MatmulArgs& args) {
-  const void* const all[] = {args.x_int8, args.weight, args.row_scale, args.col_scale, args.out};
-  for (const void* pointer : all) {
-    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
-  }
-  return true;
+  return (reinterpret_cast<uintptr_t>(args.x_int8) | reinterpret_cast<uintptr_t>(args.weight)) %
+             16 ==
+         0;
 }
 
 // `args` is complete but for what is known about the device; x says which one.
@@ -139,10 +148,10 @@ void multiply(const char* op, const Tensor& x, CudaInt8MatmulArgs args) {
   args.num_multiprocessors = device.num_multiprocessors;
   args.max_shared_bytes = device.max_shared_bytes;
   void* stream = current_stream(x);
-  const GemmTile tile = gemm_tile(
-      {device.architecture, args.num_rows, args.num_outputs, args.num_features, args.type});
-  const Gemm gemm = is_aligned(args) ? gemm_of(tile, args.type) : nullptr;
-  const char* error = gemm != nullptr ? run_gemm(gemm, tile, x.get_device_index(), args, stream)
+  const GemmTile tile =
+      gemm_tile({device.architecture, args.num_rows, args.num_outputs, args.num_features});
+  const Gemm gemm = is_aligned(args) ? gemm_of(tile) : nullptr;
+  const char* error = gemm != nullptr            ? run_gemm(gemm, tile, x, args, stream)
                       : tile == GemmTile::kSmall ? run_small(args, stream)
                                                  : cuda_int8_matmul_tiled(args, stream);
   if (error != nullptr) throw std::runtime_error(std::string(op) + ": launch failed: " + error);
@@ -172,6 +181,7 @@ Tensor matmul(const char* op, const Tensor& x_int8, const Tensor& x_high, const 
   }
   if (residual.has_value()) args.residual = residual->const_data_ptr();
   args.out = out.mutable_data_ptr();
+  args.out_stride = shape.N;
   args.type = shape.out_type;
   args.num_rows = shape.M;
   args.num_features = shape.K;

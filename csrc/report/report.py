@@ -23,7 +23,7 @@ ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'")
 MEMORY = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
 SERIALIZED = re.compile(r"\((C75\d\d)\).*in the function '(\S+)'")
-CUTLASS_OBJECT = re.compile(r"int8_gemm_(sm\w+?)_(float32|bfloat16|float16)\.dir")
+CUTLASS_OBJECT = re.compile(r"int8_gemm_sm\w+\.dir")
 TILES = (  # of a demangled CUTLASS kernel: 2.x names the tile first, 3.x after the cluster
     re.compile(r"gemm::GemmShape<(\d+), (\d+), (\d+)>"),
     re.compile(
@@ -60,7 +60,7 @@ def parse(log: str, object_path: str, demangle: dict[str, str] | None = None) ->
             at = (entry[1], entry[2])
             name = (demangle or {}).get(entry[1], entry[1])
             if cutlass:
-                name = f"int8_gemm {cutlass[2]} {_tile(name)}"
+                name = f"int8_gemm {_tile(name)}"
             remark = remarks.get(entry[1], "")
             kernels[at] = Kernel(entry[2], _short(name), cutlass is not None, remark=remark)
         elif at is not None and (memory := MEMORY.search(line)):

@@ -94,7 +94,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     _check_matrix("quantize_weight", "weight", weight)
     values = weight.float()
-    col_scale = _row_absmax(values) / PLANE_MAX  # a NaN or an Inf in a row comes through
+    col_scale = _divide(_row_absmax(values), PLANE_MAX)  # a NaN or an Inf in a row comes through
     col_scale = torch.where(col_scale < SMALLEST_SCALE, 0.0, col_scale)
     col_scale = torch.where(col_scale.isfinite(), col_scale, math.nan)
     q = torch.where(col_scale[:, None] > 0, values / col_scale[:, None], 0.0).round()
@@ -136,9 +136,9 @@ def quantize_rows(
     values = torch.where(finite[:, None], values, 0.0)
 
     outliers = outlier_mask(values, outlier_rule, outlier_threshold)
-    row_scale = _row_absmax(values.masked_fill(outliers, 0.0)) / PLANE_MAX
+    row_scale = _divide(_row_absmax(values.masked_fill(outliers, 0.0)), PLANE_MAX)
     if check_outlier_rule(outlier_rule, outlier_threshold) != "none":
-        row_scale = torch.maximum(row_scale, _row_absmax(values) / TWO_PLANES_MAX)
+        row_scale = torch.maximum(row_scale, _divide(_row_absmax(values), TWO_PLANES_MAX))
     row_scale = torch.where(row_scale >= SMALLEST_SCALE, row_scale, 0.0)
 
     q = torch.where(row_scale[:, None] > 0, values / row_scale[:, None], 0.0).round()
@@ -277,6 +277,11 @@ def integer_product(x_int8: Tensor, x_high: Tensor, weight_int8: Tensor) -> Tens
 def _row_absmax(x: Tensor) -> Tensor:
     """Largest magnitude of each row of x [M, K] -> [M]; 0 where K is 0."""
     return x.abs().amax(dim=1) if x.shape[1] else x.new_zeros(x.shape[0])
+
+
+def _divide(values: Tensor, by: int) -> Tensor:
+    """values / by, rounded once: on a GPU torch multiplies by the reciprocal of a Python number."""
+    return values / values.new_full((), by)
 
 
 def _check_matrix(op: str, argument: str, value: Tensor) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dist_int8.partition.memory import FLOAT32_BYTES, Block, Formats, Model
+from dist_int8.partition.memory import FLOAT32_BYTES, INT32_BYTES, Block, Formats, Model
 
 INT64_BYTES = 8
+MAX_SUMS_BYTES = 64 << 20  # int32 sums of a GEMM on a GPU at once (csrc/cuda_ops/matmul.cpp)
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def activation_bytes(
         rotates = model.rotary is not None
         phases += [stream + phase for phase in _attention_phases(block, formats, workload, rotates)]
         phases.append(stream + _mlp_bytes(block, formats, workload))
+        phases.append(stream + _product_bytes(block, formats, workload))
     if last:
         emitting = min(rows, workload.num_sequences)
         stream = (rows + 2 * emitting) * model.hidden_size * size
@@ -97,6 +99,16 @@ def _mlp_bytes(block: Block, formats: Formats, workload: Workload) -> int:
     copies = 3 if block.gated else 5  # gate, up and their product; or x, its cube, tanh, ...
     planes = 2 * inner if formats.int8 else 0
     return rows * (copies * inner * formats.float_size + planes)
+
+
+def _product_bytes(block: Block, formats: Formats, workload: Workload) -> int:
+    """Bytes alive in the widest int8 product: two planes of x, the result and, on a GPU, sums."""
+    if not formats.int8:
+        return 0
+    rows = workload.max_rows
+    widest = max(block.qkv_size, block.intermediate_size * (1 + block.gated))
+    sums = min(rows * widest * INT32_BYTES, MAX_SUMS_BYTES)
+    return rows * (2 * block.hidden_size + widest * formats.float_size) + sums
 
 
 def _table_bytes(model: Model, workload: Workload) -> int:

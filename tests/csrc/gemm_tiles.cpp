@@ -1,4 +1,4 @@
-// gemm_tiles: reads lines "architecture M N K out_type", prints the number of the tile of each.
+// gemm_tiles: reads lines "architecture M N K", prints the number of the tile of each.
 // gemm_tiles rules: checks the table on itself.
 #include "cuda/gemm_tiles.h"
 
@@ -18,8 +18,7 @@ int check_rules() {
     const GemmRule& rule = kGemmRules[i];
     // At its largest M and smallest N a rule is the one that is found, so none is dead.
     const int64_t N = rule.min_outputs == 0 ? 8 : rule.min_outputs;
-    const GemmShape corner{rule.min_architecture, rule.max_rows, N, 4096,
-                           rule.is_for_float32 ? DataType::kFloat32 : DataType::kBFloat16};
+    const GemmShape corner{rule.min_architecture, rule.max_rows, N, 4096};
     int first = 0;
     while (first < num_rules && !holds(kGemmRules[first], corner)) ++first;
     if (first != i) std::fprintf(stderr, "rule %d is hidden by rule %d\n", i, first), ++bad;
@@ -35,9 +34,9 @@ int check_rules() {
 
 int main(int count, char** arguments) {
   if (count > 1 && std::strcmp(arguments[1], "rules") == 0) return check_rules() == 0 ? 0 : 1;
-  long architecture, M, N, K, type;
-  while (std::scanf("%ld %ld %ld %ld %ld", &architecture, &M, &N, &K, &type) == 5) {
-    const GemmShape shape{static_cast<int32_t>(architecture), M, N, K, static_cast<DataType>(type)};
+  long architecture, M, N, K;
+  while (std::scanf("%ld %ld %ld %ld", &architecture, &M, &N, &K) == 4) {
+    const GemmShape shape{static_cast<int32_t>(architecture), M, N, K};
     std::printf("%d\n", static_cast<int>(gemm_tile(shape)));
   }
   return 0;

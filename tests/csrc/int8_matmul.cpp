@@ -1,19 +1,20 @@
-// Runs the bodies of int8_matmul_small, int8_matmul_tiled and outlier_part in the emulator. Cases
+// Runs the bodies of int8_matmul_small, int8_matmul_tiled and int8_finish in the emulator. Cases
 // come on standard input (see test_int8_matmul.py), the results [M, N] go to standard output.
+#include "cuda/int8_finish.cuh"
 #include "cuda/int8_matmul_small.cuh"
 #include "cuda/int8_matmul_tiled.cuh"
-#include "cuda/outlier_part.cuh"
 
 using namespace dist_int8;
 
 namespace {
 
 struct Case {
-  int64_t kernel;  // 0 small, 1 tiled, 2 outlier part
+  int64_t kernel;  // 0 small, 1 tiled, 2 finish, with sums that are made here
   int64_t M, N, K, H;
-  int64_t type, bias_type, hot_type, out_type;  // DataType; bias_type -1: no bias
+  int64_t type, bias_type, hot_type;  // DataType; bias_type -1: no bias
   int64_t has_residual, has_high_tiles;
   int64_t offset;  // bytes by which the int8 matrices are misaligned
+  int64_t gap;     // elements between rows of out and of residual
   int64_t num_multiprocessors, max_shared_bytes;
   int64_t order, seed, early_copies;
 };
@@ -58,23 +59,35 @@ struct SmallLauncher {
 };
 
 struct TiledLauncher {
-  const CudaOutlierPartArgs& args;
-  bool only_outlier_part;
+  const CudaInt8FinishArgs& args;
   emulator::Options options;
 
   template <typename Shape>
   int run(int64_t row_blocks, int64_t output_blocks) const {
     emulator::launch({row_blocks, output_blocks, 1}, Shape::kThreads, Shape::kSharedBytes, options,
                      [&] {
-                       if (only_outlier_part) {
-                         outlier_part_body<Shape>(args);
+                       if (args.sums != nullptr) {
+                         int8_finish_body<Shape>(args);
                        } else {
-                         int8_matmul_tiled_body<Shape, true>(args.matmul, args.matmul.type);
+                         int8_matmul_tiled_body<Shape>(args.matmul, nullptr);
                        }
                      });
     return 0;
   }
 };
+
+// What a GEMM leaves: exact sums of x_int8, modulo 2^32.
+std::vector<int32_t> low_sums(const Case& c, const int8_t* x, const int8_t* weight) {
+  std::vector<int32_t> sums(c.M * c.N);
+  for (int64_t i = 0; i < c.M * c.N; ++i) {
+    uint32_t sum = 0;
+    for (int64_t k = 0; k < c.K; ++k) {
+      sum += static_cast<uint32_t>(x[i / c.N * c.K + k] * weight[i % c.N * c.K + k]);
+    }
+    sums[i] = static_cast<int32_t>(sum);
+  }
+  return sums;
+}
 
 void run(const Case& c) {
   const int64_t words = (c.K + kHighWordColumns - 1) / kHighWordColumns;
@@ -89,9 +102,10 @@ void run(const Case& c) {
   const auto weight = read(c.N * c.K, c.offset), col_scale = read(c.N * 4);
   const auto bias = read(c.bias_type < 0 ? 0 : c.N * size_of(c.bias_type));
   const auto hot_weight = read(c.N * c.H * size_of(c.hot_type));
-  const auto residual = read(c.has_residual ? c.M * c.N * size_of(c.type) : 0);
-  const Array out(c.M * c.N * size_of(c.out_type));
-  std::memset(out.get(), 0xa5, c.M * c.N * size_of(c.out_type));
+  const int64_t stride = c.N + c.gap, num_out = (c.M - 1) * stride + c.N;
+  const auto residual = read(c.has_residual ? num_out * size_of(c.type) : 0);
+  const Array out(num_out * size_of(c.type));
+  std::memset(out.get(), 0xa5, num_out * size_of(c.type));
 
   CudaInt8MatmulArgs args{};
   args.x_int8 = x_int8->as<int8_t>();
@@ -107,6 +121,7 @@ void run(const Case& c) {
   args.hot_type = static_cast<DataType>(c.hot_type);
   args.residual = c.has_residual ? residual->get() : nullptr;
   args.out = out.get();
+  args.out_stride = stride;
   args.type = static_cast<DataType>(c.type);
   args.num_rows = c.M;
   args.num_features = c.K;
@@ -119,10 +134,12 @@ void run(const Case& c) {
   if (c.kernel == 0) {
     dispatch_int8_matmul_small(args, SmallLauncher{args, options});
   } else {
-    const CudaOutlierPartArgs part{args, static_cast<DataType>(c.out_type)};
-    dispatch_int8_matmul_tiled(args, TiledLauncher{part, c.kernel == 2, options});
+    std::vector<int32_t> sums;
+    if (c.kernel == 2) sums = low_sums(c, args.x_int8, args.weight);
+    const CudaInt8FinishArgs finish{args, c.kernel == 2 ? sums.data() : nullptr};
+    dispatch_int8_matmul_tiled(args, TiledLauncher{finish, options});
   }
-  std::fwrite(out.get(), 1, c.M * c.N * size_of(c.out_type), stdout);
+  std::fwrite(out.get(), 1, num_out * size_of(c.type), stdout);
 }
 
 }  // namespace

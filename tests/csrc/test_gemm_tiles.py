@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 CUDA = Path(__file__).parents[2] / "csrc/cuda"
-FLOAT32, BFLOAT16, FLOAT16 = range(3)
 TILES = re.findall(
     r"^  k(Small|Tiled|Sm\d+_\w+),", (CUDA / "gemm_tiles.h").read_text(), re.MULTILINE
 )
@@ -43,11 +42,10 @@ EDGES = {
 }
 
 
-@pytest.mark.parametrize("type", [BFLOAT16, FLOAT16])
 @pytest.mark.parametrize(("architecture", "N"), list(EDGES))
-def test_edges_of_the_buckets(tile, architecture, N, type):
+def test_edges_of_the_buckets(tile, architecture, N):
     words = EDGES[architecture, N].split()
-    shapes = [(architecture, int(M), N, 4096, type) for M in words[::2]]
+    shapes = [(architecture, int(M), N, 4096) for M in words[::2]]
     prefix = f"Sm{architecture}_"
     want = [name if name in ("Small", "Tiled") else prefix + name for name in words[1::2]]
     assert tile(*shapes) == want
@@ -56,35 +54,31 @@ def test_edges_of_the_buckets(tile, architecture, N, type):
 def test_cards_of_8_6_and_8_9_run_the_kernels_of_8_0(tile):
     for M in (33, 512, 513, 2048):
         for N in (4096, 14336):
-            assert len(set(tile(*[(a, M, N, 4096, BFLOAT16) for a in (80, 86, 89)]))) == 1
+            assert len(set(tile(*[(a, M, N, 4096) for a in (80, 86, 89)]))) == 1
 
 
 def test_cards_without_a_kernel_of_their_own(tile):
-    assert tile((75, 2048, 4096, 4096, BFLOAT16), (70, 2048, 4096, 4096, FLOAT32)) == ["Tiled"] * 2
-    later = tile((100, 2048, 4096, 4096, BFLOAT16), (120, 2048, 4096, 4096, FLOAT32))
+    assert tile((75, 2048, 4096, 4096), (70, 2048, 4096, 4096)) == ["Tiled"] * 2
+    later = tile((100, 2048, 4096, 4096), (120, 2048, 4096, 4096))
     assert all(name.startswith("Sm80_") for name in later)
 
 
 def test_what_16_byte_accesses_cannot_take_goes_to_our_own_kernel(tile):
     for architecture in (80, 90):
-        aligned = (architecture, 2048, 4096, 4096)
-        assert all(
-            name.startswith(("Sm80_", "Sm90_"))
-            for name in tile((*aligned, BFLOAT16), (*aligned, FLOAT32))
-        )
+        (name,) = tile((architecture, 2048, 4096, 4096))
+        assert name.startswith(("Sm80_", "Sm90_"))
         for K in (0, 1, 8, 4095, 4088, 4104):
-            assert tile((architecture, 2048, 4096, K, BFLOAT16)) == ["Tiled"], K
-        for N, type in [(4095, BFLOAT16), (4092, FLOAT16), (4094, FLOAT32)]:
-            assert tile((architecture, 2048, N, 4096, type)) == ["Tiled"], N
-        # 16 bytes of a row of results: 4 in fp32, 8 in 16 bits
-        assert tile((architecture, 2048, 4092, 4096, FLOAT32)) != ["Tiled"]
-        assert tile((architecture, 2048, 4088, 4112, BFLOAT16)) != ["Tiled"]
+            assert tile((architecture, 2048, 4096, K)) == ["Tiled"], K
+        for N in (4093, 4094, 4095):
+            assert tile((architecture, 2048, N, 4096)) == ["Tiled"], N
+        # 16 bytes of a row of sums are 4 of them
+        assert tile((architecture, 2048, 4092, 4112)) != ["Tiled"]
 
 
 def test_what_is_too_deep_for_the_tiled_kernels_goes_through_the_small_one(tile):
     for architecture in (75, 80, 90):
-        assert tile((architecture, 2048, 4096, 65536, BFLOAT16)) == ["Small"]
-        assert tile((architecture, 2048, 4096, 65520, BFLOAT16)) != ["Small"]
+        assert tile((architecture, 2048, 4096, 65536)) == ["Small"]
+        assert tile((architecture, 2048, 4096, 65520)) != ["Small"]
 
 
 @pytest.mark.parametrize("architecture", ["80", "90"])

@@ -45,7 +45,7 @@ READABLE = {
     OURS: "void dist_int8::(anonymous namespace)::quantize_rows_kernel<float>"
     "(dist_int8::CudaQuantizeRowsArgs)"
 }
-GEMM = report.Kernel("sm_80", "int8_gemm bfloat16 128x128x64", True, 200, 0, 0)
+GEMM = report.Kernel("sm_80", "int8_gemm 128x128x64", True, 200, 0, 0)
 
 
 def recorded(**figures):
@@ -66,7 +66,7 @@ def test_a_kernel_of_ours_may_not_spill():
 
 
 def test_serialized_wgmma_is_a_problem():
-    kernels = report.parse(SERIAL + LOG, "int8_gemm_sm90a_float16.dir/x.cu.o.log", READABLE)
+    kernels = report.parse(SERIAL + LOG, "int8_gemm_sm90a.dir/x.cu.o.log", READABLE)
     assert [kernel.remark for kernel in kernels] == ["C7510", "C7510"]
     assert any("wgmma in flight" in problem for problem in report.problems(kernels, {}))
 
@@ -89,9 +89,9 @@ def test_serialized_wgmma_is_a_problem():
 )
 def test_a_cutlass_kernel_is_named_by_its_tile(symbol, tile):
     log = LOG.replace(OURS, "_Z4name")
-    path = "CMakeFiles/int8_gemm_sm80_bfloat16.dir/csrc/cuda/int8_gemm_sm80.cu.o.log"
+    path = "CMakeFiles/int8_gemm_sm80.dir/csrc/cuda/int8_gemm_sm80.cu.o.log"
     kernel, _ = report.parse(log, path, {"_Z4name": symbol})
-    assert kernel.is_cutlass and kernel.name == f"int8_gemm bfloat16 {tile}"
+    assert kernel.is_cutlass and kernel.name == f"int8_gemm {tile}"
 
 
 def test_a_cutlass_kernel_may_not_grow():
@@ -100,7 +100,7 @@ def test_a_cutlass_kernel_may_not_grow():
     for key in ("registers", "stack", "spills"):
         (problem,) = report.problems([replace(GEMM, **{key: 255})], recorded())
         assert f"{key} must be at most" in problem and "got 255" in problem
-    (problem,) = report.problems([replace(GEMM, name="int8_gemm bfloat16 1x1x1")], recorded())
+    (problem,) = report.problems([replace(GEMM, name="int8_gemm 1x1x1")], recorded())
     assert "has no recorded figure" in problem
 
 
@@ -115,9 +115,7 @@ def test_figures_are_recorded_for_every_compiled_tile():
     for number, architecture in (("80", "sm_80"), ("90", "sm_90a")):
         names = set(figures["kernels"][architecture])
         compiled = re.findall(rf"^  kSm{number}_(\w+),", tiles, re.MULTILINE)
-        for dtype in ("bfloat16", "float16"):
-            assert {f"int8_gemm {dtype} {tile}" for tile in compiled} <= names
-        assert any("float32" in name for name in names)
+        assert {f"int8_gemm {tile}" for tile in compiled} == names
 
 
 def test_a_compiler_s_words_are_kept_beside_the_object(tmp_path):

@@ -79,7 +79,6 @@ def test_everything_fused_against_the_specification(
         residual=residual.to(device),
     )
     assert got.dtype == dtype
-    # outliers, bias and residual may be rounded once before they meet the rest
     tolerance = TOLERANCES[dtype]
     scale = float(want.abs().max())
     torch.testing.assert_close(
@@ -141,7 +140,7 @@ def test_int8_linear_is_near_its_cpu_twin(device, rows_with_outliers, dtype, rul
 
 @pytest.mark.parametrize("M", [1, 8, 17, 32])
 def test_a_row_does_not_depend_on_its_batch(device, rows_with_outliers, M):
-    """Within one bucket of row counts, bit for bit (another bucket is another kernel)."""
+    """Bit for bit, in the kernel of few rows, also where it is run again."""
     x = rows_with_outliers(M, 2048, torch.bfloat16)
     weight_int8, col_scale = reference.quantize_weight(
         torch.randn(512, 2048, generator=torch.Generator().manual_seed(0))
@@ -157,6 +156,55 @@ def test_a_row_does_not_depend_on_its_batch(device, rows_with_outliers, M):
         other[m] = x[m]
         got = ops.int8_linear(other.to(device), weight_int8, col_scale, **settings)
         assert torch.equal(got[m], whole[m])
+
+
+class Product:
+    """Rows with everything that a product may have, on a device."""
+
+    def __init__(self, x, N, device):
+        K = x.shape[1]
+        generator = torch.Generator().manual_seed(N)
+        weight = torch.randn(N, K, generator=generator) / K**0.5
+        weight_int8, col_scale = reference.quantize_weight(weight)
+        hot = torch.arange(16, dtype=torch.int32) * (K // 16)
+        self.rows = QuantizedRows(
+            *(t.to(device) for t in ops.quantize_rows(x, "row_rms", 4.0, hot))
+        )
+        self.weight = (weight_int8.to(device), col_scale.to(device))
+        self.bias = torch.randn(N, generator=generator).to(x.dtype).to(device)
+        self.hot_weight = weight[:, hot.long()].to(x.dtype).to(device)
+        self.residual = torch.randn(len(x), N, generator=generator).to(x.dtype).to(device)
+
+    def of(self, first, last):
+        """The result of these rows alone."""
+        return ops.int8_matmul(
+            QuantizedRows(*(t[first:last] for t in self.rows)),
+            *self.weight,
+            self.bias,
+            hot_weight=self.hot_weight,
+            residual=self.residual[first:last],
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N", [520, 4224])  # from 4096 on another tile has more than 512 rows
+def test_a_row_comes_out_of_every_kernel_the_same(device, rows_with_outliers, dtype, N):
+    """Bit for bit, on both sides of every edge of gemm_tiles.h."""
+    product = Product(rows_with_outliers(600, 1040, dtype), N, device)
+    whole = product.of(0, 600)
+    for M in (1, 8, 9, 17, 32, 33, 64, 65, 128, 129, 512, 513):
+        assert torch.equal(product.of(0, M), whole[:M]), M
+        assert torch.equal(product.of(600 - M, 600), whole[600 - M :]), M
+
+
+def test_blocks_of_outputs_do_not_show(device, rows_with_outliers):
+    """More sums than lie in memory at once (kMaxSumsBytes), the last block narrower."""
+    M, N = 2100, 8204
+    assert M * N * 4 > 64 << 20
+    product = Product(rows_with_outliers(M, 80, torch.bfloat16), N, device)
+    whole = product.of(0, M)
+    for first in range(0, M, 100):  # by another kernel
+        assert torch.equal(product.of(first, first + 100), whole[first : first + 100])
 
 
 def test_a_row_of_nan_gives_a_row_of_nan(device, rows_with_outliers):

@@ -71,27 +71,20 @@ const char* cuda_silu_mul_quantize(const CudaSiluMulArgs& args, void* stream);
 const char* cuda_activation_quantize(const CudaActivationArgs& args, void* stream);
 
 struct CudaInt8GemmArgs {
-  const int8_t* x_int8;    // [M, K]
-  const int8_t* weight;    // [N, K]
-  const float* row_scale;  // [M]
-  const float* col_scale;  // [N]
-  const void* addend;      // [M, N] of out's type, or null; may be the same memory as out
-  void* out;               // [M, N]
+  const int8_t* x_int8;  // [M, K]
+  const int8_t* weight;  // [N, K]
+  int32_t* sums;         // [M, N]
   int64_t M;
   int64_t N;
   int64_t K;
-  GemmTile tile;   // of gemm_tile(), not kSmall
+  GemmTile tile;   // of gemm_tile(), neither kSmall nor kTiled
   int32_t device;  // index
   int32_t num_multiprocessors;
 };
 
-// out = (x_int8 @ weight.T) * (row_scale * col_scale) + addend, one entry for each type of out.
-const char* cuda_int8_gemm_sm80_float32(const CudaInt8GemmArgs& args, void* stream);
-const char* cuda_int8_gemm_sm80_bfloat16(const CudaInt8GemmArgs& args, void* stream);
-const char* cuda_int8_gemm_sm80_float16(const CudaInt8GemmArgs& args, void* stream);
-const char* cuda_int8_gemm_sm90a_float32(const CudaInt8GemmArgs& args, void* stream);
-const char* cuda_int8_gemm_sm90a_bfloat16(const CudaInt8GemmArgs& args, void* stream);
-const char* cuda_int8_gemm_sm90a_float16(const CudaInt8GemmArgs& args, void* stream);
+// sums = x_int8 @ weight.T, exact.
+const char* cuda_int8_gemm_sm80(const CudaInt8GemmArgs& args, void* stream);
+const char* cuda_int8_gemm_sm90a(const CudaInt8GemmArgs& args, void* stream);
 
 // One new token of every segment: its key and value go to the caches, then it attends to its slot.
 struct CudaAttentionArgs {
@@ -156,6 +149,7 @@ struct CudaInt8MatmulArgs {
   DataType hot_type;
   const void* residual;  // [M, N] of type, or null
   void* out;             // [M, N] of type; may be the same memory as residual
+  int64_t out_stride;    // elements from row to row of out and residual: N, or more
   DataType type;
   int64_t num_rows;      // M
   int64_t num_features;  // K, below kMaxInputFeatures
@@ -174,14 +168,13 @@ const char* cuda_int8_matmul_small(const CudaInt8MatmulArgs& args, void* stream)
 constexpr int64_t kMaxTiledFeatures = 65535;
 const char* cuda_int8_matmul_tiled(const CudaInt8MatmulArgs& args, void* stream);
 
-// What an epilogue adds to (x_int8 @ weight.T) * (row_scale * col_scale): the same sum with
-// sum_lo = 0. `matmul.out` [M, N] takes it in out_type, x_int8 is not read. K up to
+// The same from the sums of a GEMM over x_int8, bit for bit: x_int8 is not read. K up to
 // kMaxTiledFeatures.
-struct CudaOutlierPartArgs {
+struct CudaInt8FinishArgs {
   CudaInt8MatmulArgs matmul;
-  DataType out_type;
+  const int32_t* sums;  // [M, N]
 };
-const char* cuda_outlier_part(const CudaOutlierPartArgs& args, void* stream);
+const char* cuda_int8_finish(const CudaInt8FinishArgs& args, void* stream);
 
 // The alternative for few rows that quantizes no activations: y = (x @ weight.T) * col_scale
 // (+ bias) (+ residual) with x in 16 bits and sums in fp32, in an order that does not depend on M.
