@@ -100,10 +100,10 @@ gpu-report: install ## Write the GPU tables of the documents from the records
 
 gpu-bundle: install ## Pack the compiled library and missing packages for a machine without network
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/bundle -G Ninja -DCMAKE_BUILD_TYPE=Release \
-	    -DPython_EXECUTABLE=$(abspath $(BIN))/python -DCMAKE_CUDA_ARCHITECTURES=$(BUNDLE_ARCH)
+	    -DPython_EXECUTABLE=$(abspath $(BIN))/python -DCMAKE_CUDA_ARCHITECTURES="$(BUNDLE_ARCH)"
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/bundle
 	$(BIN)/python benchmarks/gpu/bundle.py --library build/bundle/_ops.so --out $(BUNDLE) \
-	    --python $(BUNDLE_PYTHON) --architectures $(BUNDLE_ARCH)
+	    --python $(BUNDLE_PYTHON) --architectures "$(BUNDLE_ARCH)"
 
 # What the other side has, but for what the bundle brings; PYTHON there should be BUNDLE_PYTHON.
 $(TORCH211_VENV)/.stamp:
