@@ -3,11 +3,10 @@
     python benchmarks/gpu/stages.py [--records FILE]
     python benchmarks/gpu/stages.py --device cpu --small    # tries the script out, measures nothing
 
-The model of model.py, cut in two: stages as threads of one process, as two ranks over gloo, and one
-block on the CPU with the rest on the card. With one micro-batch in flight two stages on the card
-run the very kernels of one stage, so their tokens must be equal; with two, other row counts pick
-other kernels, and whether tokens stay equal is recorded. NCCL, which takes no card twice, must be
-refused in one line before a rank is started.
+The model of model.py, cut in two: stages as threads of one process and as two ranks over gloo. With
+one micro-batch in flight their tokens must be those of one stage, although prompts are cut
+otherwise, so that other rows share a micro-batch; with two, whether they are is recorded. NCCL,
+which takes no card twice, must be refused in one line before a rank is started.
 """
 
 import argparse
@@ -36,10 +35,10 @@ import dist_int8
 BATCH = 8
 LAYOUT_S = 75.0
 ONE = "one stage"
-MUST, MAY, OTHER = "must", "may", "other weights"  # be equal to one stage's tokens
+MUST, MAY = "must", "may"  # be equal to one stage's tokens
 
 
-def layouts(card: str, num_blocks: int) -> dict[str, tuple[dict[str, Any], str]]:
+def layouts(card: str) -> dict[str, tuple[dict[str, Any], str]]:
     """Arguments of load() by name, and whether their tokens are those of one stage."""
     twice: dict[str, Any] = {"devices": [card, card], "micro_batches": 1}
     gloo = {"backend": "gloo"} if card != "cpu" else {}
@@ -48,11 +47,6 @@ def layouts(card: str, num_blocks: int) -> dict[str, tuple[dict[str, Any], str]]
         "two threads": ({**twice, "in_process": True}, MUST),
         "two threads, two micro-batches": ({**twice, "in_process": True, "micro_batches": 2}, MAY),
         "two ranks over gloo": ({**twice, **gloo}, MUST),
-        # random weights are other ones on the CPU
-        "CPU and card": (
-            {"devices": ["cpu", card], "stages": [1, num_blocks - 1], "micro_batches": 1},
-            MUST if card == "cpu" else OTHER,
-        ),
     }
 
 
@@ -81,7 +75,7 @@ class Layouts:
 
     def __init__(self, cells: Cells, folder: Path, args: argparse.Namespace) -> None:
         self.cells, self.folder, self.small = cells, folder, args.small
-        self.num_blocks, vocab_size = (4, 320) if args.small else (32, 128256)
+        vocab_size = 320 if args.small else 128256
         self.prompts = prompts_of(BATCH, lengths_of(args.small)[1], vocab_size)
         self.card = "cuda:0" if args.device == "cuda" else "cpu"
         self.expected: Prompts | None = None
@@ -100,8 +94,8 @@ class Layouts:
             )
 
     def measure(self, name: str, arguments: dict[str, Any], claim: str) -> dict[str, Any]:
-        if self.expected is None and name != ONE and claim != OTHER:  # begun again behind it
-            alone, _ = layouts(self.card, self.num_blocks)[ONE]
+        if self.expected is None and name != ONE:  # begun again behind it
+            alone, _ = layouts(self.card)[ONE]
             self.expected = run(self.folder, self.small, alone, self.prompts)["tokens"]
             free_memory(torch.device(self.card))
         found = run(self.folder, self.small, arguments, self.prompts)
@@ -123,7 +117,7 @@ def main() -> int:
         if device.type == "cuda":
             cells.run("refusal", {"of": "NCCL"}, lambda: check_refusal(folder, args.small))
         all_layouts = Layouts(cells, folder, args)
-        for name, (arguments, claim) in layouts(all_layouts.card, all_layouts.num_blocks).items():
+        for name, (arguments, claim) in layouts(all_layouts.card).items():
             all_layouts.run(name, arguments, claim)
             free_memory(device)
     return cells.status()

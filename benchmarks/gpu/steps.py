@@ -109,8 +109,7 @@ STEPS = (
     _script(
         "stages",
         (60, 150, 30),
-        "a start, and one of a rank: 16; 5 loads of 8 GB: 15, one with a CPU block and table: 10; "
-        "5 x 136 steps at 20 ms: 14",
+        "a start, and one of a rank: 25; 4 loads of 8 GB: 5; 4 x 136 steps at 10 to 20 ms: 10",
     ),
     _script("block", (20, 60, 15), "a start: 8; 2.5 GB: 3; 6 cells of 9 medians, 0.1 each: 5"),
     _script(
