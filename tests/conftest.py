@@ -1,4 +1,7 @@
-"""Small random models, saved by transformers, for the tests of everything above `models`."""
+"""Small random models, saved by transformers, for the tests of everything above `models`.
+
+transformers is imported where it is needed: tests of kernels start without it.
+"""
 
 import os
 
@@ -6,12 +9,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def save_tokenizer(folder) -> None:
     """A byte-level tokenizer: 256 tokens, one a byte, and one to end with."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -22,6 +26,8 @@ def save_tokenizer(folder) -> None:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory):
     """Folder of a Llama of 4 blocks with grouped KV heads, a tied head and a byte tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     folder = tmp_path_factory.mktemp("tiny-llama")
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -89,6 +89,19 @@ def problem(bundle: Path) -> str | None:
     return None
 
 
+def version(bundle: Path | None) -> tuple[str, bool | None]:
+    """Commit of this tree, and whether it is that of the commit.
+
+    A copy of the tree may come without .git, or with that of an earlier commit, so the word of the
+    bundle counts first, where it was packed from this very tree.
+    """
+    if bundle is not None:
+        manifest = json.loads((bundle / "manifest.json").read_text())
+        if manifest.get("tree") == records.tree_digest():
+            return manifest["commit"], manifest["clean"]
+    return records.commit(), records.is_clean()
+
+
 def pack(out: Path, library: Path, python: str, architectures: str) -> dict[str, Any]:
     """Makes the bundle in a folder that is new, and returns its manifest."""
     site = out / "site"
@@ -101,6 +114,7 @@ def pack(out: Path, library: Path, python: str, architectures: str) -> dict[str,
         "commit": records.commit(),
         "clean": records.is_clean(),
         "sources": records.sources_digest(),
+        "tree": records.tree_digest(),
         "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": python,
         "architectures": architectures,

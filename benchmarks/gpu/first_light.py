@@ -16,7 +16,6 @@ lacks.
 
 import argparse
 import datetime
-import json
 import os
 import platform
 import shutil
@@ -158,10 +157,8 @@ def environment_of(bundle: Path | None, device: str) -> dict[str, str]:
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # of that machine; each takes its seconds
     environment.setdefault("OMP_NUM_THREADS", str(min(16, os.cpu_count() or 1)))
     if bundle is not None:
-        manifest = json.loads((bundle / "manifest.json").read_text())
         paths.append(str(bundle / "site"))
         environment["DIST_INT8_LIBRARY"] = str(bundle / "_ops.so")
-        environment["DIST_INT8_COMMIT"] = manifest["commit"]
     paths += filter(None, [os.environ.get("PYTHONPATH")])
     return {**environment, "PYTHONPATH": os.pathsep.join(paths)}
 
@@ -301,12 +298,13 @@ def bring_along(earlier: Path, out: Path) -> None:
             shutil.copyfile(earlier / name, out / name)
 
 
-def describe_call(args: argparse.Namespace, environment: dict[str, str]) -> dict[str, Any]:
+def describe_call(args: argparse.Namespace) -> dict[str, Any]:
     """What is needed to read the records of this call later."""
+    commit, is_clean = bundle.version(args.bundle)
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": records.commit() or environment.get("DIST_INT8_COMMIT", ""),
-        "clean": records.is_clean(),
+        "commit": commit,
+        "clean": is_clean,
         "device": args.device,
         "small": args.small,
         "budget_s": args.budget,
@@ -329,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     steps = steps_to_run(args.only, records.read(place.records))
     environment = environment_of(args.bundle and args.bundle.resolve(), args.device)
     light = FirstLight(place, args.budget, environment, args.broken)
-    light.records.add("run", **describe_call(args, environment))
+    light.records.add("run", **describe_call(args))
     terminate = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     names = args.only or [step.name for step in STEPS]
     interrupted = True

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +103,18 @@ def replace_file(path: Path, content: bytes) -> None:
 def sources_digest() -> str:
     """sha256 of what the library is compiled from, names and bytes."""
     files = [ROOT / "CMakeLists.txt", *(ROOT / "csrc").rglob("*")]
+    return _digest(path for path in files if path.suffix in SOURCES)
+
+
+def tree_digest() -> str:
+    """sha256 of what the steps run but the library: a copy without its commit is known by it."""
+    folders = [ROOT / "dist_int8", ROOT / "benchmarks" / "gpu", ROOT / "tests" / "gpu"]
+    return _digest(path for folder in folders for path in folder.rglob("*.py"))
+
+
+def _digest(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(path for path in files if path.suffix in SOURCES):
+    for path in sorted(paths):
         digest.update(f"{path.relative_to(ROOT)} {path.stat().st_size}\n".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -129,8 +139,8 @@ def make_parser(documentation: str | None) -> argparse.ArgumentParser:
 
 
 def commit() -> str:
-    """The commit of this tree; a copy without .git is told it (DIST_INT8_COMMIT)."""
-    return _git("rev-parse", "HEAD") or os.environ.get("DIST_INT8_COMMIT", "")
+    """The commit of this tree; empty where nobody can tell."""
+    return _git("rev-parse", "HEAD") or ""
 
 
 def is_clean() -> bool | None:

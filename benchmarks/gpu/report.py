@@ -220,7 +220,7 @@ def status(figures: Figures) -> str:
         lines.append(
             f"- Run on one {card} ({runs[-1]['time'][:10]}, commit {', '.join(commits)}): "
             f"{len(steps) - len(bad)} of {len(steps)} steps of first light passed"
-            f"{_names('; not', bad)}. Several GPUs and NCCL have not been run."
+            f"{_names('; not', bad)}.\n  Several GPUs and NCCL have not been run."
         )
     return "\n".join(lines)
 

@@ -234,7 +234,7 @@ def test_a_bundle_is_what_the_steps_see(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/mine")
     found = first_light.environment_of(tmp_path, "cuda")
     assert found["DIST_INT8_LIBRARY"] == str(tmp_path / "_ops.so")
-    assert found["DIST_INT8_COMMIT"] == "abc" and found["DIST_INT8_GPU_TESTS"] == "cuda"
+    assert found["DIST_INT8_GPU_TESTS"] == "cuda"
     paths = found["PYTHONPATH"].split(":")
     assert paths[0] == str(first_light.ROOT) and paths[-2:] == [str(tmp_path / "site"), "/mine"]
 
@@ -247,6 +247,8 @@ def packed(tmp_path):
     (tmp_path / "_ops.so").write_bytes(b"library")
     manifest = {
         "commit": "abc",
+        "clean": True,
+        "tree": records.tree_digest(),
         "sources": records.sources_digest(),
         "python": ".".join(map(str, sys.version_info[:2])),
         "bytes": bundle.sizes(tmp_path),
@@ -264,6 +266,12 @@ def test_a_bundle_as_it_was_packed_is_taken(packed):
     (packed / "site" / "pydantic" / "__pycache__").mkdir()
     (packed / "site" / "pydantic" / "__pycache__" / "x.cpython-312.pyc").write_bytes(b"cache")
     assert bundle.problem(packed) is None
+
+
+def test_a_copy_is_known_by_the_bundle_that_was_packed_from_it(packed):
+    assert bundle.version(packed) == ("abc", True)
+    change_manifest(packed, tree="0" * 64)  # something changed since
+    assert bundle.version(packed) == bundle.version(None)
 
 
 @pytest.mark.parametrize(

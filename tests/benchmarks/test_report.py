@@ -62,11 +62,12 @@ def add_figures(path, ms=12.5):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of the documents, and the folder for records."""
+    """A copy of the documents that say that nothing ran, and the empty folder for records."""
     for name in report.DOCUMENTS:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(records.ROOT / name, tmp_path / name)
     (tmp_path / report.RESULTS).mkdir(parents=True)
+    assert report.main(["--root", str(tmp_path), "--write"]) == 0
     return tmp_path
 
 
