@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dist_int8.api import load
+    from dist_int8.distributed.world import LostRank, RankDied, StageHung
     from dist_int8.handle import Model
     from dist_int8.int8.linear import Int8Linear
     from dist_int8.models.outlier_features import inject_outlier_features
-    from dist_int8.world import LostRank, RankDied, StageHung
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,10 +30,10 @@ __all__ = [
 
 _HOMES = {
     "Int8Linear": "int8.linear",
-    "LostRank": "world",
+    "LostRank": "distributed.world",
     "Model": "handle",
-    "RankDied": "world",
-    "StageHung": "world",
+    "RankDied": "distributed.world",
+    "StageHung": "distributed.world",
     "inject_outlier_features": "models.outlier_features",
     "load": "api",
 }

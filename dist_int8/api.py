@@ -12,12 +12,13 @@ from typing import Any, NoReturn
 import torch
 from transformers import GenerationConfig
 
-from dist_int8 import distributed, spawned
-from dist_int8 import world as worlds
 from dist_int8.checkpoint import resolve_model
 from dist_int8.config import Settings, load_settings
 from dist_int8.devices import choose_devices, connects_over_nccl
-from dist_int8.distributed import Launched
+from dist_int8.distributed import rendezvous, spawn
+from dist_int8.distributed import world as worlds
+from dist_int8.distributed.rendezvous import Launched
+from dist_int8.distributed.world import RankDied, World
 from dist_int8.engine import Engine
 from dist_int8.handle import Model
 from dist_int8.loading import as_stored, build_stage, vocab_dtype_of
@@ -30,7 +31,6 @@ from dist_int8.pipeline.stage import Stage
 from dist_int8.pipeline.transport import Transport
 from dist_int8.planning import devices_of, formats_of, free_budgets, plan_of
 from dist_int8.recovery import Links, Recovery, serve_until_shutdown
-from dist_int8.world import RankDied, World
 
 LOAD_TIMEOUT_S = 3600.0
 DEFAULT_MAX_TOKENS = 2048
@@ -82,8 +82,8 @@ def load(
     )
     if settings.model is None:
         raise ValueError("load(): model must be a folder or a hub id, got nothing; name the model")
-    place = distributed.launched()
-    if settings.recover and place is not None and not spawned.is_spawned():
+    place = rendezvous.launched()
+    if settings.recover and place is not None and not spawn.is_spawned():
         raise ValueError(
             "load(): recover must be false under a launcher, got true; leave it out, and let the "
             "launcher start all ranks again"
@@ -134,7 +134,7 @@ def load(
         on_plan(plan)
     cores = _share_cores(settings, plan, place)
     if place is not None:
-        world = distributed.join(
+        world = rendezvous.join(
             place,
             uses_nccl,
             settings.rendezvous_timeout,
@@ -149,7 +149,7 @@ def load(
         same |= {"model": str(folder.resolve()), "devices": stage_devices, "revision": None}
         # the cut of rank 0, whatever the others can see of the devices
         same |= {"stages": [len(stage.blocks) for stage in plan.stages]}
-        world = spawned.spawn(
+        world = spawn.spawn(
             len(plan.stages),
             same,
             uses_nccl,
@@ -272,7 +272,7 @@ def _gpu_owners(place: Launched | None, count: int) -> list[str] | None:
     With srun --gpus-per-task every rank sees one GPU, which each calls cuda:0.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if place is None or spawned.is_spawned() or visible is None or "," in visible:
+    if place is None or spawn.is_spawned() or visible is None or "," in visible:
         return None
     return [f"rank-{rank}" for rank in range(count)]
 
@@ -342,7 +342,7 @@ def _share_cores(settings: Settings, plan: Plan, place: Launched | None) -> froz
     begin = (0 if place is None else place.local_rank) * num_threads
     cores = frozenset(allowed[begin : begin + num_threads])
     if place is not None and place.rank:
-        distributed.stay_on(cores)
+        rendezvous.stay_on(cores)
     return cores
 
 

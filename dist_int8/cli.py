@@ -15,15 +15,8 @@ from typing import Annotated
 
 import typer
 
-from dist_int8 import (
-    cli_bench,
-    cli_checkpoint,
-    cli_eval,
-    cli_generate,
-    cli_plan,
-    slurm,
-    termination,
-)
+from dist_int8 import cli_bench, cli_checkpoint, cli_eval, cli_generate, cli_plan, termination
+from dist_int8.distributed import slurm
 from dist_int8.launcher import DRAIN_SECONDS
 
 BAD_INPUT = 2

@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dist_int8 import spawned
+from dist_int8.distributed import spawn
+from dist_int8.distributed.world import RankDied, World
 from dist_int8.pipeline.runner import Pipeline, serve
 from dist_int8.pipeline.stage import Stage
 from dist_int8.pipeline.transport import Transport
-from dist_int8.world import RankDied, World
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Recovery:
             try:
                 if pipeline.transport is not None:
                     pipeline.transport.abort()
-                spawned.regroup(world, lost, self.links.uses_nccl, self.links.rendezvous_timeout_s)
+                spawn.regroup(world, lost, self.links.uses_nccl, self.links.rendezvous_timeout_s)
                 transport = self.links.connect()
                 world.wait_for("ready", self.links.load_timeout_s)
                 pipeline.reconnect(transport)
@@ -101,7 +101,7 @@ def serve_until_shutdown(stage: Stage, links: Links, recover: bool) -> None:
         transport = None
         try:
             if not met:
-                spawned.rejoin(world, links.uses_nccl, links.rendezvous_timeout_s)
+                spawn.rejoin(world, links.uses_nccl, links.rendezvous_timeout_s)
             transport = links.connect()
             world.abort = transport.abort
             world.report("ready")

@@ -42,7 +42,9 @@ def test_refused_before_a_weight_is_read(tiny_llama, monkeypatch, settings, part
 def test_one_gpu_for_two_ranks_is_refused_before_a_rank_is_started(tiny_llama, monkeypatch):
     gpus = Gpus((Gpu(0, "GPU", (9, 0), 80 * 1024**3, None, ()),), None, "13.0")
     monkeypatch.setattr("dist_int8.devices.probe", lambda: gpus)
-    monkeypatch.setattr("dist_int8.spawned.spawn", lambda *_: pytest.fail("a rank was started"))
+    monkeypatch.setattr(
+        "dist_int8.distributed.spawn.spawn", lambda *_: pytest.fail("a rank was started")
+    )
     with pytest.raises(ValueError, match="set backend to gloo, or in_process to true") as caught:
         dist_int8.load(tiny_llama, devices=["cuda:0", "cuda:0"], **OPTIONS)
     assert "\n" not in str(caught.value)

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_int8 import distributed
+from dist_int8.distributed import rendezvous
+from dist_int8.distributed.world import RankDied
 from dist_int8.pipeline.microbatch import BadMessage, Kind, MicroBatch, Result
 from dist_int8.pipeline.transport import BUFFERS
-from dist_int8.world import RankDied
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def connect(
     boxes += [queue.Queue(maxsize=BUFFERS) for _ in devices[1:]]
 
     def run(stage: int) -> None:
-        distributed.stay_on(cores[stage])
+        rendezvous.stay_on(cores[stage])
         if devices[stage].type == "cuda":
             torch.cuda.set_device(devices[stage])
         try:

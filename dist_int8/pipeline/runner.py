@@ -7,13 +7,13 @@ from collections import deque
 
 from torch import Tensor
 
+from dist_int8.distributed.world import RankDied, World
 from dist_int8.pipeline import schedule
 from dist_int8.pipeline.in_process import InProcessTransport
 from dist_int8.pipeline.microbatch import BadMessage, Kind, MicroBatch, Result
 from dist_int8.pipeline.stage import Stage
 from dist_int8.pipeline.trace import Trace
 from dist_int8.pipeline.transport import Transport
-from dist_int8.world import RankDied, World
 
 WATCH_S = 0.25  # how often rank 0 looks whether the others live while it waits for a result
 JOIN_S = 5.0  # how long rank 0 waits at the end for the last stage to hang up

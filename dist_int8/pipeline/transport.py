@@ -26,11 +26,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_int8 import distributed
-from dist_int8.distributed import IDLE_TIMEOUT, reason
+from dist_int8.distributed import rendezvous
+from dist_int8.distributed.rendezvous import IDLE_TIMEOUT, reason
+from dist_int8.distributed.world import RankDied, World
 from dist_int8.pipeline import microbatch
 from dist_int8.pipeline.microbatch import BadMessage, Kind, Limits, MicroBatch, Result
-from dist_int8.world import RankDied, World
 
 BUFFERS = 2
 TAG = 0
@@ -202,7 +202,7 @@ class Transport:
         return RankDied(message, self.source)
 
     def _receive_results(self) -> None:
-        distributed.stay_on(self._cores)
+        rendezvous.stay_on(self._cores)
         try:
             while True:
                 try:

@@ -6,8 +6,8 @@ import time
 
 import torch
 
-from dist_int8 import distributed
-from dist_int8.distributed import Launched, RankDied, World
+from dist_int8.distributed import rendezvous
+from dist_int8.distributed.rendezvous import Launched, RankDied, World
 from dist_int8.pipeline import microbatch
 from dist_int8.pipeline.microbatch import Kind, Limits, MicroBatch, Result
 from dist_int8.pipeline.transport import Transport
@@ -18,7 +18,7 @@ NUM_MESSAGES = 9
 
 def make_world(rank: int, path: str) -> World:
     os.environ["DIST_INT8_FOLDER"] = path
-    return distributed.join(Launched(rank, 2, rank), False, 60.0)
+    return rendezvous.join(Launched(rank, 2, rank), False, 60.0)
 
 
 def make_transport(world: World) -> Transport:

@@ -12,9 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dist_int8 import distributed, interfaces
-from dist_int8.monitor import Monitor
-from dist_int8.world import STEP_TIMEOUT_S, World
+from dist_int8.distributed import interfaces, rendezvous
+from dist_int8.distributed.monitor import Monitor
+from dist_int8.distributed.world import STEP_TIMEOUT_S, World
 
 
 def is_spawned() -> bool:
@@ -46,7 +46,7 @@ def spawn(
         store = _store_of_folder(world, timeout_s)
         for rank in world.others:
             world.start(rank)
-        distributed.meet(world, store, uses_nccl, listen_on, timeout_s)
+        rendezvous.meet(world, store, uses_nccl, listen_on, timeout_s)
     except BaseException:
         world.kill()
         raise
@@ -68,7 +68,7 @@ def regroup(world: World, lost: set[int], uses_nccl: bool, timeout_s: float) -> 
     store = _store_of_folder(world, timeout_s, world.monitor.regroup(lost))
     for rank in sorted(lost):
         world.start(rank)
-    distributed.meet(world, store, uses_nccl, interfaces.choose(None, one_machine=True), timeout_s)
+    rendezvous.meet(world, store, uses_nccl, interfaces.choose(None, one_machine=True), timeout_s)
 
 
 def rejoin(world: World, uses_nccl: bool, timeout_s: float) -> None:
@@ -81,9 +81,9 @@ def rejoin(world: World, uses_nccl: bool, timeout_s: float) -> None:
     world.generation = world.wait_for_order()
     world.report("joined")
     folder = Path(os.environ["DIST_INT8_FOLDER"])
-    store = distributed.file_store(folder, world, timeout_s)
+    store = rendezvous.file_store(folder, world, timeout_s)
     listen_on = interfaces.choose(None, one_machine=True)
-    distributed.connect(world, store, uses_nccl, listen_on, timeout_s)
+    rendezvous.connect(world, store, uses_nccl, listen_on, timeout_s)
 
 
 def _start_rank(world: World, rank: int, line: bytes) -> None:
@@ -114,6 +114,6 @@ def _start_rank(world: World, rank: int, line: bytes) -> None:
 def _store_of_folder(world: World, timeout_s: float, address: str | None = None) -> Any:
     """The store of this generation of started ranks, with the address for heartbeats in it."""
     assert world.monitor is not None and world.folder is not None
-    store = distributed.file_store(world.folder, world, timeout_s)
-    store.set(distributed.ADDRESS_KEY, address or world.monitor.address)
+    store = rendezvous.file_store(world.folder, world, timeout_s)
+    store.set(rendezvous.ADDRESS_KEY, address or world.monitor.address)
     return store

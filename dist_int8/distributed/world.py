@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dist_int8.heartbeat import Pulse
-from dist_int8.monitor import Monitor
+from dist_int8.distributed.heartbeat import Pulse
+from dist_int8.distributed.monitor import Monitor
 
 SHUTDOWN_TIMEOUT_S = 5.0
 POLL_S = 0.1

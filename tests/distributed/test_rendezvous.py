@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_int8 import distributed
-from dist_int8.distributed import Launched, RankDied
+from dist_int8.distributed import rendezvous
+from dist_int8.distributed.rendezvous import Launched, RankDied
 
 
 @pytest.mark.parametrize(
@@ -23,12 +23,12 @@ def test_a_broken_launcher_environment_is_named(monkeypatch, environment, messag
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
-        distributed.launched()
+        rendezvous.launched()
 
 
 def test_a_plain_session_is_not_launched(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    assert distributed.launched() is None
+    assert rendezvous.launched() is None
 
 
 def free_port() -> int:
@@ -59,7 +59,7 @@ def listening_addresses(pid: int) -> set[str]:
 def _rank(rank: int, port: int, queue) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.pop("DIST_INT8_FOLDER", None)
-    world = distributed.join(Launched(rank, 2, rank), False, 60.0)
+    world = rendezvous.join(Launched(rank, 2, rank), False, 60.0)
     tensor = torch.full((1,), rank)
     world.groups["cpu"].allreduce([tensor]).wait()
     queue.put((rank, int(tensor), listening_addresses(os.getpid())))
@@ -89,7 +89,7 @@ def test_a_rank_that_never_joins_is_named(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     with pytest.raises(RankDied, match="rank 1, 2 of 3 is not joined after 1 s"):
-        distributed.join(Launched(0, 3, 0), False, 1.0)
+        rendezvous.join(Launched(0, 3, 0), False, 1.0)
 
 
 def test_a_taken_port_is_named(monkeypatch):
@@ -99,4 +99,4 @@ def test_a_taken_port_is_named(monkeypatch):
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         with pytest.raises(ValueError, match=r"must be a free address .*another MASTER_PORT"):
-            distributed.join(Launched(0, 2, 0), False, 1.0)
+            rendezvous.join(Launched(0, 2, 0), False, 1.0)

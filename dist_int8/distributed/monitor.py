@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from dist_int8.heartbeat import BEAT, RANK, TOKEN_BYTES, Beating, Forged, Kind, Link
+from dist_int8.distributed.heartbeat import BEAT, RANK, TOKEN_BYTES, Beating, Forged, Kind, Link
 
 MAX_STRANGERS = 64  # connections that have not said who they are
 

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dist_int8 import interfaces, slurm
-from dist_int8.monitor import Monitor
-from dist_int8.world import POLL_S, STEP_TIMEOUT_S, LostRank, RankDied, World
+from dist_int8.distributed import interfaces, slurm
+from dist_int8.distributed.monitor import Monitor
+from dist_int8.distributed.world import POLL_S, STEP_TIMEOUT_S, LostRank, RankDied, World
 
 # A stage may wait for its next micro-batch as long as the user thinks; who is gone, stopped or cut
 # off is noticed by heartbeats, not by this.

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from dist_int8 import interfaces
+from dist_int8.distributed import interfaces
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from dist_int8.heartbeat import Kind, Link, Pulse
-from dist_int8.monitor import Monitor
-from dist_int8.world import LostRank, RankDied, StageHung, World
+from dist_int8.distributed.heartbeat import Kind, Link, Pulse
+from dist_int8.distributed.monitor import Monitor
+from dist_int8.distributed.world import LostRank, RankDied, StageHung, World
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_int8 import slurm
+from dist_int8.distributed import slurm
 
 # As srun sets them for task 2 of `srun --ntasks 3` on two nodes.
 STEP = {
