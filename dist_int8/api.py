@@ -26,11 +26,11 @@ from dist_int8.models import ModelSpec, describe, load_config
 from dist_int8.partition import Plan, StagePlan, format_bytes
 from dist_int8.pipeline.in_process import InProcessTransport, connect
 from dist_int8.pipeline.microbatch import Limits
+from dist_int8.pipeline.recovery import Links, Recovery, serve_until_shutdown
 from dist_int8.pipeline.runner import Pipeline, serve
 from dist_int8.pipeline.stage import Stage
 from dist_int8.pipeline.transport import Transport
 from dist_int8.planning import devices_of, formats_of, free_budgets, plan_of
-from dist_int8.recovery import Links, Recovery, serve_until_shutdown
 
 LOAD_TIMEOUT_S = 3600.0
 DEFAULT_MAX_TOKENS = 2048

@@ -15,9 +15,10 @@ from typing import Annotated
 
 import typer
 
-from dist_int8 import cli_bench, cli_checkpoint, cli_eval, cli_generate, cli_plan, termination
+from dist_int8 import cli_bench, cli_checkpoint, cli_eval, cli_generate, cli_plan
 from dist_int8.distributed import slurm
-from dist_int8.launcher import DRAIN_SECONDS
+from dist_int8.launcher import signals
+from dist_int8.launcher.supervisor import DRAIN_SECONDS
 
 BAD_INPUT = 2
 FAILED = 1
@@ -106,7 +107,7 @@ def launch(
         dist-int8 launch --stages 2 generate -m ./smollm2 --device cpu -p "Hi"
         dist-int8 launch --stages 2 my_script.py --its-own-flag
     """
-    from dist_int8.launcher import launch as launch_ranks
+    from dist_int8.launcher.supervisor import launch as launch_ranks
 
     raise typer.Exit(launch_ranks(_rank_command(command), stages, drain=drain))
 
@@ -132,7 +133,7 @@ def _rank_command(command: Sequence[str]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits; `arguments` defaults to those of the process."""
     code = run(arguments)
-    sys.exit(termination.EXIT_CODE if termination.received() else code)
+    sys.exit(signals.EXIT_CODE if signals.received() else code)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -179,7 +180,7 @@ def _report(error: Exception) -> int:
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         # Every rank meets the same mistake. Rank 0 says it, and its launcher ends the others.
-        termination.end_on_term()
+        signals.end_on_term()
         time.sleep(_AFTER_RANK_0_SECONDS)
         message = f"[rank {rank}] {message}"
     print(f"error: {' '.join(message.split())}", file=sys.stderr)

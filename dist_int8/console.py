@@ -12,12 +12,12 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from dist_int8 import termination
 from dist_int8.api import load
 from dist_int8.batch import Answers, Item
 from dist_int8.config import GenerationSettings, Settings
 from dist_int8.engine import Completion, Request, Token
 from dist_int8.handle import Model
+from dist_int8.launcher import signals
 from dist_int8.partition import Plan
 
 MEBIBYTE = 1024**2
@@ -222,11 +222,11 @@ def _batch_line(figures: dict[str, Any]) -> str:
 def _load(settings: Settings, display: Display, on_plan: Callable[[Plan], None]) -> Model:
     """The model, which SIGTERM drains from now on; ranks above 0 do not return."""
     if os.environ.get("RANK", "0") != "0":
-        termination.leave_term_to_rank_0(settings.drain_timeout)
+        signals.leave_term_to_rank_0(settings.drain_timeout)
     model = load(
         **settings.model_dump(exclude_none=True), progress=not display.quiet, on_plan=on_plan
     )
-    termination.drain_on_term(model.drain)
+    signals.drain_on_term(model.drain)
     return model
 
 

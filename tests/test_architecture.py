@@ -28,7 +28,6 @@ MAY_IMPORT = {
         "partition",
         "pipeline",
         "planning",
-        "recovery",
     },
     "batch": {"config"},
     "bench": {"config", "int8", "models", "partition"},
@@ -46,7 +45,6 @@ MAY_IMPORT = {
         "distributed",
         "doctor",
         "launcher",
-        "termination",
     },
     "cli_bench": {"api", "bench", "config", "demo_model", "plot"},
     "cli_checkpoint": {"checkpoint", "config"},
@@ -54,7 +52,7 @@ MAY_IMPORT = {
     "cli_generate": {"batch", "config", "console", "devices"},
     "cli_plan": {"config", "models", "partition", "planning"},
     "config": set(),
-    "console": {"api", "batch", "config", "engine", "handle", "partition", "termination"},
+    "console": {"api", "batch", "config", "engine", "handle", "launcher", "partition"},
     "demo_model": set(),
     "devices": {"config"},
     "distributed": set(),
@@ -63,20 +61,24 @@ MAY_IMPORT = {
     "evaluation": {"api", "checkpoint", "config", "engine", "handle", "int8", "models"},
     "handle": {"config", "engine", "models", "partition", "pipeline"},
     "int8": set(),
-    "launcher": set(),
+    "launcher": {"api"},
     "loading": {"checkpoint", "config", "engine", "models", "partition", "pipeline"},
     "models": {"int8"},
     "partition": set(),
     "pipeline": {"distributed", "models"},
     "planning": {"config", "devices", "partition"},
     "plot": set(),
-    "rank": {"api", "termination"},
-    "recovery": {"distributed", "pipeline"},
-    "termination": set(),
 }
 LEAVES = {"int8/reference", "partition/memory"}  # import nothing of ours
 LEAVES |= {"pipeline/schedule", "pipeline/simulator", "pipeline/trace"}
-WITHOUT_TORCH = {"config", "partition", "pipeline/schedule", "launcher", "cli", "devices"}
+WITHOUT_TORCH = {
+    "config",
+    "partition",
+    "pipeline/schedule",
+    "launcher/supervisor",
+    "cli",
+    "devices",
+}
 WITHOUT_TORCH |= {
     "cli_checkpoint",
     "cli_plan",
@@ -89,7 +91,7 @@ WITHOUT_TORCH |= {"pipeline/simulator", "pipeline/trace"}
 WITHOUT_TORCH |= {
     "distributed/heartbeat",
     "distributed/monitor",
-    "termination",
+    "launcher/signals",
     "distributed/world",
 }
 OWNERS = {  # outside dependency -> the only files or rooms that import it

@@ -32,7 +32,7 @@ def spawn(
 ) -> World:
     """Starts ranks 1 .. world_size - 1 on this machine and joins them as rank 0.
 
-    Each is `python -m dist_int8.rank`, gets `settings` as a line of JSON on its standard input, and
+    Each is `python -m dist_int8.launcher.rank`, gets `settings` as a line of JSON on its standard input, and
     ends when that pipe closes, so none outlives this process however it ends.
     """
     world = World(0, world_size, step_timeout_s, cores)
@@ -99,7 +99,7 @@ def _start_rank(world: World, rank: int, line: bytes) -> None:
         "DIST_INT8_DIES_WITH_PARENT": "1" * in_main_thread,
     }
     child = subprocess.Popen(
-        [sys.executable, "-m", "dist_int8.rank"],
+        [sys.executable, "-m", "dist_int8.launcher.rank"],
         stdin=subprocess.PIPE,
         env=environment,
         start_new_session=True,  # Ctrl-C is rank 0's to handle

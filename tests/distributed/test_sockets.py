@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_int8.launcher import free_port
+from dist_int8.launcher.supervisor import free_port
 
 LISTENING = {"tcp": "0A", "tcp6": "0A", "udp": "07", "udp6": "07"}  # include/net/tcp_states.h
 BIN = Path(sys.executable).parent
@@ -121,7 +121,9 @@ def test_ranks_listen_on_loopback_only(tiny_llama, script, launcher):
     if command[-1].endswith("port"):
         command.append(str(free_port()))
     found = audit([*command, script, str(tiny_llama)])
-    ranks = [where for line, where in found if "dist_int8.rank" in line or is_rank(line, script)]
+    ranks = [
+        where for line, where in found if "dist_int8.launcher.rank" in line or is_rank(line, script)
+    ]
     assert len(ranks) == 2 and all(ranks), found  # gloo listens on every rank
     public = [
         (line, endpoint) for line, where in found for endpoint in where if not is_loopback(endpoint)

@@ -1,4 +1,4 @@
-"""`python -m dist_int8.rank`: one rank that `load()` started in a plain Python session.
+"""`python -m dist_int8.launcher.rank`: one rank that `load()` started in a plain Python session.
 
 Reads its settings as one line of JSON from standard input and joins; when that pipe closes, rank 0
 is gone and this process ends too.
@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 
-from dist_int8 import termination
+from dist_int8.launcher import signals
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -38,7 +38,7 @@ def main() -> None:
     _be_killed_with_rank_0()
     settings = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_rank_0, name="end-with-rank-0", daemon=True).start()
-    termination.leave_term_to_rank_0(settings["drain_timeout"])
+    signals.leave_term_to_rank_0(settings["drain_timeout"])
     from dist_int8.api import load
 
     load(**settings, progress=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_int8.launcher import launch
+from dist_int8.launcher.supervisor import launch
 
 NAMES = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT GLOO_SOCKET_IFNAME"
 
@@ -41,7 +41,7 @@ if "end" not in action:
 """
 SUPERVISOR = """
 import sys
-from dist_int8.launcher import launch
+from dist_int8.launcher.supervisor import launch
 sys.exit(launch(sys.argv[1:], 2, grace=1.0, drain=1.5))
 """
 
