@@ -35,7 +35,7 @@ from transformers import AutoTokenizer
 import dist_int8
 from dist_int8.config import GenerationSettings
 from dist_int8.engine import Engine
-from dist_int8.pipeline.simulator import draw, simulate
+from dist_int8.profiling.simulator import draw, simulate
 
 
 def load(folder, args, stages):

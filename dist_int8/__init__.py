@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dist_int8.api import load
     from dist_int8.distributed.world import LostRank, RankDied, StageHung
+    from dist_int8.evaluation.outlier_features import inject_outlier_features
     from dist_int8.handle import Model
     from dist_int8.int8.linear import Int8Linear
-    from dist_int8.models.outlier_features import inject_outlier_features
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,7 +34,7 @@ _HOMES = {
     "Model": "handle",
     "RankDied": "distributed.world",
     "StageHung": "distributed.world",
-    "inject_outlier_features": "models.outlier_features",
+    "inject_outlier_features": "evaluation.outlier_features",
     "load": "api",
 }
 

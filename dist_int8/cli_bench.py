@@ -64,13 +64,13 @@ def bench(
             f"{COMMAND}:model: --model must be left out with --trace, got both; keep one"
         )
     if profile is not None:
-        from dist_int8.bench import measure
+        from dist_int8.profiling.device import measure
 
         values: dict[str, Any] = measure(device, threads, name)
         write_yaml(profile, values, f"Measured by `{COMMAND} --profile` on {values['name']}.")
         typer.echo("\n".join(_lines(values)))
     if plot is not None:
-        from dist_int8.plot import plot as draw
+        from dist_int8.profiling.timeline import plot as draw
 
         if trace is None:
             trace = plot.with_suffix(".trace.json")

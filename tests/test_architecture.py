@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "dist_int8"
 
 # Room (folder or module of dist_int8) -> rooms it may import. What is missing here is refused.
 MAY_IMPORT = {
-    "__init__": {"api", "distributed", "handle", "int8", "models"},
+    "__init__": {"api", "distributed", "evaluation", "handle", "int8"},
     "api": {
         "checkpoint",
         "config",
@@ -30,7 +30,6 @@ MAY_IMPORT = {
         "planning",
     },
     "batch": {"config"},
-    "bench": {"config", "int8", "models", "partition"},
     "checkpoint": {"int8", "models"},
     "cli": {
         "cli_bench",
@@ -46,7 +45,7 @@ MAY_IMPORT = {
         "doctor",
         "launcher",
     },
-    "cli_bench": {"api", "bench", "config", "demo_model", "plot"},
+    "cli_bench": {"api", "config", "demo_model", "profiling"},
     "cli_checkpoint": {"checkpoint", "config"},
     "cli_eval": {"config", "evaluation"},
     "cli_generate": {"batch", "config", "console", "devices"},
@@ -67,10 +66,10 @@ MAY_IMPORT = {
     "partition": set(),
     "pipeline": {"distributed", "models"},
     "planning": {"config", "devices", "partition"},
-    "plot": set(),
+    "profiling": {"config", "int8", "models", "partition"},
 }
 LEAVES = {"int8/reference", "partition/memory"}  # import nothing of ours
-LEAVES |= {"pipeline/schedule", "pipeline/simulator", "pipeline/trace"}
+LEAVES |= {"pipeline/schedule", "profiling/simulator", "pipeline/trace"}
 WITHOUT_TORCH = {
     "config",
     "partition",
@@ -86,8 +85,8 @@ WITHOUT_TORCH |= {
     "planning",
     "distributed/slurm",
 }
-WITHOUT_TORCH |= {"batch", "cli_bench", "cli_eval", "cli_generate", "plot"}
-WITHOUT_TORCH |= {"pipeline/simulator", "pipeline/trace"}
+WITHOUT_TORCH |= {"batch", "cli_bench", "cli_eval", "cli_generate", "profiling/timeline"}
+WITHOUT_TORCH |= {"profiling/simulator", "pipeline/trace"}
 WITHOUT_TORCH |= {
     "distributed/heartbeat",
     "distributed/monitor",
@@ -100,7 +99,7 @@ OWNERS = {  # outside dependency -> the only files or rooms that import it
     "huggingface_hub": {"checkpoint", "models/config"},
     "bitsandbytes": {"evaluation/linears"},
     "lm_eval": {"evaluation/harness", "evaluation/tasks"},
-    "matplotlib": {"evaluation/pictures", "plot"},
+    "matplotlib": {"evaluation/pictures", "profiling/timeline"},
     "pydantic": {"config"},
     "rich": {"doctor"},
     "safetensors": {"checkpoint"},

@@ -182,11 +182,11 @@ def test_broken_yaml_and_broken_profiles(capsys, tmp_path):
 
 
 def test_a_measured_profile_is_one_that_plan_reads(capsys, tmp_path, monkeypatch):
-    from dist_int8 import bench
+    from dist_int8.profiling import device
 
-    monkeypatch.setattr(bench, "CPU_WEIGHT_BYTES", 1 << 20)
-    monkeypatch.setattr(bench, "REPEATS", 1)
-    monkeypatch.setattr(bench, "NUM_FEATURES", 256)
+    monkeypatch.setattr(device, "CPU_WEIGHT_BYTES", 1 << 20)
+    monkeypatch.setattr(device, "REPEATS", 1)
+    monkeypatch.setattr(device, "NUM_FEATURES", 256)
     path = tmp_path / "cpu.yaml"
     assert cli.run(["bench", "--profile", str(path), "--name", "this"]) == 0
     assert "int8_bandwidth" in capsys.readouterr().out

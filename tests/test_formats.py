@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 import dist_int8
 from dist_int8 import cli
 from dist_int8.checkpoint import quantize
-from dist_int8.models.outlier_features import inject_outlier_features
+from dist_int8.evaluation.outlier_features import inject_outlier_features
 
 OPTIONS = {"progress": False, "threads_per_stage": 1, "max_tokens": 96}
 INT8 = {"head": "int8", "embedding": "int8", "calibrate": "random"}

@@ -18,7 +18,7 @@ from dist_int8.checkpoint.load import load_stage
 from dist_int8.int8.convert import is_skipped
 from dist_int8.models.decoder import DecoderStage, TokenBatch
 from dist_int8.models.spec import ModelSpec
-from dist_int8.models.text import tokens_of_file
+from dist_int8.models.tokenizer import tokens_of_file
 
 OFF, RANDOM = "off", "random"
 NUM_TOKENS = 1024

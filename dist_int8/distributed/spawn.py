@@ -32,8 +32,8 @@ def spawn(
 ) -> World:
     """Starts ranks 1 .. world_size - 1 on this machine and joins them as rank 0.
 
-    Each is `python -m dist_int8.launcher.rank`, gets `settings` as a line of JSON on its standard input, and
-    ends when that pipe closes, so none outlives this process however it ends.
+    Each is `python -m dist_int8.launcher.rank`, gets `settings` as a line of JSON on its standard
+    input, and ends when that pipe closes, so none outlives this process however it ends.
     """
     world = World(0, world_size, step_timeout_s, cores)
     world.folder = Path(tempfile.mkdtemp(prefix="dist_int8-"))

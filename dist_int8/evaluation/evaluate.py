@@ -20,9 +20,9 @@ from dist_int8.config import Settings
 from dist_int8.evaluation.host import Host, refuse_int8, without_bars
 from dist_int8.evaluation.layers import LayerReport, MakeLayer, runtime_layer, watch_layers
 from dist_int8.evaluation.methods import METHODS, REFERENCES
+from dist_int8.evaluation.outlier_features import inject_outlier_features
 from dist_int8.evaluation.perplexity import Scores, Window, log_probabilities_, windows
 from dist_int8.models import describe, load_config
-from dist_int8.models.outlier_features import inject_outlier_features
 
 DEFAULT_WINDOW = 1024
 

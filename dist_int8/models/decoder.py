@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dist_int8.int8 import ops
 from dist_int8.int8.embedding import Int8Embedding
 from dist_int8.models.block import Cache, DecoderBlock, Norm, PositionTables
-from dist_int8.models.blocks import run_blocks
 from dist_int8.models.rotary import alibi_slopes, rotary_tables
+from dist_int8.models.run_blocks import run_blocks
 from dist_int8.models.spec import ModelSpec
 
 

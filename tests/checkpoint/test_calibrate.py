@@ -18,10 +18,10 @@ from dist_int8.checkpoint import (
     stored_format,
 )
 from dist_int8.checkpoint.load import random_stage
+from dist_int8.evaluation.outlier_features import inject_outlier_features
 from dist_int8.int8 import reference
 from dist_int8.int8.embedding import Int8Embedding
 from dist_int8.models import TokenBatch, describe, load_config, tensor_sources
-from dist_int8.models.outlier_features import inject_outlier_features
 
 MODELS = ["llama", "llama_tied", "bloom", "opt", "gpt_neox"]
 EDGES = {"first": True, "last": True}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dist_int8.pipeline import schedule
-from dist_int8.pipeline.simulator import draw, simulate
+from dist_int8.profiling.simulator import draw, simulate
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 5])

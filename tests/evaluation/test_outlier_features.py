@@ -17,8 +17,8 @@ from transformers import (
 )
 
 import dist_int8
+from dist_int8.evaluation.outlier_features import inject_outlier_features
 from dist_int8.int8.convert import convert
-from dist_int8.models.outlier_features import inject_outlier_features
 
 _LLAMA = dict(
     hidden_size=64,

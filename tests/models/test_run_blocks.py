@@ -8,9 +8,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dist_int8.int8 import decoder_blocks, kv
 from dist_int8.int8.linear import Int8Linear
-from dist_int8.models import blocks as blocks_module
+from dist_int8.models import run_blocks as blocks_module
 from dist_int8.models.block import DecoderBlock, Norm, PositionTables
-from dist_int8.models.blocks import run_blocks
+from dist_int8.models.run_blocks import run_blocks
 from dist_int8.models.spec import BlockSpec
 
 HIDDEN, HEAD_DIM, MAX_TOKENS = 48, 16, 40
