@@ -84,7 +84,7 @@ test-multi-node: install ## Run every launcher on hosts made of network namespac
 
 # Exit status 1 without a GPU: nothing was tested, and nobody should read it as a pass.
 define require_gpu
-	@$(BIN)/python -c 'import sys; from dist_int8.devices import probe; g = probe(); print(*[f"cuda:{x.index} {x.name}" for x in g.gpus], sep="\n") if g.gpus else sys.exit(f"make $@: needs a GPU, sees none ({g.reason}); nothing was run")'
+	@$(BIN)/python -c 'import sys; from dist_int8.partition.gpus import probe; g = probe(); print(*[f"cuda:{x.index} {x.name}" for x in g.gpus], sep="\n") if g.gpus else sys.exit(f"make $@: needs a GPU, sees none ({g.reason}); nothing was run")'
 endef
 
 test-gpu: install ## Run the tests that need a GPU

@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 import dist_int8
 from dist_int8.models import describe, load_config
 from dist_int8.partition import Device, Formats, Question, ask, memory
+from dist_int8.partition.from_settings import CUDA_RESERVE
 from dist_int8.partition.profiles import PROFILES
-from dist_int8.planning import CUDA_RESERVE
 
 BLOOM = Path(__file__).parents[1] / "configs" / "models" / "bloom-176b"
 EXTRAS: dict[str, dict[str, Any]] = {

@@ -32,10 +32,10 @@ from dist_int8.config import Settings
 from dist_int8.models import describe, load_config
 from dist_int8.partition import Device, Formats, Plan, Question, Request, ask, memory
 from dist_int8.partition.cost import PS_PER_MS
+from dist_int8.partition.from_settings import CUDA_RESERVE, devices_of, formats_of_config
 from dist_int8.partition.planner import problem_of
 from dist_int8.partition.profiles import PROFILES
 from dist_int8.pipeline.kv_cache import KVCache
-from dist_int8.planning import CUDA_RESERVE, devices_of, formats_of_config
 
 BLOOM = Path(__file__).parents[1] / "configs" / "models" / "bloom-176b"
 MACHINES = ((4, "a100-80"), (3, "a100-80"), (8, "a100-80"), (5, "a100-40"), (8, "a100-40"))

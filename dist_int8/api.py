@@ -14,7 +14,6 @@ from transformers import GenerationConfig
 
 from dist_int8.checkpoint import resolve_model
 from dist_int8.config import Settings, load_settings
-from dist_int8.devices import choose_devices, connects_over_nccl
 from dist_int8.distributed import rendezvous, spawn
 from dist_int8.distributed import world as worlds
 from dist_int8.distributed.rendezvous import Launched
@@ -24,13 +23,14 @@ from dist_int8.handle import Model
 from dist_int8.loading import as_stored, build_stage, vocab_dtype_of
 from dist_int8.models import ModelSpec, describe, load_config
 from dist_int8.partition import Plan, StagePlan, format_bytes
+from dist_int8.partition.devices import choose_devices, connects_over_nccl
+from dist_int8.partition.from_settings import devices_of, formats_of, free_budgets, plan_of
 from dist_int8.pipeline.in_process import InProcessTransport, connect
 from dist_int8.pipeline.microbatch import Limits
 from dist_int8.pipeline.recovery import Links, Recovery, serve_until_shutdown
 from dist_int8.pipeline.runner import Pipeline, serve
 from dist_int8.pipeline.stage import Stage
 from dist_int8.pipeline.transport import Transport
-from dist_int8.planning import devices_of, formats_of, free_budgets, plan_of
 
 LOAD_TIMEOUT_S = 3600.0
 DEFAULT_MAX_TOKENS = 2048

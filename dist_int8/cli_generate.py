@@ -280,7 +280,7 @@ def _layout(
         )
     if device == "cuda":
         if stages is None and gpus is None:
-            from dist_int8.devices import probe
+            from dist_int8.partition.gpus import probe
 
             num_gpus = len(probe().gpus)
             if num_gpus and "WORLD_SIZE" in os.environ:

@@ -147,7 +147,7 @@ def plan(
             "give --model, as in --model configs/models/bloom-176b"
         )
     from dist_int8.models import describe, load_config
-    from dist_int8.planning import Asked, answer, saved
+    from dist_int8.partition.from_settings import Asked, answer, saved
 
     asked = Asked(
         num_sequences=sequences,

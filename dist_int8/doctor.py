@@ -13,7 +13,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from dist_int8.devices import Gpus, probe
+from dist_int8.partition.gpus import Gpus, probe
 
 # The dependencies in pyproject.toml, with the least version that works (None: any).
 REQUIRED = {

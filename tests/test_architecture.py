@@ -19,7 +19,6 @@ MAY_IMPORT = {
     "api": {
         "checkpoint",
         "config",
-        "devices",
         "distributed",
         "engine",
         "handle",
@@ -27,7 +26,6 @@ MAY_IMPORT = {
         "models",
         "partition",
         "pipeline",
-        "planning",
     },
     "batch": {"config"},
     "checkpoint": {"int8", "models"},
@@ -40,22 +38,21 @@ MAY_IMPORT = {
         "config",
         "console",
         "demo_model",
-        "devices",
         "distributed",
         "doctor",
         "launcher",
+        "partition",
     },
     "cli_bench": {"api", "config", "demo_model", "profiling"},
     "cli_checkpoint": {"checkpoint", "config"},
     "cli_eval": {"config", "evaluation"},
-    "cli_generate": {"batch", "config", "console", "devices"},
-    "cli_plan": {"config", "models", "partition", "planning"},
+    "cli_generate": {"batch", "config", "console", "partition"},
+    "cli_plan": {"config", "models", "partition"},
     "config": set(),
     "console": {"api", "batch", "config", "engine", "handle", "launcher", "partition"},
     "demo_model": set(),
-    "devices": {"config"},
     "distributed": set(),
-    "doctor": {"devices", "int8"},
+    "doctor": {"int8", "partition"},
     "engine": {"config", "pipeline"},
     "evaluation": {"api", "checkpoint", "config", "engine", "handle", "int8", "models"},
     "handle": {"config", "engine", "models", "partition", "pipeline"},
@@ -63,9 +60,8 @@ MAY_IMPORT = {
     "launcher": {"api"},
     "loading": {"checkpoint", "config", "engine", "models", "partition", "pipeline"},
     "models": {"int8"},
-    "partition": set(),
+    "partition": {"config"},
     "pipeline": {"distributed", "models"},
-    "planning": {"config", "devices", "partition"},
     "profiling": {"config", "int8", "models", "partition"},
 }
 LEAVES = {"int8/reference", "partition/memory"}  # import nothing of ours
@@ -76,13 +72,11 @@ WITHOUT_TORCH = {
     "pipeline/schedule",
     "launcher/supervisor",
     "cli",
-    "devices",
 }
 WITHOUT_TORCH |= {
     "cli_checkpoint",
     "cli_plan",
     "distributed/interfaces",
-    "planning",
     "distributed/slurm",
 }
 WITHOUT_TORCH |= {"batch", "cli_bench", "cli_eval", "cli_generate", "profiling/timeline"}
@@ -95,7 +89,7 @@ WITHOUT_TORCH |= {
 }
 OWNERS = {  # outside dependency -> the only files or rooms that import it
     "accelerate": {"models"},
-    "cuda": {"devices"},
+    "cuda": {"partition/gpus"},
     "huggingface_hub": {"checkpoint", "models/config"},
     "bitsandbytes": {"evaluation/linears"},
     "lm_eval": {"evaluation/harness", "evaluation/tasks"},

@@ -7,7 +7,7 @@ from transformers import BloomConfig
 
 from dist_int8.config import load_settings
 from dist_int8.models import describe, load_config
-from dist_int8.planning import Asked, answer
+from dist_int8.partition.from_settings import Asked, answer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHAPES = {

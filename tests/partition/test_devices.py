@@ -12,14 +12,15 @@ import pytest
 
 from dist_int8 import api
 from dist_int8.config import load_settings
-from dist_int8.devices import Gpu, Gpus, choose_devices, connects_over_nccl
 from dist_int8.distributed.rendezvous import Launched
+from dist_int8.partition.devices import choose_devices, connects_over_nccl
+from dist_int8.partition.gpus import Gpu, Gpus
 
 NONE = Gpus((), "no CUDA driver is installed", None)
 TWO = Gpus(tuple(Gpu(i, "GPU", (8, 0), 80 * 1024**3, None, ()) for i in range(2)), None, "13.0")
 PROBE = """
 import dataclasses, json
-from dist_int8.devices import probe
+from dist_int8.partition.gpus import probe
 print(json.dumps(dataclasses.asdict(probe())))
 """
 

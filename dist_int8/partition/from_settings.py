@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from dist_int8.config import ProfileSettings, Settings, read_yaml
-from dist_int8.devices import probe
 from dist_int8.partition import (
     PROFILES,
     Device,
@@ -17,6 +16,7 @@ from dist_int8.partition import (
     Request,
     ask,
 )
+from dist_int8.partition.gpus import probe
 from dist_int8.partition.profiles import DEFAULT_GPU
 from dist_int8.partition.questions import DEFAULT_MAX_TOKENS
 

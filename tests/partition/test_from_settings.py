@@ -5,12 +5,12 @@ import json
 import pytest
 
 import dist_int8
-from dist_int8 import cli, planning
+from dist_int8 import cli
 from dist_int8.checkpoint import CheckpointReader
 from dist_int8.config import load_settings
-from dist_int8.devices import Gpu, Gpus
-from dist_int8.partition import PROFILES
-from dist_int8.planning import devices_of, free_budgets, profile_of
+from dist_int8.partition import PROFILES, from_settings
+from dist_int8.partition.from_settings import devices_of, free_budgets, profile_of
+from dist_int8.partition.gpus import Gpu, Gpus
 
 OPTIONS = {"max_tokens": 64, "max_sequences": 2, "progress": False, "threads_per_stage": 1}
 
@@ -41,7 +41,7 @@ def test_refused_before_a_weight_is_read(tiny_llama, monkeypatch, settings, part
 
 def test_one_gpu_for_two_ranks_is_refused_before_a_rank_is_started(tiny_llama, monkeypatch):
     gpus = Gpus((Gpu(0, "GPU", (9, 0), 80 * 1024**3, None, ()),), None, "13.0")
-    monkeypatch.setattr("dist_int8.devices.probe", lambda: gpus)
+    monkeypatch.setattr("dist_int8.partition.devices.probe", lambda: gpus)
     monkeypatch.setattr(
         "dist_int8.distributed.spawn.spawn", lambda *_: pytest.fail("a rank was started")
     )
@@ -100,8 +100,8 @@ def test_devices_of_settings():
 
 def test_stages_share_the_free_memory_of_their_gpu(monkeypatch):
     gpus = tuple(Gpu(i, "GPU", (9, 0), 80 * 1024**3, (60 + i) * 1024**3, ()) for i in range(2))
-    monkeypatch.setattr(planning, "probe", lambda: Gpus(gpus, None, "13.0"))
-    context = planning.CUDA_CONTEXT_BYTES
+    monkeypatch.setattr(from_settings, "probe", lambda: Gpus(gpus, None, "13.0"))
+    context = from_settings.CUDA_CONTEXT_BYTES
     assert free_budgets(["cuda:0", "cuda:1", "cpu", "cuda:0"]) == [
         30 * 1024**3 - context,
         61 * 1024**3 - context,
