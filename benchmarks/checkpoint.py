@@ -25,7 +25,8 @@ from results import write_result
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dist_int8.checkpoint import CheckpointReader, load_stage, manifest, quantize
+from dist_int8.checkpoint import CheckpointReader, load_stage
+from dist_int8.checkpoint.writer import manifest, quantize
 from dist_int8.config import parse_byte_size
 from dist_int8.models import describe, load_config
 

@@ -85,7 +85,7 @@ def quantize(
         skip_modules=skip,
     )
     from dist_int8.checkpoint import OFF, RANDOM, is_int8, resolve_model
-    from dist_int8.checkpoint import quantize as plan
+    from dist_int8.checkpoint.writer import quantize as plan
 
     folder = resolve_model(model, revision, allow_pickle=allow_pickle)
     if calibrate is None:
@@ -126,8 +126,8 @@ def dequantize(
     dist-int8 dequantize ./llama-int8 ./llama-again --dtype bfloat16
     """
     shard_bytes = _byte_size("dequantize", shard_size)
-    from dist_int8.checkpoint import dequantize as plan
     from dist_int8.checkpoint import resolve_model
+    from dist_int8.checkpoint.writer import dequantize as plan
 
     job = plan(
         resolve_model(model, revision, allow_pickle=allow_pickle),
@@ -169,7 +169,7 @@ def _run(job: Any, verb: str, verify: bool, quiet: bool) -> None:
 
 
 def _verify(folder: Path, quiet: bool) -> None:
-    from dist_int8.checkpoint import manifest
+    from dist_int8.checkpoint.writer import manifest
 
     with _bar("verifying", manifest.num_bytes(folder), quiet) as progress:
         num_files = manifest.verify(folder, progress)

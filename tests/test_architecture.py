@@ -145,6 +145,17 @@ def test_rooms_import_only_what_they_may():
     assert not wrong
 
 
+def test_what_reads_checkpoints_knows_nothing_of_what_writes_them():
+    writer = "dist_int8.checkpoint.writer"
+    assert not [
+        f"{name}.py:{line} imports {target}"
+        for name, tree in modules()
+        if name.startswith("checkpoint") and not name.startswith("checkpoint/writer")
+        for line, target in imported(tree)
+        if target.startswith(writer)
+    ]
+
+
 def test_every_outside_dependency_has_its_owner():
     wrong = []
     for name, tree in modules():

@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 
 import dist_int8
 from dist_int8 import cli
-from dist_int8.checkpoint import quantize
+from dist_int8.checkpoint.writer import quantize
 from dist_int8.evaluation.outlier_features import inject_outlier_features
 
 OPTIONS = {"progress": False, "threads_per_stage": 1, "max_tokens": 96}

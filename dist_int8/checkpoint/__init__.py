@@ -1,6 +1,5 @@
-"""Checkpoints: reading safetensors, quantizing each tensor as it arrives, writing int8 ones."""
+"""Checkpoints: reading safetensors, quantizing each tensor as it arrives (`writer`: writing)."""
 
-from dist_int8.checkpoint import manifest
 from dist_int8.checkpoint.calibrate import (
     OFF,
     RANDOM,
@@ -12,7 +11,6 @@ from dist_int8.checkpoint.hub import resolve_model
 from dist_int8.checkpoint.load import load_stage, random_stage, stage_bytes_to_read, stored_format
 from dist_int8.checkpoint.locate import is_int8
 from dist_int8.checkpoint.reader import CheckpointReader
-from dist_int8.checkpoint.rewrite import dequantize, quantize
 
 __all__ = [
     "OFF",
@@ -20,12 +18,9 @@ __all__ = [
     "Calibration",
     "CheckpointReader",
     "calibration_of",
-    "dequantize",
     "find_hot_columns",
     "is_int8",
     "load_stage",
-    "manifest",
-    "quantize",
     "random_stage",
     "resolve_model",
     "stage_bytes_to_read",

@@ -9,15 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dist_int8.checkpoint import (
-    calibration_of,
-    dequantize,
-    find_hot_columns,
-    load_stage,
-    quantize,
-    stored_format,
-)
+from dist_int8.checkpoint import calibration_of, find_hot_columns, load_stage, stored_format
 from dist_int8.checkpoint.load import random_stage
+from dist_int8.checkpoint.writer import dequantize, quantize
 from dist_int8.evaluation.outlier_features import inject_outlier_features
 from dist_int8.int8 import reference
 from dist_int8.int8.embedding import Int8Embedding

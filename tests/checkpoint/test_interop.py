@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from dist_int8.checkpoint import dequantize, load_stage, quantize
+from dist_int8.checkpoint import load_stage
+from dist_int8.checkpoint.writer import dequantize, quantize
 from dist_int8.int8.layouts import LAYOUTS, transform_layout
 from dist_int8.models import describe, load_config
 

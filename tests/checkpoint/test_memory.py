@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dist_int8.checkpoint import calibration_of, find_hot_columns, load_stage, quantize
+from dist_int8.checkpoint import calibration_of, find_hot_columns, load_stage
+from dist_int8.checkpoint.writer import quantize
 from dist_int8.models import describe, load_config
 
 LARGEST = 2 * 3072 * 3072  # bytes of the largest tensor

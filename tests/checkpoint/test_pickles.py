@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dist_int8.checkpoint import CheckpointReader, load_stage, quantize
+from dist_int8.checkpoint import CheckpointReader, load_stage
+from dist_int8.checkpoint.writer import quantize
 from dist_int8.models import describe, load_config
 
 

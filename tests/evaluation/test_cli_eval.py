@@ -8,7 +8,8 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from dist_int8 import cli
-from dist_int8.checkpoint import calibration_of, find_hot_columns, quantize
+from dist_int8.checkpoint import calibration_of, find_hot_columns
+from dist_int8.checkpoint.writer import quantize
 from dist_int8.config import load_settings
 from dist_int8.evaluation.host import Host
 from dist_int8.evaluation.layers import hot_columns, watch_layers

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 import dist_int8
-from dist_int8.checkpoint import quantize
+from dist_int8.checkpoint.writer import quantize
 
 SIZES = {
     "vocab_size": 48,

@@ -8,8 +8,8 @@ from torch import Tensor
 from dist_int8.checkpoint.locate import ABSMAX_PER_SCALE, Piece
 from dist_int8.checkpoint.matrices import Source
 from dist_int8.checkpoint.reader import CheckpointReader
-from dist_int8.checkpoint.shards import Group, Output
 from dist_int8.checkpoint.tensor_files import TORCH_DTYPES
+from dist_int8.checkpoint.writer.shards import Group, Output
 from dist_int8.int8 import reference
 
 Made = Iterator[tuple[int, int, Tensor]]

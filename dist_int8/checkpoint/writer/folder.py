@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_int8.checkpoint import manifest
 from dist_int8.checkpoint.reader import INDEX
-from dist_int8.checkpoint.shards import Group, shard_name, write_shard
+from dist_int8.checkpoint.writer import manifest
+from dist_int8.checkpoint.writer.shards import Group, shard_name, write_shard
 
 CONFIG = "config.json"
 HOT_COLUMNS = "hot_columns.json"

@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 
 from dist_int8.checkpoint.calibrate import OFF, Calibration, calibration_of, find_hot_columns
-from dist_int8.checkpoint.folder import CONFIG, HOT_COLUMNS, write_file, write_folder
-from dist_int8.checkpoint.formats import TargetFormat, config_of
-from dist_int8.checkpoint.groups import bitsandbytes_group, floating_group, int8_group
-from dist_int8.checkpoint.job import Job
 from dist_int8.checkpoint.load import stage_bytes_to_read
 from dist_int8.checkpoint.locate import Located, is_int8_checkpoint, locate
 from dist_int8.checkpoint.random_weights import EMBEDDING, HEAD
 from dist_int8.checkpoint.reader import CheckpointReader
-from dist_int8.checkpoint.shards import Group, cut
+from dist_int8.checkpoint.writer.folder import CONFIG, HOT_COLUMNS, write_file, write_folder
+from dist_int8.checkpoint.writer.formats import TargetFormat, config_of
+from dist_int8.checkpoint.writer.job import Job
+from dist_int8.checkpoint.writer.shards import Group, cut
+from dist_int8.checkpoint.writer.tensors import bitsandbytes_group, floating_group, int8_group
 from dist_int8.int8.convert import convert
 from dist_int8.int8.linear import Int8Linear
 from dist_int8.models.config import describe, load_config

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dist_int8.checkpoint import dequantize, load_stage, manifest, quantize, stored_format
+from dist_int8.checkpoint import load_stage, stored_format
+from dist_int8.checkpoint.writer import dequantize, manifest, quantize
 from dist_int8.int8.linear import Int8Linear
 from dist_int8.models import describe, load_config
 

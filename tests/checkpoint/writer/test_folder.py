@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_int8.checkpoint import CheckpointReader, manifest, quantize
+from dist_int8.checkpoint import CheckpointReader
+from dist_int8.checkpoint.writer import manifest, quantize
 
 SHARD = 40_000  # three files
 
