@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dist_int8.api import load
+    from dist_int8.api.load import load
+    from dist_int8.api.model import Model
     from dist_int8.distributed.world import LostRank, RankDied, StageHung
     from dist_int8.evaluation.outlier_features import inject_outlier_features
-    from dist_int8.handle import Model
     from dist_int8.int8.linear import Int8Linear
 
 __version__ = "0.1.0"
@@ -31,11 +31,11 @@ __all__ = [
 _HOMES = {
     "Int8Linear": "int8.linear",
     "LostRank": "distributed.world",
-    "Model": "handle",
+    "Model": "api.model",
     "RankDied": "distributed.world",
     "StageHung": "distributed.world",
     "inject_outlier_features": "evaluation.outlier_features",
-    "load": "api",
+    "load": "api.load",
 }
 
 

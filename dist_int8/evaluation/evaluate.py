@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dist_int8.api import load
+from dist_int8.api.load import load
 from dist_int8.config import Settings
 from dist_int8.evaluation.host import Host, refuse_int8, without_bars
 from dist_int8.evaluation.layers import LayerReport, MakeLayer, runtime_layer, watch_layers

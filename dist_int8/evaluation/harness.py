@@ -26,10 +26,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig
 
-from dist_int8 import api
+from dist_int8.api.load import load
+from dist_int8.api.model import Model
 from dist_int8.config import GenerationSettings
 from dist_int8.engine import Request
-from dist_int8.handle import Model
 
 SEED = 1234  # of sampled answers; the harness's own
 MAX_GEN_TOKS = 256  # of an answer whose task does not say, as the harness has it
@@ -100,7 +100,7 @@ class PipelineLM(TemplateLM):
     ) -> None:
         super().__init__()
         if not isinstance(pretrained, Model):
-            pretrained = api.load(pretrained, progress=progress, **settings)
+            pretrained = load(pretrained, progress=progress, **settings)
         elif settings:
             raise ValueError(
                 f"harness: settings must be those of the handle, got {', '.join(settings)} beside "

@@ -15,8 +15,8 @@ import torch
 from dist_int8.config import syntax_error
 
 if TYPE_CHECKING:
+    from dist_int8.api.model import Model
     from dist_int8.config import Settings
-    from dist_int8.handle import Model
 
 SEED = 1234  # of few-shot examples and of bootstraps, the harness's own
 
@@ -104,7 +104,7 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         if not isinstance(model, LM):
             if isinstance(model, str):
-                from dist_int8.api import load
+                from dist_int8.api.load import load
 
                 model = stack.enter_context(load(model))
             model = PipelineLM(model, progress=progress)
@@ -227,7 +227,7 @@ def table(values: dict[str, Any]) -> str:
 def _evaluate_with(
     settings: Settings, changes: dict[str, Any], tasks: list[str], options: dict[str, Any]
 ) -> dict[str, Any]:
-    from dist_int8.api import load
+    from dist_int8.api.load import load
 
     values = settings.model_dump(exclude_none=True) | changes | {"progress": options["progress"]}
     with load(**values) as model:

@@ -39,7 +39,7 @@ def main() -> None:
     settings = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_rank_0, name="end-with-rank-0", daemon=True).start()
     signals.leave_term_to_rank_0(settings["drain_timeout"])
-    from dist_int8.api import load
+    from dist_int8.api.load import load
 
     load(**settings, progress=False)
 

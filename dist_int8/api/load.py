@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 import torch
 from transformers import GenerationConfig
 
+from dist_int8.api.model import Model
+from dist_int8.api.stages import as_stored, build_stage, vocab_dtype_of
 from dist_int8.checkpoint import resolve_model
 from dist_int8.config import Settings, load_settings
 from dist_int8.distributed import rendezvous, spawn
@@ -19,8 +21,6 @@ from dist_int8.distributed import world as worlds
 from dist_int8.distributed.rendezvous import Launched
 from dist_int8.distributed.world import RankDied, World
 from dist_int8.engine import Engine
-from dist_int8.handle import Model
-from dist_int8.loading import as_stored, build_stage, vocab_dtype_of
 from dist_int8.models import ModelSpec, describe, load_config
 from dist_int8.partition import Plan, StagePlan, format_bytes
 from dist_int8.partition.devices import choose_devices, connects_over_nccl
