@@ -154,7 +154,7 @@ def killed_at_random(source: Path, num_kills: int) -> dict[str, int]:
     """
     out = source.parent / "killed"
     aside = out.with_name(f".{out.name}.partial")
-    command = [sys.executable, "-m", "dist_int8.cli", "quantize", str(source), str(out), "--quiet"]
+    command = [sys.executable, "-m", "dist_int8", "quantize", str(source), str(out), "--quiet"]
     command += ["--shard-size", str(size(source) // 16)]
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(aside, ignore_errors=True)

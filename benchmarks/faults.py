@@ -163,7 +163,7 @@ def launcher_hit(model_folder: str, table: Table) -> None:
             lines = [json.dumps({"token_ids": [5, 6, 7 + i % 200]}) for i in range(20000)]
             prompts.write_text("\n".join(lines) + "\n")
             output = Path(folder) / "out.jsonl"
-            command = [sys.executable, "-m", "dist_int8.cli", "launch", "--stages", "2", "generate"]
+            command = [sys.executable, "-m", "dist_int8", "launch", "--stages", "2", "generate"]
             command += ["--model", model_folder, "--device", "cpu", "--max-new-tokens", "60"]
             command += ["--input", str(prompts), "--output", str(output)]
             launcher = subprocess.Popen(

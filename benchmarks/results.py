@@ -28,7 +28,7 @@ def folder_of(args: argparse.Namespace) -> str:
     """The model's folder; fetches and converts the demo model if none was named."""
     if args.model:
         return args.model
-    from dist_int8.demo_model import demo_model
+    from dist_int8.cli.demo_model import demo_model
 
     return str(demo_model())
 

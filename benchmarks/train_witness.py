@@ -26,7 +26,7 @@ from public_domain import HELD_OUT, works
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
-from dist_int8.demo_model import cache_folder
+from dist_int8.cli.demo_model import cache_folder
 
 END = "</s>"  # between works; BLOOM's own name for it
 PADDING = "<pad>"

@@ -11,7 +11,7 @@ Flags are those of `dist-int8 generate` (see its --help). One rank is one stage;
 import re
 import sys
 
-from dist_int8.cli import main
+from dist_int8.cli.app import main
 
 if __name__ == "__main__":
     # deepspeed adds --local_rank=N; the same number is in LOCAL_RANK, where every launcher puts it.

@@ -4,6 +4,8 @@
 """
 
 import ast
+import functools
+import graphlib
 import os
 import subprocess
 import sys
@@ -13,67 +15,64 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dist_int8"
 
-# Room (folder or module of dist_int8) -> rooms it may import. What is missing here is refused.
-MAY_IMPORT = {
-    "__init__": {"api", "distributed", "evaluation", "int8"},
-    "api": {"checkpoint", "config", "distributed", "engine", "models", "partition", "pipeline"},
-    "batch": {"config"},
-    "checkpoint": {"int8", "models"},
-    "cli": {
-        "cli_bench",
-        "cli_checkpoint",
-        "cli_eval",
-        "cli_generate",
-        "cli_plan",
-        "config",
-        "console",
-        "demo_model",
-        "distributed",
-        "doctor",
-        "launcher",
-        "partition",
-    },
-    "cli_bench": {"api", "config", "demo_model", "profiling"},
-    "cli_checkpoint": {"checkpoint", "config"},
-    "cli_eval": {"config", "evaluation"},
-    "cli_generate": {"batch", "config", "console", "partition"},
-    "cli_plan": {"config", "models", "partition"},
-    "config": set(),
-    "console": {"api", "batch", "config", "engine", "launcher", "partition"},
-    "demo_model": set(),
-    "distributed": set(),
-    "doctor": {"int8", "partition"},
-    "engine": {"config", "pipeline"},
-    "evaluation": {"api", "checkpoint", "config", "engine", "int8", "models"},
-    "int8": set(),
-    "launcher": {"api"},
-    "models": {"int8"},
-    "partition": {"config"},
-    "pipeline": {"distributed", "models"},
-    "profiling": {"config", "int8", "models", "partition"},
+ROOMS_OF_API = {
+    "checkpoint",
+    "config",
+    "distributed",
+    "engine",
+    "errors",
+    "int8",
+    "models",
+    "partition",
+    "pipeline",
 }
-LEAVES = {"int8/reference", "partition/memory"}  # import nothing of ours
-LEAVES |= {"pipeline/schedule", "profiling/simulator", "pipeline/trace"}
+ALL = {*ROOMS_OF_API, "api", "evaluation", "launcher", "profiling", "server"}
+# Room of dist_int8 -> rooms it may import. What is missing here is refused.
+MAY_IMPORT = {
+    "errors": set(),
+    "config": set(),
+    "int8": set(),
+    "distributed": {"errors"},
+    "partition": {"config"},
+    "models": {"int8"},
+    "pipeline": {"distributed", "errors", "models"},
+    "checkpoint": {"int8", "models"},
+    "profiling": {"int8", "models", "partition"},
+    "engine": {"config", "errors", "pipeline"},
+    "api": ROOMS_OF_API,
+    "launcher": {"api"},  # the rank alone
+    "evaluation": {"api", "checkpoint", "config", "engine", "int8", "models"},
+    "server": {"api", "config", "engine", "errors"},
+    "cli": ALL,
+    # the doors
+    "__init__": {"api", "distributed", "evaluation", "int8"},
+    "__main__": {"cli"},
+}
+# File -> rooms it may import, where that is less.
+CLOSER = {
+    "int8/reference": set(),
+    "launcher/signals": set(),
+    "launcher/supervisor": set(),
+    "partition/memory": set(),
+    "pipeline/schedule": set(),
+    "pipeline/trace": set(),
+    "profiling/simulator": set(),
+}
 WITHOUT_TORCH = {
     "config",
+    "distributed/heartbeat",
+    "distributed/interfaces",
+    "distributed/monitor",
+    "distributed/slurm",
+    "distributed/world",
+    "launcher",
     "partition",
     "pipeline/schedule",
-    "launcher/supervisor",
-    "cli",
-}
-WITHOUT_TORCH |= {
-    "cli_checkpoint",
-    "cli_plan",
-    "distributed/interfaces",
-    "distributed/slurm",
-}
-WITHOUT_TORCH |= {"batch", "cli_bench", "cli_eval", "cli_generate", "profiling/timeline"}
-WITHOUT_TORCH |= {"profiling/simulator", "pipeline/trace"}
-WITHOUT_TORCH |= {
-    "distributed/heartbeat",
-    "distributed/monitor",
-    "launcher/signals",
-    "distributed/world",
+    "pipeline/trace",
+    "profiling/simulator",
+    "profiling/timeline",
+    *(f"cli/{name}" for name in ("app", "bench", "checkpoint", "eval", "generate", "plan")),
+    "cli/prompt_file",
 }
 OWNERS = {  # outside dependency -> the only files or rooms that import it
     "accelerate": {"models"},
@@ -83,20 +82,20 @@ OWNERS = {  # outside dependency -> the only files or rooms that import it
     "lm_eval": {"evaluation/harness", "evaluation/tasks"},
     "matplotlib": {"evaluation/pictures", "profiling/timeline"},
     "pydantic": {"config"},
-    "rich": {"doctor"},
+    "rich": {"cli/doctor"},
     "safetensors": {"checkpoint"},
     "torch.distributed": {"distributed/rendezvous", "pipeline/transport"},
     "torchao": {"evaluation/linears"},
-    "tqdm": {"cli_checkpoint", "console", "demo_model", "evaluation", "api/stages"},
+    "tqdm": {"cli/checkpoint", "cli/answers", "cli/demo_model", "evaluation", "api/stages"},
     "transformers": {
         "models",
         "engine/sampling",
         "api/load",
         "evaluation",
         "api/model",
-        "demo_model",
+        "cli/demo_model",
     },
-    "typer": {"cli", "cli_bench", "cli_checkpoint", "cli_eval", "cli_generate", "cli_plan"},
+    "typer": {"cli/app", "cli/bench", "cli/checkpoint", "cli/eval", "cli/generate", "cli/plan"},
     "yaml": {"config"},
 }
 PEER_TO_PEER = {"send", "recv", "isend", "irecv", "batch_isend_irecv", "P2POp"}
@@ -104,10 +103,15 @@ BANNED_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve
 BANNED_CALLS = {"torch.load", "torch.save", "os.system", "eval", "exec"}
 
 
+@functools.cache
 def modules():
-    for path in sorted(PACKAGE.rglob("*.py")):
-        name = path.relative_to(PACKAGE).with_suffix("").as_posix()
-        yield name.removesuffix("/__init__"), ast.parse(path.read_text())
+    """(name, tree) of every file."""
+    paths = sorted(PACKAGE.rglob("*.py"))
+    names = [path.relative_to(PACKAGE).with_suffix("").as_posix() for path in paths]
+    return [
+        (name.removesuffix("/__init__"), ast.parse(path.read_text()))
+        for name, path in zip(names, paths, strict=True)
+    ]
 
 
 def imported(tree):
@@ -126,18 +130,48 @@ def within(name, places):
     return any(name == place or name.startswith(f"{place}/") for place in places)
 
 
+def targets(name, tree):
+    """(line, file of ours) of every import of ours."""
+    names = {name for name, _ in modules()}
+    for line, target in imported(tree):
+        if target.startswith("dist_int8."):
+            parts = target.split(".")[1:]
+            whole, room = "/".join(parts), "/".join(parts[:-1])
+            yield line, whole if whole in names else room
+
+
 def test_rooms_import_only_what_they_may():
     wrong = []
     for name, tree in modules():
         room = name.split("/")[0]
         assert room in MAY_IMPORT, f"{name}: a new room; say in MAY_IMPORT what it may import"
-        for line, target in imported(tree):
-            if not target.startswith("dist_int8."):
-                continue
-            other = target.split(".")[1]
-            if name in LEAVES or (other != room and other not in MAY_IMPORT[room]):
+        for line, target in targets(name, tree):
+            other = target.split("/")[0]
+            allowed = CLOSER.get(name, {room, *MAY_IMPORT[room]})
+            if other not in allowed:
                 wrong.append(f"{name}.py:{line} imports {target}")
     assert not wrong
+
+
+def test_no_file_imports_itself_through_others():
+    graph = {name: {target for _, target in targets(name, tree)} for name, tree in modules()}
+    rooms = {}
+    for name, others in graph.items():
+        rooms.setdefault(name.split("/")[0], set()).update(o.split("/")[0] for o in others)
+    for room, others in rooms.items():
+        others.discard(room)
+    # raises CycleError, which names the circle
+    assert list(graphlib.TopologicalSorter(graph).static_order())
+    assert list(graphlib.TopologicalSorter(rooms).static_order())
+
+
+def test_nothing_lies_loose_at_the_root():
+    loose = {name for name, _ in modules() if "/" not in name and not is_room(name)}
+    assert loose <= {"__init__", "__main__", "errors"}
+
+
+def is_room(name):
+    return (PACKAGE / name).is_dir()
 
 
 def test_what_reads_checkpoints_knows_nothing_of_what_writes_them():
@@ -241,7 +275,7 @@ def test_the_rule_sees(code):
 
 
 def test_importing_the_package_and_its_command_line_loads_no_torch():
-    code = "import sys, dist_int8, dist_int8.cli; print('torch' in sys.modules)"
+    code = "import sys, dist_int8, dist_int8.cli.app; print('torch' in sys.modules)"
     command = [sys.executable, "-c", code]
     answer = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
     assert answer.stdout.strip() == "False"

@@ -12,7 +12,7 @@ from typing import Any
 
 from records import Records, make_parser
 
-from dist_int8 import cli
+from dist_int8.cli import app
 from dist_int8.config.yaml_file import read_yaml
 from dist_int8.partition.profiles import PROFILES
 
@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--profile", type=Path, required=True, help="YAML file to write")
     args = parser.parse_args()
     device = "cuda:0" if args.device == "cuda" else "cpu"
-    code = cli.run(["bench", "--profile", str(args.profile), "--device", device])
+    code = app.run(["bench", "--profile", str(args.profile), "--device", device])
     if code == 0:
         measured = read_yaml(args.profile)
         records = Records(args.records, "device_profile")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dist_int8.int8 import ops
-from dist_int8.int8.library import has_kernel, load
+from dist_int8.int8.library import load
+from dist_int8.int8.registry import has_kernel
 
 _decoder_blocks = (
     torch.ops.dist_int8.decoder_blocks.default

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_int8.int8.library import has_op
+from dist_int8.int8.registry import has_op
 
 Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # the fields of reference.QuantizedRows
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dist_int8.int8 import plain
-from dist_int8.int8.library import has_kernel, load
+from dist_int8.int8.library import load
+from dist_int8.int8.registry import has_kernel
 
 _attention = (
     torch.ops.dist_int8.int8_kv_attention.default

@@ -9,7 +9,8 @@ COL32, COL4_4R2_8C and COL32_2R_4R4 of cublasLtOrder_t (NVIDIA's cuBLAS document
 import torch
 from torch import Tensor
 
-from dist_int8.int8.library import has_kernel, load
+from dist_int8.int8.library import load
+from dist_int8.int8.registry import has_kernel
 
 LAYOUTS = ("row", "col32", "col_turing", "col_ampere")
 """Names by number: the `weight_format` of bitsandbytes' state dicts."""

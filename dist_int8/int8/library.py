@@ -6,7 +6,6 @@ DIST_INT8_LIBRARY names another library, for a source tree on a machine that can
 """
 
 import ctypes
-import importlib
 import importlib.util
 import os
 from pathlib import Path
@@ -14,23 +13,7 @@ from typing import Any
 
 import torch
 
-OPS = (
-    "quantize_rows",
-    "int8_linear",
-    "int8_matmul",
-    "int8_weight_linear",
-    "linear",
-    "add_norm",
-    "norm",
-    "silu_mul",
-    "add_norm_quantize",
-    "silu_mul_quantize",
-    "activation_quantize",
-    "attention",
-    "int8_kv_attention",
-    "decoder_blocks",
-    "transform_layout",
-)
+from dist_int8.int8.registry import OPS, has_kernel
 
 _path: str | None = None
 _error: str | None = None
@@ -58,7 +41,8 @@ def load() -> bool:
             raise ImportError(f"environment: DIST_INT8_LIBRARY: {_error}") from None
         return False
     _path, _error = path, None
-    importlib.import_module("dist_int8.int8.fakes")
+    from dist_int8.int8 import fakes  # noqa: F401 (what it describes must be known)
+
     return True
 
 
@@ -99,21 +83,6 @@ def library_info() -> dict[str, Any]:
         architectures = _string(library.dist_int8_cuda_architectures)
         info["cuda_architectures"] = architectures.split(",") if architectures else []
     return info
-
-
-def has_op(name: str) -> bool:
-    """Whether the loaded library knows op `name`, on any device."""
-    return torch._C._dispatch_has_kernel(f"dist_int8::{name}")
-
-
-def has_kernel(name: str, dispatch_key: str) -> bool:
-    """Whether op `name` has a compiled kernel for "CPU" or "CUDA"."""
-    if _path is None:
-        return False
-    op = f"dist_int8::{name}"
-    if not torch._C._dispatch_has_kernel(op):  # an older library does not know the op
-        return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key(op, dispatch_key)
 
 
 def _string(function: Any) -> str:

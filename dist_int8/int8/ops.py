@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dist_int8.int8 import plain, reference
 from dist_int8.int8.activations import ACTIVATIONS
-from dist_int8.int8.library import has_kernel, has_op, library_info, load
+from dist_int8.int8.library import library_info, load
 from dist_int8.int8.reference import QuantizedRows
+from dist_int8.int8.registry import has_kernel, has_op
 
 __all__ = [
     "QuantizedRows",

@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 import dist_int8
-from dist_int8 import cli
 from dist_int8.checkpoint.writer import quantize
+from dist_int8.cli import app
 from dist_int8.evaluation.outlier_features import inject_outlier_features
 
 OPTIONS = {"progress": False, "threads_per_stage": 1, "max_tokens": 96}
@@ -99,11 +99,11 @@ def test_an_int8_checkpoint_has_decided(hard_llama, tmp_path, capsys):
         assert model.plan.stages[0].bytes == held_bytes(model)
         weights = held_bytes(model)
     flags = ["--devices", "cpu", "--context", "96", "--json"]
-    assert cli.run(["plan", "-m", str(tmp_path / "int8"), *flags]) == 0
+    assert app.run(["plan", "-m", str(tmp_path / "int8"), *flags]) == 0
     planned = json.loads(capsys.readouterr().out)["stages"][0]["bytes"]["weights"]
     assert planned == weights
     flags += ["--head", "int8", "--embedding", "int8", "--hot-columns", "16"]
-    assert cli.run(["plan", "-m", str(hard_llama), *flags]) == 0
+    assert app.run(["plan", "-m", str(hard_llama), *flags]) == 0
     planned = json.loads(capsys.readouterr().out)["stages"][0]["bytes"]["weights"]
     assert planned == weights
 

@@ -7,7 +7,7 @@ import torch
 from cells import Cells
 
 from dist_int8.int8 import ops
-from dist_int8.int8.library import OPS
+from dist_int8.int8.registry import OPS
 
 CPU = torch.device("cpu")
 

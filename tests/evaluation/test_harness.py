@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import dist_int8
-from dist_int8.cli import app
+from dist_int8.cli.app import app
 from dist_int8.evaluation.harness import PipelineLM
 from dist_int8.evaluation.tasks import evaluate, run_tasks, scores_of, table
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dist_int8.int8 import ops, reference
-from dist_int8.int8.library import OPS, has_op
+from dist_int8.int8.registry import OPS, has_op
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RULES = [("none", 0.0), ("absolute", 2.0), ("row_rms", 1.5), ("all", 0.0)]

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repea
 
 from dist_int8.int8 import ops, plain, reference
 from dist_int8.int8.activations import ACTIVATIONS
-from dist_int8.int8.library import OPS
+from dist_int8.int8.registry import OPS
 
 RULES = [("none", 0.0), ("absolute", 6.0), ("absolute", 2.0), ("row_rms", 4.0), ("row_rms", 1.5)]
 RULES += [("all", 0.0), ("absolute", 0.0)]

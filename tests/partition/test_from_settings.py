@@ -5,8 +5,8 @@ import json
 import pytest
 
 import dist_int8
-from dist_int8 import cli
 from dist_int8.checkpoint import CheckpointReader
+from dist_int8.cli import app
 from dist_int8.config import load_settings
 from dist_int8.partition import PROFILES, from_settings
 from dist_int8.partition.from_settings import devices_of, free_budgets, profile_of
@@ -58,7 +58,7 @@ def test_the_refusal_ends_with_what_would_fit(tiny_llama):
 def test_a_saved_plan_runs_as_it_was_planned(tiny_llama, tmp_path, capsys):
     path = tmp_path / "plan.yaml"
     flags = ["--devices", "cpu,cpu", "--stages", "3,1", "--sequences", "2", "--context", "64"]
-    code = cli.run(
+    code = app.run(
         [
             "plan",
             "--model",

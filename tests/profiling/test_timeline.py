@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from dist_int8 import cli, cli_bench
+from dist_int8.cli import app, bench
 from dist_int8.pipeline.trace import Trace
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -24,7 +24,7 @@ def trace(tmp_path):
 def test_a_trace_becomes_a_picture(trace, tmp_path, capsys):
     for name, begin in (("a.png", PNG), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF")):
         picture = tmp_path / name
-        assert cli.run(["bench", "--plot", str(picture), "--trace", str(trace)]) == 0
+        assert app.run(["bench", "--plot", str(picture), "--trace", str(trace)]) == 0
         assert picture.read_bytes().startswith(begin)
     text = (tmp_path / "a.svg").read_text()
     assert text.count("<path") > 12  # a bar a micro-batch and stage at least
@@ -33,10 +33,10 @@ def test_a_trace_becomes_a_picture(trace, tmp_path, capsys):
 
 
 def test_a_short_run_of_its_own(tiny_llama, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli_bench, "NUM_NEW_TOKENS", 4)
+    monkeypatch.setattr(bench, "NUM_NEW_TOKENS", 4)
     picture = tmp_path / "run.png"
     command = ["bench", "--plot", picture, "--model", tiny_llama, "--stages", "1"]
-    assert cli.run([str(argument) for argument in command]) == 0
+    assert app.run([str(argument) for argument in command]) == 0
     assert picture.read_bytes().startswith(PNG) and "stage 0 busy" in capsys.readouterr().out
     events = json.loads((tmp_path / "run.trace.json").read_text())["traceEvents"]
     assert {e["name"] for e in events if e["ph"] == "X"} == {"P0", "D0"}
@@ -52,7 +52,7 @@ def test_a_short_run_of_its_own(tiny_llama, tmp_path, capsys, monkeypatch):
     ],
 )
 def test_flags_that_do_not_go_together(flags, part, capsys):
-    assert cli.run(["bench", *flags]) == 2
+    assert app.run(["bench", *flags]) == 2
     assert part in capsys.readouterr().err
 
 
@@ -70,17 +70,17 @@ def test_flags_that_do_not_go_together(flags, part, capsys):
 def test_a_file_that_is_no_trace(tmp_path, content, capsys):
     (tmp_path / "t.json").write_bytes(content)
     command = ["bench", "--plot", tmp_path / "a.png", "--trace", tmp_path / "t.json"]
-    assert cli.run([str(argument) for argument in command]) == 2
+    assert app.run([str(argument) for argument in command]) == 2
     assert "trace must be a file of dist-int8 generate --trace" in capsys.readouterr().err
 
 
 def test_a_picture_that_cannot_be_written(trace, tmp_path, capsys):
     for name in ("a.xyz", "no/a.png"):
-        assert cli.run(["bench", "--plot", str(tmp_path / name), "--trace", str(trace)]) == 2
+        assert app.run(["bench", "--plot", str(tmp_path / name), "--trace", str(trace)]) == 2
         assert "plot must be a picture that can be written" in capsys.readouterr().err
 
 
 def test_without_matplotlib_it_says_what_to_install(trace, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert cli.run(["bench", "--plot", str(tmp_path / "a.png"), "--trace", str(trace)]) == 2
+    assert app.run(["bench", "--plot", str(tmp_path / "a.png"), "--trace", str(trace)]) == 2
     assert 'pip install "dist_int8[plot]"' in capsys.readouterr().err

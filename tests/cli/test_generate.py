@@ -10,7 +10,7 @@ import time
 import pytest
 
 import dist_int8
-from dist_int8 import cli
+from dist_int8.cli import app
 
 PROMPTS = [{"prompt": f"Number {i}", "id": f"n{i}", "max_new_tokens": 20 + 8 * i} for i in range(8)]
 PROMPTS[3] |= {"temperature": 0.9, "seed": 5}
@@ -31,7 +31,7 @@ def run(*arguments):
     """Exit code of `generate` in this process, whose stdout it takes for a while."""
     stdout = os.dup(1)
     try:
-        return cli.run(["generate", *map(str, arguments)])
+        return app.run(["generate", *map(str, arguments)])
     finally:
         os.dup2(stdout, 1)
         os.close(stdout)
@@ -53,7 +53,7 @@ def expected(tiny_llama):
 
 def test_a_run_that_was_killed_goes_on(tmp_path, tiny_llama, expected, capfd):
     files = ["--input", write(tmp_path / "in.jsonl", PROMPTS), "--output", tmp_path / "out.jsonl"]
-    command = [sys.executable, "-m", "dist_int8.cli", "generate", "-m", tiny_llama, *FLAGS, *files]
+    command = [sys.executable, "-m", "dist_int8", "generate", "-m", tiny_llama, *FLAGS, *files]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     path = tmp_path / "out.jsonl"
@@ -119,7 +119,7 @@ def test_other_settings_and_a_finished_file(tmp_path, tiny_llama, capfd):
     ],
 )
 def test_flags_that_do_not_go_together(flags, part, capsys):
-    assert cli.run(["generate", "-m", "x", *flags]) == 2
+    assert app.run(["generate", "-m", "x", *flags]) == 2
     assert part in capsys.readouterr().err
 
 

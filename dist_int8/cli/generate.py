@@ -194,11 +194,11 @@ def generate(
         )
     items = None
     if input_file is not None and os.environ.get("RANK", "0") == "0":  # the file is rank 0's
-        from dist_int8.batch import read_items
+        from dist_int8.cli.prompt_file import read_items
 
         items = read_items(input_file, chosen, {"chat": chat, **_numerics(settings)})
     stdout = _take_stdout()
-    from dist_int8.console import Display, answer, answer_file
+    from dist_int8.cli.answers import Display, answer, answer_file
 
     display = Display(as_json, show_schedule, stream and not as_json, quiet or as_json, trace)
     if output is None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dist_int8.api.load import load
 from dist_int8.api.model import Model
-from dist_int8.batch import Answers, Item
+from dist_int8.cli.prompt_file import Answers, Item
 from dist_int8.config import GenerationSettings, Settings
 from dist_int8.engine import Completion, Request, Token
 from dist_int8.launcher import signals

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from dist_int8.config import GenerationSettings, Settings, load_settings, parse_byte_size
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 

@@ -15,7 +15,11 @@ from typing import Annotated
 
 import typer
 
-from dist_int8 import cli_bench, cli_checkpoint, cli_eval, cli_generate, cli_plan
+from dist_int8.cli.bench import bench
+from dist_int8.cli.checkpoint import dequantize, quantize, verify
+from dist_int8.cli.eval import evaluate
+from dist_int8.cli.generate import generate
+from dist_int8.cli.plan import plan
 from dist_int8.distributed import slurm
 from dist_int8.launcher import signals
 from dist_int8.launcher.supervisor import DRAIN_SECONDS
@@ -43,13 +47,13 @@ app = typer.Typer(
     Then: [bold]dist-int8 doctor[/bold] says what this machine can do.""",
 )
 
-app.command()(cli_generate.generate)
-app.command()(cli_plan.plan)
-app.command()(cli_bench.bench)
-app.command()(cli_checkpoint.quantize)
-app.command()(cli_checkpoint.dequantize)
-app.command()(cli_checkpoint.verify)
-app.command("eval")(cli_eval.evaluate)
+app.command()(generate)
+app.command()(plan)
+app.command()(bench)
+app.command()(quantize)
+app.command()(dequantize)
+app.command()(verify)
+app.command("eval")(evaluate)
 
 
 @app.command("demo-model")
@@ -63,7 +67,7 @@ def demo_model_command(
 
         MODEL="$(dist-int8 demo-model)"
     """
-    from dist_int8.demo_model import demo_model
+    from dist_int8.cli.demo_model import demo_model
 
     typer.echo(demo_model(quiet))
 
@@ -77,7 +81,7 @@ def doctor(
     dist-int8 doctor
     dist-int8 doctor --json | python -m json.tool
     """
-    from dist_int8.doctor import as_table, examine
+    from dist_int8.cli.doctor import as_table, examine
 
     report = examine()
     typer.echo(report.as_json() if as_json else as_table(report))
@@ -115,7 +119,7 @@ def launch(
 def _rank_command(command: Sequence[str]) -> list[str]:
     first, *rest = command
     if first == "generate":
-        return [sys.executable, "-m", "dist_int8.cli", "generate", *rest]
+        return [sys.executable, "-m", "dist_int8", "generate", *rest]
     if first.endswith(".py"):
         if not Path(first).is_file():
             raise ValueError(
@@ -185,7 +189,3 @@ def _report(error: Exception) -> int:
         message = f"[rank {rank}] {message}"
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    main()

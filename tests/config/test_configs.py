@@ -9,7 +9,7 @@ from dist_int8.config import load_settings
 from dist_int8.models import describe, load_config
 from dist_int8.partition.from_settings import Asked, answer
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 SHAPES = {
     "bloom-176b": "bloom-176b",
     "bloom-3b": "bloom-3b",

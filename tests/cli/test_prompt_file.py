@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dist_int8.batch import Answers, read_items
+from dist_int8.cli.prompt_file import Answers, read_items
 
 SAME = {"model": "m"}
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from dist_int8 import cli
 from dist_int8.checkpoint import calibration_of, find_hot_columns
 from dist_int8.checkpoint.writer import quantize
+from dist_int8.cli import app
 from dist_int8.config import load_settings
 from dist_int8.evaluation.host import Host
 from dist_int8.evaluation.layers import hot_columns, watch_layers
@@ -28,7 +28,7 @@ def text(tmp_path):
 
 
 def run(capfd, *arguments):
-    code = cli.run(["eval", *map(str, arguments)])
+    code = app.run(["eval", *map(str, arguments)])
     return code, capfd.readouterr()
 
 

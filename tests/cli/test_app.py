@@ -7,14 +7,15 @@ import sys
 
 import pytest
 
-from dist_int8 import RankDied, cli, cli_generate
+from dist_int8 import RankDied
+from dist_int8.cli import app, generate
 
 SMALL = ["--device", "cpu", "--max-tokens", "96", "--threads", "1"]
 
 
 def run(*arguments, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "dist_int8.cli", *map(str, arguments)],
+        [sys.executable, "-m", "dist_int8", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
@@ -25,7 +26,7 @@ def run(*arguments, **environment):
 
 def error_line(capsys, *arguments):
     """Exit code and the one line on stderr of a command that fails before a model is loaded."""
-    code = cli.run([str(argument) for argument in arguments])
+    code = app.run([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1, captured
     assert captured.err.startswith("error: ") and "Traceback" not in captured.err
@@ -36,12 +37,12 @@ def error_line(capsys, *arguments):
     "command", [[], ["generate"], ["plan"], ["bench"], ["demo-model"], ["doctor"], ["launch"]]
 )
 def test_help_teaches_with_an_example(command, capsys):
-    assert cli.run([*command, "--help"]) == 0
+    assert app.run([*command, "--help"]) == 0
     assert f"dist-int8 {' '.join(command)}".strip() in capsys.readouterr().out
 
 
 def test_no_command_shows_the_help(capsys):
-    assert cli.run([]) == 2
+    assert app.run([]) == 2
     captured = capsys.readouterr()
     assert "Usage" in captured.out + captured.err and "error" not in captured.err
 
@@ -80,7 +81,7 @@ def test_flags_win_over_the_file(tmp_path, capsys):
     code, line = error_line(capsys, "generate", "--config", tmp_path / "s.yaml")
     assert code == 2 and "s.yaml:foo: foo must be a known setting" in line
     (tmp_path / "s.yaml").write_text("devices: [cpu, cpu, cpu]\n")
-    layout = cli_generate._layout("generate", tmp_path / "s.yaml", "cpu", 2, None, None)
+    layout = generate._layout("generate", tmp_path / "s.yaml", "cpu", 2, None, None)
     assert layout == {"devices": ["cpu", "cpu"]}
 
 
@@ -95,7 +96,7 @@ def test_device_cpu_takes_the_number_of_stages_from_where_it_is(
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if world_size is not None:
         monkeypatch.setenv("WORLD_SIZE", world_size)
-    layout = cli_generate._layout("generate", tmp_path / "s.yaml", "cpu", None, None, None)
+    layout = generate._layout("generate", tmp_path / "s.yaml", "cpu", None, None, None)
     assert layout == {"devices": ["cpu"] * num_stages}
 
 
@@ -109,13 +110,13 @@ def test_device_cpu_takes_the_number_of_stages_from_where_it_is(
     ],
 )
 def test_exit_codes_of_errors(error, code, line, capsys):
-    assert cli._report(error) == code
+    assert app._report(error) == code
     assert capsys.readouterr().err == line
 
 
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(AssertionError):
-        cli._report(AssertionError("ours"))
+        app._report(AssertionError("ours"))
 
 
 def test_debug_keeps_the_traceback():
@@ -190,8 +191,8 @@ def test_a_lost_rank_comes_with_a_cure(text, cure, monkeypatch, capsys):
     def lose_it(**_):
         raise RankDied(text, 1)
 
-    monkeypatch.setattr(cli, "app", lose_it)
-    assert cli.run(["generate"]) == cli.FAILED
+    monkeypatch.setattr(app, "app", lose_it)
+    assert app.run(["generate"]) == app.FAILED
     said = capsys.readouterr().err
     assert said.startswith(f"error: {text.partition(';')[0]}") and said.count(";") == 1
     assert cure in said and said.count("\n") == 1

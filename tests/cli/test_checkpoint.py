@@ -5,11 +5,11 @@ import json
 import pytest
 
 import dist_int8
-from dist_int8 import cli
+from dist_int8.cli import app
 
 
 def run(capsys, *arguments):
-    code = cli.run([str(argument) for argument in arguments])
+    code = app.run([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 

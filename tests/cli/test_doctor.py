@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from dist_int8 import doctor
+from dist_int8.cli import doctor
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run_doctor(*flags, before=""):
     """doctor in a process of its own, after running some code in it."""
-    code = f"{before}\nfrom dist_int8.cli import main\nmain(['doctor', *{list(flags)!r}])"
+    code = f"{before}\nfrom dist_int8.cli.app import main\nmain(['doctor', *{list(flags)!r}])"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 

@@ -88,7 +88,7 @@ def _lines(values: dict[str, Any]) -> Sequence[str]:
 def _short_run(model: str | None, stages: int, trace: Path) -> None:
     """A few prompts of any tokens through the pipeline; writes when each stage did what."""
     from dist_int8.api.load import load
-    from dist_int8.demo_model import demo_model
+    from dist_int8.cli.demo_model import demo_model
 
     with load(
         model or demo_model(),

@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from dist_int8 import demo_model
 from dist_int8.checkpoint import CheckpointReader
+from dist_int8.cli import demo_model
 
-COMMAND = [sys.executable, "-m", "dist_int8.cli", "demo-model"]
+COMMAND = [sys.executable, "-m", "dist_int8", "demo-model"]
 
 
 def run(cache: Path, *flags, **environment):
@@ -91,9 +91,9 @@ def test_second_call_only_prints_the_folder(folder):
 
 
 def test_offline_is_one_line_and_leaves_nothing(tmp_path):
-    code = "from dist_int8 import cli, demo_model; demo_model._installed_gguf = lambda: None; "
+    code = "from dist_int8.cli import app, demo_model; demo_model._installed_gguf = lambda: None; "
     answer = subprocess.run(
-        [sys.executable, "-c", f"{code}cli.main(['demo-model', '--quiet'])"],
+        [sys.executable, "-c", f"{code}app.main(['demo-model', '--quiet'])"],
         capture_output=True,
         text=True,
         check=False,

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_int8 import cli
+from dist_int8.cli import app
 from dist_int8.config import load_settings
 from dist_int8.partition import DeviceProfile
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BLOOM = str(ROOT / "configs" / "models" / "bloom-176b")
 KEYS = [
     *("fits", "model", "num_blocks", "block_bytes", "model_bytes", "kv_bytes_per_token"),
@@ -19,7 +19,7 @@ KEYS = [
 
 
 def run(capsys, *arguments):
-    code = cli.run(["plan", *map(str, arguments)])
+    code = app.run(["plan", *map(str, arguments)])
     return code, capsys.readouterr()
 
 
@@ -188,7 +188,7 @@ def test_a_measured_profile_is_one_that_plan_reads(capsys, tmp_path, monkeypatch
     monkeypatch.setattr(device, "REPEATS", 1)
     monkeypatch.setattr(device, "NUM_FEATURES", 256)
     path = tmp_path / "cpu.yaml"
-    assert cli.run(["bench", "--profile", str(path), "--name", "this"]) == 0
+    assert app.run(["bench", "--profile", str(path), "--name", "this"]) == 0
     assert "int8_bandwidth" in capsys.readouterr().out
     profile = DeviceProfile(**yaml.safe_load(path.read_text()))
     assert profile.name == "this" and not profile.overlaps and profile.int8_ops > 1e6
@@ -198,7 +198,7 @@ def test_a_measured_profile_is_one_that_plan_reads(capsys, tmp_path, monkeypatch
 
 
 def test_bench_refuses_what_is_not_there(capsys, tmp_path):
-    assert cli.run(["bench", "--profile", str(tmp_path / "x.yaml"), "--device", "cuda:7"]) == 2
+    assert app.run(["bench", "--profile", str(tmp_path / "x.yaml"), "--device", "cuda:7"]) == 2
     assert "device must be one of cpu" in capsys.readouterr().err
     missing = tmp_path / "no" / "x.yaml"
     code, shown = run(capsys, "-m", BLOOM, "--gpus", 4, "--memory", "80GB", "--save", missing)
