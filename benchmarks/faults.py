@@ -32,8 +32,7 @@ from faults_sessions import (
 from results import make_parser, write_result
 
 import dist_int8
-from dist_int8.engine import QueueFull
-from dist_int8.pipeline import RankDied
+from dist_int8.errors import QueueFullError, RankError
 
 STEP_TIMEOUT_S = 4.0
 
@@ -113,7 +112,7 @@ def hit(model, table: Table, name: str, rank: int, signum: int, moment: str, exp
         table.add(name, took, f"the answers, equal: {got == expected}", 0, got == expected)
         return
     left = num_left([child.pid for child in children.values()])
-    named = isinstance(got, RankDied) and got.rank == rank
+    named = isinstance(got, RankError) and got.rank == rank
     table.add(name, took, f"{type(got).__name__}: {got}", left, named)
 
 
@@ -224,8 +223,8 @@ def callers(model_folder: str, table: Table) -> None:
         try:
             model.generate(PROMPTS[0], max_new_tokens=1)
             saw = "no error"
-        except QueueFull as error:
-            saw = f"QueueFull: {error}"
+        except QueueFullError as error:
+            saw = f"QueueFullError: {error}"
         took = time.monotonic() - started
         for request in waiting:
             engine.cancel(request)

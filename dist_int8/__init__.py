@@ -10,30 +10,42 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dist_int8.errors import (
+    DistInt8Error,
+    ProtocolError,
+    QueueFullError,
+    RankError,
+    RankLostError,
+    RequestError,
+    ShuttingDownError,
+    StageTimeoutError,
+)
+
 if TYPE_CHECKING:
     from dist_int8.api.load import load
     from dist_int8.api.model import Model
-    from dist_int8.distributed.world import LostRank, RankDied, StageHung
     from dist_int8.evaluation.outlier_features import inject_outlier_features
     from dist_int8.int8.linear import Int8Linear
 
 __version__ = "0.1.0"
 __all__ = [
+    "DistInt8Error",
     "Int8Linear",
-    "LostRank",
     "Model",
-    "RankDied",
-    "StageHung",
+    "ProtocolError",
+    "QueueFullError",
+    "RankError",
+    "RankLostError",
+    "RequestError",
+    "ShuttingDownError",
+    "StageTimeoutError",
     "inject_outlier_features",
     "load",
 ]
 
 _HOMES = {
     "Int8Linear": "int8.linear",
-    "LostRank": "distributed.world",
     "Model": "api.model",
-    "RankDied": "distributed.world",
-    "StageHung": "distributed.world",
     "inject_outlier_features": "evaluation.outlier_features",
     "load": "api.load",
 }

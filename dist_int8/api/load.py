@@ -19,8 +19,9 @@ from dist_int8.config import Settings, load_settings
 from dist_int8.distributed import rendezvous, spawn
 from dist_int8.distributed import world as worlds
 from dist_int8.distributed.rendezvous import Launched
-from dist_int8.distributed.world import RankDied, World
+from dist_int8.distributed.world import World
 from dist_int8.engine import Engine
+from dist_int8.errors import RankError
 from dist_int8.models import ModelSpec, describe, load_config
 from dist_int8.partition import Plan, StagePlan, format_bytes
 from dist_int8.partition.devices import choose_devices, connects_over_nccl
@@ -70,7 +71,7 @@ def load(
     Raises:
         ValueError: bad settings, an unknown model, a damaged checkpoint, or a plan that does not
             fit; the message says what to change.
-        RankDied: another rank failed or never joined.
+        RankError: another rank failed or never joined.
     """
     settings = load_settings(
         config,
@@ -181,7 +182,7 @@ def load(
         elif len(plan.stages) > 1:
             try:
                 transport = links.connect()
-            except RankDied as error:
+            except RankError as error:
                 raise world.blame(error) from None
             world.wait_for("ready", LOAD_TIMEOUT_S)
         recovery = Recovery(links, settings.max_recoveries) if settings.recover else None
@@ -205,7 +206,7 @@ def load(
     except SystemExit:
         raise
     except BaseException as error:
-        kind = "lost" if isinstance(error, RankDied) else "failed"
+        kind = "lost" if isinstance(error, RankError) else "failed"
         world.report(f"{kind}: {' '.join(str(error).split()) or type(error).__name__}")
         if rank:
             _leave(error, rank, place)
@@ -232,7 +233,7 @@ def _start_threads(
 
 def _leave(error: BaseException, rank: int, place: Launched | None) -> NoReturn:
     """Ends a rank above 0 that failed, in one line, without waiting for peers that may be gone."""
-    name = "" if isinstance(error, (ValueError, RankDied)) else type(error).__name__ + ": "
+    name = "" if isinstance(error, (ValueError, RankError)) else type(error).__name__ + ": "
     print(f"[rank {rank} stage {rank}] {name}{error}", file=sys.stderr, flush=True)
     os._exit(1)
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 from dist_int8.config import GenerationSettings, Settings
-from dist_int8.engine import Completion, Draining, Engine, Request, Speed, Token
+from dist_int8.engine import Completion, Engine, Request, Speed, Token
 from dist_int8.engine.text import TextStream
+from dist_int8.errors import RankError, ShuttingDownError
 from dist_int8.models import ModelSpec
 from dist_int8.partition import Plan
-from dist_int8.pipeline import RankDied, schedule
+from dist_int8.pipeline import schedule
 from dist_int8.pipeline.trace import Trace
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
@@ -99,8 +100,8 @@ class Model:
 
         Raises:
             ValueError: a bad setting, an empty prompt, or one longer than the context.
-            QueueFull: too many requests of other calls wait already.
-            RankDied: a rank ended; the handle is closed then.
+            QueueFullError: too many requests of other calls wait already.
+            RankError: a rank ended; the handle is closed then.
             RuntimeError: the model's logits are NaN.
         """
         if not isinstance(stream, bool):
@@ -147,8 +148,8 @@ class Model:
                 not end the others.
 
         Raises:
-            QueueFull: too many requests of other calls wait already.
-            RankDied: a rank ended; the handle is closed then.
+            QueueFullError: too many requests of other calls wait already.
+            RankError: a rank ended; the handle is closed then.
             RuntimeError: the model's logits are NaN.
         """
         with self._running():
@@ -174,7 +175,7 @@ class Model:
 
         Raises:
             ValueError: not two-dimensional, empty, longer than the context, or not a token.
-            RankDied: a rank ended; the handle is closed then.
+            RankError: a rank ended; the handle is closed then.
         """
         try:
             rows = torch.as_tensor(input_ids)
@@ -206,7 +207,7 @@ class Model:
 
         Raises:
             ValueError: a sequence is empty, longer than the context, or holds what is no token.
-            RankDied: a rank ended; the handle is closed then.
+            RankError: a rank ended; the handle is closed then.
         """
         lists = [list(sequence) for sequence in sequences]
         for index, token_ids in enumerate(lists):
@@ -228,7 +229,8 @@ class Model:
     def shutdown(self) -> None:
         """Ends every stage and its process. Safe to call twice.
 
-        Calls of other threads that are under way get `Draining`; `drain` lets them end first.
+        Calls of other threads that are under way get `ShuttingDownError`; `drain` lets them end
+        first.
         """
         with self._closing:
             if self._closed:
@@ -245,12 +247,12 @@ class Model:
     def drain(self, timeout_s: float | None = None) -> bool:
         """Shuts down in an orderly way: running prompts get their answers first.
 
-        Prompts without a KV slot yet, and calls that come, get `Draining`. It may be called from
-        any thread but that of a `generate` under way, which could not go on meanwhile.
+        Prompts without a KV slot yet, and calls that come, get `ShuttingDownError`. It may be
+        called from any thread but that of a `generate` under way, which could not go on meanwhile.
 
         Args:
-            timeout_s: so long at most, then what still runs gets `Draining` too; by default the
-                setting drain_timeout.
+            timeout_s: so long at most, then what still runs gets `ShuttingDownError` too; by
+                default the setting drain_timeout.
 
         Returns:
             Whether everything that ran got its answer.
@@ -265,7 +267,9 @@ class Model:
             pass
         done = not self._engine.num_running and not self._engine.failed
         self._engine.give_up(
-            Draining(f"generate: the answer must end within {timeout_s:g} s of the shutdown")
+            ShuttingDownError(
+                f"generate: the answer must end within {timeout_s:g} s of the shutdown"
+            )
         )
         self.shutdown()
         return done
@@ -391,7 +395,7 @@ class _Running:
 
     def __enter__(self) -> None:
         failure = self.model._engine.failure
-        if isinstance(failure, RankDied):
+        if isinstance(failure, RankError):
             raise type(failure)(f"{failure}; load the model again, it stays closed", failure.rank)
         if self.model._closed:
             raise ValueError("generate: the model must be loaded, got one shut down; load it again")

@@ -177,7 +177,7 @@ def _report(error: Exception) -> int:
         message, code = f"not enough memory: {error}; lower max_sequences or max_tokens", FAILED
     elif isinstance(error, RuntimeError | OSError):
         message, code = str(error) or type(error).__name__, FAILED
-        if hasattr(error, "rank") and ";" not in message:  # RankDied; a cure follows a semicolon
+        if hasattr(error, "rank") and ";" not in message:  # RankError; a cure follows a semicolon
             message += "; start again, or set `recover: true` (--config) to restart lost stages"
     else:
         raise error

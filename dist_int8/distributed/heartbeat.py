@@ -23,6 +23,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from enum import IntEnum
 
+from dist_int8.errors import ProtocolError
+
 BEAT_S = 1.0
 TOKEN_BYTES = 16
 MAX_PAYLOAD = 1024
@@ -30,10 +32,6 @@ _HEADER = struct.Struct("!IBHI")  # magic, kind, bytes of payload, generation
 BEAT = struct.Struct("!qq")
 RANK = struct.Struct("!I")
 _MAGIC = 0x64386862  # "d8hb"
-
-
-class Forged(ValueError):
-    """Bytes that no rank of this pipeline sends."""
 
 
 class Kind(IntEnum):
@@ -67,7 +65,7 @@ class Link:
         """(kind, generation, payload) of what has arrived; None when the other end has closed.
 
         Raises:
-            Forged: that is no message.
+            ProtocolError: that is no message.
         """
         try:
             data = self.connection.recv(1 << 16)
@@ -83,7 +81,7 @@ class Link:
         while len(self._buffer) >= _HEADER.size:
             magic, kind, size, generation = _HEADER.unpack_from(self._buffer)
             if magic != _MAGIC or not 1 <= kind <= len(Kind) or size > MAX_PAYLOAD:
-                raise Forged("heartbeat: a message that no rank sends")
+                raise ProtocolError("heartbeat: a message that no rank sends")
             end = _HEADER.size + size
             if len(self._buffer) < end:
                 break
@@ -207,7 +205,7 @@ class Pulse(Beating):
     def _read(self, key: selectors.SelectorKey) -> None:
         try:
             messages = self.link.receive()
-        except Forged as error:
+        except ProtocolError as error:
             self._lose(str(error))
             return
         if messages is None:

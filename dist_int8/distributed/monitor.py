@@ -12,7 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from dist_int8.distributed.heartbeat import BEAT, RANK, TOKEN_BYTES, Beating, Forged, Kind, Link
+from dist_int8.distributed.heartbeat import BEAT, RANK, TOKEN_BYTES, Beating, Kind, Link
+from dist_int8.errors import ProtocolError
 
 MAX_STRANGERS = 64  # connections that have not said who they are
 
@@ -129,7 +130,7 @@ class Monitor(Beating):
             messages = link.receive()
             for message in messages or ():
                 self._take(link, *message)
-        except (Forged, struct.error, UnicodeDecodeError):
+        except (ProtocolError, struct.error, UnicodeDecodeError):
             messages = None
         if messages is None:
             for peer in self.peers.values():
@@ -160,14 +161,14 @@ class Monitor(Beating):
         elif kind == Kind.STATE and generation == self.generation:
             peer.state = payload.decode()
         elif kind != Kind.STATE:
-            raise Forged(f"heartbeat: kind {kind} comes from rank 0 only")
+            raise ProtocolError(f"heartbeat: kind {kind} comes from rank 0 only")
 
     def _greet(self, link: Link, kind: Kind, payload: bytes) -> None:
         if kind != Kind.HELLO or payload[:TOKEN_BYTES] != self._token:
-            raise Forged("heartbeat: a stranger")
+            raise ProtocolError("heartbeat: a stranger")
         (rank,) = RANK.unpack(payload[TOKEN_BYTES:])
         if rank not in self.peers or self.peers[rank].link is not None:
-            raise Forged(f"heartbeat: rank {rank} is here already")
+            raise ProtocolError(f"heartbeat: rank {rank} is here already")
         self._strangers.discard(link)
         self.peers[rank] = Peer(link, "joined")
         if all(peer.link is not None for peer in self.peers.values()):

@@ -22,7 +22,8 @@ import torch.distributed as dist
 
 from dist_int8.distributed import interfaces, slurm
 from dist_int8.distributed.monitor import Monitor
-from dist_int8.distributed.world import POLL_S, STEP_TIMEOUT_S, LostRank, RankDied, World
+from dist_int8.distributed.world import POLL_S, STEP_TIMEOUT_S, World
+from dist_int8.errors import RankError, RankLostError
 
 # A stage may wait for its next micro-batch as long as the user thinks; who is gone, stopped or cut
 # off is noticed by heartbeats, not by this.
@@ -77,7 +78,7 @@ def join(
     """Joins the ranks that a launcher, or `spawn`, started; `interfaces` says where they listen.
 
     Raises:
-        RankDied: another rank did not join in time, or failed meanwhile.
+        RankError: another rank did not join in time, or failed meanwhile.
     """
     world = World(place.rank, place.world_size, step_timeout_s, cores)
     if place.world_size == 1:
@@ -124,8 +125,8 @@ def _address_of_rank_0(store: dist.Store, world: World, timeout_s: float) -> str
         raise _missing_rank_0(world.world_size, timeout_s, error) from None
 
 
-def _missing_rank_0(world_size: int, timeout_s: float, error: BaseException) -> LostRank:
-    return LostRank(
+def _missing_rank_0(world_size: int, timeout_s: float, error: BaseException) -> RankLostError:
+    return RankLostError(
         f"rank 0 of {world_size} is not joined after {timeout_s:.0f} s ({reason(error)}); see "
         "whether the launcher started it",
         0,
@@ -180,11 +181,11 @@ def connect(
         thread.join(POLL_S)
         world.check()
         if world.pulse is not None and world.ordered > generation:
-            raise RankDied("lost: rank 0 asks to meet anew")
+            raise RankError("lost: rank 0 asks to meet anew")
     if isinstance(result[0], dict):
         world.groups = result[0]
     elif isinstance(result[0], (RuntimeError, dist.DistError)):
-        error = RankDied(f"the ranks cannot connect: {reason(result[0])}")
+        error = RankError(f"the ranks cannot connect: {reason(result[0])}")
         raise error if world.rank else world.blame(error)
     else:
         raise result[0]

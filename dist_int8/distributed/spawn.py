@@ -57,7 +57,7 @@ def regroup(world: World, lost: set[int], uses_nccl: bool, timeout_s: float) -> 
     """Starts the lost ranks of `spawn` again and meets them and the others anew, on rank 0.
 
     Raises:
-        RankDied: a rank failed or did not join in time.
+        RankError: a rank failed or did not join in time.
     """
     assert world.monitor is not None and world.start is not None
     for rank in lost:
@@ -75,7 +75,7 @@ def rejoin(world: World, uses_nccl: bool, timeout_s: float) -> None:
     """Meets the others anew, on a rank above 0 that rank 0 asked to.
 
     Raises:
-        RankDied: a rank failed or did not join in time, or rank 0 asks for yet another meeting.
+        RankError: a rank failed or did not join in time, or rank 0 asks for yet another meeting.
     """
     world.groups.clear()
     world.generation = world.wait_for_order()

@@ -17,6 +17,7 @@ from typing import Any
 
 from dist_int8.distributed.heartbeat import Pulse
 from dist_int8.distributed.monitor import Monitor
+from dist_int8.errors import RankError, RankLostError, StageTimeoutError
 
 SHUTDOWN_TIMEOUT_S = 5.0
 POLL_S = 0.1
@@ -24,27 +25,6 @@ STEP_TIMEOUT_S = 300.0
 REAP_S = 0.5  # between a closed connection and the kernel's word how its process ended
 LEAVE_S = 3.0  # for a rank without rank 0 to find a better word than its heartbeat has
 BYE_S = 30.0  # for a rank to end after rank 0 said that it is done
-
-
-class RankDied(RuntimeError):
-    """A rank of the pipeline ended or failed while it was needed; the message names it.
-
-    Attributes:
-        rank, stage: which one (a rank is a stage); None where nobody can tell.
-    """
-
-    def __init__(self, message: str, rank: int | None = None) -> None:
-        super().__init__(message)
-        self.rank = rank
-        self.stage = rank
-
-
-class LostRank(RankDied):
-    """Nothing was heard from a rank for step_timeout: it was stopped, or its link was cut."""
-
-
-class StageHung(RankDied):
-    """A rank lives, but its stage did not end a step within step_timeout."""
 
 
 @dataclass
@@ -104,12 +84,12 @@ class World:
             self.pulse.done = step
 
     def check(self) -> None:
-        """Raises RankDied, naming the rank and its reason, if one failed, ended or fell silent."""
+        """Raises RankError, naming the rank and its reason, if one failed, ended or fell silent."""
         cause = self._cause()
         if cause is not None:
             raise cause
 
-    def blame(self, error: RankDied, patience_s: float = 1.0) -> RankDied:
+    def blame(self, error: RankError, patience_s: float = 1.0) -> RankError:
         """A failure seen from here, with the name of the rank that caused it if that shows in time.
 
         A closed connection is seen before the process that closed it is reaped or its reason read,
@@ -124,7 +104,7 @@ class World:
                 return self._cause() or error
             time.sleep(POLL_S)
 
-    def lost(self, error: RankDied) -> set[int]:
+    def lost(self, error: RankError) -> set[int]:
         """The started ranks that cannot go on: those that ended, and the one that an error names.
 
         Ranks that only lost a neighbour can.
@@ -143,23 +123,23 @@ class World:
             ended.add(error.rank)
         return ended or set(self.others)
 
-    def hung(self, step: int) -> RankDied:
+    def hung(self, step: int) -> RankError:
         """The stage that holds up micro-batch `step`, by what the last heartbeats said."""
         limit = f"after {self.step_timeout_s:g} s (step_timeout)"
         if self.monitor is None:  # all stages are in this process
-            return StageHung(f"a stage hangs: no result {limit}")
+            return StageTimeoutError(f"a stage hangs: no result {limit}")
         for rank, peer in self.monitor.peers.items():
             if peer.done < step:
                 where = "hangs" if peer.received >= step else "got no micro-batch and hangs"
-                return StageHung(f"{_name(rank)} {where}: no result {limit}", rank)
+                return StageTimeoutError(f"{_name(rank)} {where}: no result {limit}", rank)
         last = self.world_size - 1
-        return StageHung(f"{_name(last)} sent a result that did not come {limit}", last)
+        return StageTimeoutError(f"{_name(last)} sent a result that did not come {limit}", last)
 
     def wait_for(self, state: str, timeout_s: float) -> None:
         """Returns once every other rank has said this state ("joined" is said with the first word).
 
         Raises:
-            RankDied: a rank failed or ended, or did not get there in time.
+            RankError: a rank failed or ended, or did not get there in time.
         """
         assert self.monitor is not None
         deadline = time.monotonic() + timeout_s
@@ -171,7 +151,7 @@ class World:
             self.check()
             if time.monotonic() > deadline:
                 names = ", ".join(map(str, missing))
-                raise LostRank(
+                raise RankLostError(
                     f"rank {names} of {self.world_size} is not {state} after {timeout_s:.0f} s; "
                     "see whether the launcher started it",
                     missing[0],
@@ -188,7 +168,7 @@ class World:
         """Begins the heartbeats of a rank above 0; from now on it ends when rank 0 is gone.
 
         Raises:
-            RankDied: rank 0 is not there.
+            RankError: rank 0 is not there.
         """
         try:
             self.pulse = Pulse(
@@ -200,7 +180,9 @@ class World:
                 self._leave_without_rank_0,
             )
         except OSError as error:
-            raise LostRank(f"rank 0 does not answer at {address.split()[0]}: {error}", 0) from None
+            raise RankLostError(
+                f"rank 0 does not answer at {address.split()[0]}: {error}", 0
+            ) from None
 
     def close(self, timeout_s: float = SHUTDOWN_TIMEOUT_S) -> None:
         """Ends heartbeats, process groups and every started rank. Safe to call twice."""
@@ -242,7 +224,7 @@ class World:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder = None
 
-    def _cause(self, with_victims: bool = True) -> RankDied | None:
+    def _cause(self, with_victims: bool = True) -> RankError | None:
         """Who failed and why; `with_victims` also takes ranks that only lost a neighbour."""
         if self.monitor is None:
             return None
@@ -250,35 +232,35 @@ class World:
         peers = self.monitor.peers
         for rank, end in ends.items():
             if end is not None and self.children[rank].returncode < 0:
-                return RankDied(f"{_name(rank)} (process {self.children[rank].pid}) {end}", rank)
+                return RankError(f"{_name(rank)} (process {self.children[rank].pid}) {end}", rank)
         for rank, peer in peers.items():
             if peer.state.startswith("failed: "):
-                return RankDied(f"{_name(rank)} {peer.state}", rank)
+                return RankError(f"{_name(rank)} {peer.state}", rank)
         for rank, peer in sorted(peers.items(), key=lambda item: item[1].ended):
             victim = peer.state.startswith("lost: ")
             if victim and not with_victims:
                 continue
             if victim:
-                return RankDied(f"{_name(rank)} {peer.state}", rank)
+                return RankError(f"{_name(rank)} {peer.state}", rank)
             if peer.gone or peer.ended or ends.get(rank) is not None:
                 return self._ended(rank)
             if self.monitor.silent_s(rank) > self.monitor.silence_s:
-                return LostRank(
+                return RankLostError(
                     f"{_name(rank)} has been silent for {self.monitor.silence_s:g} s "
                     "(step_timeout): it was stopped, or the link to it was cut",
                     rank,
                 )
         return None
 
-    def _ended(self, rank: int) -> RankDied:
+    def _ended(self, rank: int) -> RankError:
         """What is known of the end of a rank that said no word about it."""
         child = self.children.get(rank)
         if child is None:
-            return RankDied(f"{_name(rank)} ended: it closed its connections", rank)
+            return RankError(f"{_name(rank)} ended: it closed its connections", rank)
         with suppress(subprocess.TimeoutExpired):
             child.wait(REAP_S)
         end = _how_it_ended(child) or "closed its connections"
-        return RankDied(f"{_name(rank)} (process {child.pid}) {end}", rank)
+        return RankError(f"{_name(rank)} (process {child.pid}) {end}", rank)
 
     def _obey(self, generation: int) -> None:
         self.ordered = generation

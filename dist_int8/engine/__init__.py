@@ -1,15 +1,13 @@
 """Requests: admission to KV slots, micro-batches, sampling, text."""
 
-from dist_int8.engine.engine import Draining, Engine, QueueFull
+from dist_int8.engine.engine import Engine
 from dist_int8.engine.requests import Completion, Request, Token
 from dist_int8.engine.sampling import TokenSampler
 from dist_int8.engine.speed import Speed
 
 __all__ = [
     "Completion",
-    "Draining",
     "Engine",
-    "QueueFull",
     "Request",
     "Speed",
     "Token",

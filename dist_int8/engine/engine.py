@@ -20,18 +20,10 @@ from torch import Tensor
 from dist_int8.engine.lanes import Lanes, Turn
 from dist_int8.engine.requests import Request, Token
 from dist_int8.engine.sampling import NOT_A_TOKEN
-from dist_int8.pipeline import RankDied, schedule
+from dist_int8.errors import QueueFullError, RankError, RequestError, ShuttingDownError
+from dist_int8.pipeline import schedule
 from dist_int8.pipeline.microbatch import Kind, Limits, MicroBatch, Result
 from dist_int8.pipeline.runner import Pipeline
-
-
-class QueueFull(RuntimeError):
-    """More requests wait than the settings allow; try again later."""
-
-
-class Draining(RuntimeError):
-    """The model is being shut down and takes no new requests."""
-
 
 _Piece = tuple[int, int, list[int]]  # sequence, first position, token ids
 
@@ -65,7 +57,7 @@ class Engine:
         smallest_chunk: prompt tokens below which cutting costs more than an idle stage.
         eos_token_ids: tokens that end an answer.
         max_queue: requests that may wait for a slot.
-        restore: makes a pipeline work again after a RankDied, or raises it; None: nobody can.
+        restore: makes a pipeline work again after a RankError, or raises it; None: nobody can.
     """
 
     def __init__(
@@ -79,7 +71,7 @@ class Engine:
         smallest_chunk: int,
         eos_token_ids: frozenset[int],
         max_queue: int,
-        restore: Callable[[Pipeline, RankDied], None] | None = None,
+        restore: Callable[[Pipeline, RankError], None] | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.limits = limits
@@ -129,15 +121,17 @@ class Engine:
         """Queues requests, all or none of them.
 
         Raises:
-            QueueFull: more would wait than max_queue.
-            Draining: no more are taken.
+            QueueFullError: more would wait than max_queue.
+            ShuttingDownError: no more are taken.
         """
         with self._lock:
             if self._draining:
-                raise Draining("generate: the model must take requests, got one shutting down")
+                raise ShuttingDownError(
+                    "generate: the model must take requests, got one shutting down"
+                )
             room = len(self._lanes.free_slots) + self.max_queue
             if len(self._waiting) + len(requests) > room:
-                raise QueueFull(
+                raise QueueFullError(
                     f"engine: at most {self.max_queue} requests may wait for a slot, got "
                     f"{len(self._waiting) + len(requests) - len(self._lanes.free_slots)}; try "
                     "again later, or raise max_queue or max_sequences"
@@ -162,12 +156,12 @@ class Engine:
         """Submits what is ready and takes a result; False when there is nothing to do.
 
         Raises:
-            RankDied: a rank ended or failed; nothing more will come.
+            RankError: a rank ended or failed; nothing more will come.
         """
         with self._lock, self._guarded():
             try:
                 return self._step()
-            except RankDied as error:
+            except RankError as error:
                 self._recover(error)
                 return True
 
@@ -190,18 +184,18 @@ class Engine:
         """Looks whether every rank lives, and recovers; for when nobody waits for a token.
 
         Raises:
-            RankDied: a rank ended or failed; nothing more will come.
+            RankError: a rank ended or failed; nothing more will come.
         """
         with self._lock, self._guarded():
             if self._stopped:
                 return
             try:
                 self.pipeline.check()
-            except RankDied as error:
+            except RankError as error:
                 self._recover(error)
 
     def refuse_new(self) -> None:
-        """From now on only what has a slot runs; callers of what waits or comes get Draining."""
+        """From now on only what has a slot runs; the others' callers get ShuttingDownError."""
         with self._lock:
             self._draining = True
             for request in self._waiting:
@@ -222,7 +216,9 @@ class Engine:
             self._stopped = True
             self._restore = None
             self.refuse_new()
-            self.give_up(Draining("generate: the model was shut down before the answer's end"))
+            self.give_up(
+                ShuttingDownError("generate: the model was shut down before the answer's end")
+            )
 
     def run(self, requests: Iterable[Request], keep_going: bool = False) -> Iterator[Token]:
         """Runs the requests to their ends; yields every token as it arrives.
@@ -236,9 +232,9 @@ class Engine:
                 and does not end the others.
 
         Raises:
-            QueueFull: not even the first may wait.
-            RankDied: a rank ended or failed.
-            Draining: the model is being shut down; what has a slot ends first.
+            QueueFullError: not even the first may wait.
+            RankError: a rank ended or failed.
+            ShuttingDownError: the model is being shut down; what has a slot ends first.
             RuntimeError: the model's logits are NaN.
         """
         left = iter(requests)
@@ -264,12 +260,16 @@ class Engine:
                 for request in active:
                     while request.outbox:
                         yield request.outbox.popleft()
-                    if isinstance(request.error, Draining) or (request.error and not keep_going):
+                    if isinstance(request.error, ShuttingDownError) or (
+                        request.error and not keep_going
+                    ):
                         raise request.error
                     refused |= request.finish_reason == "cancelled"  # nobody else cancels it
                 active = [request for request in active if not request.ended]
             if refused:
-                raise Draining("generate: the model was shut down before every prompt was begun")
+                raise ShuttingDownError(
+                    "generate: the model was shut down before every prompt was begun"
+                )
         finally:  # the caller may have lost interest
             for request in active:
                 self.cancel(request)
@@ -280,14 +280,14 @@ class Engine:
         After a recovery all of them come again.
 
         Raises:
-            RankDied: a rank ended or failed.
+            RankError: a rank ended or failed.
         """
         with self._lock, self._guarded():
             while True:
                 try:
                     yield from self._logits(input_ids)
                     return
-                except RankDied as error:
+                except RankError as error:
                     self._recover(error)
 
     def _logits(self, input_ids: list[list[int]]) -> Iterator[tuple[int, int, Tensor]]:
@@ -347,7 +347,7 @@ class Engine:
             self.failure = error
             raise
 
-    def _recover(self, error: RankDied) -> None:
+    def _recover(self, error: RankError) -> None:
         """Replays every running sequence through stages that work again; else raises."""
         if self._restore is None:
             raise error
@@ -395,7 +395,7 @@ class Engine:
 
     def _take_token(self, request: Request, token_id: int) -> None:
         if token_id == NOT_A_TOKEN:
-            request.error = RuntimeError(
+            request.error = RequestError(
                 f"generate: logits of prompt {request.index} at position {request.num_submitted} "
                 "must be numbers, got NaN; check the checkpoint, or use a wider dtype"
             )

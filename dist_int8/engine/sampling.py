@@ -20,7 +20,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dist_int8.pipeline.microbatch import SAMPLING_FIELDS, BadMessage, MicroBatch
+from dist_int8.errors import ProtocolError
+from dist_int8.pipeline.microbatch import SAMPLING_FIELDS, MicroBatch
 
 NOT_A_TOKEN = -1  # in place of a token whose logits are NaN
 
@@ -50,7 +51,7 @@ class TokenSampler:
         """Takes the sampling settings and the tokens that a micro-batch brings.
 
         Raises:
-            BadMessage: a sequence whose settings never came.
+            ProtocolError: a sequence whose settings never came.
         """
         for (slot, seed), settings in zip(
             micro_batch.starts.tolist(), micro_batch.settings.tolist(), strict=True
@@ -61,7 +62,9 @@ class TokenSampler:
         row = 0
         for slot, start, count in micro_batch.segments.tolist():
             if slot not in self._slots:
-                raise BadMessage(f"control: slot {slot} must have sampling settings, got none yet")
+                raise ProtocolError(
+                    f"control: slot {slot} must have sampling settings, got none yet"
+                )
             state = self._slots[slot]
             state.position = start + count
             if state.token_ids is not None:

@@ -60,7 +60,7 @@ def run_tasks(
 
     Raises:
         ValueError: lm-eval is not installed, an unknown task, or a bad setting.
-        RankDied: a rank ended.
+        RankError: a rank ended.
     """
     return scores_of(
         evaluate(
@@ -164,7 +164,7 @@ def compare_tasks(
         one), reference, and changed: how many documents an accuracy judges otherwise.
 
     Raises:
-        ValueError, RankDied: as `run_tasks`.
+        ValueError, RankError: as `run_tasks`.
     """
     options: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot}
     options |= {"task_folder": task_folder, "progress": progress}

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from dist_int8.distributed import rendezvous
-from dist_int8.distributed.world import RankDied
-from dist_int8.pipeline.microbatch import BadMessage, Kind, MicroBatch, Result
+from dist_int8.errors import ProtocolError, RankError
+from dist_int8.pipeline.microbatch import Kind, MicroBatch, Result
 from dist_int8.pipeline.transport import BUFFERS
 
 
@@ -28,7 +28,7 @@ from dist_int8.pipeline.transport import BUFFERS
 class _Message:
     """What is passed on; `ready` says when the copy of hidden_states is done, on a GPU."""
 
-    content: MicroBatch | Result | RankDied
+    content: MicroBatch | Result | RankError
     hidden_states: Tensor | None = None
     ready: Any = None
 
@@ -90,13 +90,13 @@ class InProcessTransport:
         """The next result, on stage 0; None after timeout_s.
 
         Raises:
-            RankDied: another stage failed.
+            RankError: another stage failed.
         """
         try:
             content = self._boxes[0].get(timeout=timeout_s).content
         except queue.Empty:
             return None
-        if isinstance(content, RankDied):
+        if isinstance(content, RankError):
             raise content
         assert isinstance(content, Result)
         return content
@@ -116,7 +116,7 @@ class InProcessTransport:
     def abort(self) -> None:
         """Nothing to close: whoever waits here is a thread of this process."""
 
-    def refuse(self, error: BadMessage) -> None:
+    def refuse(self, error: ProtocolError) -> None:
         """Nothing forged comes from this process: a bad message is a mistake of ours."""
         raise error
 
@@ -145,7 +145,7 @@ def connect(
             serve(stage, InProcessTransport(stage, devices, boxes))
         except BaseException as error:
             text = f"rank {stage} stage {stage} failed: {type(error).__name__}: {error}"
-            boxes[0].put(_Message(RankDied(text, stage)))
+            boxes[0].put(_Message(RankError(text, stage)))
 
     threads = [
         threading.Thread(target=run, args=(stage,), name=f"stage {stage}", daemon=True)

@@ -16,16 +16,14 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from dist_int8.errors import ProtocolError
+
 HEADER_SIZE = 16
 MAGIC = 0x6473745F696E7438  # "dst_int8"
 VERSION = 1
 MAX_STAGES = 256  # spans of a message at most
 LEAST_TEMPERATURE = 1e-3  # as of the settings of a generation
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "repetition_penalty")
-
-
-class BadMessage(RuntimeError):
-    """A message between stages that no rank of this pipeline sends."""
 
 
 class Kind(IntEnum):
@@ -142,26 +140,26 @@ def control_size(header: Tensor, limits: Limits) -> int:
     """Number of int64 in the control tensor that follows this header.
 
     Raises:
-        BadMessage: the header is not one of this pipeline's.
+        ProtocolError: the header is not one of this pipeline's.
     """
     fields = header[:9].tolist()
     magic, version, kind, lane, step, num_tokens, num_segments, num_starts, num_spans = fields
     if magic != MAGIC or version != VERSION:
-        raise BadMessage(
+        raise ProtocolError(
             f"header: magic and version must be {MAGIC:#x} {VERSION}, got {magic:#x} {version}"
         )
     if kind not in (Kind.STEP, Kind.LOGITS, Kind.SHUTDOWN):
-        raise BadMessage(f"header: kind must be 1, 2 or 3, got {kind}")
+        raise ProtocolError(f"header: kind must be 1, 2 or 3, got {kind}")
     if lane < 0 or step < 0:
-        raise BadMessage(f"header: lane and step must not be negative, got {lane} and {step}")
+        raise ProtocolError(f"header: lane and step must not be negative, got {lane} and {step}")
     least = 0 if kind == Kind.SHUTDOWN else 1
     if not least <= num_tokens <= limits.max_rows:
-        raise BadMessage(
+        raise ProtocolError(
             f"header: num_tokens must be {least} to {limits.max_rows}, got {num_tokens}"
         )
     for name, value in (("num_segments", num_segments), ("num_starts", num_starts)):
         if not 0 <= value <= limits.num_slots:
-            raise BadMessage(f"header: {name} must be 0 to {limits.num_slots}, got {value}")
+            raise ProtocolError(f"header: {name} must be 0 to {limits.num_slots}, got {value}")
     _check_num_spans(num_spans, MAX_STAGES - 1)  # the stage that reads it adds its own
     return _control_size(num_tokens, num_segments, num_starts, num_spans)
 
@@ -185,14 +183,14 @@ def _spans_list(values: Tensor) -> list[tuple[int, int]]:
 
 def _check_num_spans(num_spans: int, most: int) -> None:
     if not 0 <= num_spans <= most:
-        raise BadMessage(f"header: num_spans must be 0 to {most}, got {num_spans}")
+        raise ProtocolError(f"header: num_spans must be 0 to {most}, got {num_spans}")
 
 
 def unpack(header: Tensor, control: Tensor, limits: Limits) -> MicroBatch:
     """The micro-batch of a header and its control tensor, every value checked.
 
     Raises:
-        BadMessage: a size, slot, position or token id is out of range.
+        ProtocolError: a size, slot, position or token id is out of range.
     """
     size = control_size(header, limits)
     assert control.numel() == size
@@ -235,37 +233,37 @@ def _check_control(
     started_slots: list[int],
     limits: Limits,
 ) -> None:
-    """Raises BadMessage for values that no rank of this pipeline sends.
+    """Raises ProtocolError for values that no rank of this pipeline sends.
 
     On Python's integers: they do not wrap around, and for a decode step of a few tokens a dozen
     tensor operations would take ten times as long.
     """
     if not all(0 <= token_id < limits.vocab_size for token_id in token_ids):
-        raise BadMessage(f"control: token ids must be 0 to {limits.vocab_size - 1}")
+        raise ProtocolError(f"control: token ids must be 0 to {limits.vocab_size - 1}")
     slots = [slot for slot, _, _ in segments]
     for name, values in (("segments", slots), ("starts", started_slots)):
         if not all(0 <= slot < limits.num_slots for slot in values):
-            raise BadMessage(f"control: slots of {name} must be 0 to {limits.num_slots - 1}")
+            raise ProtocolError(f"control: slots of {name} must be 0 to {limits.num_slots - 1}")
     if len(set(slots)) != len(slots):
-        raise BadMessage("control: a slot stands in two segments of one micro-batch")
+        raise ProtocolError("control: a slot stands in two segments of one micro-batch")
     for _, start, count in segments:
         if not 1 <= count <= limits.max_tokens:
-            raise BadMessage(f"control: segment counts must be 1 to {limits.max_tokens}")
+            raise ProtocolError(f"control: segment counts must be 1 to {limits.max_tokens}")
         if not 0 <= start <= limits.max_tokens:
-            raise BadMessage(f"control: segment starts must be 0 to {limits.max_tokens}")
+            raise ProtocolError(f"control: segment starts must be 0 to {limits.max_tokens}")
         if start + count > limits.max_tokens:
-            raise BadMessage(f"control: positions must stay below {limits.max_tokens}")
+            raise ProtocolError(f"control: positions must stay below {limits.max_tokens}")
     covered = sum(count for _, _, count in segments)
     if covered != len(token_ids):
-        raise BadMessage(f"control: segments must cover {len(token_ids)} tokens, got {covered}")
+        raise ProtocolError(f"control: segments must cover {len(token_ids)} tokens, got {covered}")
     if not all(0 <= emit <= 1 for emit in emits):
-        raise BadMessage("control: emits must be 0 or 1")
+        raise ProtocolError("control: emits must be 0 or 1")
 
 
 def _check_settings(
     temperature: float, top_k: float, top_p: float, repetition_penalty: float
 ) -> None:
-    """Raises BadMessage for settings that no request has; NaN fails every comparison."""
+    """Raises ProtocolError for settings that no request has; NaN fails every comparison."""
     if not (
         (temperature == 0 or LEAST_TEMPERATURE <= temperature < math.inf)
         and 0 <= top_k < 2**63
@@ -273,7 +271,7 @@ def _check_settings(
         and 0 < repetition_penalty < math.inf
     ):
         given = (temperature, top_k, top_p, repetition_penalty)
-        raise BadMessage(f"control: sampling settings must be those of a request, got {given}")
+        raise ProtocolError(f"control: sampling settings must be those of a request, got {given}")
 
 
 def pack_result(result: Result) -> tuple[Tensor, Tensor]:
@@ -288,11 +286,11 @@ def result_spans_size(header: Tensor) -> int:
     """Number of int64 of spans behind a result's header.
 
     Raises:
-        BadMessage: the header is not one of this pipeline's.
+        ProtocolError: the header is not one of this pipeline's.
     """
     magic, version, *_, num_spans = header[:7].tolist()
     if magic != MAGIC or version != VERSION:
-        raise BadMessage(f"result: magic must be {MAGIC:#x}, got {magic:#x}")
+        raise ProtocolError(f"result: magic must be {MAGIC:#x}, got {magic:#x}")
     _check_num_spans(num_spans, MAX_STAGES)
     return 2 * int(num_spans)
 
@@ -301,7 +299,7 @@ def empty_result(header: Tensor, spans: Tensor, limits: Limits) -> Result:
     """A result of the size that this header announces, its values not filled yet.
 
     Raises:
-        BadMessage: the header is not one of this pipeline's.
+        ProtocolError: the header is not one of this pipeline's.
     """
     assert spans.numel() == result_spans_size(header)
     kind, lane, step, count = header[2:6].tolist()
@@ -310,11 +308,11 @@ def empty_result(header: Tensor, spans: Tensor, limits: Limits) -> Result:
     elif kind == Kind.LOGITS_RESULT and 0 < count <= limits.max_rows:
         values = torch.empty(count, limits.vocab_size, dtype=torch.float32)
     else:
-        raise BadMessage(f"result: kind {kind} with {count} rows is none of this pipeline's")
+        raise ProtocolError(f"result: kind {kind} with {count} rows is none of this pipeline's")
     return Result(lane, step, values, _spans_list(spans))
 
 
 def check_tokens(token_ids: Tensor, limits: Limits) -> None:
-    """Raises BadMessage for a sampled token that is neither of the vocabulary nor -1 (none)."""
+    """Raises ProtocolError for a sampled token that is neither of the vocabulary nor -1 (none)."""
     if not all(-1 <= token_id < limits.vocab_size for token_id in token_ids.tolist()):
-        raise BadMessage(f"result: token ids must be -1 to {limits.vocab_size - 1}")
+        raise ProtocolError(f"result: token ids must be -1 to {limits.vocab_size - 1}")

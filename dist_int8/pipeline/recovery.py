@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dist_int8.distributed import spawn
-from dist_int8.distributed.world import RankDied, World
+from dist_int8.distributed.world import World
+from dist_int8.errors import RankError
 from dist_int8.pipeline.runner import Pipeline, serve
 from dist_int8.pipeline.stage import Stage
 from dist_int8.pipeline.transport import Transport
@@ -52,13 +53,13 @@ class Recovery:
         self.max_recoveries = max_recoveries
         self.num_recoveries = 0
 
-    def restore(self, pipeline: Pipeline, error: RankDied) -> None:
+    def restore(self, pipeline: Pipeline, error: RankError) -> None:
         """Makes the pipeline work again after a rank was lost, or raises.
 
         What was under way in it is lost. One line on stderr says what happened.
 
         Raises:
-            RankDied: the error itself or, where starting again failed, that error; max_recoveries
+            RankError: the error itself or, where starting again failed, that error; max_recoveries
                 are spent.
         """
         world = self.links.world
@@ -75,7 +76,7 @@ class Recovery:
                 transport = self.links.connect()
                 world.wait_for("ready", self.links.load_timeout_s)
                 pipeline.reconnect(transport)
-            except RankDied as again:
+            except RankError as again:
                 error, lost = world.blame(again), set(world.others)
                 continue
             names = ", ".join(f"{rank}" for rank in sorted(lost))
@@ -92,8 +93,8 @@ def serve_until_shutdown(stage: Stage, links: Links, recover: bool) -> None:
     """What a rank above 0 does once its stage is built: runs it until rank 0 says SHUTDOWN.
 
     Raises:
-        RankDied: a neighbour is gone, and nobody recovers.
-        BadMessage: see `serve`.
+        RankError: a neighbour is gone, and nobody recovers.
+        ProtocolError: see `serve`.
     """
     world = links.world
     met = True
@@ -108,7 +109,7 @@ def serve_until_shutdown(stage: Stage, links: Links, recover: bool) -> None:
             serve(stage, transport, world)
             world.close()
             return
-        except RankDied as error:
+        except RankError as error:
             if not recover:
                 raise
             met, world.abort = False, None

@@ -7,10 +7,11 @@ from collections import deque
 
 from torch import Tensor
 
-from dist_int8.distributed.world import RankDied, World
+from dist_int8.distributed.world import World
+from dist_int8.errors import ProtocolError, RankError
 from dist_int8.pipeline import schedule
 from dist_int8.pipeline.in_process import InProcessTransport
-from dist_int8.pipeline.microbatch import BadMessage, Kind, MicroBatch, Result
+from dist_int8.pipeline.microbatch import Kind, MicroBatch, Result
 from dist_int8.pipeline.stage import Stage
 from dist_int8.pipeline.trace import Trace
 from dist_int8.pipeline.transport import Transport
@@ -43,7 +44,7 @@ class Pipeline:
         """Runs stage 0 on a micro-batch and hands it on; its Result comes from `result` later.
 
         Raises:
-            RankDied: the next rank is gone.
+            RankError: the next rank is gone.
         """
         decodes = micro_batch.num_tokens == micro_batch.segments.shape[0]
         kind = schedule.DECODE if decodes else schedule.PREFILL
@@ -56,14 +57,14 @@ class Pipeline:
         assert self.transport is not None
         try:
             self.transport.send(micro_batch, output)
-        except RankDied as error:
+        except RankError as error:
             raise self.world.blame(error) from None
 
     def result(self, wait: bool = True) -> Result | None:
         """The next Result, in the order of submission; None if not `wait` and none is there.
 
         Raises:
-            RankDied: a rank ended, failed or fell silent, or no result came within step_timeout.
+            RankError: a rank ended, failed or fell silent, or no result came within step_timeout.
         """
         deadline = time.monotonic() + self.world.step_timeout_s
         while not self._results:
@@ -71,7 +72,7 @@ class Pipeline:
                 return None
             try:
                 received = self.transport.next_result(WATCH_S if wait else 0.0)
-            except RankDied as error:
+            except RankError as error:
                 raise self.world.blame(error) from None
             if received is not None:
                 self._take(self.transport, received)
@@ -92,13 +93,13 @@ class Pipeline:
         if received.step == asked:
             self._results.append(received)
         else:
-            transport.refuse(BadMessage(f"result: step must be {asked}, got {received.step}"))
+            transport.refuse(ProtocolError(f"result: step must be {asked}, got {received.step}"))
 
     def check(self) -> None:
-        """Raises RankDied, naming the rank and its reason, if one failed, ended or fell silent."""
+        """Raises RankError, naming the rank and its reason, if one failed, ended or fell silent."""
         try:
             self.world.check()
-        except RankDied as error:
+        except RankError as error:
             raise self.world.blame(error) from None
 
     def reconnect(self, transport: Transport) -> None:
@@ -140,8 +141,8 @@ def serve(stage: Stage, transport: Transport | InProcessTransport, world: World)
     """Runs what the rank before sends until it says SHUTDOWN.
 
     Raises:
-        RankDied: a neighbour is gone.
-        BadMessage: with NCCL, the rank before sent something else than a micro-batch.
+        RankError: a neighbour is gone.
+        ProtocolError: with NCCL, the rank before sent something else than a micro-batch.
     """
     while True:
         micro_batch, hidden_states = transport.next()
@@ -153,7 +154,7 @@ def serve(stage: Stage, transport: Transport | InProcessTransport, world: World)
             return
         try:
             output = _timed(stage, micro_batch, hidden_states)
-        except BadMessage as error:
+        except ProtocolError as error:
             transport.refuse(error)
             continue
         if isinstance(output, Result):

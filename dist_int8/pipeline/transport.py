@@ -28,9 +28,10 @@ from torch import Tensor
 
 from dist_int8.distributed import rendezvous
 from dist_int8.distributed.rendezvous import IDLE_TIMEOUT, reason
-from dist_int8.distributed.world import RankDied, World
+from dist_int8.distributed.world import World
+from dist_int8.errors import ProtocolError, RankError
 from dist_int8.pipeline import microbatch
-from dist_int8.pipeline.microbatch import BadMessage, Kind, Limits, MicroBatch, Result
+from dist_int8.pipeline.microbatch import Kind, Limits, MicroBatch, Result
 
 BUFFERS = 2
 TAG = 0
@@ -114,13 +115,13 @@ class Transport:
         """The next micro-batch and its hidden_states, on every rank but 0.
 
         Raises:
-            RankDied: the connection to the rank before this one is gone.
-            BadMessage: with NCCL, that rank sent something that is no message of this pipeline.
+            RankError: the connection to the rank before this one is gone.
+            ProtocolError: with NCCL, that rank sent something that is no message of this pipeline.
         """
         while True:
             try:
                 return self._receive_micro_batch()
-            except BadMessage as error:
+            except ProtocolError as error:
                 if self._over_nccl:  # its hidden_states would be taken for those of the next one
                     raise
                 self.refuse(error)
@@ -131,7 +132,7 @@ class Transport:
         """The next result, on rank 0; None after timeout_s.
 
         Raises:
-            RankDied: the connection to the last rank is gone.
+            RankError: the connection to the last rank is gone.
         """
         try:
             item = self._received.get(timeout=timeout_s)
@@ -147,7 +148,7 @@ class Transport:
             self._wait_for_oldest()
 
     def abort(self) -> None:
-        """Closes the connections to both neighbours: whoever waits for them here gets RankDied.
+        """Closes the connections to both neighbours: whoever waits for them here gets RankError.
 
         gloo closes a connection when an operation on it times out, and has no other way to.
         """
@@ -193,13 +194,13 @@ class Transport:
         except (RuntimeError, dist.DistError) as error:
             raise self._lost_target(error) from None
 
-    def _lost_target(self, error: BaseException) -> RankDied:
+    def _lost_target(self, error: BaseException) -> RankError:
         message = f"lost the connection to rank {self.target}: {reason(error)}"
-        return RankDied(message, self.target)
+        return RankError(message, self.target)
 
-    def _lost_source(self, error: BaseException) -> RankDied:
+    def _lost_source(self, error: BaseException) -> RankError:
         message = f"lost the connection from rank {self.source}: {reason(error)}"
-        return RankDied(message, self.source)
+        return RankError(message, self.source)
 
     def _receive_results(self) -> None:
         rendezvous.stay_on(self._cores)
@@ -207,12 +208,12 @@ class Transport:
             while True:
                 try:
                     self._received.put(self._receive_result())
-                except BadMessage as error:
+                except ProtocolError as error:
                     self.refuse(error)
         except BaseException as error:  # whatever ends this thread is raised where it is awaited
             self._received.put(error)
 
-    def refuse(self, error: BadMessage) -> None:
+    def refuse(self, error: ProtocolError) -> None:
         """Says on stderr that a message was dropped, and why."""
         self.num_refused += 1
         count = self.num_refused
@@ -293,7 +294,7 @@ def _message(header: Tensor, *parts: Tensor) -> Tensor:
 
 
 def _check_end(message: Tensor, end: int, step: int) -> None:
-    """Raises BadMessage if the end mark of this step is not at byte `end`."""
+    """Raises ProtocolError if the end mark of this step is not at byte `end`."""
     mark = int.from_bytes(message[end : end + END_BYTES].numpy(), "little")
     if mark != microbatch.MAGIC ^ step:
-        raise BadMessage(f"message: step {step} must end at byte {end}; it is truncated")
+        raise ProtocolError(f"message: step {step} must end at byte {end}; it is truncated")

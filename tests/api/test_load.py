@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import dist_int8
-from dist_int8.pipeline import RankDied
+from dist_int8.errors import RankError
 
 PROMPTS = ["The capital of France is", "a", "Once upon a time, there was", "42 + 17 =", "Größe"]
 OPTIONS = {"progress": False, "threads_per_stage": 1, "max_tokens": 96}
@@ -213,12 +213,12 @@ def test_a_rank_that_dies_during_generate_is_named_and_takes_all_with_it(tiny_ll
     next(stream)
     children[victim].kill()
     started = time.monotonic()
-    with pytest.raises(RankDied, match=f"rank {victim} .*SIGKILL"):
+    with pytest.raises(RankError, match=f"rank {victim} .*SIGKILL"):
         for _ in stream:
             pass
     assert time.monotonic() - started < 10
     assert not any(is_running(child.pid) for child in children.values())
-    with pytest.raises(RankDied, match="load the model again"):
+    with pytest.raises(RankError, match="load the model again"):
         model.generate("abc")
 
 

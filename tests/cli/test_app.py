@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dist_int8 import RankDied
+from dist_int8 import RankError
 from dist_int8.cli import app, generate
 
 SMALL = ["--device", "cpu", "--max-tokens", "96", "--threads", "1"]
@@ -189,7 +189,7 @@ def test_a_model_without_chat_template(tiny_llama):
 )
 def test_a_lost_rank_comes_with_a_cure(text, cure, monkeypatch, capsys):
     def lose_it(**_):
-        raise RankDied(text, 1)
+        raise RankError(text, 1)
 
     monkeypatch.setattr(app, "app", lose_it)
     assert app.run(["generate"]) == app.FAILED

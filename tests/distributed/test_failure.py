@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dist_int8
-from dist_int8.engine import Draining
-from dist_int8.pipeline import LostRank, RankDied
+from dist_int8.errors import RankError, RankLostError, ShuttingDownError
 
 OPTIONS = {"threads_per_stage": 1, "max_tokens": 128, "progress": False, "max_sequences": 4}
 PROMPTS = ["To be", [5, 6, 7, 8], "or not to be, that is the question", [9]]
@@ -57,7 +56,9 @@ def test_a_rank_that_cannot_load_its_stage_says_why(tiny_llama, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.3.mlp.up_proj.weight"][5] = torch.inf
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(RankDied, match=r"rank 1 stage 1 failed: .*up_proj.weight: weights must be"):
+    with pytest.raises(
+        RankError, match=r"rank 1 stage 1 failed: .*up_proj.weight: weights must be"
+    ):
         dist_int8.load(folder, devices=["cpu", "cpu"], **OPTIONS)
 
 
@@ -69,7 +70,7 @@ def test_everybody_who_waits_hears_which_rank_was_stopped(tiny_llama):
     def ask():
         try:
             model.generate(PROMPTS * 20, max_new_tokens=100)
-        except RankDied as error:
+        except RankError as error:
             errors.append(error)
 
     threads = [threading.Thread(target=ask) for _ in range(2)]
@@ -82,11 +83,11 @@ def test_everybody_who_waits_hears_which_rank_was_stopped(tiny_llama):
         thread.join(30)
     assert len(errors) == 2 and time.monotonic() - stopped < 3 + 5
     for error in errors:
-        assert isinstance(error, LostRank) and (error.rank, error.stage) == (2, 2)
+        assert isinstance(error, RankLostError) and (error.rank, error.stage) == (2, 2)
         assert "rank 2 stage 2 has been silent for 3 s (step_timeout)" in str(error)
     assert errors[0] is not errors[1]
     wait_until(lambda: not any(is_running(child.pid) for child in children), 10)
-    with pytest.raises(LostRank, match=r"rank 2 .* load the model again"):
+    with pytest.raises(RankLostError, match=r"rank 2 .* load the model again"):
         model.logits([[1]])
 
 
@@ -95,7 +96,7 @@ def test_a_rank_that_dies_while_nobody_waits_ends_the_others(tiny_llama):
     children = dict(children_of(model))
     children[1].kill()
     wait_until(lambda: not is_running(children[2].pid), 5)
-    with pytest.raises(RankDied, match=r"rank 1 stage 1 .*SIGKILL"):
+    with pytest.raises(RankError, match=r"rank 1 stage 1 .*SIGKILL"):
         model.generate("abc")
 
 
@@ -118,7 +119,7 @@ def test_lost_stages_are_replaced_and_the_answers_are_the_same(tiny_llama, capfd
         said = capfd.readouterr().err
         assert "recovery 1 of 3: rank 1 stage 1" in said and "SIGKILL; started rank 1" in said
         assert "recovery 2 of 3: rank 2 stage 2 has been silent for 4 s" in said
-        with pytest.raises(RankDied, match=r"rank 2 .*SIGKILL"):  # three times are enough
+        with pytest.raises(RankError, match=r"rank 2 .*SIGKILL"):  # three times are enough
             stream_and_hit(model, 5, 2, signal.SIGKILL, PROMPTS, **SAMPLED)
 
 
@@ -133,7 +134,7 @@ def test_draining_lets_answers_that_run_end(tiny_llama):
         try:
             for token in model.generate(prompts, stream=True, max_new_tokens=60):
                 tokens[token.index].append(token.token_id)
-        except Draining as error:
+        except ShuttingDownError as error:
             errors.append(error)
 
     thread = threading.Thread(target=ask)
@@ -150,7 +151,7 @@ def test_draining_has_an_end(tiny_llama):
     stream = model.generate(PROMPTS * 30, stream=True, max_new_tokens=100)
     next(stream)
     assert not model.drain(0.0)
-    with pytest.raises(Draining, match="must end within 0 s"):
+    with pytest.raises(ShuttingDownError, match="must end within 0 s"):
         list(stream)
 
 
@@ -206,7 +207,7 @@ def test_a_shutdown_in_the_middle_is_no_failure_for_other_threads(tiny_llama, re
     for thread in threads:
         thread.join(10)
     assert not any(thread.is_alive() for thread in threads)
-    assert [type(error) for error in seen] == [Draining, Draining], seen
+    assert [type(error) for error in seen] == [ShuttingDownError, ShuttingDownError], seen
 
 
 def test_a_kv_cache_beyond_the_machine_is_refused(tiny_llama):

@@ -8,7 +8,8 @@ import pytest
 
 from dist_int8.distributed.heartbeat import Kind, Link, Pulse
 from dist_int8.distributed.monitor import Monitor
-from dist_int8.distributed.world import LostRank, RankDied, StageHung, World
+from dist_int8.distributed.world import World
+from dist_int8.errors import RankError, RankLostError, StageTimeoutError
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_a_closed_connection_is_told_from_a_goodbye(monitor, pulse_of):
     second.close()
     wait_until(lambda: monitor.peers[1].ended and monitor.peers[2].gone)
     assert not monitor.peers[1].gone
-    with pytest.raises(RankDied, match="rank 2 stage 2 ended") as raised:
+    with pytest.raises(RankError, match="rank 2 stage 2 ended") as raised:
         World(0, 3, monitor=monitor).wait_for("ready", 5.0)
     assert (raised.value.rank, raised.value.stage) == (2, 2)
 
@@ -85,7 +86,9 @@ def test_silence_is_noticed_on_both_ends(monitor):
     with socket.create_connection((host, int(port))) as rank:
         Link(rank).send(Kind.HELLO, bytes.fromhex(token) + (1).to_bytes(4, "big"))
         world = World(0, 3, 2.0, monitor=monitor)
-        with pytest.raises(LostRank, match=r"rank 1 stage 1 .*silent for 2 s \(step_timeout\)"):
+        with pytest.raises(
+            RankLostError, match=r"rank 1 stage 1 .*silent for 2 s \(step_timeout\)"
+        ):
             world.wait_for("ready", 20.0)
     with socket.create_server(("127.0.0.1", 0)) as rank_0:
         seen = []
@@ -110,7 +113,7 @@ def test_the_stage_that_hangs_is_the_first_that_did_not_pass_the_step_on(
     for r, peer in monitor.peers.items():
         peer.received, peer.done = received[r], done[r]
     error = World(0, 3, 9.0, monitor=monitor).hung(step=5)
-    assert isinstance(error, StageHung) and error.rank == rank
+    assert isinstance(error, StageTimeoutError) and error.rank == rank
     assert str(error).startswith(what) and "after 9 s (step_timeout)" in str(error)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import dist_int8
-from dist_int8.engine import QueueFull
+from dist_int8.errors import QueueFullError
 
 PROMPTS = [list(range(3 + i, 3 + i + length)) for i, length in enumerate((5, 40, 1, 17, 8, 29))]
 OPTIONS = {
@@ -110,7 +110,7 @@ def test_a_full_queue_refuses_and_loses_nothing(model, alone):
     first, second = make_requests(model), make_requests(model)
     engine.add(first)  # 4 run, 2 wait
     engine.add(second)  # 8 wait
-    with pytest.raises(QueueFull, match="at most 8 requests may wait for a slot, got 9"):
+    with pytest.raises(QueueFullError, match="at most 8 requests may wait for a slot, got 9"):
         engine.add(make_requests(model)[:1])
     while not all(request.ended for request in first + second):
         engine.step()

@@ -19,7 +19,7 @@ def main() -> None:
         try:
             while True:
                 model.generate([PROMPT], max_new_tokens=160, on_token=decoding)
-        except dist_int8.RankDied as error:
+        except dist_int8.RankError as error:
             got = {"type": type(error).__name__, "rank": error.rank, "message": str(error)}
             print(json.dumps(got | {"when": time.monotonic()}), flush=True)
             sys.exit(3)

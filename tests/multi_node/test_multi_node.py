@@ -201,7 +201,7 @@ def test_a_link_cut_while_tokens_come(network, hostfile, tiny_llama):
         f"{got}, exit codes {[process.returncode for process in running]}",
         noticed_s,
     )
-    assert got["type"] == "LostRank" and got["rank"] == 1 and "rank 1" in got["message"], got
+    assert got["type"] == "RankLostError" and got["rank"] == 1 and "rank 1" in got["message"], got
     assert noticed_s < STEP_TIMEOUT_S + 5 and ended_s < STEP_TIMEOUT_S + 15
     assert all(process.returncode for process in running), outputs
     assert left == [{}, {}]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import dist_int8
-from dist_int8 import RankDied
+from dist_int8 import RankError
 
 PROMPTS = [[5, 9, 2, 7], [11, 3], list(range(40, 75))]
 
@@ -52,8 +52,8 @@ def test_a_stage_that_fails_is_named_and_ends_the_model(tiny_llama, monkeypatch)
         raise MemoryError("no room for the logits")
 
     monkeypatch.setattr("dist_int8.engine.sampling.TokenSampler.sample", fail)
-    with pytest.raises(RankDied, match="rank 1 stage 1 failed: MemoryError: no room"):
+    with pytest.raises(RankError, match="rank 1 stage 1 failed: MemoryError: no room"):
         model.generate(PROMPTS, max_new_tokens=4)
-    with pytest.raises(RankDied, match="load the model again"):
+    with pytest.raises(RankError, match="load the model again"):
         model.generate(PROMPTS, max_new_tokens=4)
     assert not stage_threads()

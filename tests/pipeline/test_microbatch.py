@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from dist_int8.errors import ProtocolError
 from dist_int8.pipeline import microbatch
-from dist_int8.pipeline.microbatch import BadMessage, Kind, Limits, MicroBatch, Result
+from dist_int8.pipeline.microbatch import Kind, Limits, MicroBatch, Result
 
 LIMITS = Limits(num_slots=4, max_tokens=64, max_rows=32, hidden_size=8, vocab_size=100)
 
@@ -67,7 +68,7 @@ def test_shutdown_has_no_tokens():
 def test_forged_headers_are_refused_before_their_sizes_are_used(field, value, message):
     header, _ = microbatch.pack(make_micro_batch())
     header[field] = value
-    with pytest.raises(BadMessage, match=message):
+    with pytest.raises(ProtocolError, match=message):
         microbatch.control_size(header, LIMITS)
 
 
@@ -94,7 +95,7 @@ def test_forged_headers_are_refused_before_their_sizes_are_used(field, value, me
 def test_forged_control_data_is_refused(change, message):
     micro_batch = make_micro_batch()
     change(micro_batch)
-    with pytest.raises(BadMessage, match=message):
+    with pytest.raises(ProtocolError, match=message):
         microbatch.unpack(*microbatch.pack(micro_batch), LIMITS)
 
 
@@ -114,7 +115,7 @@ def test_results_announce_their_size_and_kind():
 def test_forged_results_are_refused(field, value):
     header, spans = microbatch.pack_result(Result(0, 0, torch.tensor([4, 5])))
     header[field] = value
-    with pytest.raises(BadMessage):
+    with pytest.raises(ProtocolError):
         microbatch.result_spans_size(header)
         microbatch.empty_result(header, spans, LIMITS)
 
@@ -122,5 +123,5 @@ def test_forged_results_are_refused(field, value):
 @pytest.mark.parametrize("token_id", [-2, 100, 2**40])
 def test_sampled_tokens_outside_of_the_vocabulary_are_refused(token_id):
     microbatch.check_tokens(torch.tensor([-1, 0, 99]), LIMITS)
-    with pytest.raises(BadMessage, match="token ids must be -1 to 99"):
+    with pytest.raises(ProtocolError, match="token ids must be -1 to 99"):
         microbatch.check_tokens(torch.tensor([4, token_id]), LIMITS)

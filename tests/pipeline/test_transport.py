@@ -7,7 +7,8 @@ import time
 import torch
 
 from dist_int8.distributed import rendezvous
-from dist_int8.distributed.rendezvous import Launched, RankDied, World
+from dist_int8.distributed.rendezvous import Launched, World
+from dist_int8.errors import RankError
 from dist_int8.pipeline import microbatch
 from dist_int8.pipeline.microbatch import Kind, Limits, MicroBatch, Result
 from dist_int8.pipeline.transport import Transport
@@ -79,7 +80,7 @@ def die(world: World):
     started = time.monotonic()
     try:
         transport.next()
-    except RankDied as error:
+    except RankError as error:
         return str(error), time.monotonic() - started
 
 
