@@ -90,7 +90,7 @@ OWNERS = {  # outside dependency -> the only files or rooms that import it
     "transformers": {
         "models",
         "engine/sampling",
-        "api/load",
+        "api/prepare",
         "evaluation",
         "api/model",
         "cli/demo_model",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_int8.api import load
+from dist_int8.api.placement import find_gpu_owners
 from dist_int8.config import load_settings
 from dist_int8.distributed.rendezvous import Launched
 from dist_int8.partition.devices import choose_devices, connects_over_nccl
@@ -155,7 +155,7 @@ def test_ranks_that_each_see_one_gpu_may_all_call_it_cuda_0(monkeypatch, launche
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert load._gpu_owners(launched, 2) == owners
+    assert find_gpu_owners(launched, 2) == owners
     if owners:
         assert connects_over_nccl(load_settings(), ["cuda:0", "cuda:0"], owners)
 

@@ -1,0 +1,160 @@
+"""Where stages run: devices and machines, and the rank, cores and memory of this process."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from dist_int8.config import Settings
+from dist_int8.distributed import rendezvous, spawn
+from dist_int8.distributed.rendezvous import Launched
+from dist_int8.partition import Plan, format_bytes
+from dist_int8.partition.devices import choose_devices, connects_over_nccl
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The devices of all stages, and this process's place among the ranks.
+
+    Attributes:
+        launched: its place among the ranks of a launcher, or of `spawn`; None in a plain session.
+        devices: "cpu" or "cuda:N" of every stage.
+        hosts: machine of every rank of a launcher; None: all stages are on this one.
+        uses_nccl: whether hidden states travel over NCCL.
+    """
+
+    launched: Launched | None
+    devices: list[str]
+    hosts: list[str] | None
+    uses_nccl: bool
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return 0 if self.launched is None else self.launched.rank
+
+    @property
+    def num_here(self) -> int:
+        """Stages of this machine."""
+        return len(self.devices) if self.launched is None else _ranks_here(self.launched)
+
+
+def find_placement(settings: Settings) -> Placement:
+    """Looks at the environment and at this machine's GPUs.
+
+    Raises:
+        ValueError: the settings ask for what a launcher, or this machine, does not give.
+    """
+    launched = rendezvous.launched()
+    if settings.recover and launched is not None and not spawn.is_spawned():
+        raise ValueError(
+            "load(): recover must be false under a launcher, got true; leave it out, and let the "
+            "launcher start all ranks again"
+        )
+    if settings.in_process and (launched is not None or settings.recover):
+        raise ValueError(
+            "load(): in_process must be false under a launcher and with recover, got true; leave "
+            "it out"
+        )
+    devices = _find_devices(settings, launched)
+    hosts = _find_hosts(settings, launched)
+    owners = find_gpu_owners(launched, len(devices)) or hosts
+    return Placement(launched, devices, hosts, connects_over_nccl(settings, devices, owners))
+
+
+def _find_devices(settings: Settings, launched: Launched | None) -> list[str]:
+    """The device of every stage; under a launcher there is one stage per rank."""
+    if launched is None:
+        return choose_devices(settings)
+    asked = settings.num_stages or settings.gpus or (settings.devices and len(settings.devices))
+    if asked and asked != launched.world_size:
+        raise ValueError(
+            f"load(): stages must be the launcher's number of ranks, {launched.world_size}, "
+            f"got {asked}; leave it out or launch {asked} ranks"
+        )
+    if settings.devices is not None:
+        return list(settings.devices)
+    ranks_here = _ranks_here(launched)
+    local = choose_devices(settings.model_copy(update={"stages": ranks_here, "gpus": None}))
+    return [local[rank % ranks_here] for rank in range(launched.world_size)]
+
+
+def _find_hosts(settings: Settings, launched: Launched | None) -> list[str] | None:
+    """Machine of each rank of a launcher; in a plain session there is only this one."""
+    if launched is not None:
+        return [f"node-{rank // _ranks_here(launched)}" for rank in range(launched.world_size)]
+    if settings.hosts is not None and len(set(settings.hosts)) > 1:
+        raise ValueError(
+            f"load(): hosts must be one without a launcher, got {settings.hosts}; start a rank on "
+            "each with torchrun, deepspeed or srun"
+        )
+    return None
+
+
+def find_gpu_owners(launched: Launched | None, count: int) -> list[str] | None:
+    """A name for every rank where a launcher may have given each a GPU of its own.
+
+    With srun --gpus-per-task every rank sees one GPU, which each calls cuda:0.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if launched is None or spawn.is_spawned() or visible is None or "," in visible:
+        return None
+    return [f"rank-{rank}" for rank in range(count)]
+
+
+def _ranks_here(launched: Launched) -> int:
+    text = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return int(text) if text else launched.world_size
+
+
+def check_host_memory(plan: Plan, placement: Placement) -> None:
+    """Refuses CPU stages that all of this machine's memory could not hold, whatever else runs."""
+    stages = [stage for stage in plan.stages[: placement.num_here] if stage.device == "cpu"]
+    needed = sum(stage.needed_bytes for stage in stages)
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > total:
+        kv_bytes = sum(stage.kv_bytes for stage in stages)
+        raise ValueError(
+            f"load(): the stages on the CPU must fit this machine's {format_bytes(total)}, got "
+            f"{format_bytes(needed)}, of it {format_bytes(kv_bytes)} KV cache; lower max_sequences "
+            "or max_tokens, or use a smaller model"
+        )
+
+
+def share_cores(settings: Settings, placement: Placement) -> frozenset[int]:
+    """Sets torch's threads and returns the cores of this rank, an equal share of this machine's.
+
+    CPU stages would otherwise fight for cores. No cores (any) where there is nothing to share, with
+    fewer cores than threads, or where a launcher has chosen already. A rank that is all ours keeps
+    to its cores; rank 0 may be a user's session, which keeps all.
+    """
+    num_here, launched = placement.num_here, placement.launched
+    allowed = sorted(os.sched_getaffinity(0))
+    num_threads = settings.threads_per_stage
+    if num_threads is not None and num_threads > (os.cpu_count() or num_threads):
+        raise ValueError(
+            f"load(): threads_per_stage must be at most this machine's {os.cpu_count()} cores, got "
+            f"{num_threads}; lower it or leave it out"
+        )
+    if num_threads is None and num_here > 1:
+        num_threads = max(1, len(allowed) // num_here)
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    if num_here == 1 or num_threads is None or num_here * num_threads > len(allowed):
+        return frozenset()
+    begin = (0 if launched is None else launched.local_rank) * num_threads
+    cores = frozenset(allowed[begin : begin + num_threads])
+    if launched is not None and launched.rank:
+        rendezvous.stay_on(cores)
+    return cores
+
+
+def cores_of_threads(num_stages: int, num_threads: int) -> list[frozenset[int]]:
+    """Cores of every stage of one process, `num_threads` each, side by side."""
+    allowed = sorted(os.sched_getaffinity(0))
+    return [
+        frozenset(allowed[stage * num_threads : (stage + 1) * num_threads])
+        for stage in range(num_stages)
+    ]

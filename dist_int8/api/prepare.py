@@ -1,0 +1,206 @@
+"""What is known of a model before a weight is read: settings, shape, formats and the plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from dist_int8.api.placement import Placement, check_host_memory
+from dist_int8.checkpoint import (
+    OFF,
+    Calibration,
+    CheckpointReader,
+    calibration_of,
+    resolve_model,
+    stored_format,
+)
+from dist_int8.config import Settings
+from dist_int8.models import ModelSpec, describe, load_config, tensor_sources
+from dist_int8.partition import Plan
+from dist_int8.partition.from_settings import devices_of, formats_of, free_budgets, plan_of
+from dist_int8.pipeline.microbatch import Limits
+
+DEFAULT_MAX_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class HotColumns:
+    """What a model's hot columns are, or are found with.
+
+    Attributes:
+        num_columns: the most of any linear of a block.
+        head_columns: of an int8 head; None: as many.
+        element_size: bytes of one of their weights.
+        calibration: None: they are in the checkpoint, or made up, or there are none.
+    """
+
+    num_columns: int = 0
+    element_size: int = 2
+    calibration: Calibration | None = None
+    head_columns: int | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a stage is built from.
+
+    Attributes:
+        settings: with what an int8 checkpoint has decided.
+        placement: of all stages, and of this process.
+        folder: of the checkpoint.
+        spec: the model as data.
+        eos_token_ids: tokens that end an answer.
+        hot: hot columns.
+        dtype: of hidden states and of what is not int8.
+        vocab_dtype: of embedding and head, where they are not int8.
+        limits: slots and tokens.
+        plan: blocks and bytes of every stage.
+    """
+
+    settings: Settings
+    placement: Placement
+    folder: Path
+    spec: ModelSpec
+    eos_token_ids: frozenset[int]
+    hot: HotColumns
+    dtype: torch.dtype
+    vocab_dtype: torch.dtype
+    limits: Limits
+    plan: Plan
+
+
+def prepare(settings: Settings, placement: Placement) -> Prepared:
+    """Finds the model, reads its config and plans its stages; no weight is read.
+
+    Raises:
+        ValueError: an unknown model, a damaged checkpoint, or a plan that does not fit.
+    """
+    assert settings.model is not None
+    folder = resolve_model(
+        settings.model,
+        settings.revision,
+        allow_pickle=settings.allow_pickle,
+        weights=not settings.random_weights,
+    )
+    hf_config = load_config(folder)
+    spec = describe(hf_config)
+    settings, hot = adopt_stored_format(settings, folder, spec)
+    dtype = _choose_dtype(settings, placement.devices, hf_config)
+    vocab_dtype = _choose_vocab_dtype(settings, folder, spec, hf_config, dtype)
+    limits = _choose_limits(settings, spec)
+    plan = _make_plan(settings, placement, spec, hot, (dtype, vocab_dtype), limits)
+    check_host_memory(plan, placement)
+    eos_token_ids = _read_eos_token_ids(folder, hf_config)
+    return Prepared(
+        settings, placement, folder, spec, eos_token_ids, hot, dtype, vocab_dtype, limits, plan
+    )
+
+
+def _make_plan(
+    settings: Settings,
+    placement: Placement,
+    spec: ModelSpec,
+    hot: HotColumns,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    limits: Limits,
+) -> Plan:
+    # under a launcher each rank would see other numbers, and plan for itself
+    budgets = None if placement.launched else free_budgets(placement.devices)
+    return plan_of(
+        settings,
+        spec,
+        devices_of(settings, placement.devices, budgets=budgets, hosts=placement.hosts),
+        replace(
+            formats_of(settings, *(dtype.itemsize for dtype in dtypes)),
+            num_hot_columns=hot.num_columns,
+            hot_size=hot.element_size,
+            head_hot_columns=hot.head_columns,
+        ),
+        num_sequences=limits.num_slots,
+        max_tokens=limits.max_tokens,
+    )
+
+
+def adopt_stored_format(
+    settings: Settings, folder: Path, spec: ModelSpec
+) -> tuple[Settings, HotColumns]:
+    """The settings with what an int8 checkpoint has decided, and the hot columns.
+
+    The whole checkpoint is looked through before any rank starts, not only this rank's stage.
+    """
+    if settings.random_weights:
+        return settings, HotColumns(settings.num_hot_columns if settings.calibrates else 0)
+    stored = stored_format(folder, spec, allow_pickle=settings.allow_pickle)
+    if not settings.int8:
+        return settings, HotColumns()
+    if stored.is_int8:
+        chosen = {
+            "skip_modules": list(stored.skip),
+            "head": None,
+            "embedding": "int8" if stored.embedding_int8 else "16bit",
+            "calibrate": OFF,
+        }
+        changed = settings.model_copy(update=chosen)
+        hot = HotColumns(
+            stored.num_hot_columns, stored.linear_size, head_columns=stored.head_hot_columns
+        )
+        return changed, hot
+    if not settings.calibrates:
+        return settings, HotColumns()
+    count = settings.num_hot_columns
+    calibration = calibration_of(folder, spec, settings.calibrate, count)
+    return settings, HotColumns(count, stored.linear_size, calibration)
+
+
+def _choose_dtype(settings: Settings, devices: list[str], hf_config: Any) -> torch.dtype:
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    if devices[0] == "cpu":
+        return torch.float32
+    return hf_config.dtype or torch.float16
+
+
+def _choose_vocab_dtype(
+    settings: Settings, folder: Path, spec: ModelSpec, hf_config: Any, dtype: torch.dtype
+) -> torch.dtype:
+    """Of the embedding and the head, which below fp32 keep a 16-bit dtype."""
+    if settings.random_weights:
+        stored = hf_config.dtype or dtype
+    else:
+        reader = CheckpointReader(folder, allow_pickle=settings.allow_pickle)
+        source = tensor_sources(spec, range(0), first=True, last=False)["embedding.weight"]
+        name = next(name for name in source.names[0] if name in reader)
+        stored = {"F16": torch.float16, "BF16": torch.bfloat16}.get(reader.dtype(name), dtype)
+    return stored if dtype == torch.float32 and stored.itemsize == 2 else dtype
+
+
+def _choose_limits(settings: Settings, spec: ModelSpec) -> Limits:
+    max_tokens = settings.max_tokens
+    if max_tokens is None:
+        max_tokens = min(DEFAULT_MAX_TOKENS, spec.max_positions or DEFAULT_MAX_TOKENS)
+    elif spec.max_positions is not None and max_tokens > spec.max_positions:
+        raise ValueError(
+            f"load(): max_tokens must be at most the model's {spec.max_positions} positions, "
+            f"got {max_tokens}; lower it or leave it out"
+        )
+    return Limits(
+        num_slots=settings.max_sequences,
+        max_tokens=max_tokens,
+        max_rows=settings.prefill_chunk + settings.max_sequences,
+        hidden_size=spec.hidden_size,
+        vocab_size=spec.vocab_size,
+    )
+
+
+def _read_eos_token_ids(folder: Path, hf_config: Any) -> frozenset[int]:
+    if (folder / "generation_config.json").is_file():
+        eos = GenerationConfig.from_pretrained(folder).eos_token_id
+    else:
+        eos = hf_config.eos_token_id
+    if eos is None:
+        return frozenset()
+    return frozenset(eos if isinstance(eos, list) else [eos])
