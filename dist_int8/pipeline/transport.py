@@ -30,7 +30,7 @@ from dist_int8.distributed import rendezvous
 from dist_int8.distributed.rendezvous import IDLE_TIMEOUT, reason
 from dist_int8.distributed.world import World
 from dist_int8.errors import ProtocolError, RankError
-from dist_int8.pipeline import microbatch
+from dist_int8.pipeline import wire
 from dist_int8.pipeline.microbatch import Kind, Limits, MicroBatch, Result
 
 BUFFERS = 2
@@ -38,7 +38,7 @@ TAG = 0
 LOGITS_TAG = 1
 ABORT_TAG = 2
 ENDS_S = 5.0  # for a thread to end once its connections are closed
-HEADER_BYTES = 8 * microbatch.HEADER_SIZE
+HEADER_BYTES = 8 * wire.HEADER_SIZE
 END_BYTES = 8
 REFUSALS_SAID = 32  # later ones are said at every doubling
 
@@ -74,10 +74,10 @@ class Transport:
         self._stream: Any = None
         self._over_nccl = "cuda" in world.groups
         if world.rank == 0:
-            capacity = (2 * microbatch.MAX_STAGES + limits.num_slots) * 8
+            capacity = (2 * wire.MAX_STAGES + limits.num_slots) * 8
         else:
             hidden_bytes = 0 if self._over_nccl else limits.hidden_size * dtype.itemsize
-            control_bytes = 8 * microbatch.max_control_size(limits)
+            control_bytes = 8 * wire.max_control_size(limits)
             capacity = control_bytes + limits.max_rows * hidden_bytes
         self._capacity = HEADER_BYTES + capacity + END_BYTES
         self._posted: deque[tuple[dist.Work, Tensor]] = deque()
@@ -95,7 +95,7 @@ class Transport:
 
     def send(self, micro_batch: MicroBatch, hidden_states: Tensor | None) -> None:
         """Starts sending a micro-batch and its hidden_states [T, hidden_size] to the next stage."""
-        parts = microbatch.pack(micro_batch)
+        parts = wire.pack(micro_batch)
         if hidden_states is None:
             self._send([_message(*parts)])
         elif self._over_nccl:
@@ -105,7 +105,7 @@ class Transport:
 
     def send_result(self, result: Result) -> None:
         """Starts sending a result to rank 0."""
-        parts = microbatch.pack_result(result)
+        parts = wire.pack_result(result)
         if result.values.dtype == torch.int64:
             self._send([_message(*parts, result.values)])
         else:
@@ -239,9 +239,9 @@ class Transport:
     def _receive_micro_batch(self) -> tuple[MicroBatch, Tensor | None]:
         message = self._next_message()
         header = message[:HEADER_BYTES].view(torch.int64)
-        end = HEADER_BYTES + 8 * microbatch.control_size(header, self.limits)
+        end = HEADER_BYTES + 8 * wire.control_size(header, self.limits)
         control = message[HEADER_BYTES:end].view(torch.int64)
-        micro_batch = microbatch.unpack(header, control, self.limits)
+        micro_batch = wire.unpack(header, control, self.limits)
         if micro_batch.kind == Kind.SHUTDOWN:
             _check_end(message, end, micro_batch.step)
             return micro_batch, None
@@ -273,14 +273,14 @@ class Transport:
     def _receive_result(self) -> Result:
         message = self._next_message()
         header = message[:HEADER_BYTES].view(torch.int64)
-        start = HEADER_BYTES + 8 * microbatch.result_spans_size(header)
+        start = HEADER_BYTES + 8 * wire.result_spans_size(header)
         spans = message[HEADER_BYTES:start].view(torch.int64)
-        result = microbatch.empty_result(header, spans, self.limits)
+        result = wire.empty_result(header, spans, self.limits)
         if result.values.dtype == torch.int64:
             end = start + 8 * result.values.numel()
             _check_end(message, end, result.step)
             result.values = message[start:end].view(torch.int64)
-            microbatch.check_tokens(result.values, self.limits)
+            wire.check_tokens(result.values, self.limits)
         else:
             _check_end(message, start, result.step)
             self._groups["cpu"].recv([result.values], self.source, LOGITS_TAG).wait(IDLE_TIMEOUT)
@@ -289,12 +289,12 @@ class Transport:
 
 def _message(header: Tensor, *parts: Tensor) -> Tensor:
     """The bytes of one message, with its end mark."""
-    tensors = (header, *parts, microbatch.end_mark(header))
+    tensors = (header, *parts, wire.end_mark(header))
     return torch.cat([tensor.contiguous().view(torch.uint8).flatten() for tensor in tensors])
 
 
 def _check_end(message: Tensor, end: int, step: int) -> None:
     """Raises ProtocolError if the end mark of this step is not at byte `end`."""
     mark = int.from_bytes(message[end : end + END_BYTES].numpy(), "little")
-    if mark != microbatch.MAGIC ^ step:
+    if mark != wire.MAGIC ^ step:
         raise ProtocolError(f"message: step {step} must end at byte {end}; it is truncated")

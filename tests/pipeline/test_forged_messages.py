@@ -9,7 +9,7 @@ import re
 import torch
 
 import dist_int8
-from dist_int8.pipeline import microbatch
+from dist_int8.pipeline import wire
 from dist_int8.pipeline.microbatch import Kind, MicroBatch
 from dist_int8.pipeline.transport import TAG
 
@@ -31,13 +31,13 @@ def a_step(slot=1, seed=0, **fields) -> MicroBatch:
     return MicroBatch(Kind.STEP, **{**values, **fields})
 
 
-def wire(micro_batch: MicroBatch, **header_fields: int) -> torch.Tensor:
+def bytes_of(micro_batch: MicroBatch, **header_fields: int) -> torch.Tensor:
     """Its bytes with hidden_states, after some fields of the header were overwritten."""
-    header, control = microbatch.pack(micro_batch)
+    header, control = wire.pack(micro_batch)
     for name, value in header_fields.items():
         header[int(name.removeprefix("field_"))] = value
     hidden_states = torch.zeros(micro_batch.num_tokens, HIDDEN)
-    parts = (header, control, hidden_states, microbatch.end_mark(header))
+    parts = (header, control, hidden_states, wire.end_mark(header))
     return torch.cat([part.view(torch.uint8).flatten() for part in parts])
 
 
@@ -46,30 +46,41 @@ def settings(*values: float) -> torch.Tensor:
 
 
 FORGED = {
-    "another protocol": (wire(a_step(), field_0=1), "magic and version must be"),
-    "a later version": (wire(a_step(), field_1=2), "magic and version must be"),
-    "an unknown kind": (wire(a_step(), field_2=77), "kind must be 1, 2 or 3, got 77"),
-    "a result": (wire(a_step(), field_2=4), "kind must be 1, 2 or 3, got 4"),
-    "a negative shape": (wire(a_step(), field_5=-3), "num_tokens must be 1 to 544, got -3"),
-    "a huge shape": (wire(a_step(), field_5=2**40), "num_tokens must be 1 to 544"),
-    "negative segments": (wire(a_step(), field_6=-1), "num_segments must be 0 to 32, got -1"),
-    "huge starts": (wire(a_step(), field_7=2**62), "num_starts must be 0 to 32"),
-    "spans without end": (wire(a_step(), field_8=256), "num_spans must be 0 to 255, got 256"),
-    "a slot out of range": (wire(a_step(slot=32)), "slots of segments must be 0 to 31"),
+    "another protocol": (bytes_of(a_step(), field_0=1), "magic and version must be"),
+    "a later version": (bytes_of(a_step(), field_1=2), "magic and version must be"),
+    "an unknown kind": (bytes_of(a_step(), field_2=77), "kind must be 1, 2 or 3, got 77"),
+    "a result": (bytes_of(a_step(), field_2=4), "kind must be 1, 2 or 3, got 4"),
+    "a negative shape": (bytes_of(a_step(), field_5=-3), "num_tokens must be 1 to 544, got -3"),
+    "a huge shape": (bytes_of(a_step(), field_5=2**40), "num_tokens must be 1 to 544"),
+    "negative segments": (bytes_of(a_step(), field_6=-1), "num_segments must be 0 to 32, got -1"),
+    "huge starts": (bytes_of(a_step(), field_7=2**62), "num_starts must be 0 to 32"),
+    "spans without end": (bytes_of(a_step(), field_8=256), "num_spans must be 0 to 255, got 256"),
+    "a slot out of range": (bytes_of(a_step(slot=32)), "slots of segments must be 0 to 31"),
     "a slot never started": (
-        wire(a_step(slot=31, starts=torch.zeros(0, 2).long(), settings=torch.zeros(0, 4).double())),
+        bytes_of(
+            a_step(slot=31, starts=torch.zeros(0, 2).long(), settings=torch.zeros(0, 4).double())
+        ),
         "slot 31 must have sampling settings",
     ),
     "positions past the end": (
-        wire(a_step(segments=torch.tensor([[1, 2**30, 3]], dtype=torch.int32))),
+        bytes_of(a_step(segments=torch.tensor([[1, 2**30, 3]], dtype=torch.int32))),
         "segment starts must be 0 to",
     ),
-    "an unknown token": (wire(a_step(token_ids=torch.tensor([5, 6, 288]))), "token ids must be 0"),
-    "not a number": (wire(a_step(settings=settings(float("nan"), 0, 1, 1))), "sampling settings"),
-    "an icy temperature": (wire(a_step(settings=settings(1e-300, 0, 1, 1))), "sampling settings"),
-    "a cut header": (wire(a_step())[:41], "must"),
-    "a cut control": (wire(a_step())[: 128 + 24], "must"),
-    "cut hidden_states": (wire(a_step())[:-8], "it is truncated"),
+    "an unknown token": (
+        bytes_of(a_step(token_ids=torch.tensor([5, 6, 288]))),
+        "token ids must be 0",
+    ),
+    "not a number": (
+        bytes_of(a_step(settings=settings(float("nan"), 0, 1, 1))),
+        "sampling settings",
+    ),
+    "an icy temperature": (
+        bytes_of(a_step(settings=settings(1e-300, 0, 1, 1))),
+        "sampling settings",
+    ),
+    "a cut header": (bytes_of(a_step())[:41], "must"),
+    "a cut control": (bytes_of(a_step())[: 128 + 24], "must"),
+    "cut hidden_states": (bytes_of(a_step())[:-8], "it is truncated"),
     "one byte": (torch.zeros(1, dtype=torch.uint8), "must"),
     "noise": (torch.arange(777).to(torch.uint8), "magic and version must be"),
 }
@@ -91,7 +102,7 @@ def test_every_forged_message_is_refused_and_the_next_one_answered(tiny_llama, c
             stderr = capfd.readouterr().err
             said = re.findall(rf"\[rank 1 stage 1\] refused message {number} .*", stderr)
             assert len(said) == 1 and reason in said[0], (name, said)
-        transport._groups["cpu"].send([wire(a_step())], transport.target, TAG).wait()
+        transport._groups["cpu"].send([bytes_of(a_step())], transport.target, TAG).wait()
         assert text() == before
         said = re.findall(
             r"\[rank 0 stage 0\] refused message 1 from rank 1: .*", capfd.readouterr().err

@@ -9,7 +9,7 @@ import torch
 from dist_int8.distributed import rendezvous
 from dist_int8.distributed.rendezvous import Launched, World
 from dist_int8.errors import RankError
-from dist_int8.pipeline import microbatch
+from dist_int8.pipeline import wire
 from dist_int8.pipeline.microbatch import Kind, Limits, MicroBatch, Result
 from dist_int8.pipeline.transport import Transport
 
@@ -63,7 +63,7 @@ def exchange(world: World):
 def forge(world: World):
     transport = make_transport(world)
     if world.rank == 0:
-        header, _ = microbatch.pack(message(3)[0])
+        header, _ = wire.pack(message(3)[0])
         header[5] = 2**40  # tokens
         world.groups["cpu"].send([header.view(torch.uint8)], 1, 0).wait()
         transport.send(*message(3))

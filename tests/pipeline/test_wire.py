@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dist_int8.errors import ProtocolError
-from dist_int8.pipeline import microbatch
+from dist_int8.pipeline import wire
 from dist_int8.pipeline.microbatch import Kind, Limits, MicroBatch, Result
 
 LIMITS = Limits(num_slots=4, max_tokens=64, max_rows=32, hidden_size=8, vocab_size=100)
@@ -28,7 +28,7 @@ def make_micro_batch() -> MicroBatch:
 
 def test_round_trip_keeps_every_field():
     sent = make_micro_batch()
-    got = microbatch.unpack(*microbatch.pack(sent), LIMITS)
+    got = wire.unpack(*wire.pack(sent), LIMITS)
     assert (got.kind, got.lane, got.step) == (Kind.STEP, 1, 7)
     assert got.spans == sent.spans
     for name in ("token_ids", "segments", "emits", "starts", "settings"):
@@ -43,9 +43,9 @@ def test_last_rows_are_those_of_segments_that_emit():
 
 
 def test_shutdown_has_no_tokens():
-    header, control = microbatch.pack(MicroBatch(Kind.SHUTDOWN))
-    assert control.numel() == 0 == microbatch.control_size(header, LIMITS)
-    assert microbatch.unpack(header, control, LIMITS).kind == Kind.SHUTDOWN
+    header, control = wire.pack(MicroBatch(Kind.SHUTDOWN))
+    assert control.numel() == 0 == wire.control_size(header, LIMITS)
+    assert wire.unpack(header, control, LIMITS).kind == Kind.SHUTDOWN
 
 
 @pytest.mark.parametrize(
@@ -66,10 +66,10 @@ def test_shutdown_has_no_tokens():
     ],
 )
 def test_forged_headers_are_refused_before_their_sizes_are_used(field, value, message):
-    header, _ = microbatch.pack(make_micro_batch())
+    header, _ = wire.pack(make_micro_batch())
     header[field] = value
     with pytest.raises(ProtocolError, match=message):
-        microbatch.control_size(header, LIMITS)
+        wire.control_size(header, LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -96,32 +96,32 @@ def test_forged_control_data_is_refused(change, message):
     micro_batch = make_micro_batch()
     change(micro_batch)
     with pytest.raises(ProtocolError, match=message):
-        microbatch.unpack(*microbatch.pack(micro_batch), LIMITS)
+        wire.unpack(*wire.pack(micro_batch), LIMITS)
 
 
 def test_results_announce_their_size_and_kind():
     tokens = Result(lane=1, step=2, values=torch.tensor([4, 5]), spans=[(1, 2), (3, 4)])
-    header, spans = microbatch.pack_result(tokens)
-    assert microbatch.result_spans_size(header) == spans.numel() == 4
-    empty = microbatch.empty_result(header, spans, LIMITS)
+    header, spans = wire.pack_result(tokens)
+    assert wire.result_spans_size(header) == spans.numel() == 4
+    empty = wire.empty_result(header, spans, LIMITS)
     assert (empty.lane, empty.step, empty.values.shape) == (1, 2, (2,))
     assert empty.spans == tokens.spans
     logits = Result(lane=0, step=3, values=torch.zeros(6, 100))
-    empty = microbatch.empty_result(*microbatch.pack_result(logits), LIMITS)
+    empty = wire.empty_result(*wire.pack_result(logits), LIMITS)
     assert empty.values.shape == (6, 100) and empty.values.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("field", "value"), [(0, 0), (2, 1), (5, -1), (5, 2**50), (6, 2**40)])
 def test_forged_results_are_refused(field, value):
-    header, spans = microbatch.pack_result(Result(0, 0, torch.tensor([4, 5])))
+    header, spans = wire.pack_result(Result(0, 0, torch.tensor([4, 5])))
     header[field] = value
     with pytest.raises(ProtocolError):
-        microbatch.result_spans_size(header)
-        microbatch.empty_result(header, spans, LIMITS)
+        wire.result_spans_size(header)
+        wire.empty_result(header, spans, LIMITS)
 
 
 @pytest.mark.parametrize("token_id", [-2, 100, 2**40])
 def test_sampled_tokens_outside_of_the_vocabulary_are_refused(token_id):
-    microbatch.check_tokens(torch.tensor([-1, 0, 99]), LIMITS)
+    wire.check_tokens(torch.tensor([-1, 0, 99]), LIMITS)
     with pytest.raises(ProtocolError, match="token ids must be -1 to 99"):
-        microbatch.check_tokens(torch.tensor([4, token_id]), LIMITS)
+        wire.check_tokens(torch.tensor([4, token_id]), LIMITS)
