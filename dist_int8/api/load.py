@@ -39,7 +39,7 @@ def load(
     model: str | Path | None = None,
     *,
     gpus: int | None = None,
-    devices: list[str] | None = None,
+    devices: list[str | torch.device] | None = None,
     stages: int | None = None,
     config: str | Path | None = None,
     progress: bool = True,
@@ -55,12 +55,13 @@ def load(
     Args:
         model: folder of a transformers checkpoint, or a hub id.
         gpus: use cuda:0 .. cuda:gpus-1, one stage each.
-        devices: the device of every stage instead, for example ["cpu", "cpu"].
+        devices: the device of every stage instead, for example ["cpu", "cpu"]; also torch.device.
         stages: number of stages, where neither of the two says it.
         config: YAML file of settings; arguments here win over it.
         progress: show a progress bar while loading.
         on_plan: called on rank 0 with the plan before any weight is read.
-        **overrides: any other field of `Settings` (max_tokens, dtype, outlier_rule, ...).
+        **overrides: any other field of `Settings` (max_tokens, dtype, outlier_rule, ...); dtype
+            may be a torch.dtype.
 
     Raises:
         ValueError: bad settings, an unknown model, a damaged checkpoint, or a plan that does not
@@ -71,9 +72,9 @@ def load(
         config,
         model=None if model is None else str(model),
         gpus=gpus,
-        devices=devices,
+        devices=_as_setting(devices),
         stages=stages,
-        **overrides,
+        **{name: _as_setting(value) for name, value in overrides.items()},
     )
     if settings.model is None:
         raise ValueError("load(): model must be a folder or a hub id, got nothing; name the model")
@@ -89,6 +90,14 @@ def load(
             serve_until_shutdown(stage, _links(world, prepared), prepared.settings.recover)
             raise SystemExit(0)
         return _make_handle(prepared, world, stage, cores, progress)
+
+
+def _as_setting(value: Any) -> Any:
+    """A torch.dtype or torch.device by its name, also in a list; anything else as it is."""
+    if isinstance(value, list | tuple):
+        return [_as_setting(item) for item in value]
+    is_torchs = isinstance(value, torch.dtype | torch.device)
+    return str(value).removeprefix("torch.") if is_torchs else value
 
 
 def _join_ranks(prepared: Prepared, cores: frozenset[int]) -> World:

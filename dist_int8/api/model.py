@@ -52,6 +52,14 @@ class Model:
         if world.monitor is not None:
             world.monitor.on_loss = self._look_after_ranks
 
+    def __repr__(self) -> str:
+        stages = ", ".join(
+            f"{stage.device}: blocks {stage.first_block}-{stage.last_block}"
+            for stage in self.plan.stages
+        )
+        closed = ", closed" if self._closed else ""
+        return f"<Model {self._spec.model_type} {str(self.folder)!r}, {stages}{closed}>"
+
     @cached_property
     def tokenizer(self) -> Any:
         """transformers' tokenizer of the model, or None if its folder has none."""

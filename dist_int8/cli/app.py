@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+import dist_int8
 from dist_int8.cli.bench import bench
 from dist_int8.cli.checkpoint import dequantize, quantize, verify
 from dist_int8.cli.eval import evaluate
@@ -46,6 +47,25 @@ app = typer.Typer(
 
     Then: [bold]dist-int8 doctor[/bold] says what this machine can do.""",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"{COMMAND} {dist_int8.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
 
 app.command()(generate)
 app.command()(plan)

@@ -147,3 +147,5 @@ def _convert(gguf_file: Path, folder: Path, quiet: bool) -> None:
             del model.config.quantization_config
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():  # safetensors writes for its owner alone
+        path.chmod(0o644)

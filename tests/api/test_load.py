@@ -52,6 +52,18 @@ def expected(one_stage):
     return [one_stage.generate(prompt, max_new_tokens=12)[0] for prompt in PROMPTS]
 
 
+def test_a_model_says_what_it_is(tiny_llama, two_stages):
+    text = f"<Model llama {str(tiny_llama)!r}, cpu: blocks 0-1, cpu: blocks 2-3>"
+    assert repr(two_stages) == text
+
+
+def test_devices_and_dtype_may_be_those_of_torch(tiny_llama):
+    devices, dtype = [torch.device("cpu")], torch.bfloat16
+    with dist_int8.load(tiny_llama, devices=devices, dtype=dtype, **OPTIONS) as model:
+        assert (model.settings.devices, model.settings.dtype) == (["cpu"], "bfloat16")
+    assert repr(model).endswith(", closed>")
+
+
 def test_two_stages_and_company_change_no_token(two_stages, expected):
     together = two_stages.generate(PROMPTS, max_new_tokens=12)
     alone = [two_stages.generate(prompt, max_new_tokens=12)[0] for prompt in PROMPTS]

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import dist_int8
 from dist_int8 import RankError
 from dist_int8.cli import app, generate
 
@@ -39,6 +40,11 @@ def error_line(capsys, *arguments):
 def test_help_teaches_with_an_example(command, capsys):
     assert app.run([*command, "--help"]) == 0
     assert f"dist-int8 {' '.join(command)}".strip() in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert app.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"dist-int8 {dist_int8.__version__}\n"
 
 
 def test_no_command_shows_the_help(capsys):
