@@ -62,7 +62,7 @@ STABLE_TORCH_LIBRARY(dist_int8, m) {
 
 #include "dist_int8/cpu_kernels.h"
 
-// For library_info() in dist_int8/int8/ops.py, through ctypes.
+// For library_info() in dist_int8/int8/library.py, through ctypes.
 DIST_INT8_EXPORT const char* dist_int8_cpu_instruction_set() {
   return dist_int8::cpu_kernels().name;
 }

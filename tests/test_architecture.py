@@ -270,7 +270,7 @@ def test_nothing_is_unpickled_executed_or_trusted():
         "eval(text)",
     ],
 )
-def test_the_rule_sees(code):
+def test_forbidden_code_is_found(code):
     assert list(offences("api", ast.parse(code)))
 
 

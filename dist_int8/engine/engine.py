@@ -19,8 +19,7 @@ from torch import Tensor
 
 from dist_int8.engine.lanes import Lanes, Turn
 from dist_int8.engine.requests import Request, Token
-from dist_int8.engine.sampling import NOT_A_TOKEN
-from dist_int8.errors import QueueFullError, RankError, RequestError, ShuttingDownError
+from dist_int8.errors import QueueFullError, RankError, ShuttingDownError
 from dist_int8.pipeline import schedule
 from dist_int8.pipeline.microbatch import Kind, Limits, MicroBatch, Result
 from dist_int8.pipeline.runner import Pipeline
@@ -389,28 +388,6 @@ class Engine:
         for request, token_id in zip(turn.emitting, result.values.tolist(), strict=True):
             request.pending = False
             if request.finish_reason != "cancelled":
-                self._take_token(request, token_id)
+                request.take(token_id, self.eos_token_ids, self.limits.max_tokens)
             if request.ended:
                 self._lanes.release(request)
-
-    def _take_token(self, request: Request, token_id: int) -> None:
-        if token_id == NOT_A_TOKEN:
-            request.error = RequestError(
-                f"generate: logits of prompt {request.index} at position {request.num_submitted} "
-                "must be numbers, got NaN; check the checkpoint, or use a wider dtype"
-            )
-            return
-        request.token_ids.append(token_id)
-        piece = request.text.push(token_id)
-        if token_id in self.eos_token_ids:
-            request.finish_reason = "eos"
-        elif request.text.stopped:
-            request.finish_reason = "stop"
-        elif (
-            len(request.token_ids) >= request.settings.max_new_tokens
-            or request.num_submitted >= self.limits.max_tokens
-        ):
-            request.finish_reason = "length"
-        if request.finish_reason is not None:
-            piece += request.text.finish()
-        request.outbox.append(Token(request.index, token_id, piece, request.finish_reason))

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dist_int8.config import GenerationSettings
+from dist_int8.engine.sampling import NOT_A_TOKEN
 from dist_int8.engine.text import TextStream
+from dist_int8.errors import RequestError
 
 
 @dataclass(eq=False)
@@ -48,6 +50,34 @@ class Request:
     def prefill_ids(self) -> list[int]:
         """What is prefilled: the prompt and, after a recovery, the answer so far."""
         return self.prompt_ids + self.token_ids[: self.num_replayed]
+
+    def take(self, token_id: int, eos_token_ids: frozenset[int], max_tokens: int) -> None:
+        """Appends a token to the answer, and ends it where that was the last one.
+
+        Args:
+            token_id: the token, or NOT_A_TOKEN where the logits were NaN.
+            eos_token_ids: tokens that end an answer.
+            max_tokens: tokens of a slot, prompt and answer.
+        """
+        if token_id == NOT_A_TOKEN:
+            self.error = RequestError(
+                f"generate: logits of prompt {self.index} at position {self.num_submitted} must be "
+                "numbers, got NaN; check the checkpoint, or use a wider dtype"
+            )
+            return
+        self.token_ids.append(token_id)
+        piece = self.text.push(token_id)
+        if token_id in eos_token_ids:
+            self.finish_reason = "eos"
+        elif self.text.stopped:
+            self.finish_reason = "stop"
+        elif (
+            len(self.token_ids) >= self.settings.max_new_tokens or self.num_submitted >= max_tokens
+        ):
+            self.finish_reason = "length"
+        if self.finish_reason is not None:
+            piece += self.text.finish()
+        self.outbox.append(Token(self.index, token_id, piece, self.finish_reason))
 
     def replay(self) -> None:
         """Back to the start, with the answer so far as part of what is prefilled."""

@@ -38,7 +38,7 @@ def in_flight_limit(num_stages: int, num_micro_batches: int) -> int:
     """Most micro-batches to have between submission and result: one a stage and one waiting.
 
     More would only queue in front of a stage; fewer would leave a stage idle while a result
-    travels back (anchors: m >= P + 1 in practice).
+    travels back: P + 1 for P stages is what keeps them busy in practice.
     """
     return 1 if num_stages == 1 else max(num_micro_batches, num_stages + 1)
 
