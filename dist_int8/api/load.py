@@ -18,6 +18,7 @@ from dist_int8.api.stages import build_stage
 from dist_int8.config import load_settings
 from dist_int8.distributed import rendezvous, spawn
 from dist_int8.distributed import world as worlds
+from dist_int8.distributed.states import State
 from dist_int8.distributed.world import World
 from dist_int8.engine import Engine
 from dist_int8.errors import RankError
@@ -160,7 +161,7 @@ def _make_handle(
             transport = links.connect()
         except RankError as error:
             raise world.blame(error) from None
-        world.wait_for("ready", LOAD_TIMEOUT_S)
+        world.wait_for(State.READY, LOAD_TIMEOUT_S)
     recovery = Recovery(links, settings.max_recoveries) if settings.recover else None
     engine = Engine(
         Pipeline(stage, world, transport),
@@ -195,8 +196,8 @@ def _failures_reported(world: World, placement: Placement) -> Iterator[None]:
     except SystemExit:
         raise
     except BaseException as error:
-        kind = "lost" if isinstance(error, RankError) else "failed"
-        world.report(f"{kind}: {' '.join(str(error).split()) or type(error).__name__}")
+        state = State.LOST if isinstance(error, RankError) else State.FAILED
+        world.report(state, " ".join(str(error).split()) or type(error).__name__)
         if placement.rank:
             _leave(error, placement.rank)
         world.kill()

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from enum import IntEnum
 
+from dist_int8.distributed.states import Report
 from dist_int8.errors import ProtocolError
 
 BEAT_S = 1.0
@@ -193,9 +194,9 @@ class Pulse(Beating):
         self.link.send(Kind.HELLO, bytes.fromhex(token) + RANK.pack(rank))
         self._thread.start()
 
-    def say(self, state: str, generation: int) -> None:
-        """Tells rank 0 a state."""
-        text = state.encode()[:MAX_PAYLOAD].decode(errors="ignore").encode()
+    def say(self, report: Report, generation: int) -> None:
+        """Tells rank 0 a state; a long reason is cut."""
+        text = str(report).encode()[:MAX_PAYLOAD].decode(errors="ignore").encode()
         self.link.send(Kind.STATE, text, generation)
 
     def say_bye(self) -> None:

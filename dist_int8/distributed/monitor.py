@@ -10,9 +10,10 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dist_int8.distributed.heartbeat import BEAT, RANK, TOKEN_BYTES, Beating, Kind, Link
+from dist_int8.distributed.states import Report, State
 from dist_int8.errors import ProtocolError
 
 MAX_STRANGERS = 64  # connections that have not said who they are
@@ -24,14 +25,14 @@ class Peer:
 
     Attributes:
         link: to it; None before it joined.
-        state: what it said last: "joined", "ready", "failed: why", "lost: which neighbour".
+        report: what it said last.
         received, done: number of the micro-batch that came last and that left last.
         gone: its connection closed before it said that it is done.
         ended: it said so.
     """
 
     link: Link | None = None
-    state: str = ""
+    report: Report = field(default_factory=Report)
     received: int = 0
     done: int = 0
     gone: bool = False
@@ -64,12 +65,12 @@ class Monitor(Beating):
         self.address = self._listen()
         self._thread.start()
 
-    def silent_s(self, rank: int) -> float:
-        """Seconds since a rank that joined was last heard; 0.0 where that means nothing."""
+    def is_silent(self, rank: int) -> bool:
+        """Whether a rank that joined, and is still there, was not heard for silence_s."""
         peer = self.peers[rank]
         if peer.link is None or peer.gone or peer.ended:
-            return 0.0
-        return time.monotonic() - peer.link.heard
+            return False
+        return time.monotonic() - peer.link.heard > self.silence_s
 
     def regroup(self, lost: set[int]) -> str:
         """Begins a new generation: those that are not lost are told, the others may join anew.
@@ -87,7 +88,7 @@ class Monitor(Beating):
         with suppress(OSError):
             self._wake.send(b"\0")  # the thread shall wait for the listener too
         for peer in self.peers.values():
-            peer.state, peer.received, peer.done = "", 0, 0
+            peer.report, peer.received, peer.done = Report(), 0, 0
             if peer.link is not None:
                 peer.link.send(Kind.REGROUP, generation=self.generation)
         self._noticed = False
@@ -159,7 +160,7 @@ class Monitor(Beating):
         elif kind == Kind.BEAT:
             peer.received, peer.done = BEAT.unpack(payload)
         elif kind == Kind.STATE and generation == self.generation:
-            peer.state = payload.decode()
+            peer.report = Report.parse(payload.decode())
         elif kind != Kind.STATE:
             raise ProtocolError(f"heartbeat: kind {kind} comes from rank 0 only")
 
@@ -170,7 +171,7 @@ class Monitor(Beating):
         if rank not in self.peers or self.peers[rank].link is not None:
             raise ProtocolError(f"heartbeat: rank {rank} is here already")
         self._strangers.discard(link)
-        self.peers[rank] = Peer(link, "joined")
+        self.peers[rank] = Peer(link, Report(State.JOINED))
         if all(peer.link is not None for peer in self.peers.values()):
             self._stop_listening()
 
@@ -194,7 +195,7 @@ class Monitor(Beating):
         if self._noticed or self.on_loss is None:
             return
         if any(
-            peer.gone or peer.state.startswith("lost: ") or self.silent_s(rank) > self.silence_s
+            peer.gone or peer.report.state == State.LOST or self.is_silent(rank)
             for rank, peer in self.peers.items()
         ):
             self._noticed = True

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from dist_int8.distributed import interfaces, slurm
 from dist_int8.distributed.monitor import Monitor
+from dist_int8.distributed.states import State
 from dist_int8.distributed.world import POLL_S, STEP_TIMEOUT_S, World
 from dist_int8.errors import RankError, RankLostError
 
@@ -141,7 +142,7 @@ def meet(
     timeout_s: float,
 ) -> None:
     """Waits, on rank 0, for every other rank, and connects them."""
-    world.wait_for("joined", timeout_s)
+    world.wait_for(State.JOINED, timeout_s)
     connect(world, store, uses_nccl, listen_on, timeout_s)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from dist_int8.distributed import interfaces, rendezvous
 from dist_int8.distributed.monitor import Monitor
+from dist_int8.distributed.states import State
 from dist_int8.distributed.world import STEP_TIMEOUT_S, World
 
 
@@ -36,16 +37,16 @@ def spawn(
     input, and ends when that pipe closes, so none outlives this process however it ends.
     """
     world = World(0, world_size, step_timeout_s, cores)
-    world.folder = Path(tempfile.mkdtemp(prefix="dist_int8-"))
+    world.children.folder = Path(tempfile.mkdtemp(prefix="dist_int8-"))
     line = json.dumps(settings).encode() + b"\n"
-    world.start = lambda rank: _start_rank(world, rank, line)
+    world.children.start = lambda rank: _start_rank(world, rank, line)
     listen_on = interfaces.choose(None, one_machine=True)
     try:
         host = interfaces.address_of(listen_on)
         world.monitor = Monitor(world.others, host, step_timeout_s)
         store = _store_of_folder(world, timeout_s)
         for rank in world.others:
-            world.start(rank)
+            world.children.start(rank)
         rendezvous.meet(world, store, uses_nccl, listen_on, timeout_s)
     except BaseException:
         world.kill()
@@ -59,15 +60,15 @@ def regroup(world: World, lost: set[int], uses_nccl: bool, timeout_s: float) -> 
     Raises:
         RankError: a rank failed or did not join in time.
     """
-    assert world.monitor is not None and world.start is not None
+    assert world.monitor is not None and world.children.start is not None
     for rank in lost:
-        world.end_child(rank)
+        world.children.end(rank)
     world.groups.clear()
     world.generation += 1
     # A file of its own for the store: a rank that was killed may have left half a line in the old.
     store = _store_of_folder(world, timeout_s, world.monitor.regroup(lost))
     for rank in sorted(lost):
-        world.start(rank)
+        world.children.start(rank)
     rendezvous.meet(world, store, uses_nccl, interfaces.choose(None, one_machine=True), timeout_s)
 
 
@@ -79,7 +80,7 @@ def rejoin(world: World, uses_nccl: bool, timeout_s: float) -> None:
     """
     world.groups.clear()
     world.generation = world.wait_for_order()
-    world.report("joined")
+    world.report(State.JOINED)
     folder = Path(os.environ["DIST_INT8_FOLDER"])
     store = rendezvous.file_store(folder, world, timeout_s)
     listen_on = interfaces.choose(None, one_machine=True)
@@ -93,7 +94,7 @@ def _start_rank(world: World, rank: int, line: bytes) -> None:
         "RANK": str(rank),
         "WORLD_SIZE": str(world.world_size),
         "LOCAL_RANK": str(rank),
-        "DIST_INT8_FOLDER": str(world.folder),
+        "DIST_INT8_FOLDER": str(world.children.folder),
         "DIST_INT8_GENERATION": str(world.generation),
         # the kernel watches the thread that starts a process, which may end early
         "DIST_INT8_DIES_WITH_PARENT": "1" * in_main_thread,
@@ -113,7 +114,7 @@ def _start_rank(world: World, rank: int, line: bytes) -> None:
 
 def _store_of_folder(world: World, timeout_s: float, address: str | None = None) -> Any:
     """The store of this generation of started ranks, with the address for heartbeats in it."""
-    assert world.monitor is not None and world.folder is not None
-    store = rendezvous.file_store(world.folder, world, timeout_s)
+    assert world.monitor is not None and world.children.folder is not None
+    store = rendezvous.file_store(world.children.folder, world, timeout_s)
     store.set(rendezvous.ADDRESS_KEY, address or world.monitor.address)
     return store

@@ -1,28 +1,25 @@
-"""The ranks of one pipeline as one of them sees it: who is there, who failed and why."""
+"""The ranks of one pipeline as one of them sees it: its place, its connections and its end."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from dist_int8.distributed import diagnosis
+from dist_int8.distributed.children import Children
 from dist_int8.distributed.heartbeat import Pulse
 from dist_int8.distributed.monitor import Monitor
-from dist_int8.errors import RankError, RankLostError, StageTimeoutError
+from dist_int8.distributed.states import Report, State
+from dist_int8.errors import RankError, RankLostError
 
 SHUTDOWN_TIMEOUT_S = 5.0
 POLL_S = 0.1
 STEP_TIMEOUT_S = 300.0
-REAP_S = 0.5  # between a closed connection and the kernel's word how its process ended
 LEAVE_S = 3.0  # for a rank without rank 0 to find a better word than its heartbeat has
 BYE_S = 30.0  # for a rank to end after rank 0 said that it is done
 
@@ -38,8 +35,6 @@ class World:
         monitor: rank 0's end of the heartbeats; None on other ranks, and when there is only one.
         pulse: the end of a rank above 0.
         children: processes of the ranks that this one started, by rank.
-        start: starts one of them (again).
-        folder: where those meet.
         groups: process groups by device type, "cpu" (gloo) and for GPUs "cuda" (NCCL). They are
             this pipeline's own, beside torch's default group: a session can hold several pipelines.
         generation: how often the ranks met anew.
@@ -53,9 +48,7 @@ class World:
     cores: frozenset[int] = frozenset()
     monitor: Monitor | None = None
     pulse: Pulse | None = None
-    children: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
-    start: Callable[[int], None] | None = None
-    folder: Path | None = None
+    children: Children = field(default_factory=Children)
     groups: dict[str, Any] = field(default_factory=dict)
     generation: int = 0
     ordered: int = 0
@@ -68,10 +61,10 @@ class World:
         """The other ranks, on rank 0."""
         return range(1, self.world_size)
 
-    def report(self, state: str) -> None:
-        """Tells rank 0 this rank's state ("ready", "failed: why", "lost: which neighbour")."""
+    def report(self, state: State, reason: str = "") -> None:
+        """Tells rank 0 this rank's state, and why where it failed or lost a neighbour."""
         if self.pulse is not None:
-            self.pulse.say(state, self.generation)
+            self.pulse.say(Report(state, reason), self.generation)
 
     def received(self, step: int) -> None:
         """Notes, for rank 0, that a micro-batch came."""
@@ -104,39 +97,22 @@ class World:
                 return self._cause() or error
             time.sleep(POLL_S)
 
-    def lost(self, error: RankError) -> set[int]:
-        """The started ranks that cannot go on: those that ended, and the one that an error names.
+    def _cause(self, with_victims: bool = True) -> RankError | None:
+        if self.monitor is None:
+            return None
+        return diagnosis.find_cause(self.monitor, self.children, with_victims)
 
-        Ranks that only lost a neighbour can.
-        """
+    def lost(self, error: RankError) -> set[int]:
+        """The started ranks that cannot go on; see `diagnosis.find_lost`."""
         assert self.monitor is not None
-        ended = {
-            rank
-            for rank, peer in self.monitor.peers.items()
-            if peer.gone
-            or peer.ended
-            or peer.state.startswith("failed: ")
-            or self.monitor.silent_s(rank) > self.monitor.silence_s
-            or self.children[rank].poll() is not None
-        }
-        if error.rank and not self.monitor.peers[error.rank].state.startswith("lost: "):
-            ended.add(error.rank)
-        return ended or set(self.others)
+        return diagnosis.find_lost(self.monitor, self.children, error)
 
     def hung(self, step: int) -> RankError:
-        """The stage that holds up micro-batch `step`, by what the last heartbeats said."""
-        limit = f"after {self.step_timeout_s:g} s (step_timeout)"
-        if self.monitor is None:  # all stages are in this process
-            return StageTimeoutError(f"a stage hangs: no result {limit}")
-        for rank, peer in self.monitor.peers.items():
-            if peer.done < step:
-                where = "hangs" if peer.received >= step else "got no micro-batch and hangs"
-                return StageTimeoutError(f"{_name(rank)} {where}: no result {limit}", rank)
-        last = self.world_size - 1
-        return StageTimeoutError(f"{_name(last)} sent a result that did not come {limit}", last)
+        """The stage that holds up micro-batch `step`; see `diagnosis.find_hung`."""
+        return diagnosis.find_hung(self.monitor, step, self.step_timeout_s)
 
-    def wait_for(self, state: str, timeout_s: float) -> None:
-        """Returns once every other rank has said this state ("joined" is said with the first word).
+    def wait_for(self, state: State, timeout_s: float) -> None:
+        """Returns once every other rank has said this state, JOINED or READY.
 
         Raises:
             RankError: a rank failed or ended, or did not get there in time.
@@ -144,8 +120,8 @@ class World:
         assert self.monitor is not None
         deadline = time.monotonic() + timeout_s
         while True:
-            states = {rank: peer.state for rank, peer in self.monitor.peers.items()}
-            missing = [rank for rank, said in states.items() if said not in (state, "ready")]
+            states = {rank: peer.report.state for rank, peer in self.monitor.peers.items()}
+            missing = [rank for rank, said in states.items() if said not in (state, State.READY)]
             if not missing:
                 return
             self.check()
@@ -193,74 +169,18 @@ class World:
 
         Ranks of a launcher see the closed connection and end by themselves.
         """
-        for child in self.children.values():
-            child.kill()
+        self.children.kill()
         self._end(SHUTDOWN_TIMEOUT_S, on_purpose=False)
-
-    def end_child(self, rank: int) -> None:
-        """Kills a rank that this one started and waits for its end."""
-        child = self.children.pop(rank, None)
-        if child is not None:
-            child.kill()
-            child.wait()
-            if child.stdin:
-                with suppress(OSError):
-                    child.stdin.close()
 
     def _end(self, timeout_s: float, on_purpose: bool) -> None:
         self._closed.set()
         beating = self.monitor or self.pulse
         if beating is not None and on_purpose:
             beating.say_bye()
-        deadline = time.monotonic() + timeout_s
-        for rank in list(self.children):
-            with suppress(subprocess.TimeoutExpired):
-                self.children[rank].wait(max(0.0, deadline - time.monotonic()))
-            self.end_child(rank)
+        self.children.end_all(timeout_s)
         if beating is not None:
             beating.close()
         self.groups.clear()
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder = None
-
-    def _cause(self, with_victims: bool = True) -> RankError | None:
-        """Who failed and why; `with_victims` also takes ranks that only lost a neighbour."""
-        if self.monitor is None:
-            return None
-        ends = {rank: _how_it_ended(child) for rank, child in self.children.items()}
-        peers = self.monitor.peers
-        for rank, end in ends.items():
-            if end is not None and self.children[rank].returncode < 0:
-                return RankError(f"{_name(rank)} (process {self.children[rank].pid}) {end}", rank)
-        for rank, peer in peers.items():
-            if peer.state.startswith("failed: "):
-                return RankError(f"{_name(rank)} {peer.state}", rank)
-        for rank, peer in sorted(peers.items(), key=lambda item: item[1].ended):
-            victim = peer.state.startswith("lost: ")
-            if victim and not with_victims:
-                continue
-            if victim:
-                return RankError(f"{_name(rank)} {peer.state}", rank)
-            if peer.gone or peer.ended or ends.get(rank) is not None:
-                return self._ended(rank)
-            if self.monitor.silent_s(rank) > self.monitor.silence_s:
-                return RankLostError(
-                    f"{_name(rank)} has been silent for {self.monitor.silence_s:g} s "
-                    "(step_timeout): it was stopped, or the link to it was cut",
-                    rank,
-                )
-        return None
-
-    def _ended(self, rank: int) -> RankError:
-        """What is known of the end of a rank that said no word about it."""
-        child = self.children.get(rank)
-        if child is None:
-            return RankError(f"{_name(rank)} ended: it closed its connections", rank)
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(REAP_S)
-        end = _how_it_ended(child) or "closed its connections"
-        return RankError(f"{_name(rank)} (process {child.pid}) {end}", rank)
 
     def _obey(self, generation: int) -> None:
         self.ordered = generation
@@ -273,7 +193,7 @@ class World:
 
         def leave() -> None:
             if not self._closed.wait(BYE_S if self.pulse and self.pulse.ending else LEAVE_S):
-                print(f"[rank {self.rank} stage {self.rank}] {why}", file=sys.stderr, flush=True)
+                print(f"[{diagnosis.name_rank(self.rank)}] {why}", file=sys.stderr, flush=True)
                 os._exit(1)
 
         threading.Thread(target=leave, name="leave", daemon=True).start()
@@ -282,16 +202,3 @@ class World:
 def alone(step_timeout_s: float = STEP_TIMEOUT_S) -> World:
     """The world of a pipeline in one process: no heartbeats, no process group."""
     return World(rank=0, world_size=1, step_timeout_s=step_timeout_s)
-
-
-def _name(rank: int) -> str:
-    return f"rank {rank} stage {rank}"
-
-
-def _how_it_ended(child: subprocess.Popen[bytes]) -> str | None:
-    code = child.poll()
-    if code is None:
-        return None
-    if code < 0:
-        return f"died with signal {signal.Signals(-code).name}"
-    return f"ended with exit code {code}"

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dist_int8.distributed import spawn
+from dist_int8.distributed.states import State
 from dist_int8.distributed.world import World
 from dist_int8.errors import RankError
 from dist_int8.pipeline.runner import Pipeline, serve
@@ -74,7 +75,7 @@ class Recovery:
                     pipeline.transport.abort()
                 spawn.regroup(world, lost, self.links.uses_nccl, self.links.rendezvous_timeout_s)
                 transport = self.links.connect()
-                world.wait_for("ready", self.links.load_timeout_s)
+                world.wait_for(State.READY, self.links.load_timeout_s)
                 pipeline.reconnect(transport)
             except RankError as again:
                 error, lost = world.blame(again), set(world.others)
@@ -105,7 +106,7 @@ def serve_until_shutdown(stage: Stage, links: Links, recover: bool) -> None:
                 spawn.rejoin(world, links.uses_nccl, links.rendezvous_timeout_s)
             transport = links.connect()
             world.abort = transport.abort
-            world.report("ready")
+            world.report(State.READY)
             serve(stage, transport, world)
             world.close()
             return
@@ -113,6 +114,6 @@ def serve_until_shutdown(stage: Stage, links: Links, recover: bool) -> None:
             if not recover:
                 raise
             met, world.abort = False, None
-            world.report(f"lost: {' '.join(str(error).split())}")
+            world.report(State.LOST, " ".join(str(error).split()))
             if transport is not None:
                 transport.abort()  # so that the neighbours notice too

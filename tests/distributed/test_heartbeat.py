@@ -8,6 +8,7 @@ import pytest
 
 from dist_int8.distributed.heartbeat import Kind, Link, Pulse
 from dist_int8.distributed.monitor import Monitor
+from dist_int8.distributed.states import Report, State
 from dist_int8.distributed.world import World
 from dist_int8.errors import RankError, RankLostError, StageTimeoutError
 
@@ -27,7 +28,7 @@ def pulse_of(monitor):
         seen = []
         pulse = Pulse(rank, monitor.address, 5.0, silence_s, seen.append, seen.append)
         pulses.append(pulse)
-        wait_until(lambda: monitor.peers[rank].state == "joined")
+        wait_until(lambda: monitor.peers[rank].report.state == State.JOINED)
         return pulse, seen
 
     yield pulse_of
@@ -45,21 +46,21 @@ def wait_until(condition, seconds=10.0):
 def test_progress_and_states_arrive(monitor, pulse_of):
     pulse, _ = pulse_of(2)
     pulse.received, pulse.done = 7, 6
-    pulse.say("ready", 0)
+    pulse.say(Report(State.READY), 0)
     peer = monitor.peers[2]
-    wait_until(lambda: (peer.state, peer.received, peer.done) == ("ready", 7, 6))
-    assert monitor.peers[1].state == ""
-    pulse.say("lost: rank 1, " + "x" * 5000, 0)
-    wait_until(lambda: peer.state.startswith("lost: rank 1, x"))
+    wait_until(lambda: (peer.report.state, peer.received, peer.done) == (State.READY, 7, 6))
+    assert monitor.peers[1].report == Report()
+    pulse.say(Report(State.LOST, "rank 1, " + "x" * 5000), 0)
+    wait_until(lambda: str(peer.report).startswith("lost: rank 1, x"))
 
 
 def test_states_of_an_older_generation_do_not_count(monitor, pulse_of):
     pulse, seen = pulse_of(1)
     monitor.regroup({2})
     wait_until(lambda: seen == [1])
-    pulse.say("lost: rank 2", 0)
-    pulse.say("joined", 1)
-    wait_until(lambda: monitor.peers[1].state == "joined")
+    pulse.say(Report(State.LOST, "rank 2"), 0)
+    pulse.say(Report(State.JOINED), 1)
+    wait_until(lambda: monitor.peers[1].report.state == State.JOINED)
 
 
 def test_a_closed_connection_is_told_from_a_goodbye(monitor, pulse_of):
@@ -137,6 +138,6 @@ def test_strangers_are_hung_up_on_and_the_others_stay(monitor, pulse_of, forged)
             link.send(Kind.REGROUP)
         if forged != "nothing":
             wait_until(lambda: link.receive() is None)
-    pulse.say("ready", 0)
-    wait_until(lambda: monitor.peers[1].state == "ready")
-    assert monitor.peers[2].state == "" or forged == "kind"
+    pulse.say(Report(State.READY), 0)
+    wait_until(lambda: monitor.peers[1].report.state == State.READY)
+    assert monitor.peers[2].report == Report() or forged == "kind"

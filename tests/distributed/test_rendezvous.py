@@ -10,6 +10,7 @@ import torch
 
 from dist_int8.distributed import rendezvous
 from dist_int8.distributed.rendezvous import Launched
+from dist_int8.distributed.states import State
 from dist_int8.errors import RankError
 
 
@@ -64,7 +65,7 @@ def _rank(rank: int, port: int, queue) -> None:
     tensor = torch.full((1,), rank)
     world.groups["cpu"].allreduce([tensor]).wait()
     queue.put((rank, int(tensor), listening_addresses(os.getpid())))
-    world.report("ready")
+    world.report(State.READY)
     if rank == 0:
         world.wait_for("ready", 30.0)
     world.close()

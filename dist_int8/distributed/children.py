@@ -1,0 +1,68 @@
+"""The processes of the ranks that this one started."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+REAP_S = 0.5  # between a closed connection and the kernel's word how its process ended
+
+
+class Children(dict[int, "subprocess.Popen[bytes]"]):
+    """Processes by rank.
+
+    Attributes:
+        start: starts one of them (again).
+        folder: where they meet; removed with them.
+    """
+
+    start: Callable[[int], None] | None = None
+    folder: Path | None = None
+
+    def describe_end(self, rank: int) -> str | None:
+        """How a child ended; None while it runs, and for a rank that is none of ours."""
+        child = self.get(rank)
+        code = None if child is None else child.poll()
+        if code is None:
+            return None
+        if code < 0:
+            return f"died with signal {signal.Signals(-code).name}"
+        return f"ended with exit code {code}"
+
+    def await_end(self, rank: int) -> str | None:
+        """The same, a moment later: a connection closes before its process is reaped."""
+        if rank in self:
+            with suppress(subprocess.TimeoutExpired):
+                self[rank].wait(REAP_S)
+        return self.describe_end(rank)
+
+    def kill(self) -> None:
+        """Kills all of them, and waits for none."""
+        for child in self.values():
+            child.kill()
+
+    def end(self, rank: int) -> None:
+        """Kills one and waits for its end."""
+        child = self.pop(rank, None)
+        if child is not None:
+            child.kill()
+            child.wait()
+            if child.stdin:
+                with suppress(OSError):
+                    child.stdin.close()
+
+    def end_all(self, timeout_s: float) -> None:
+        """Waits for all to end by themselves, kills what is left and removes the folder."""
+        deadline = time.monotonic() + timeout_s
+        for rank in list(self):
+            with suppress(subprocess.TimeoutExpired):
+                self[rank].wait(max(0.0, deadline - time.monotonic()))
+            self.end(rank)
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder = None

@@ -1,0 +1,100 @@
+"""Who failed, and why: what rank 0 knows from heartbeats and from the processes it started."""
+
+from __future__ import annotations
+
+from dist_int8.distributed.children import Children
+from dist_int8.distributed.monitor import Monitor
+from dist_int8.distributed.states import State
+from dist_int8.errors import RankError, RankLostError, StageTimeoutError
+
+
+def name_rank(rank: int) -> str:
+    """A rank as messages name it."""
+    return f"rank {rank} stage {rank}"
+
+
+def find_cause(monitor: Monitor, children: Children, with_victims: bool = True) -> RankError | None:
+    """The rank that failed, with its reason; None while all is well.
+
+    Args:
+        monitor: of the heartbeats.
+        children: processes that this one started.
+        with_victims: also take a rank that only lost a neighbour.
+    """
+    return (
+        _find_killed(children)
+        or _find_failed(monitor)
+        or _find_gone(monitor, children, with_victims)
+    )
+
+
+def _find_killed(children: Children) -> RankError | None:
+    for rank, child in children.items():
+        end = children.describe_end(rank)
+        if end is not None and child.returncode < 0:
+            return RankError(f"{name_rank(rank)} (process {child.pid}) {end}", rank)
+    return None
+
+
+def _find_failed(monitor: Monitor) -> RankError | None:
+    for rank, peer in monitor.peers.items():
+        if peer.report.state == State.FAILED:
+            return RankError(f"{name_rank(rank)} {peer.report}", rank)
+    return None
+
+
+def _find_gone(monitor: Monitor, children: Children, with_victims: bool) -> RankError | None:
+    for rank, peer in sorted(monitor.peers.items(), key=lambda item: item[1].ended):
+        if peer.report.state == State.LOST:
+            if with_victims:
+                return RankError(f"{name_rank(rank)} {peer.report}", rank)
+        elif peer.gone or peer.ended or children.describe_end(rank) is not None:
+            return _describe_end(rank, children)
+        elif monitor.is_silent(rank):
+            return RankLostError(
+                f"{name_rank(rank)} has been silent for {monitor.silence_s:g} s (step_timeout): it "
+                "was stopped, or the link to it was cut",
+                rank,
+            )
+    return None
+
+
+def _describe_end(rank: int, children: Children) -> RankError:
+    """What is known of the end of a rank that said no word about it."""
+    child = children.get(rank)
+    if child is None:
+        return RankError(f"{name_rank(rank)} ended: it closed its connections", rank)
+    end = children.await_end(rank) or "closed its connections"
+    return RankError(f"{name_rank(rank)} (process {child.pid}) {end}", rank)
+
+
+def find_lost(monitor: Monitor, children: Children, error: RankError) -> set[int]:
+    """The started ranks that cannot go on: those that ended, and the one that an error names.
+
+    Ranks that only lost a neighbour can. All of them where nobody can tell.
+    """
+    ended = {
+        rank
+        for rank, peer in monitor.peers.items()
+        if peer.gone
+        or peer.ended
+        or peer.report.state == State.FAILED
+        or monitor.is_silent(rank)
+        or children[rank].poll() is not None
+    }
+    if error.rank and monitor.peers[error.rank].report.state != State.LOST:
+        ended.add(error.rank)
+    return ended or set(monitor.peers)
+
+
+def find_hung(monitor: Monitor | None, step: int, limit_s: float) -> StageTimeoutError:
+    """The stage that holds up micro-batch `step`, by what the last heartbeats said."""
+    limit = f"after {limit_s:g} s (step_timeout)"
+    if monitor is None:  # all stages are in this process
+        return StageTimeoutError(f"a stage hangs: no result {limit}")
+    for rank, peer in monitor.peers.items():
+        if peer.done < step:
+            where = "hangs" if peer.received >= step else "got no micro-batch and hangs"
+            return StageTimeoutError(f"{name_rank(rank)} {where}: no result {limit}", rank)
+    last = max(monitor.peers)
+    return StageTimeoutError(f"{name_rank(last)} sent a result that did not come {limit}", last)
