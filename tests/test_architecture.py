@@ -60,10 +60,14 @@ CLOSER = {
 }
 WITHOUT_TORCH = {
     "config",
+    "distributed/children",
+    "distributed/diagnosis",
+    "distributed/environment",
     "distributed/heartbeat",
     "distributed/interfaces",
     "distributed/monitor",
     "distributed/slurm",
+    "distributed/states",
     "distributed/world",
     "launcher",
     "partition",

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from dist_int8.config import Settings
-from dist_int8.distributed import rendezvous, spawn
-from dist_int8.distributed.rendezvous import Launched
+from dist_int8.distributed import environment, rendezvous, spawn
+from dist_int8.distributed.environment import Launched
 from dist_int8.partition import Plan, format_bytes
 from dist_int8.partition.devices import choose_devices, connects_over_nccl
 
@@ -47,7 +47,7 @@ def find_placement(settings: Settings) -> Placement:
     Raises:
         ValueError: the settings ask for what a launcher, or this machine, does not give.
     """
-    launched = rendezvous.launched()
+    launched = environment.find_launched()
     if settings.recover and launched is not None and not spawn.is_spawned():
         raise ValueError(
             "load(): recover must be false under a launcher, got true; leave it out, and let the "

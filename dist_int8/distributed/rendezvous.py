@@ -13,14 +13,14 @@ import os
 import re
 import socket
 import threading
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from dist_int8.distributed import interfaces, slurm
+from dist_int8.distributed import interfaces
+from dist_int8.distributed.environment import Launched
 from dist_int8.distributed.monitor import Monitor
 from dist_int8.distributed.states import State
 from dist_int8.distributed.world import POLL_S, STEP_TIMEOUT_S, World
@@ -31,41 +31,6 @@ from dist_int8.errors import RankError, RankLostError
 IDLE_TIMEOUT = timedelta(days=30)
 ADDRESS_KEY = "heartbeats"  # of the store: where rank 0 listens for them
 _joined = itertools.count()  # pipelines of this process; every rank counts alike
-
-
-@dataclass(frozen=True)
-class Launched:
-    """This process's place among the ranks that a launcher started."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-
-
-def launched() -> Launched | None:
-    """The ranks of the launcher around this process, or None in a plain session.
-
-    Raises:
-        ValueError: RANK and WORLD_SIZE do not fit each other.
-    """
-    slurm.adopt()
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return None
-    values = {}
-    for name, default in (("RANK", None), ("WORLD_SIZE", None), ("LOCAL_RANK", "0")):
-        text = os.environ.get(name, default)
-        try:
-            values[name] = int(text or "")
-        except ValueError:
-            raise ValueError(
-                f"environment: {name} must be an integer, got {text!r}; unset it or use a launcher"
-            ) from None
-    if not 0 <= values["RANK"] < values["WORLD_SIZE"]:
-        raise ValueError(
-            f"environment: RANK must be 0 to WORLD_SIZE - 1 = {values['WORLD_SIZE'] - 1}, "
-            f"got {values['RANK']}; fix the launcher's environment"
-        )
-    return Launched(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"])
 
 
 def join(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_int8.distributed import rendezvous
-from dist_int8.distributed.rendezvous import Launched
+from dist_int8.distributed import environment, rendezvous
+from dist_int8.distributed.environment import Launched
 from dist_int8.distributed.states import State
 from dist_int8.errors import RankError
 
@@ -25,12 +25,12 @@ def test_a_broken_launcher_environment_is_named(monkeypatch, environment, messag
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
-        rendezvous.launched()
+        environment.find_launched()
 
 
 def test_a_plain_session_is_not_launched(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    assert rendezvous.launched() is None
+    assert environment.find_launched() is None
 
 
 def free_port() -> int:

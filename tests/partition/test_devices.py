@@ -12,7 +12,7 @@ import pytest
 
 from dist_int8.api.placement import find_gpu_owners
 from dist_int8.config import load_settings
-from dist_int8.distributed.rendezvous import Launched
+from dist_int8.distributed.environment import Launched
 from dist_int8.partition.devices import choose_devices, connects_over_nccl
 from dist_int8.partition.gpus import Gpu, Gpus
 

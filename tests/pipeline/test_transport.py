@@ -7,7 +7,8 @@ import time
 import torch
 
 from dist_int8.distributed import rendezvous
-from dist_int8.distributed.rendezvous import Launched, World
+from dist_int8.distributed.environment import Launched
+from dist_int8.distributed.rendezvous import World
 from dist_int8.errors import RankError
 from dist_int8.pipeline import wire
 from dist_int8.pipeline.microbatch import Kind, Limits, MicroBatch, Result
