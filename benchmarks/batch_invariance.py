@@ -14,7 +14,7 @@ library sums in another order for another number of rows: "transformers" says ho
 import torch
 from results import folder_of, make_parser, write_result
 
-from dist_int8.checkpoint import calibration_of, find_hot_columns, load_stage
+from dist_int8.checkpoint import find_hot_columns, load_stage, make_calibration
 from dist_int8.config import Settings
 from dist_int8.evaluation.host import Host
 from dist_int8.evaluation.methods import METHODS, chosen
@@ -52,7 +52,7 @@ def of_ours(folder: str, rows: torch.Tensor, subjects: list[int], num_hot_column
     """Of the runtime's stage with the default rule."""
     spec = describe(load_config(folder))
     fields = Settings.model_fields
-    calibration = calibration_of(folder, spec, "random", num_hot_columns)
+    calibration = make_calibration(folder, spec, "random", num_hot_columns)
     stage = load_stage(
         folder,
         spec,

@@ -32,8 +32,8 @@ from dist_int8.config import Settings
 from dist_int8.models import describe, load_config
 from dist_int8.partition import Device, Formats, Plan, Question, Request, ask, memory
 from dist_int8.partition.cost import PS_PER_MS
-from dist_int8.partition.from_settings import CUDA_RESERVE, devices_of, formats_of_config
-from dist_int8.partition.planner import problem_of
+from dist_int8.partition.from_settings import CUDA_RESERVE, choose_formats_for, describe_devices
+from dist_int8.partition.planner import make_problem
 from dist_int8.partition.profiles import PROFILES
 from dist_int8.pipeline.kv_cache import KVCache
 
@@ -140,7 +140,7 @@ def by_our_count(plan: Plan, spec: Any, devices: list[Device], blocks: list[int]
     Their tied head stays with the embedding on device 0, so the last hidden state travels back.
     """
     assert plan.workload is not None
-    problem = problem_of(spec, devices, FORMATS, plan.workload)
+    problem = make_problem(spec, devices, FORMATS, plan.workload)
     kv_bytes = memory.kv_bytes_per_token(spec.blocks[0], FORMATS.float_size)
     tokens, times = [], []
     for device, count in enumerate(blocks):
@@ -159,8 +159,8 @@ def planned_and_real(name: str, folder: Path) -> dict[str, Any]:
     config = load_config(folder)
     spec = describe(config)
     settings = Settings(model=str(folder), devices=["cpu", "cpu"])
-    formats = formats_of_config(settings, config, ["cpu"])
-    devices = devices_of(settings, ["cpu", "cpu"])
+    formats = choose_formats_for(settings, config, ["cpu"])
+    devices = describe_devices(settings, ["cpu", "cpu"])
     plan = ask(spec, devices, formats, Question(NUM_SEQUENCES, MAX_TOKENS))
     stages = []
     for stage in plan.stages:

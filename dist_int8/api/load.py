@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from dist_int8.api.model import Model
-from dist_int8.api.placement import Placement, cores_of_threads, find_placement, share_cores
+from dist_int8.api.placement import Placement, divide_cores, find_placement, share_cores
 from dist_int8.api.prepare import Prepared, prepare
 from dist_int8.api.stages import build_stage
 from dist_int8.config import load_settings
@@ -117,7 +117,7 @@ def _join_ranks(prepared: Prepared, cores: frozenset[int]) -> World:
         return worlds.alone(settings.step_timeout)
     return spawn.spawn(
         len(plan.stages),
-        _settings_of_ranks(prepared),
+        _dump_settings(prepared),
         placement.uses_nccl,
         settings.rendezvous_timeout,
         cores,
@@ -125,7 +125,7 @@ def _join_ranks(prepared: Prepared, cores: frozenset[int]) -> World:
     )
 
 
-def _settings_of_ranks(prepared: Prepared) -> dict[str, Any]:
+def _dump_settings(prepared: Prepared) -> dict[str, Any]:
     """What a rank that is started here calls load() with."""
     same = prepared.settings.model_dump(mode="json", exclude={"gpus", "stages"})
     same |= {"model": str(prepared.folder.resolve()), "revision": None}
@@ -184,7 +184,7 @@ def _start_threads(stages: list[Stage], plan: Plan, num_threads: int) -> InProce
     return connect(
         [torch.device(place.device) for place in plan.stages],
         lambda rank, links: serve(stages[rank], links, World(rank, len(stages))),
-        cores_of_threads(len(stages), num_threads),
+        divide_cores(len(stages), num_threads),
     )
 
 

@@ -151,7 +151,7 @@ def share_cores(settings: Settings, placement: Placement) -> frozenset[int]:
     return cores
 
 
-def cores_of_threads(num_stages: int, num_threads: int) -> list[frozenset[int]]:
+def divide_cores(num_stages: int, num_threads: int) -> list[frozenset[int]]:
     """Cores of every stage of one process, `num_threads` each, side by side."""
     allowed = sorted(os.sched_getaffinity(0))
     return [

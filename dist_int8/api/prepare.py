@@ -14,14 +14,19 @@ from dist_int8.checkpoint import (
     OFF,
     Calibration,
     CheckpointReader,
-    calibration_of,
+    make_calibration,
     resolve_model,
     stored_format,
 )
 from dist_int8.config import Settings
 from dist_int8.models import ModelSpec, describe, load_config, tensor_sources
 from dist_int8.partition import Plan
-from dist_int8.partition.from_settings import devices_of, formats_of, free_budgets, plan_of
+from dist_int8.partition.from_settings import (
+    choose_formats,
+    describe_devices,
+    free_budgets,
+    make_plan,
+)
 from dist_int8.pipeline.microbatch import Limits
 
 DEFAULT_MAX_TOKENS = 2048
@@ -110,12 +115,12 @@ def _make_plan(
 ) -> Plan:
     # under a launcher each rank would see other numbers, and plan for itself
     budgets = None if placement.launched else free_budgets(placement.devices)
-    return plan_of(
+    return make_plan(
         settings,
         spec,
-        devices_of(settings, placement.devices, budgets=budgets, hosts=placement.hosts),
+        describe_devices(settings, placement.devices, budgets=budgets, hosts=placement.hosts),
         replace(
-            formats_of(settings, *(dtype.itemsize for dtype in dtypes)),
+            choose_formats(settings, *(dtype.itemsize for dtype in dtypes)),
             num_hot_columns=hot.num_columns,
             hot_size=hot.element_size,
             head_hot_columns=hot.head_columns,
@@ -152,7 +157,7 @@ def adopt_stored_format(
     if not settings.calibrates:
         return settings, HotColumns()
     count = settings.num_hot_columns
-    calibration = calibration_of(folder, spec, settings.calibrate, count)
+    calibration = make_calibration(folder, spec, settings.calibrate, count)
     return settings, HotColumns(count, stored.linear_size, calibration)
 
 

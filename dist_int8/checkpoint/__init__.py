@@ -4,8 +4,8 @@ from dist_int8.checkpoint.calibrate import (
     OFF,
     RANDOM,
     Calibration,
-    calibration_of,
     find_hot_columns,
+    make_calibration,
 )
 from dist_int8.checkpoint.hub import resolve_model
 from dist_int8.checkpoint.load import load_stage, random_stage, stage_bytes_to_read, stored_format
@@ -17,10 +17,10 @@ __all__ = [
     "RANDOM",
     "Calibration",
     "CheckpointReader",
-    "calibration_of",
     "find_hot_columns",
     "is_int8",
     "load_stage",
+    "make_calibration",
     "random_stage",
     "resolve_model",
     "stage_bytes_to_read",

@@ -18,7 +18,7 @@ from dist_int8.checkpoint.load import load_stage
 from dist_int8.int8.convert import is_skipped
 from dist_int8.models.decoder import DecoderStage, TokenBatch
 from dist_int8.models.spec import ModelSpec
-from dist_int8.models.tokenizer import tokens_of_file
+from dist_int8.models.tokenizer import read_tokens
 
 OFF, RANDOM = "off", "random"
 NUM_TOKENS = 1024
@@ -41,7 +41,7 @@ class Calibration:
     source: str
 
 
-def calibration_of(
+def make_calibration(
     folder: str | Path, spec: ModelSpec, calibrate: str, num_hot_columns: int
 ) -> Calibration | None:
     """The calibration that the settings ask for; None: off, or without hot columns.
@@ -72,7 +72,7 @@ def calibration_of(
         seed = torch.Generator().manual_seed(0)
         token_ids = torch.randint(spec.vocab_size, (NUM_TOKENS,), generator=seed)
         return Calibration(token_ids, num_hot_columns, RANDOM)
-    token_ids = tokens_of_file(folder, calibrate, NUM_TOKENS)
+    token_ids = read_tokens(folder, calibrate, NUM_TOKENS)
     if len(token_ids) == 0:
         raise ValueError(
             f"calibrate: calibrate must be a file with text, got {calibrate!r} without a token; "

@@ -157,7 +157,7 @@ def _answer_items(
                 failed(item, item.error)
                 continue
             try:
-                prompt = _prompt_of(model, item, chat)
+                prompt = _make_prompt(model, item, chat)
                 request = model.request(prompt, item.settings, item.index)
             except ValueError as error:
                 failed(item, f"{item.place}: {error}")
@@ -200,7 +200,7 @@ def _answer_items(
     }
 
 
-def _prompt_of(model: Model, item: Item, chat: bool) -> Any:
+def _make_prompt(model: Model, item: Item, chat: bool) -> Any:
     if item.kind == "messages":
         return _in_chat_template(model, item.content)
     return as_prompt(model, item.content, chat) if item.kind == "prompt" else item.content

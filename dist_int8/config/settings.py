@@ -367,7 +367,7 @@ class Settings(Checked):
         """Whether linears have hot columns that are found while loading."""
         return self.int8 and self.calibrate != "off" and self.num_hot_columns > 0
 
-    def budget_of(self, rank: int, device: str) -> int | None:
+    def find_budget(self, rank: int, device: str) -> int | None:
         """Budget in bytes of the stage of `rank` on `device`; None where none was set."""
         if isinstance(self.memory, list):
             return self.memory[rank] if rank < len(self.memory) else None

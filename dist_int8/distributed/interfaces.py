@@ -54,7 +54,7 @@ def choose(setting: str | None, one_machine: bool) -> dict[str, str]:
     return {"hostname": route_to(os.environ["MASTER_ADDR"])}
 
 
-def address_of(listen_on: dict[str, str]) -> str:
+def find_address(listen_on: dict[str, str]) -> str:
     """The address of what `choose` chose, for sockets of our own.
 
     Raises:

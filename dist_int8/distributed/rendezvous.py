@@ -59,10 +59,10 @@ def join(
         default = dist.distributed_c10d._get_default_store()
         store = dist.PrefixStore(f"dist_int8/{next(_joined)}", default)
     else:
-        store = _store_of_launcher(place, timeout_s)
+        store = _reach_store(place, timeout_s)
     try:
         if place.rank == 0:
-            host = interfaces.address_of(listen_on)
+            host = interfaces.find_address(listen_on)
             world.monitor = Monitor(world.others, host, step_timeout_s)
             store.set(ADDRESS_KEY, world.monitor.address)
             meet(world, store, uses_nccl, listen_on, timeout_s)
@@ -184,7 +184,7 @@ def _master_address() -> str:
     return os.environ.get("MASTER_ADDR", "127.0.0.1")
 
 
-def _store_of_launcher(place: Launched, timeout_s: float) -> dist.Store:
+def _reach_store(place: Launched, timeout_s: float) -> dist.Store:
     """The TCP store at MASTER_ADDR:MASTER_PORT; rank 0 listens on that address only.
 
     torch would listen on every interface, so the listening socket is made here.

@@ -42,9 +42,9 @@ def spawn(
     world.children.start = lambda rank: _start_rank(world, rank, line)
     listen_on = interfaces.choose(None, one_machine=True)
     try:
-        host = interfaces.address_of(listen_on)
+        host = interfaces.find_address(listen_on)
         world.monitor = Monitor(world.others, host, step_timeout_s)
-        store = _store_of_folder(world, timeout_s)
+        store = _open_store(world, timeout_s)
         for rank in world.others:
             world.children.start(rank)
         rendezvous.meet(world, store, uses_nccl, listen_on, timeout_s)
@@ -66,7 +66,7 @@ def regroup(world: World, lost: set[int], uses_nccl: bool, timeout_s: float) -> 
     world.groups.clear()
     world.generation += 1
     # A file of its own for the store: a rank that was killed may have left half a line in the old.
-    store = _store_of_folder(world, timeout_s, world.monitor.regroup(lost))
+    store = _open_store(world, timeout_s, world.monitor.regroup(lost))
     for rank in sorted(lost):
         world.children.start(rank)
     rendezvous.meet(world, store, uses_nccl, interfaces.choose(None, one_machine=True), timeout_s)
@@ -112,7 +112,7 @@ def _start_rank(world: World, rank: int, line: bytes) -> None:
         child.stdin.flush()
 
 
-def _store_of_folder(world: World, timeout_s: float, address: str | None = None) -> Any:
+def _open_store(world: World, timeout_s: float, address: str | None = None) -> Any:
     """The store of this generation of started ranks, with the address for heartbeats in it."""
     assert world.monitor is not None and world.children.folder is not None
     store = rendezvous.file_store(world.children.folder, world, timeout_s)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_int8.checkpoint import calibration_of, find_hot_columns
+from dist_int8.checkpoint import find_hot_columns, make_calibration
 from dist_int8.config import Settings
 from dist_int8.evaluation.host import Host
 from dist_int8.int8 import ops
@@ -164,7 +164,7 @@ def hot_columns(
     folder: str | Path, spec: ModelSpec, settings: Settings, linears: Mapping[str, nn.Linear]
 ) -> dict[str, list[int]]:
     """The hot columns that `load()` finds, by transformers' names of the linears."""
-    calibration = calibration_of(folder, spec, settings.calibrate, settings.num_hot_columns)
+    calibration = make_calibration(folder, spec, settings.calibrate, settings.num_hot_columns)
     if calibration is None:
         return {}
     found = find_hot_columns(folder, spec, calibration, skip=settings.skipped)

@@ -105,7 +105,7 @@ def _in_one_call(
         x,
         residual,
         segments,
-        [_tensors_of(*item) for item in group],
+        [_collect_tensors(*item) for item in group],
         norm_eps=norm_eps,
         norm_kind=norm_kind,
         outlier_rule=outlier_rule,
@@ -120,7 +120,7 @@ def _in_one_call(
     )
 
 
-def _tensors_of(block: DecoderBlock, key_cache: Cache, value_cache: Cache) -> BlockTensors:
+def _collect_tensors(block: DecoderBlock, key_cache: Cache, value_cache: Cache) -> BlockTensors:
     modules: dict[str, Any] = block._modules
     parameters = [modules[name]._parameters for name in NORMS]
     buffers = [modules[name]._buffers for name in LINEARS]

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 _BYTES_PER_TOKEN = 64
 
 
-def tokens_of_file(folder: str | Path, path: str | Path, most: int) -> Tensor:
+def read_tokens(folder: str | Path, path: str | Path, most: int) -> Tensor:
     """The first tokens of a text file, int64 [at most `most`].
 
     Args:

@@ -57,14 +57,14 @@ def answer(settings: Settings, asked: Asked, config: Any, spec: Any, source: str
         names = [f"cuda:{rank % max(1, num_gpus // num_hosts)}" for rank in range(num_gpus)]
     budgets = None
     if settings.memory is None and settings.profile is not None:
-        devices = devices_of(settings, names, source=source)
+        devices = describe_devices(settings, names, source=source)
         budgets = [device.profile.memory_bytes for device in devices]
     elif settings.memory is None and any(name != "cpu" for name in names):
         raise ValueError(
             f"{source}:memory: memory must be given for GPUs that are not there, got none; write "
             "--memory 80GB or --profile a100-80"
         )
-    formats = formats_of_config(settings, config, names)
+    formats = choose_formats_for(settings, config, names)
     num_sequences, max_tokens = asked.num_sequences, asked.max_tokens
     if asked.like_load:
         limit = spec.max_positions or DEFAULT_MAX_TOKENS
@@ -78,7 +78,7 @@ def answer(settings: Settings, asked: Asked, config: Any, spec: Any, source: str
         num_micro_batches=settings.micro_batches,
         request=replace(_request(settings), choose_count=asked.choose_count),
     )
-    devices = devices_of(settings, names, budgets=budgets, source=source)
+    devices = describe_devices(settings, names, budgets=budgets, source=source)
     return ask(spec, devices, formats, question)
 
 
@@ -100,7 +100,7 @@ def saved(settings: Settings, asked: Asked, plan: Plan) -> dict[str, Any]:
     return values
 
 
-def formats_of(settings: Settings, float_size: int, vocab_size: int) -> Formats:
+def choose_formats(settings: Settings, float_size: int, vocab_size: int) -> Formats:
     """How parameters are held under these settings; the sizes are bytes an element."""
     formats = Formats(
         settings.int8,
@@ -114,7 +114,7 @@ def formats_of(settings: Settings, float_size: int, vocab_size: int) -> Formats:
     return replace(formats, head_int8=formats.is_int8("lm_head"))
 
 
-def formats_of_config(settings: Settings, config: Any, devices: Sequence[str]) -> Formats:
+def choose_formats_for(settings: Settings, config: Any, devices: Sequence[str]) -> Formats:
     """The same from a model's config alone: its dtype is taken for that of its tensors.
 
     The config of an int8 checkpoint says what that has decided.
@@ -138,11 +138,11 @@ def formats_of_config(settings: Settings, config: Any, devices: Sequence[str]) -
         dtype = "float32" if devices[0] == "cpu" else stored or "float16"
     float_size = 2 if dtype in _SIXTEEN_BITS else 4
     stored_size = 2 if stored in _SIXTEEN_BITS else 4
-    formats = formats_of(settings, float_size, min(float_size, stored_size))
+    formats = choose_formats(settings, float_size, min(float_size, stored_size))
     return replace(formats, hot_size=stored_size, head_hot_columns=head_hot_columns)
 
 
-def devices_of(
+def describe_devices(
     settings: Settings,
     names: Sequence[str],
     *,
@@ -164,7 +164,7 @@ def devices_of(
     devices = []
     for rank, (name, profile_name) in enumerate(zip(names, profiles, strict=True)):
         is_cpu = name == "cpu"
-        budget = settings.budget_of(rank, name)
+        budget = settings.find_budget(rank, name)
         if budget is None and budgets is not None:
             budget = budgets[rank]
         reserve = settings.reserve
@@ -173,7 +173,7 @@ def devices_of(
         devices.append(
             Device(
                 name=name,
-                profile=profile_of(profile_name or ("cpu" if is_cpu else DEFAULT_GPU), source),
+                profile=find_profile(profile_name or ("cpu" if is_cpu else DEFAULT_GPU), source),
                 budget=budget,
                 reserve=reserve,
                 host=hosts[rank] if hosts is not None else "localhost",
@@ -195,7 +195,7 @@ def free_budgets(names: Sequence[str]) -> list[int | None]:
     ]
 
 
-def profile_of(name: str, source: str = "load()") -> DeviceProfile:
+def find_profile(name: str, source: str = "load()") -> DeviceProfile:
     """A profile of the table by its name, or a measured one from its YAML file."""
     if name in PROFILES:
         return PROFILES[name]
@@ -212,7 +212,7 @@ def profile_of(name: str, source: str = "load()") -> DeviceProfile:
     return DeviceProfile(**ProfileSettings.from_values(read_yaml(name), name).model_dump())
 
 
-def plan_of(
+def make_plan(
     settings: Settings,
     model: Any,
     devices: Sequence[Device],

@@ -74,7 +74,7 @@ def plan_stages(
     request = request or Request()
     assert devices and request.objective in OBJECTIVES
     ratio = 0.0 if request.objective == "latency" else request.prefill_ratio
-    problem = problem_of(
+    problem = make_problem(
         model, devices, formats, workload, request.choose_count, prefill_ratio=ratio
     )
     if request.pinned is not None:
@@ -93,7 +93,7 @@ def can_plan(
     request: Request,
 ) -> bool:
     """Whether a plan would fit; cheaper than the plan."""
-    problem = problem_of(model, devices, formats, workload, request.choose_count)
+    problem = make_problem(model, devices, formats, workload, request.choose_count)
     if request.pinned is not None:
         stages = _pinned(request.pinned, problem.num_blocks, len(devices))
         return not any(problem.missing(s.device, s.start, s.end) for s in stages)
@@ -109,7 +109,7 @@ def check_count(num_stages: int, num_blocks: int, choose_count: bool = False) ->
         )
 
 
-def problem_of(
+def make_problem(
     model: memory.Model,
     devices: Sequence[Device],
     formats: memory.Formats,
@@ -220,7 +220,7 @@ def _write_down(
     stages: Sequence[Stage],
 ) -> Plan:
     written = []
-    decode = problem_of(model, devices, formats, workload)
+    decode = make_problem(model, devices, formats, workload)
     for rank, stage in enumerate(stages):
         device = devices[stage.device]
         first, last = rank == 0, rank == len(stages) - 1

@@ -85,7 +85,7 @@ def _with_most_sequences(
     """The same cut for as many sequences as it has room for."""
     if plan.kv_tokens is None:
         return plan
-    used = _devices_of(plan, devices)
+    used = _find_devices(plan, devices)
     request = Request(pinned=tuple(len(stage.blocks) for stage in plan.stages))
 
     def fits(num_sequences: int) -> bool:
@@ -102,7 +102,7 @@ def _with_most_sequences(
     return settled_plan
 
 
-def _devices_of(plan: Plan, devices: Sequence[Device]) -> list[Device]:
+def _find_devices(plan: Plan, devices: Sequence[Device]) -> list[Device]:
     """The device of each stage: its name alone does not say, several stages may share one."""
     left = list(devices)
     used = []

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dist_int8.checkpoint import calibration_of, find_hot_columns, load_stage, stored_format
+from dist_int8.checkpoint import find_hot_columns, load_stage, make_calibration, stored_format
 from dist_int8.checkpoint.load import random_stage
 from dist_int8.checkpoint.writer import dequantize, quantize
 from dist_int8.evaluation.outlier_features import inject_outlier_features
@@ -27,7 +27,7 @@ def spec_of(folder):
 
 def columns_of(folder, num_hot_columns=16, **options):
     spec = spec_of(folder)
-    calibration = calibration_of(folder, spec, "random", num_hot_columns)
+    calibration = make_calibration(folder, spec, "random", num_hot_columns)
     return find_hot_columns(folder, spec, calibration, **options)
 
 
@@ -90,7 +90,7 @@ def test_columns_are_those_of_transformers_own_run(originals, name):
                 largest[path] = torch.maximum(largest.get(path, absmax), absmax)
 
             linear.register_forward_pre_hook(note)
-    ids = calibration_of(folder, spec, "random", 16).token_ids
+    ids = make_calibration(folder, spec, "random", 16).token_ids
     for window in ids.split(min(1024, spec.max_positions or 1024)):
         model(window[None])
     found = columns_of(folder, head=True)
@@ -221,17 +221,17 @@ def test_a_text_is_read_by_the_models_tokenizer(tiny_llama, tmp_path):
     spec = spec_of(tiny_llama)
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time. " * 200)
-    calibration = calibration_of(tiny_llama, spec, str(text), 16)
+    calibration = make_calibration(tiny_llama, spec, str(text), 16)
     assert calibration.token_ids.shape == (1024,) and calibration.source.startswith("text ")
     assert calibration.token_ids[:5].tolist() == calibration.token_ids[18:23].tolist()
     assert find_hot_columns(tiny_llama, spec, calibration).keys() == columns_of(tiny_llama).keys()
-    assert calibration_of(tiny_llama, spec, "off", 16) is None
-    assert calibration_of(tiny_llama, spec, "random", 0) is None
+    assert make_calibration(tiny_llama, spec, "off", 16) is None
+    assert make_calibration(tiny_llama, spec, "random", 0) is None
     text.write_text("")
     with pytest.raises(ValueError, match=r"a file with text, got .* without a token"):
-        calibration_of(tiny_llama, spec, str(text), 16)
+        make_calibration(tiny_llama, spec, str(text), 16)
     with pytest.raises(ValueError, match="must be random, off or a text file, got '/no/such"):
-        calibration_of(tiny_llama, spec, "/no/such", 16)
+        make_calibration(tiny_llama, spec, "/no/such", 16)
 
 
 def test_a_text_without_a_tokenizer_is_refused(originals, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dist_int8.checkpoint import calibration_of, find_hot_columns, load_stage
+from dist_int8.checkpoint import find_hot_columns, load_stage, make_calibration
 from dist_int8.checkpoint.writer import quantize
 from dist_int8.models import describe, load_config
 
@@ -99,7 +99,7 @@ def test_calibration_holds_one_block(tmp_path):
 
 def calibrate(folder: str) -> None:
     spec = describe(load_config(folder))
-    calibration = replace(calibration_of(folder, spec, "random", 16), token_ids=torch.arange(64))
+    calibration = replace(make_calibration(folder, spec, "random", 16), token_ids=torch.arange(64))
     assert len(find_hot_columns(folder, spec, calibration)) == 8 * 4
 
 

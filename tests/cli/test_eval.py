@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from dist_int8.checkpoint import calibration_of, find_hot_columns
+from dist_int8.checkpoint import find_hot_columns, make_calibration
 from dist_int8.checkpoint.writer import quantize
 from dist_int8.cli import app
 from dist_int8.config import load_settings
@@ -252,7 +252,7 @@ def test_hot_columns_have_their_linears_names(tiny_llama):
     spec = describe(load_config(tiny_llama))
     host = Host(tiny_llama)
     named = hot_columns(tiny_llama, spec, settings, host.linears)
-    found = find_hot_columns(tiny_llama, spec, calibration_of(tiny_llama, spec, "random", 16))
+    found = find_hot_columns(tiny_llama, spec, make_calibration(tiny_llama, spec, "random", 16))
     assert set(named) == set(host.linears)
     assert named["model.layers.2.self_attn.k_proj"] == found["blocks.2.qkv"]
     assert named["model.layers.3.mlp.down_proj"] == found["blocks.3.down"]

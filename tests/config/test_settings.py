@@ -54,7 +54,7 @@ def test_yaml_file_and_overrides(tmp_path):
     settings = load_settings(path, model=Path("folder"), outlier_threshold=None, micro_batches=3)
     assert settings.devices == ["cpu", "cpu"] and settings.int8 is False
     assert settings.outlier_threshold == 6.0 and settings.micro_batches == 3
-    assert settings.model == "folder" and settings.budget_of(1, "cpu") == 2 * 1024**3
+    assert settings.model == "folder" and settings.find_budget(1, "cpu") == 2 * 1024**3
 
 
 def test_an_override_of_the_layout_replaces_all_of_it(tmp_path):
@@ -64,9 +64,9 @@ def test_an_override_of_the_layout_replaces_all_of_it(tmp_path):
 
 
 def test_memory_of_a_stage():
-    assert load_settings(memory=["1GiB", "2GiB"]).budget_of(1, "cuda:1") == 2 * 1024**3
-    assert load_settings(memory={"cuda:1": 5}).budget_of(0, "cuda:0") is None
-    assert load_settings().budget_of(0, "cpu") is None
+    assert load_settings(memory=["1GiB", "2GiB"]).find_budget(1, "cuda:1") == 2 * 1024**3
+    assert load_settings(memory={"cuda:1": 5}).find_budget(0, "cuda:0") is None
+    assert load_settings().find_budget(0, "cpu") is None
 
 
 @pytest.mark.parametrize(

@@ -79,5 +79,5 @@ def test_a_master_that_others_cannot_reach_is_named(monkeypatch, master, message
 
 
 def test_address_of_what_was_chosen():
-    assert interfaces.address_of({"hostname": "10.1.2.3"}) == "10.1.2.3"
-    assert interfaces.address_of({"interface": "lo"}) in ("127.0.0.1", "::1")
+    assert interfaces.find_address({"hostname": "10.1.2.3"}) == "10.1.2.3"
+    assert interfaces.find_address({"interface": "lo"}) in ("127.0.0.1", "::1")

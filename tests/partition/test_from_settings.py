@@ -9,7 +9,7 @@ from dist_int8.checkpoint import CheckpointReader
 from dist_int8.cli import app
 from dist_int8.config import load_settings
 from dist_int8.partition import PROFILES, from_settings
-from dist_int8.partition.from_settings import devices_of, free_budgets, profile_of
+from dist_int8.partition.from_settings import describe_devices, find_profile, free_budgets
 from dist_int8.partition.gpus import Gpu, Gpus
 
 OPTIONS = {"max_tokens": 64, "max_sequences": 2, "progress": False, "threads_per_stage": 1}
@@ -88,12 +88,12 @@ def test_devices_of_settings():
     settings = load_settings(
         gpus=4, memory=["1GB", "2GB", "3GB", "4GB"], hosts=["a", "b"], profile=["t4", "l4"] * 2
     )
-    devices = devices_of(settings, [f"cuda:{i}" for i in range(4)])
+    devices = describe_devices(settings, [f"cuda:{i}" for i in range(4)])
     assert [d.budget for d in devices] == [1e9, 2e9, 3e9, 4e9]
     assert [d.host for d in devices] == ["a", "a", "b", "b"]
     assert [d.profile.name for d in devices] == ["t4", "l4", "t4", "l4"]
     assert all(d.reserve == 256 * 1024**2 for d in devices)
-    cpu = devices_of(load_settings(devices=["cpu"]), ["cpu"], budgets=[7])[0]
+    cpu = describe_devices(load_settings(devices=["cpu"]), ["cpu"], budgets=[7])[0]
     assert (cpu.budget, cpu.reserve, cpu.profile.name) == (7, 0, "cpu")
     assert free_budgets(["cpu", "cpu"]) == [None, None]
 
@@ -113,4 +113,4 @@ def test_stages_share_the_free_memory_of_their_gpu(monkeypatch):
 def test_profiles_by_name():
     names = ["t4", "v100", "a10", "a100-40", "a100-80", "l4", "l40s", "h100", "h200", "cpu"]
     assert list(PROFILES) == names
-    assert profile_of("h200").memory_bytes == 141 * 10**9
+    assert find_profile("h200").memory_bytes == 141 * 10**9

@@ -67,7 +67,7 @@ def write_folder(
     if not out.parent.is_dir():
         raise ValueError(f"{out}: its parent must be a folder, got none; create {out.parent}")
     aside = out.parent / f".{out.name}.partial"
-    index = _index_of(shards)
+    index = _make_index(shards)
     if _is_made(out, config, index):
         shutil.rmtree(aside, ignore_errors=True)  # killed between the rename and its end
         return False
@@ -81,7 +81,7 @@ def write_folder(
     return True
 
 
-def _index_of(shards: Sequence[Sequence[Group]]) -> dict[str, Any]:
+def _make_index(shards: Sequence[Sequence[Group]]) -> dict[str, Any]:
     """The index file: which tensor is in which shard."""
     return {
         "metadata": {"total_size": sum(group.num_bytes for groups in shards for group in groups)},

@@ -9,7 +9,7 @@ from dist_int8.models.config import INT8_VERSION
 TargetFormat = Literal["dist_int8", "bitsandbytes", "floating"]
 
 
-def config_of(
+def make_config(
     fields: Mapping[str, Any],
     target: TargetFormat,
     *,

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from dist_int8.checkpoint.calibrate import OFF, Calibration, calibration_of, find_hot_columns
+from dist_int8.checkpoint.calibrate import OFF, Calibration, find_hot_columns, make_calibration
 from dist_int8.checkpoint.load import stage_bytes_to_read
 from dist_int8.checkpoint.locate import Located, is_int8_checkpoint, locate
 from dist_int8.checkpoint.random_weights import EMBEDDING, HEAD
 from dist_int8.checkpoint.reader import CheckpointReader
 from dist_int8.checkpoint.writer.folder import CONFIG, HOT_COLUMNS, write_file, write_folder
-from dist_int8.checkpoint.writer.formats import TargetFormat, config_of
+from dist_int8.checkpoint.writer.formats import TargetFormat, make_config
 from dist_int8.checkpoint.writer.job import Job
 from dist_int8.checkpoint.writer.shards import Group, cut
 from dist_int8.checkpoint.writer.tensors import bitsandbytes_group, floating_group, int8_group
@@ -77,7 +77,7 @@ def quantize(
             )
     else:
         quantized = rewriter.linears(skip) | ({EMBEDDING} if embedding_int8 else set())
-    calibration = calibration_of(folder, rewriter.spec, calibrate, num_hot_columns)
+    calibration = make_calibration(folder, rewriter.spec, calibrate, num_hot_columns)
     if calibration is not None and hot_columns:
         raise ValueError(
             f"quantize: calibrate must be off where hot_columns are given, got {calibrate!r}; "
@@ -218,7 +218,7 @@ class _Rewriter:
                     groups.append(int8_group(*where))
         shards = cut(groups, shard_bytes)
         fields = json.loads((self.folder / CONFIG).read_text())
-        config = config_of(
+        config = make_config(
             fields,
             target,
             skip=floating_linears,
