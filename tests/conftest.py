@@ -4,11 +4,20 @@ transformers is imported where it is needed: tests of kernels start without it.
 """
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True)
+def sigterm_is_restored():
+    """The command line, run in this process, handles SIGTERM; pools of others end by it."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def save_tokenizer(folder) -> None:
