@@ -98,7 +98,7 @@ STEPS = (
     _tests("test_block", (19, 60, 12), "measured: a start: 13; 43 tests and CUDA graphs: 3"),
     _tests("test_models", (44, 90, 20), "measured: a start, and one of a rank; 33 tests: 27"),
     _tests("test_api", (15, 60, 12), "measured: a start: 13; 2 tests of a tiny model"),
-    _script("model", (42, 120, 25), "measured: a start: 13; ours: 8, transformers: 15"),
+    _script("model", (42, 120, 25), "measured, in all: a start, both engines, all batches"),
     _script(
         "stages",
         (55, 150, 30),

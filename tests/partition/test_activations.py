@@ -5,6 +5,7 @@ kernel on every device are stood in for by what they allocate; the rest, attenti
 it, is the runtime's own code.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from dist_int8.int8 import convert as conversion
 from dist_int8.int8 import ops
 from dist_int8.models import DecoderStage, Int8KV, TokenBatch, describe, load_config
 from dist_int8.partition import Formats, Workload
-from dist_int8.partition.activations import activation_bytes
+from dist_int8.partition.activations import MAX_SUMS_BYTES, activation_bytes
 
-MODELS = Path(__file__).parents[2] / "configs" / "models"
+ROOT = Path(__file__).parents[2]
+MODELS = ROOT / "configs" / "models"
 FORMATS = Formats(int8=True, float_size=2, vocab_size=2)
 
 
@@ -124,3 +126,9 @@ def test_a_step_stays_within_the_prediction(monkeypatch, name, chunk, context, l
     # not seen here: keys repeated inside a product, and the copy of the logits that sampling makes
     sampling = 8 * spec.vocab_size * 4 if last else 0
     assert predicted <= 1.35 * peak + sampling, (peak, predicted)
+
+
+def test_the_sums_of_a_gemm_are_as_many_as_the_library_makes():
+    source = (ROOT / "csrc" / "cuda_ops" / "matmul.cpp").read_text()
+    megabytes = re.search(r"kMaxSumsBytes = (\d+) << 20;", source)
+    assert megabytes and int(megabytes[1]) << 20 == MAX_SUMS_BYTES
