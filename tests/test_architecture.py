@@ -51,8 +51,9 @@ MAY_IMPORT = {
 # File -> rooms it may import, where that is less.
 CLOSER = {
     "int8/reference": set(),
+    "launcher/logs": set(),
     "launcher/signals": set(),
-    "launcher/supervisor": set(),
+    "launcher/supervisor": {"launcher"},
     "partition/memory": set(),
     "pipeline/schedule": set(),
     "pipeline/trace": set(),
@@ -283,3 +284,15 @@ def test_importing_the_package_and_its_command_line_loads_no_torch():
     command = [sys.executable, "-c", code]
     answer = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
     assert answer.stdout.strip() == "False"
+
+
+def test_no_library_module_prints():
+    allowed = {"cli"}
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        room = path.relative_to(PACKAGE).parts[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            is_print = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
+            if is_print and room not in allowed:
+                found.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+    assert not found, "library code logs; only the command line prints"

@@ -34,6 +34,6 @@ def test_every_error_class_of_the_package_is_in_the_tree():
 
 
 def test_a_rank_error_says_which_rank():
-    error = dist_int8.RankLostError("rank 1 stage 1 fell silent", 1)
-    assert (error.rank, error.stage, str(error)) == (1, 1, "rank 1 stage 1 fell silent")
+    error = dist_int8.RankLostError("rank 1 fell silent", 1)
+    assert (error.rank, error.stage, str(error)) == (1, 1, "rank 1 fell silent")
     assert dist_int8.RankError("somebody died").rank is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +18,12 @@ from dist_int8.api.stages import build_stage
 from dist_int8.config import load_settings
 from dist_int8.distributed import rendezvous, spawn
 from dist_int8.distributed import world as worlds
+from dist_int8.distributed.logs import RankLogger
 from dist_int8.distributed.states import State
 from dist_int8.distributed.world import World
 from dist_int8.engine import Engine
 from dist_int8.errors import RankError
-from dist_int8.partition import Plan
+from dist_int8.partition import Plan, StagePlan
 from dist_int8.pipeline.in_process import InProcessTransport, connect
 from dist_int8.pipeline.recovery import Links, Recovery, serve_until_shutdown
 from dist_int8.pipeline.runner import Pipeline, serve
@@ -86,7 +87,9 @@ def load(
     cores = share_cores(prepared.settings, placement)
     world = _join_ranks(prepared, cores)
     with _failures_reported(world, placement):
+        began = time.monotonic()
         stage = build_stage(prepared, placement.rank, progress)
+        _log_stage(prepared.plan.stages[placement.rank], time.monotonic() - began)
         if placement.rank:
             serve_until_shutdown(stage, _links(world, prepared), prepared.settings.recover)
             raise SystemExit(0)
@@ -204,8 +207,18 @@ def _failures_reported(world: World, placement: Placement) -> Iterator[None]:
         raise
 
 
+def _log_stage(stage: StagePlan, seconds: float) -> None:
+    RankLogger(__name__, stage.rank).info(
+        "built the stage: blocks %d-%d on %s in %.1f s",
+        stage.first_block,
+        stage.last_block,
+        stage.device,
+        seconds,
+    )
+
+
 def _leave(error: BaseException, rank: int) -> NoReturn:
     """Ends a rank above 0 that failed, in one line, without waiting for peers that may be gone."""
     name = "" if isinstance(error, (ValueError, RankError)) else type(error).__name__ + ": "
-    print(f"[rank {rank} stage {rank}] {name}{error}", file=sys.stderr, flush=True)
+    RankLogger(__name__, rank).error("%s%s", name, error)
     os._exit(1)

@@ -133,7 +133,7 @@ def _load_stage(
 def _bar(place: StagePlan, verb: str, num_bytes: int, shown: bool) -> tqdm[NoReturn]:
     return tqdm(
         total=num_bytes,
-        desc=f"[rank {place.rank} stage {place.rank}] {verb}",
+        desc=f"[rank {place.rank}] {verb}",
         unit="B",
         unit_scale=True,
         unit_divisor=1024,

@@ -8,11 +8,6 @@ from dist_int8.distributed.states import State
 from dist_int8.errors import RankError, RankLostError, StageTimeoutError
 
 
-def name_rank(rank: int) -> str:
-    """A rank as messages name it."""
-    return f"rank {rank} stage {rank}"
-
-
 def find_cause(monitor: Monitor, children: Children, with_victims: bool = True) -> RankError | None:
     """The rank that failed, with its reason; None while all is well.
 
@@ -32,14 +27,14 @@ def _find_killed(children: Children) -> RankError | None:
     for rank, child in children.items():
         end = children.describe_end(rank)
         if end is not None and child.returncode < 0:
-            return RankError(f"{name_rank(rank)} (process {child.pid}) {end}", rank)
+            return RankError(f"rank {rank} (process {child.pid}) {end}", rank)
     return None
 
 
 def _find_failed(monitor: Monitor) -> RankError | None:
     for rank, peer in monitor.peers.items():
         if peer.report.state == State.FAILED:
-            return RankError(f"{name_rank(rank)} {peer.report}", rank)
+            return RankError(f"rank {rank} {peer.report}", rank)
     return None
 
 
@@ -47,12 +42,12 @@ def _find_gone(monitor: Monitor, children: Children, with_victims: bool) -> Rank
     for rank, peer in sorted(monitor.peers.items(), key=lambda item: item[1].ended):
         if peer.report.state == State.LOST:
             if with_victims:
-                return RankError(f"{name_rank(rank)} {peer.report}", rank)
+                return RankError(f"rank {rank} {peer.report}", rank)
         elif peer.gone or peer.ended or children.describe_end(rank) is not None:
             return _describe_end(rank, children)
         elif monitor.is_silent(rank):
             return RankLostError(
-                f"{name_rank(rank)} has been silent for {monitor.silence_s:g} s (step_timeout): it "
+                f"rank {rank} has been silent for {monitor.silence_s:g} s (step_timeout): it "
                 "was stopped, or the link to it was cut",
                 rank,
             )
@@ -63,9 +58,9 @@ def _describe_end(rank: int, children: Children) -> RankError:
     """What is known of the end of a rank that said no word about it."""
     child = children.get(rank)
     if child is None:
-        return RankError(f"{name_rank(rank)} ended: it closed its connections", rank)
+        return RankError(f"rank {rank} ended: it closed its connections", rank)
     end = children.await_end(rank) or "closed its connections"
-    return RankError(f"{name_rank(rank)} (process {child.pid}) {end}", rank)
+    return RankError(f"rank {rank} (process {child.pid}) {end}", rank)
 
 
 def find_lost(monitor: Monitor, children: Children, error: RankError) -> set[int]:
@@ -95,6 +90,6 @@ def find_hung(monitor: Monitor | None, step: int, limit_s: float) -> StageTimeou
     for rank, peer in monitor.peers.items():
         if peer.done < step:
             where = "hangs" if peer.received >= step else "got no micro-batch and hangs"
-            return StageTimeoutError(f"{name_rank(rank)} {where}: no result {limit}", rank)
+            return StageTimeoutError(f"rank {rank} {where}: no result {limit}", rank)
     last = max(monitor.peers)
-    return StageTimeoutError(f"{name_rank(last)} sent a result that did not come {limit}", last)
+    return StageTimeoutError(f"rank {last} sent a result that did not come {limit}", last)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from dist_int8.distributed import interfaces
 from dist_int8.distributed.environment import Launched
+from dist_int8.distributed.logs import RankLogger
 from dist_int8.distributed.monitor import Monitor
 from dist_int8.distributed.states import State
 from dist_int8.distributed.world import POLL_S, STEP_TIMEOUT_S, World
@@ -73,6 +74,10 @@ def join(
         if place.rank == 0:
             world.kill()
         raise
+    here = ", ".join(listen_on.values())
+    RankLogger(__name__, place.rank).info(
+        "joined %d ranks, listening on %s", world.world_size, here
+    )
     return world
 
 

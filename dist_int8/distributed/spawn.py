@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_int8.distributed import interfaces, rendezvous
+from dist_int8.distributed.logs import RankLogger
 from dist_int8.distributed.monitor import Monitor
 from dist_int8.distributed.states import State
 from dist_int8.distributed.world import STEP_TIMEOUT_S, World
@@ -106,6 +107,7 @@ def _start_rank(world: World, rank: int, line: bytes) -> None:
         start_new_session=True,  # Ctrl-C is rank 0's to handle
     )
     world.children[rank] = child
+    RankLogger(__name__, world.rank).info("started rank %d as process %d", rank, child.pid)
     assert child.stdin is not None
     with suppress(BrokenPipeError):  # it ended already, which is noticed where it is awaited
         child.stdin.write(line)

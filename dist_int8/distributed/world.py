@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 from dist_int8.distributed import diagnosis
 from dist_int8.distributed.children import Children
 from dist_int8.distributed.heartbeat import Pulse
+from dist_int8.distributed.logs import RankLogger
 from dist_int8.distributed.monitor import Monitor
 from dist_int8.distributed.states import Report, State
 from dist_int8.errors import RankError, RankLostError
@@ -193,7 +193,7 @@ class World:
 
         def leave() -> None:
             if not self._closed.wait(BYE_S if self.pulse and self.pulse.ending else LEAVE_S):
-                print(f"[{diagnosis.name_rank(self.rank)}] {why}", file=sys.stderr, flush=True)
+                RankLogger(__name__, self.rank).error("%s", why)
                 os._exit(1)
 
         threading.Thread(target=leave, name="leave", daemon=True).start()

@@ -6,16 +6,12 @@ is gone and this process ends too.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import threading
 
-from dist_int8.launcher import signals
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+from dist_int8.launcher import logs, signals
 
 
 def _end_with_rank_0() -> None:
@@ -29,13 +25,14 @@ def _be_killed_with_rank_0() -> None:
 
     The thread above cannot run in a stopped process. Linux only; elsewhere that thread has to do.
     """
-    if os.environ.get("DIST_INT8_DIES_WITH_PARENT") and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.environ.get("DIST_INT8_DIES_WITH_PARENT"):
+        signals.prepare_death_with_parent()()
 
 
 def main() -> None:
     """Joins as the rank in the environment and serves its stage until rank 0 shuts down."""
     _be_killed_with_rank_0()
+    logs.configure()
     settings = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_rank_0, name="end-with-rank-0", daemon=True).start()
     signals.leave_term_to_rank_0(settings["drain_timeout"])

@@ -7,20 +7,21 @@ supervisor itself be killed, the kernel ends the ranks (PR_SET_PDEATHSIG), so th
 GPU.
 """
 
-import ctypes
+import logging
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
+from dist_int8.launcher import signals
+
 GRACE_SECONDS = 5.0
 DRAIN_SECONDS = 35.0  # for rank 0 to answer what runs: its drain_timeout and a little more
 _POLL_SECONDS = 0.05
-_PR_SET_PDEATHSIG = 1
+logger = logging.getLogger(__name__)
 
 
 def free_port() -> int:
@@ -95,7 +96,7 @@ def _supervise(
     while True:
         if received:
             signum = received[0]
-            print(f"launch: got {signal.Signals(signum).name}, ending the ranks", file=sys.stderr)
+            logger.warning("launch: got %s, ending the ranks", signal.Signals(signum).name)
             _signal(ranks, signum)
             if signum == signal.SIGTERM:
                 _wait(ranks, drain, received, for_all=False)
@@ -112,7 +113,7 @@ def _supervise(
                     if code < 0
                     else f"failed ({code})"
                 )
-                print(f"launch: rank {rank} {cause}{ended}", file=sys.stderr)
+                logger.error("launch: rank %d %s%s", rank, cause, ended)
                 return exit_code
         if all(code == 0 for code in codes):
             return 0
@@ -121,11 +122,11 @@ def _supervise(
 
 def _die_with(supervisor: int) -> Callable[[], None]:
     """Runs in the child before exec: the kernel shall kill it when the supervisor dies."""
-    prctl = ctypes.CDLL(None).prctl  # looked up before the fork
+    die_with_parent = signals.prepare_death_with_parent()
 
     def ask_kernel() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != supervisor:  # it died between fork and prctl
+        die_with_parent()
+        if os.getppid() != supervisor:  # it died between the fork and this request
             os._exit(128 + signal.SIGKILL)
 
     return ask_kernel

@@ -144,7 +144,7 @@ def connect(
         try:
             serve(stage, InProcessTransport(stage, devices, boxes))
         except BaseException as error:
-            text = f"rank {stage} stage {stage} failed: {type(error).__name__}: {error}"
+            text = f"rank {stage} failed: {type(error).__name__}: {error}"
             boxes[0].put(_Message(RankError(text, stage)))
 
     threads = [

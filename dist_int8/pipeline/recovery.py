@@ -8,12 +8,12 @@ started itself: those of a launcher are the launcher's to start.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from dist_int8.distributed import spawn
+from dist_int8.distributed.logs import RankLogger
 from dist_int8.distributed.states import State
 from dist_int8.distributed.world import World
 from dist_int8.errors import RankError
@@ -53,11 +53,12 @@ class Recovery:
         self.links = links
         self.max_recoveries = max_recoveries
         self.num_recoveries = 0
+        self._log = RankLogger(__name__, rank=0)
 
     def restore(self, pipeline: Pipeline, error: RankError) -> None:
         """Makes the pipeline work again after a rank was lost, or raises.
 
-        What was under way in it is lost. One line on stderr says what happened.
+        What was under way in it is lost. A warning in the log says what happened.
 
         Raises:
             RankError: the error itself or, where starting again failed, that error; max_recoveries
@@ -81,11 +82,13 @@ class Recovery:
                 error, lost = world.blame(again), set(world.others)
                 continue
             names = ", ".join(f"{rank}" for rank in sorted(lost))
-            print(
-                f"[rank 0 stage 0] recovery {self.num_recoveries} of {self.max_recoveries}: "
-                f"{error}; started rank {names} again in {time.monotonic() - started:.1f} s",
-                file=sys.stderr,
-                flush=True,
+            self._log.warning(
+                "recovery %d of %d: %s; started rank %s again in %.1f s",
+                self.num_recoveries,
+                self.max_recoveries,
+                error,
+                names,
+                time.monotonic() - started,
             )
             return
 

@@ -15,7 +15,6 @@ buffer holds an older one, is refused as well.
 from __future__ import annotations
 
 import queue
-import sys
 import threading
 from collections import deque
 from contextlib import suppress
@@ -27,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_int8.distributed import rendezvous
+from dist_int8.distributed.logs import RankLogger
 from dist_int8.distributed.rendezvous import IDLE_TIMEOUT, reason
 from dist_int8.distributed.world import World
 from dist_int8.errors import ProtocolError, RankError
@@ -69,6 +69,7 @@ class Transport:
         self.dtype = dtype
         self.device = device
         self.num_refused = 0
+        self._log = RankLogger(__name__, world.rank)
         self._sent: deque[list[tuple[dist.Work, Tensor]]] = deque()
         self._received: queue.Queue[Result | BaseException] = queue.Queue(maxsize=BUFFERS)
         self._stream: Any = None
@@ -214,16 +215,11 @@ class Transport:
             self._received.put(error)
 
     def refuse(self, error: ProtocolError) -> None:
-        """Says on stderr that a message was dropped, and why."""
+        """Logs that a message was dropped, and why."""
         self.num_refused += 1
         count = self.num_refused
         if count <= REFUSALS_SAID or count & (count - 1) == 0:  # a flood shall not fill the log
-            place = f"[rank {self.rank} stage {self.rank}]"
-            print(
-                f"{place} refused message {count} from rank {self.source}: {error}",
-                file=sys.stderr,
-                flush=True,
-            )
+            self._log.warning("refused message %d from rank %d: %s", count, self.source, error)
 
     def _post_receive(self) -> None:
         buffer = torch.empty(self._capacity, dtype=torch.uint8)

@@ -189,8 +189,8 @@ def test_a_model_without_chat_template(tiny_llama):
 @pytest.mark.parametrize(
     "text, cure",
     [
-        ("rank 1 stage 1 (process 7) died with signal SIGKILL", "; start again, or set `recover"),
-        ("rank 1 stage 1 failed: x must be 1, got 2; change x", "; change x"),
+        ("rank 1 (process 7) died with signal SIGKILL", "; start again, or set `recover"),
+        ("rank 1 failed: x must be 1, got 2; change x", "; change x"),
     ],
 )
 def test_a_lost_rank_comes_with_a_cure(text, cure, monkeypatch, capsys):

@@ -56,9 +56,7 @@ def test_a_rank_that_cannot_load_its_stage_says_why(tiny_llama, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.3.mlp.up_proj.weight"][5] = torch.inf
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(
-        RankError, match=r"rank 1 stage 1 failed: .*up_proj.weight: weights must be"
-    ):
+    with pytest.raises(RankError, match=r"rank 1 failed: .*up_proj.weight: weights must be"):
         dist_int8.load(folder, devices=["cpu", "cpu"], **OPTIONS)
 
 
@@ -84,7 +82,7 @@ def test_everybody_who_waits_hears_which_rank_was_stopped(tiny_llama):
     assert len(errors) == 2 and time.monotonic() - stopped < 3 + 5
     for error in errors:
         assert isinstance(error, RankLostError) and (error.rank, error.stage) == (2, 2)
-        assert "rank 2 stage 2 has been silent for 3 s (step_timeout)" in str(error)
+        assert "rank 2 has been silent for 3 s (step_timeout)" in str(error)
     assert errors[0] is not errors[1]
     wait_until(lambda: not any(is_running(child.pid) for child in children), 10)
     with pytest.raises(RankLostError, match=r"rank 2 .* load the model again"):
@@ -96,11 +94,11 @@ def test_a_rank_that_dies_while_nobody_waits_ends_the_others(tiny_llama):
     children = dict(children_of(model))
     children[1].kill()
     wait_until(lambda: not is_running(children[2].pid), 5)
-    with pytest.raises(RankError, match=r"rank 1 stage 1 .*SIGKILL"):
+    with pytest.raises(RankError, match=r"rank 1 .*SIGKILL"):
         model.generate("abc")
 
 
-def test_lost_stages_are_replaced_and_the_answers_are_the_same(tiny_llama, capfd):
+def test_lost_stages_are_replaced_and_the_answers_are_the_same(tiny_llama, caplog):
     with dist_int8.load(
         tiny_llama, devices=["cpu"] * 3, recover=True, max_recoveries=3, step_timeout=4.0, **OPTIONS
     ) as model:
@@ -116,9 +114,9 @@ def test_lost_stages_are_replaced_and_the_answers_are_the_same(tiny_llama, capfd
         children[1].kill()  # nobody waits
         wait_until(lambda: children_of(model).get(1) not in (None, children[1]), 20)
         assert [answer.token_ids for answer in model.generate(PROMPTS, **SAMPLED)] == undisturbed
-        said = capfd.readouterr().err
-        assert "recovery 1 of 3: rank 1 stage 1" in said and "SIGKILL; started rank 1" in said
-        assert "recovery 2 of 3: rank 2 stage 2 has been silent for 4 s" in said
+        said = caplog.text
+        assert "recovery 1 of 3: rank 1" in said and "SIGKILL; started rank 1" in said
+        assert "recovery 2 of 3: rank 2 has been silent for 4 s" in said
         with pytest.raises(RankError, match=r"rank 2 .*SIGKILL"):  # three times are enough
             stream_and_hit(model, 5, 2, signal.SIGKILL, PROMPTS, **SAMPLED)
 

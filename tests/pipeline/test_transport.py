@@ -114,7 +114,7 @@ def test_messages_arrive_whole_and_in_order(tmp_path):
 
 def test_a_forged_header_is_refused_and_the_next_message_taken(tmp_path, capfd):
     assert run(tmp_path, forge)[1] == (1, 3)
-    assert "[rank 1 stage 1] refused message 1 from rank 0: header" in capfd.readouterr().err
+    assert "[rank 1] refused message 1 from rank 0: header" in capfd.readouterr().err
 
 
 def test_a_closed_connection_names_the_rank(tmp_path):

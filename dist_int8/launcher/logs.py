@@ -1,0 +1,46 @@
+"""What a process of ours shows of the log: `-q`, `-v` and DIST_INT8_LOG.
+
+For processes that are all ours: the command line and the ranks above 0. An application that calls
+`load()` configures the logger `dist_int8` as it does any other.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+VARIABLE = "DIST_INT8_LOG"
+LEVELS = {-1: "ERROR", 0: "WARNING", 1: "INFO", 2: "DEBUG"}
+
+
+def configure(verbosity: int | None = None) -> None:
+    """Sends the records of `dist_int8` to stderr, here and in the ranks that this process starts.
+
+    Args:
+        verbosity: -1 errors only, 0 warnings too, 1 information too, 2 or more everything; None:
+            the level that DIST_INT8_LOG names, by default warnings.
+
+    Raises:
+        ValueError: DIST_INT8_LOG names no level.
+    """
+    if verbosity is None:
+        level = os.environ.get(VARIABLE, LEVELS[0]).upper()
+    else:
+        level = LEVELS[max(-1, min(2, verbosity))]
+    if level not in LEVELS.values():
+        names = ", ".join(level.lower() for level in LEVELS.values())
+        raise ValueError(
+            f"environment: {VARIABLE} must be one of {names}, got {os.environ[VARIABLE]!r}; "
+            "unset it for warnings"
+        )
+    os.environ[VARIABLE] = level
+    logger = logging.getLogger("dist_int8")
+    logger.setLevel(level)
+    logger.propagate = False  # the root logger may have a handler of another library
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(_FORMATS[level == LEVELS[2]]))
+    logger.handlers[:] = [handler]
+
+
+_FORMATS = {False: "%(message)s", True: "%(asctime)s %(name)s: %(message)s"}
