@@ -1,7 +1,7 @@
 """Every error that a caller can catch, in one tree; bad input is a ValueError of Python's.
 
 DistInt8Error
-  RankError            a rank ended or failed; the handle is closed, load() again
+  RankError            a rank ended or failed; the handle is closed, call load() again
     RankLostError      it fell silent
     StageTimeoutError  it lives, but its stage hangs
   RequestError         one request failed by itself; the others go on
@@ -18,10 +18,10 @@ class DistInt8Error(RuntimeError):
 
 
 class RankError(DistInt8Error):
-    """A rank of the pipeline ended or failed while it was needed; the message names it.
+    """A rank of the pipeline ended or failed; the message names it.
 
     Attributes:
-        rank, stage: which one (a rank is a stage); None where nobody can tell.
+        rank, stage: which one (a rank is a stage); None where it is unknown.
     """
 
     def __init__(self, message: str, rank: int | None = None) -> None:

@@ -163,7 +163,7 @@ def _make_handle(
         try:
             transport = links.connect()
         except RankError as error:
-            raise world.blame(error) from None
+            raise world.find_cause(error) from None
         world.wait_for(State.READY, LOAD_TIMEOUT_S)
     recovery = Recovery(links, settings.max_recoveries) if settings.recover else None
     engine = Engine(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-REAP_S = 0.5  # between a closed connection and the kernel's word how its process ended
+REAP_S = 0.5  # between a closed connection and the exit status of its process
 
 
 class Children(dict[int, "subprocess.Popen[bytes]"]):
@@ -18,14 +18,14 @@ class Children(dict[int, "subprocess.Popen[bytes]"]):
 
     Attributes:
         start: starts one of them (again).
-        folder: where they meet; removed with them.
+        folder: of their rendezvous; removed with them.
     """
 
     start: Callable[[int], None] | None = None
     folder: Path | None = None
 
     def describe_end(self, rank: int) -> str | None:
-        """How a child ended; None while it runs, and for a rank that is none of ours."""
+        """How a child ended; None while it runs, and for a rank that this process did not start."""
         child = self.get(rank)
         code = None if child is None else child.poll()
         if code is None:

@@ -1,4 +1,4 @@
-"""Who failed, and why: what rank 0 knows from heartbeats and from the processes it started."""
+"""Which rank failed, and why, from heartbeats and the processes that rank 0 started."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dist_int8.errors import RankError, RankLostError, StageTimeoutError
 
 
 def find_cause(monitor: Monitor, children: Children, with_victims: bool = True) -> RankError | None:
-    """The rank that failed, with its reason; None while all is well.
+    """Returns the error of the rank that failed, with its reason; None while all is well.
 
     Args:
         monitor: of the heartbeats.
@@ -55,7 +55,7 @@ def _find_gone(monitor: Monitor, children: Children, with_victims: bool) -> Rank
 
 
 def _describe_end(rank: int, children: Children) -> RankError:
-    """What is known of the end of a rank that said no word about it."""
+    """Describes the end of a rank that gave no reason."""
     child = children.get(rank)
     if child is None:
         return RankError(f"rank {rank} ended: it closed its connections", rank)
@@ -66,7 +66,7 @@ def _describe_end(rank: int, children: Children) -> RankError:
 def find_lost(monitor: Monitor, children: Children, error: RankError) -> set[int]:
     """The started ranks that cannot go on: those that ended, and the one that an error names.
 
-    Ranks that only lost a neighbour can. All of them where nobody can tell.
+    A rank that only lost a neighbour can go on. All of them where it cannot be told.
     """
     ended = {
         rank

@@ -1,4 +1,4 @@
-"""What a launcher told this process: its rank among how many."""
+"""What a launcher told this process: its rank and the number of ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def find_launched() -> Launched | None:
     """The ranks of the launcher around this process, or None in a plain session.
 
     Raises:
-        ValueError: RANK and WORLD_SIZE do not fit each other.
+        ValueError: RANK and WORLD_SIZE contradict each other.
     """
     slurm.adopt()
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:

@@ -1,15 +1,14 @@
-"""Who is alive and how far: a TCP connection between rank 0 and every other rank.
+"""Heartbeats: a TCP connection between rank 0 and every other rank says who is alive.
 
-Both ends send a beat a second, whatever the rank computes or waits for. A kernel closes the
+Both ends send one beat per second, whatever the rank computes or waits for. A kernel closes the
 connections of a process that ends, which the other end sees at once; a process that was stopped, or
-whose link was cut, falls silent. A beat of a rank above 0 says which micro-batch came last and
-which left last, so that rank 0 can tell the stage that hangs from those that wait for it. States
-("ready", "failed: why", "lost: which neighbour") and rank 0's orders go the same way. The store in
-which the ranks met is not asked again: its calls block when a link is cut.
+whose link was cut, falls silent. A beat of a rank above 0 carries the last micro-batch that
+arrived and the last that left, so that rank 0 can tell a stage that hangs from those that wait for
+it. States ("ready", "failed: why", "lost: which neighbour") and rank 0's orders go the same way. The
+store of the rendezvous is not used again: its calls block when a link is cut.
 
-A message is a fixed header and at most MAX_PAYLOAD bytes; whoever sends anything else, or does not
-know the token from the store, is hung up on. Rank 0's end is `monitor`. Standard library only;
-imports nothing of ours.
+A message is a fixed header and at most MAX_PAYLOAD bytes; a peer that sends anything else, or does
+not know the token from the store, is disconnected. Rank 0's end is `monitor`. No torch here.
 """
 
 from __future__ import annotations
@@ -38,15 +37,15 @@ _MAGIC = 0x64386862  # "d8hb"
 class Kind(IntEnum):
     """What a message is."""
 
-    HELLO = 1  # token and rank: the first word of a rank above 0
+    HELLO = 1  # token and rank: the first message of a rank above 0
     BEAT = 2  # last micro-batch that came and last that left
     STATE = 3  # text
     REGROUP = 4  # rank 0's order: meet again in the generation of the header
-    BYE = 5  # this end is done; its closed connection means nothing
+    BYE = 5  # this end is done; a closed connection is no failure from now on
 
 
 class Link:
-    """One end of a connection; sends never wait."""
+    """One end of a connection; sends never block."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
@@ -57,7 +56,7 @@ class Link:
         self._lock = threading.Lock()
 
     def send(self, kind: Kind, payload: bytes = b"", generation: int = 0) -> None:
-        """Hands a message to the kernel. What it cannot take or deliver shows as silence."""
+        """Hands a message to the kernel; one that it cannot take or deliver shows as silence."""
         message = _HEADER.pack(_MAGIC, kind, len(payload), generation) + payload
         with self._lock, suppress(OSError):
             self.connection.send(message)
@@ -66,7 +65,7 @@ class Link:
         """(kind, generation, payload) of what has arrived; None when the other end has closed.
 
         Raises:
-            ProtocolError: that is no message.
+            ProtocolError: the bytes are not a message.
         """
         try:
             data = self.connection.recv(1 << 16)
@@ -95,7 +94,7 @@ class Link:
 
 
 class Beating:
-    """A daemon thread that reads what comes, sends beats and looks who is silent."""
+    """A daemon thread that reads messages, sends heartbeats and checks for silent peers."""
 
     def __init__(self, name: str) -> None:
         self._selector = selectors.DefaultSelector()
@@ -121,9 +120,9 @@ class Beating:
             wait_s = max(0.0, due - time.monotonic())
             asleep = time.monotonic()
             ready = self._selector.select(wait_s)
-            stood_still = time.monotonic() - asleep - wait_s
-            if stood_still > BEAT_S:  # this process itself was stopped: it heard nobody
-                self._forgive(stood_still)
+            paused_s = time.monotonic() - asleep - wait_s
+            if paused_s > BEAT_S:  # this process itself was stopped and could not hear its peers
+                self._excuse_silence(paused_s)
             for key, _ in ready:
                 if not self._closed and key.fileobj is not self._wakened:
                     self._read(key)
@@ -137,7 +136,7 @@ class Beating:
         self._wakened.close()
         self._close_links()
 
-    def _forgive(self, seconds: float) -> None:
+    def _excuse_silence(self, seconds: float) -> None:
         raise NotImplementedError
 
     def _read(self, key: selectors.SelectorKey) -> None:
@@ -160,8 +159,8 @@ class Pulse(Beating):
         rank: this one.
         address: "host port token" of rank 0's `Monitor`.
         timeout_s: for connecting.
-        silence_s: so long without a beat means that rank 0 is stopped or cut off.
-        on_order: called, from the thread, when rank 0 says to meet again in a generation.
+        silence_s: seconds without a heartbeat after which rank 0 counts as stopped or cut off.
+        on_order: called, from the thread, with the generation in which rank 0 regroups the ranks.
         on_loss: called, from the thread, with what is wrong with rank 0.
 
     Attributes:
@@ -222,7 +221,7 @@ class Pulse(Beating):
         self._closed = True
         self._on_loss(why)
 
-    def _forgive(self, seconds: float) -> None:
+    def _excuse_silence(self, seconds: float) -> None:
         self.link.heard += seconds
 
     def _beat(self) -> None:

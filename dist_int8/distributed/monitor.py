@@ -1,4 +1,4 @@
-"""Rank 0's end of the heartbeats: who joined, how far they are, who is gone or silent."""
+"""Rank 0's end of the heartbeats: which ranks joined, their progress, which are gone or silent."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from dist_int8.distributed.heartbeat import BEAT, RANK, TOKEN_BYTES, Beating, Ki
 from dist_int8.distributed.states import Report, State
 from dist_int8.errors import ProtocolError
 
-MAX_STRANGERS = 64  # connections that have not said who they are
+MAX_UNIDENTIFIED = 64  # connections that have not identified themselves
 
 
 @dataclass
 class Peer:
-    """What rank 0 knows about another rank.
+    """State of another rank as rank 0 knows it.
 
     Attributes:
         link: to it; None before it joined.
-        report: what it said last.
+        report: its last report.
         received, done: number of the micro-batch that came last and that left last.
-        gone: its connection closed before it said that it is done.
-        ended: it said so.
+        gone: its connection closed before it said goodbye.
+        ended: it said goodbye.
     """
 
     link: Link | None = None
@@ -40,16 +40,16 @@ class Peer:
 
 
 class Monitor(Beating):
-    """Rank 0's end: listens until every other rank has joined, then hears them.
+    """Rank 0's end: listens until every other rank has joined, then receives their heartbeats.
 
     Args:
         ranks: the other ranks.
         host: address to listen on.
-        silence_s: so long without a beat means stopped or cut off.
+        silence_s: seconds without a heartbeat after which a rank counts as stopped or cut off.
 
     Attributes:
         peers: the other ranks, by number.
-        on_loss: called from a thread of its own when a rank is gone or silent, once a generation.
+        on_loss: called from a thread of its own when a rank is gone or silent, once per generation.
     """
 
     def __init__(self, ranks: range, host: str, silence_s: float) -> None:
@@ -59,24 +59,24 @@ class Monitor(Beating):
         self.silence_s = silence_s
         self.on_loss: Callable[[], None] | None = None
         self._host = host
-        self._strangers: set[Link] = set()
+        self._unidentified: set[Link] = set()
         self._listener: socket.socket | None = None
         self._noticed = False
         self.address = self._listen()
         self._thread.start()
 
     def is_silent(self, rank: int) -> bool:
-        """Whether a rank that joined, and is still there, was not heard for silence_s."""
+        """Whether a joined rank whose connection is open has not been heard for silence_s."""
         peer = self.peers[rank]
         if peer.link is None or peer.gone or peer.ended:
             return False
         return time.monotonic() - peer.link.heard > self.silence_s
 
     def regroup(self, lost: set[int]) -> str:
-        """Begins a new generation: those that are not lost are told, the others may join anew.
+        """Begins a new generation: surviving ranks are told, restarted ones may join.
 
         Returns:
-            Where and how those that are started again report; see `address`.
+            The address at which restarted ranks report.
         """
         self.generation += 1
         for rank in lost:
@@ -86,7 +86,7 @@ class Monitor(Beating):
                 self._drop(link)
         self.address = self._listen()
         with suppress(OSError):
-            self._wake.send(b"\0")  # the thread shall wait for the listener too
+            self._wake.send(b"\0")  # the thread must select on the listener too
         for peer in self.peers.values():
             peer.report, peer.received, peer.done = Report(), 0, 0
             if peer.link is not None:
@@ -101,12 +101,12 @@ class Monitor(Beating):
                 peer.link.send(Kind.BYE)
 
     def _listen(self) -> str:
-        """Listens at a free port; "host port token" for the ranks that shall join."""
+        """Listens on a free port; returns "host port token" for the ranks that are to join."""
         self._token = os.urandom(TOKEN_BYTES)
         family = socket.getaddrinfo(self._host, 0, type=socket.SOCK_STREAM)[0][0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.bind((self._host, 0))
-        listener.listen(MAX_STRANGERS)
+        listener.listen(MAX_UNIDENTIFIED)
         listener.setblocking(False)
         if self._listener is not None:
             self._stop_listening()
@@ -143,15 +143,15 @@ class Monitor(Beating):
         assert self._listener is not None
         with suppress(OSError):
             connection, _ = self._listener.accept()
-            if len(self._strangers) >= MAX_STRANGERS:
+            if len(self._unidentified) >= MAX_UNIDENTIFIED:
                 connection.close()
                 return
             link = Link(connection)
-            self._strangers.add(link)
+            self._unidentified.add(link)
             self._selector.register(connection, selectors.EVENT_READ, link)
 
     def _take(self, link: Link, kind: Kind, generation: int, payload: bytes) -> None:
-        if link in self._strangers:
+        if link in self._unidentified:
             self._greet(link, kind, payload)
             return
         peer = next(peer for peer in self.peers.values() if peer.link is link)
@@ -162,26 +162,26 @@ class Monitor(Beating):
         elif kind == Kind.STATE and generation == self.generation:
             peer.report = Report.parse(payload.decode())
         elif kind != Kind.STATE:
-            raise ProtocolError(f"heartbeat: kind {kind} comes from rank 0 only")
+            raise ProtocolError(f"heartbeat: kind {kind} is sent by rank 0 only")
 
     def _greet(self, link: Link, kind: Kind, payload: bytes) -> None:
         if kind != Kind.HELLO or payload[:TOKEN_BYTES] != self._token:
-            raise ProtocolError("heartbeat: a stranger")
+            raise ProtocolError("heartbeat: the token is not of this pipeline")
         (rank,) = RANK.unpack(payload[TOKEN_BYTES:])
         if rank not in self.peers or self.peers[rank].link is not None:
-            raise ProtocolError(f"heartbeat: rank {rank} is here already")
-        self._strangers.discard(link)
+            raise ProtocolError(f"heartbeat: rank {rank} has joined already")
+        self._unidentified.discard(link)
         self.peers[rank] = Peer(link, Report(State.JOINED))
         if all(peer.link is not None for peer in self.peers.values()):
             self._stop_listening()
 
     def _drop(self, link: Link) -> None:
-        self._strangers.discard(link)
+        self._unidentified.discard(link)
         with suppress(KeyError, ValueError):
             self._selector.unregister(link.connection)
         link.close()
 
-    def _forgive(self, seconds: float) -> None:
+    def _excuse_silence(self, seconds: float) -> None:
         for peer in self.peers.values():
             if peer.link is not None:
                 peer.link.heard += seconds
@@ -204,6 +204,6 @@ class Monitor(Beating):
     def _close_links(self) -> None:
         if self._listener is not None:
             self._listener.close()
-        for link in [*self._strangers, *(peer.link for peer in self.peers.values())]:
+        for link in [*self._unidentified, *(peer.link for peer in self.peers.values())]:
             if link is not None:
                 link.close()

@@ -1,9 +1,9 @@
 """Ranks and process groups: a process joins as the rank that its environment says.
 
 Under deepspeed, torchrun, srun or `dist-int8 launch` the environment has RANK and WORLD_SIZE. In a
-plain Python session rank 0 starts the others itself (`spawned`). Either way the ranks meet in a
-torch store, where rank 0 says where it takes heartbeats; from then on `world` knows who is there,
-and who failed and why.
+plain Python session rank 0 starts the others itself (`spawn`). Either way the ranks meet in a
+torch store, where rank 0 publishes its heartbeat address; from then on `world` knows which
+ranks are alive, which failed and why.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from dist_int8.distributed.states import State
 from dist_int8.distributed.world import POLL_S, STEP_TIMEOUT_S, World
 from dist_int8.errors import RankError, RankLostError
 
-# A stage may wait for its next micro-batch as long as the user thinks; who is gone, stopped or cut
-# off is noticed by heartbeats, not by this.
+# A stage waits for its next micro-batch as long as the user takes; heartbeats, not this timeout,
+# detect a rank that is gone, stopped or cut off.
 IDLE_TIMEOUT = timedelta(days=30)
 ADDRESS_KEY = "heartbeats"  # of the store: where rank 0 listens for them
 _joined = itertools.count()  # pipelines of this process; every rank counts alike
@@ -98,7 +98,7 @@ def _address_of_rank_0(store: dist.Store, world: World, timeout_s: float) -> str
 
 def _missing_rank_0(world_size: int, timeout_s: float, error: BaseException) -> RankLostError:
     return RankLostError(
-        f"rank 0 of {world_size} is not joined after {timeout_s:.0f} s ({reason(error)}); see "
+        f"rank 0 of {world_size} has not joined after {timeout_s:.0f} s ({reason(error)}); see "
         "whether the launcher started it",
         0,
     )
@@ -152,12 +152,12 @@ def connect(
         thread.join(POLL_S)
         world.check()
         if world.pulse is not None and world.ordered > generation:
-            raise RankError("lost: rank 0 asks to meet anew")
+            raise RankError("lost: rank 0 ordered the ranks to regroup")
     if isinstance(result[0], dict):
         world.groups = result[0]
     elif isinstance(result[0], (RuntimeError, dist.DistError)):
         error = RankError(f"the ranks cannot connect: {reason(result[0])}")
-        raise error if world.rank else world.blame(error)
+        raise error if world.rank else world.find_cause(error)
     else:
         raise result[0]
 
@@ -172,7 +172,7 @@ def _start_groups(
     """Connects the ranks: gloo for headers and results, NCCL or gloo for hidden states."""
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
-    options._timeout = timedelta(seconds=timeout_s)  # for connecting; whoever waits later says
+    options._timeout = timedelta(seconds=timeout_s)  # for connecting; later waits set their own
     options._devices = [gloo.create_device(**listen_on)]
     place = (world.rank, world.world_size)
     groups = {"cpu": gloo(dist.PrefixStore("gloo", store), *place, options)}

@@ -1,7 +1,7 @@
-"""What srun tells a task, in the words of other launchers. Imports nothing of ours and no torch.
+"""Translates srun's environment to that of other launchers. Imports nothing of ours and no torch.
 
-srun sets SLURM_PROCID and its kin, but neither RANK nor a meeting point. With them filled in, a
-plain `srun python launch/generate.py` is a launcher like any other.
+srun sets SLURM_PROCID and its like, but neither RANK nor a rendezvous address. With them filled in,
+a plain `srun python launch/generate.py` is a launcher like any other.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ranks that `load()` starts itself, on this machine: started, and started again when lost."""
+"""Ranks that `load()` starts itself, on this machine: started, and restarted when lost."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def spawn(
 
 
 def regroup(world: World, lost: set[int], uses_nccl: bool, timeout_s: float) -> None:
-    """Starts the lost ranks of `spawn` again and meets them and the others anew, on rank 0.
+    """Restarts the lost ranks of `spawn` and connects all ranks again, on rank 0.
 
     Raises:
         RankError: a rank failed or did not join in time.
@@ -74,10 +74,10 @@ def regroup(world: World, lost: set[int], uses_nccl: bool, timeout_s: float) -> 
 
 
 def rejoin(world: World, uses_nccl: bool, timeout_s: float) -> None:
-    """Meets the others anew, on a rank above 0 that rank 0 asked to.
+    """Connects to the other ranks again, on a rank above 0, when rank 0 orders it.
 
     Raises:
-        RankError: a rank failed or did not join in time, or rank 0 asks for yet another meeting.
+        RankError: a rank failed or did not join in time, or rank 0 orders yet another regrouping.
     """
     world.groups.clear()
     world.generation = world.wait_for_order()
@@ -97,7 +97,7 @@ def _start_rank(world: World, rank: int, line: bytes) -> None:
         "LOCAL_RANK": str(rank),
         "DIST_INT8_FOLDER": str(world.children.folder),
         "DIST_INT8_GENERATION": str(world.generation),
-        # the kernel watches the thread that starts a process, which may end early
+        # the kernel watches the thread that started the process, and that may end early
         "DIST_INT8_DIES_WITH_PARENT": "1" * in_main_thread,
     }
     child = subprocess.Popen(
@@ -109,7 +109,7 @@ def _start_rank(world: World, rank: int, line: bytes) -> None:
     world.children[rank] = child
     RankLogger(__name__, world.rank).info("started rank %d as process %d", rank, child.pid)
     assert child.stdin is not None
-    with suppress(BrokenPipeError):  # it ended already, which is noticed where it is awaited
+    with suppress(BrokenPipeError):  # it ended already, which shows where it is awaited
         child.stdin.write(line)
         child.stdin.flush()
 

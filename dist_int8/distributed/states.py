@@ -1,4 +1,4 @@
-"""What a rank says of itself: a state, and why."""
+"""What a rank reports about itself: a state, and why."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dist_int8.errors import ProtocolError
 
 
 class State(StrEnum):
-    """How far a rank is, or what became of it."""
+    """Progress of a rank, or how it ended."""
 
-    UNKNOWN = ""  # it has said nothing yet
+    UNKNOWN = ""  # nothing reported yet
     JOINED = "joined"
     READY = "ready"  # its stage is built
     FAILED = "failed"
-    LOST = "lost"  # it lost a neighbour and can go on with another
+    LOST = "lost"  # it lost a neighbour and can go on with a new one
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Report:
 
     @classmethod
     def parse(cls, text: str) -> Report:
-        """The report of this text. Raises ProtocolError for one that no rank makes."""
+        """The report of this text. Raises ProtocolError for one that no rank sends."""
         name, _, reason = text.partition(": ")
         try:
             return cls(State(name), reason)

@@ -20,7 +20,7 @@ from dist_int8.errors import RankError, RankLostError
 SHUTDOWN_TIMEOUT_S = 5.0
 POLL_S = 0.1
 STEP_TIMEOUT_S = 300.0
-LEAVE_S = 3.0  # for a rank without rank 0 to find a better word than its heartbeat has
+LEAVE_S = 3.0  # for a rank without rank 0 to report a better reason than the lost heartbeat
 BYE_S = 30.0  # for a rank to end after rank 0 said that it is done
 
 
@@ -37,9 +37,9 @@ class World:
         children: processes of the ranks that this one started, by rank.
         groups: process groups by device type, "cpu" (gloo) and for GPUs "cuda" (NCCL). They are
             this pipeline's own, beside torch's default group: a session can hold several pipelines.
-        generation: how often the ranks met anew.
-        ordered: the generation that rank 0 asked for, on a rank above 0.
-        abort: ends what waits for another rank in this process; set by who waits.
+        generation: number of times the ranks have regrouped.
+        ordered: on a rank above 0, the generation that rank 0 asked for.
+        abort: interrupts what waits for another rank in this process; set by the waiting code.
     """
 
     rank: int
@@ -67,12 +67,12 @@ class World:
             self.pulse.say(Report(state, reason), self.generation)
 
     def received(self, step: int) -> None:
-        """Notes, for rank 0, that a micro-batch came."""
+        """Records, for rank 0, that a micro-batch arrived."""
         if self.pulse is not None:
             self.pulse.received = step
 
     def done(self, step: int) -> None:
-        """Notes, for rank 0, that a micro-batch left."""
+        """Records, for rank 0, that a micro-batch was sent on."""
         if self.pulse is not None:
             self.pulse.done = step
 
@@ -82,8 +82,8 @@ class World:
         if cause is not None:
             raise cause
 
-    def blame(self, error: RankError, patience_s: float = 1.0) -> RankError:
-        """A failure seen from here, with the name of the rank that caused it if that shows in time.
+    def find_cause(self, error: RankError, patience_s: float = 1.0) -> RankError:
+        """Returns the error of the rank that caused `error`, or `error` if none shows in time.
 
         A closed connection is seen before the process that closed it is reaped or its reason read,
         and a rank may fail only because its neighbour did.
@@ -112,7 +112,7 @@ class World:
         return diagnosis.find_hung(self.monitor, step, self.step_timeout_s)
 
     def wait_for(self, state: State, timeout_s: float) -> None:
-        """Returns once every other rank has said this state, JOINED or READY.
+        """Waits until every other rank has reported this state, JOINED or READY.
 
         Raises:
             RankError: a rank failed or ended, or did not get there in time.
@@ -127,24 +127,25 @@ class World:
             self.check()
             if time.monotonic() > deadline:
                 names = ", ".join(map(str, missing))
+                lacks = "has not joined" if state == State.JOINED else "is not ready"
                 raise RankLostError(
-                    f"rank {names} of {self.world_size} is not {state} after {timeout_s:.0f} s; "
-                    "see whether the launcher started it",
+                    f"rank {names} of {self.world_size} {lacks} after {timeout_s:.0f} s; "
+                    "check that the launcher started it",
                     missing[0],
                 )
             time.sleep(POLL_S / 5)
 
     def wait_for_order(self) -> int:
-        """The next generation, on a rank above 0, once rank 0 asks for it; it may already have."""
+        """Waits, on a rank above 0, for rank 0's order to regroup; returns the generation."""
         self._order.wait()
         self._order.clear()
         return self.ordered
 
     def watch(self, address: str, timeout_s: float) -> None:
-        """Begins the heartbeats of a rank above 0; from now on it ends when rank 0 is gone.
+        """Begins the heartbeats of a rank above 0; without rank 0 this process ends from now on.
 
         Raises:
-            RankError: rank 0 is not there.
+            RankError: rank 0 cannot be reached.
         """
         try:
             self.pulse = Pulse(
@@ -165,7 +166,7 @@ class World:
         self._end(timeout_s, on_purpose=True)
 
     def kill(self) -> None:
-        """Ends the started ranks at once, for when they cannot be asked to end any more.
+        """Ends the started ranks at once, when they can no longer be asked to end.
 
         Ranks of a launcher see the closed connection and end by themselves.
         """
@@ -189,7 +190,7 @@ class World:
             self.abort()
 
     def _leave_without_rank_0(self, why: str) -> None:
-        """Ends this process soon, whatever it waits for: without rank 0 there is nothing to do."""
+        """Ends this process soon, whatever it waits for: without rank 0 it has no purpose."""
 
         def leave() -> None:
             if not self._closed.wait(BYE_S if self.pulse and self.pulse.ending else LEAVE_S):

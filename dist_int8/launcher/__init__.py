@@ -1,1 +1,1 @@
-"""How processes of ours begin and end: a supervisor of ranks, one rank, and SIGTERM."""
+"""How our processes begin and end: supervisor, one rank, signals and log output."""

@@ -1,4 +1,4 @@
-"""SIGTERM to a rank: what runs gets its answer, then everything ends with exit code 143.
+"""SIGTERM to a rank: running requests finish, then everything ends with exit code 143.
 
 For processes that are all ours: the command line and the ranks above 0. A Python session keeps its
 own handlers, `load()` touches none; `Model.drain` is what it calls if it wants the same.
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def received() -> bool:
-    """Whether SIGTERM came since `drain_on_term`."""
+    """Whether SIGTERM was received since `drain_on_term`."""
     return bool(_received)
 
 
@@ -42,7 +42,7 @@ def drain_on_term(drain: Callable[[], object]) -> None:
 
 
 def leave_term_to_rank_0(drain_timeout_s: float) -> None:
-    """A rank above 0 serves on after SIGTERM, so that rank 0 can drain, but not for ever.
+    """Lets a rank above 0 serve on after SIGTERM while rank 0 drains, for a limited time.
 
     To be called in the main thread.
     """
@@ -55,7 +55,7 @@ def leave_term_to_rank_0(drain_timeout_s: float) -> None:
 
 
 def end_on_term() -> None:
-    """For a rank that has failed: it serves nobody, so a SIGTERM that came or comes ends it."""
+    """Lets SIGTERM, also one received already, end a rank that has failed."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if received():
         os._exit(EXIT_CODE)

@@ -1,4 +1,4 @@
-"""Starts the ranks of one machine and looks after them: what `dist-int8 launch` runs.
+"""Starts and supervises the ranks of one machine: what `dist-int8 launch` runs.
 
 A thin supervisor. Each rank gets the environment that torchrun and deepspeed would give it, in one
 process group of its own. The first rank that fails ends the others (TERM, then KILL) and its
@@ -32,7 +32,7 @@ def free_port() -> int:
 
 
 def rank_environment(rank: int, num_ranks: int, port: int, num_threads: int) -> dict[str, str]:
-    """What a launcher tells a rank. OMP_NUM_THREADS is ours only where the user set none."""
+    """Environment of a rank. OMP_NUM_THREADS is set only where the user has not set it."""
     return {
         "OMP_NUM_THREADS": str(num_threads),
         **os.environ,
@@ -52,14 +52,14 @@ def launch(
     grace: float = GRACE_SECONDS,
     drain: float = DRAIN_SECONDS,
 ) -> int:
-    """Runs `command` once a rank and waits; the exit code of the first rank that failed, or 0.
+    """Runs `command` once per rank and waits; returns the exit code of the first failure, or 0.
 
     A rank ended by signal N counts as exit code 128 + N, as in a shell.
 
     Args:
         command: program and arguments.
-        num_ranks: how often.
-        grace: seconds between TERM and KILL for ranks that have nothing to do any more.
+        num_ranks: number of processes.
+        grace: seconds between TERM and KILL for ranks that have no work left.
         drain: seconds that the first rank gets to end after a TERM to the supervisor; the others
             then have the grace.
     """
@@ -121,7 +121,7 @@ def _supervise(
 
 
 def _die_with(supervisor: int) -> Callable[[], None]:
-    """Runs in the child before exec: the kernel shall kill it when the supervisor dies."""
+    """Runs in the child before exec: the kernel kills it when the supervisor dies."""
     die_with_parent = signals.prepare_death_with_parent()
 
     def ask_kernel() -> None:
@@ -146,7 +146,7 @@ def _wait(
     received: Sequence[int] = (),
     for_all: bool = True,
 ) -> None:
-    """Until all, or one, have ended, so many seconds at most, or until a second signal has come."""
+    """Waits until all ranks, or one, have ended, `seconds` have passed or a second signal came."""
     deadline = time.monotonic() + seconds
     until = any if for_all else all
     while until(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
@@ -156,7 +156,7 @@ def _wait(
 
 
 def _signal(ranks: Sequence[subprocess.Popen[bytes]], signum: int) -> None:
-    """To the whole group of each rank that lives, so that what a rank started ends too."""
+    """Signals the process group of each living rank, so that what it started ends too."""
     for rank in ranks:
         if rank.poll() is None:
             os.killpg(rank.pid, signum)

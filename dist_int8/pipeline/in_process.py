@@ -1,9 +1,9 @@
-"""Several stages in one process, a thread each: micro-batches pass by reference, in a ring.
+"""Several stages in one process, one thread per stage: micro-batches pass by reference, in a ring.
 
 For a machine whose GPUs one process drives, without ranks, sockets or NCCL: hidden_states are
 copied from device to device on streams, and the next stage's stream, not its thread, waits for the
-copy. On CPUs nothing is copied at all. Stages share Python's lock, which threads that run kernels
-seldom hold. Same interface as `transport.Transport`.
+copy. On CPUs nothing is copied at all. The stages share the GIL, which threads
+that run kernels rarely hold. Same interface as `transport.Transport`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dist_int8.pipeline.transport import BUFFERS
 
 @dataclass(frozen=True)
 class _Message:
-    """What is passed on; `ready` says when the copy of hidden_states is done, on a GPU."""
+    """A message between stages; on a GPU `ready` is recorded after the copy of hidden_states."""
 
     content: MicroBatch | Result | RankError
     hidden_states: Tensor | None = None
@@ -39,7 +39,7 @@ class InProcessTransport:
     Args:
         stage: number of the stage.
         devices: of all stages.
-        boxes: one a stage, what is to be done there; the first holds results.
+        boxes: one queue per stage with its pending messages; the first one holds results.
         threads: of the stages, on the first one.
     """
 
@@ -60,7 +60,7 @@ class InProcessTransport:
     def send(self, micro_batch: MicroBatch, hidden_states: Tensor | None) -> None:
         """Passes a micro-batch and its hidden_states [T, hidden_size] on, copied by the device.
 
-        Waits while two are waiting there already, so that a fast stage does not run ahead.
+        Blocks while two messages wait there already, so that a fast stage does not run ahead.
         """
         ready = None
         if hidden_states is not None and hidden_states.device != self._target:
@@ -114,7 +114,7 @@ class InProcessTransport:
             thread.join(timeout_s)
 
     def abort(self) -> None:
-        """Nothing to close: whoever waits here is a thread of this process."""
+        """Nothing to close: what waits here is a thread of this process."""
 
     def refuse(self, error: ProtocolError) -> None:
         """Nothing forged comes from this process: a bad message is a mistake of ours."""
@@ -130,7 +130,7 @@ def connect(
 
     Args:
         devices: of each stage.
-        serve: runs a stage until it is told to end; what it raises ends the pipeline.
+        serve: runs a stage until shutdown; an exception that it raises ends the pipeline.
         cores: CPU cores of each stage; empty: any.
     """
     # results are never more than micro-batches in flight, so that the last stage need not wait

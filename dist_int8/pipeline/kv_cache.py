@@ -14,8 +14,8 @@ class KVCache:
 
     Keys are stored transposed, [num_slots, num_kv_heads, head_dim, max_tokens], so that the scores
     of neighbouring positions lie side by side; values are [num_slots, num_kv_heads, max_tokens,
-    head_dim]. In int8 they lie the same way, with an fp32 scale a token and head. Memory starts as
-    zeros: a masked position contributes 0 * 0, never 0 * NaN.
+    head_dim]. In int8 the layout is the same, with an fp32 scale per token and head. Memory starts
+    as zeros: a masked position contributes 0 * 0, never 0 * NaN.
     """
 
     def __init__(

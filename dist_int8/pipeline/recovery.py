@@ -1,9 +1,9 @@
-"""Going on after a rank was lost: rank 0 starts it again, and the others meet it anew.
+"""Recovery after a rank was lost: rank 0 restarts it, and the ranks form new process groups.
 
-Ranks that live keep their weights: they drop their connections, wait for rank 0's word and form new
-process groups, under a new generation. Should that fail, the next attempt starts every rank above 0
-again. The engine then replays what was running from its tokens. Only for ranks that `load()`
-started itself: those of a launcher are the launcher's to start.
+Ranks that survive keep their weights: they drop their connections, wait for rank 0's order and form
+new process groups, under a new generation. Should that fail, the next attempt restarts every rank
+above 0. The engine then replays the running sequences from their tokens. Only for ranks that
+`load()` started itself: ranks of a launcher are restarted by the launcher.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from dist_int8.pipeline.transport import Transport
 
 @dataclass(frozen=True)
 class Links:
-    """How this rank is connected, and how it can be again.
+    """How this rank is connected, and how it reconnects.
 
     Attributes:
         world: the ranks.
-        connect: makes the links to the neighbours of the world's present groups.
+        connect: opens the links to the neighbours in the current process groups.
         uses_nccl: whether hidden states travel over NCCL.
         rendezvous_timeout_s: within which ranks must have joined.
         load_timeout_s: within which stages must be ready.
@@ -56,12 +56,12 @@ class Recovery:
         self._log = RankLogger(__name__, rank=0)
 
     def restore(self, pipeline: Pipeline, error: RankError) -> None:
-        """Makes the pipeline work again after a rank was lost, or raises.
+        """Restores the pipeline after a rank was lost, or raises.
 
-        What was under way in it is lost. A warning in the log says what happened.
+        What was in flight is lost. A warning in the log says what happened.
 
         Raises:
-            RankError: the error itself or, where starting again failed, that error; max_recoveries
+            RankError: the error itself or, where a restart failed, its error, once max_recoveries
                 are spent.
         """
         world = self.links.world
@@ -79,11 +79,11 @@ class Recovery:
                 world.wait_for(State.READY, self.links.load_timeout_s)
                 pipeline.reconnect(transport)
             except RankError as again:
-                error, lost = world.blame(again), set(world.others)
+                error, lost = world.find_cause(again), set(world.others)
                 continue
-            names = ", ".join(f"{rank}" for rank in sorted(lost))
+            names = ", ".join(map(str, sorted(lost)))
             self._log.warning(
-                "recovery %d of %d: %s; started rank %s again in %.1f s",
+                "recovery %d of %d: %s; restarted rank %s in %.1f s",
                 self.num_recoveries,
                 self.max_recoveries,
                 error,
@@ -94,10 +94,10 @@ class Recovery:
 
 
 def serve_until_shutdown(stage: Stage, links: Links, recover: bool) -> None:
-    """What a rank above 0 does once its stage is built: runs it until rank 0 says SHUTDOWN.
+    """Serves the stage of a rank above 0 until rank 0 sends SHUTDOWN.
 
     Raises:
-        RankError: a neighbour is gone, and nobody recovers.
+        RankError: a neighbour is gone, and `recover` is off.
         ProtocolError: see `serve`.
     """
     world = links.world
@@ -119,4 +119,4 @@ def serve_until_shutdown(stage: Stage, links: Links, recover: bool) -> None:
             met, world.abort = False, None
             world.report(State.LOST, " ".join(str(error).split()))
             if transport is not None:
-                transport.abort()  # so that the neighbours notice too
+                transport.abort()  # so that the neighbours notice as well

@@ -16,9 +16,9 @@ from dist_int8.pipeline.stage import Stage
 from dist_int8.pipeline.trace import Trace
 from dist_int8.pipeline.transport import Transport
 
-WATCH_S = 0.25  # how often rank 0 looks whether the others live while it waits for a result
-JOIN_S = 5.0  # how long rank 0 waits at the end for the last stage to hang up
-HANG_UP_S = 0.5  # the same where it was killed: one that is stopped or cut off never does
+WATCH_S = 0.25  # interval at which rank 0 checks the other ranks while it waits for a result
+JOIN_S = 5.0  # time that rank 0 gives the last stage to close its connection at the end
+HANG_UP_S = 0.5  # the same after a kill: a rank that is stopped or cut off never closes it
 
 
 class Pipeline:
@@ -37,11 +37,11 @@ class Pipeline:
         self.world = world
         self.transport = transport
         self.trace = Trace()
-        self._under_way: deque[int] = deque()  # steps that were submitted, results to come
+        self._in_flight: deque[int] = deque()  # steps submitted whose result has not come
         self._results: deque[Result] = deque()
 
     def submit(self, micro_batch: MicroBatch) -> None:
-        """Runs stage 0 on a micro-batch and hands it on; its Result comes from `result` later.
+        """Runs stage 0 on a micro-batch and sends it on; `result` returns its Result later.
 
         Raises:
             RankError: the next rank is gone.
@@ -50,7 +50,7 @@ class Pipeline:
         kind = schedule.DECODE if decodes else schedule.PREFILL
         self.trace.submitted(micro_batch.step, kind, micro_batch.lane, micro_batch.num_tokens)
         output = _timed(self.stage, micro_batch, None)
-        self._under_way.append(micro_batch.step)
+        self._in_flight.append(micro_batch.step)
         if isinstance(output, Result):
             self._results.append(output)
             return
@@ -58,10 +58,10 @@ class Pipeline:
         try:
             self.transport.send(micro_batch, output)
         except RankError as error:
-            raise self.world.blame(error) from None
+            raise self.world.find_cause(error) from None
 
     def result(self, wait: bool = True) -> Result | None:
-        """The next Result, in the order of submission; None if not `wait` and none is there.
+        """Returns the next Result in the order of submission; None if not `wait` and none has come.
 
         Raises:
             RankError: a rank ended, failed or fell silent, or no result came within step_timeout.
@@ -73,7 +73,7 @@ class Pipeline:
             try:
                 received = self.transport.next_result(WATCH_S if wait else 0.0)
             except RankError as error:
-                raise self.world.blame(error) from None
+                raise self.world.find_cause(error) from None
             if received is not None:
                 self._take(self.transport, received)
             elif not wait:
@@ -81,32 +81,32 @@ class Pipeline:
             else:
                 self.check()
                 if time.monotonic() > deadline:
-                    raise self.world.hung(self._under_way[0])
-        self._under_way.popleft()
+                    raise self.world.hung(self._in_flight[0])
+        self._in_flight.popleft()
         done = self._results.popleft()
         self.trace.finished(done.spans)
         return done
 
     def _take(self, transport: Transport | InProcessTransport, received: Result) -> None:
-        """Keeps a result, unless it answers nothing that was asked."""
-        asked = self._under_way[0] if self._under_way else None
-        if received.step == asked:
+        """Keeps the result of the oldest step in flight; refuses any other."""
+        expected = self._in_flight[0] if self._in_flight else None
+        if received.step == expected:
             self._results.append(received)
         else:
-            transport.refuse(ProtocolError(f"result: step must be {asked}, got {received.step}"))
+            transport.refuse(ProtocolError(f"result: step must be {expected}, got {received.step}"))
 
     def check(self) -> None:
         """Raises RankError, naming the rank and its reason, if one failed, ended or fell silent."""
         try:
             self.world.check()
         except RankError as error:
-            raise self.world.blame(error) from None
+            raise self.world.find_cause(error) from None
 
     def reconnect(self, transport: Transport) -> None:
-        """Goes on with other links; what was under way is forgotten."""
+        """Continues over new links; what was in flight is dropped."""
         self.transport = transport
         self._results.clear()
-        self._under_way.clear()
+        self._in_flight.clear()
         self.trace.forget_submitted()
 
     def close(self) -> None:
@@ -128,7 +128,7 @@ class Pipeline:
 
 
 def _timed(stage: Stage, micro_batch: MicroBatch, hidden_states: Tensor | None) -> Tensor | Result:
-    """Runs the stage and notes when, on what travels on."""
+    """Runs the stage and appends the time span to what travels on."""
     started = time.time_ns()
     output = stage.run(micro_batch, hidden_states)
     micro_batch.spans.append((started, time.time_ns()))
@@ -138,11 +138,11 @@ def _timed(stage: Stage, micro_batch: MicroBatch, hidden_states: Tensor | None) 
 
 
 def serve(stage: Stage, transport: Transport | InProcessTransport, world: World) -> None:
-    """Runs what the rank before sends until it says SHUTDOWN.
+    """Runs what the previous rank sends until it sends SHUTDOWN.
 
     Raises:
         RankError: a neighbour is gone.
-        ProtocolError: with NCCL, the rank before sent something else than a micro-batch.
+        ProtocolError: with NCCL, the previous rank sent something other than a micro-batch.
     """
     while True:
         micro_batch, hidden_states = transport.next()

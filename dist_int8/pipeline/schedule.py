@@ -35,20 +35,20 @@ class Action:
 
 
 def in_flight_limit(num_stages: int, num_micro_batches: int) -> int:
-    """Most micro-batches to have between submission and result: one a stage and one waiting.
+    """Returns the maximum number of micro-batches in flight: one per stage and one waiting.
 
     More would only queue in front of a stage; fewer would leave a stage idle while a result
-    travels back: P + 1 for P stages is what keeps them busy in practice.
+    travels back: P + 1 for P stages keeps them busy in practice.
     """
     return 1 if num_stages == 1 else max(num_micro_batches, num_stages + 1)
 
 
 def prefill_chunk(num_prompt_tokens: int, num_stages: int, smallest: int, largest: int) -> int:
-    """Prompt tokens of one micro-batch when so many are to be prefilled.
+    """Returns the prompt tokens per micro-batch when `num_prompt_tokens` are to be prefilled.
 
     n chunks keep P stages busy n / (n + P - 1) of the time (GPipe's bubble, Huang et al. 2019): 4 P
-    chunks lose about a fifth at most, where so many are not smaller than `smallest`, below which a
-    chunk costs as much time as a longer one. One stage gains nothing from cutting.
+    chunks lose at most about a fifth. Chunks are never shorter than `smallest`, below which a chunk
+    takes as long as a longer one. One stage gains nothing from cutting.
     """
     if num_stages == 1:
         return largest
@@ -58,11 +58,11 @@ def prefill_chunk(num_prompt_tokens: int, num_stages: int, smallest: int, larges
 def build(
     num_stages: int, num_micro_batches: int, num_prefill_chunks: int = 1, num_decode_steps: int = 2
 ) -> list[list[Action | None]]:
-    """The grid [clock][stage] of actions (None is an idle stage) when every action takes one clock.
+    """Builds the grid [clock][stage] of actions, None for an idle stage; an action takes one clock.
 
-    Stage 0 takes the ready micro-batch that waited longest. A prefill chunk is ready as soon as the
-    chunk before it was submitted, and goes before other prefills but after who decodes; a decode
-    step is ready when the last stage finished the step before it.
+    Stage 0 takes the ready micro-batch that has waited longest. A prefill chunk is ready as soon as
+    the previous chunk was submitted, and goes before other prefills but after decode steps; a
+    decode step is ready when the last stage has finished the previous one.
     """
     for name, value, least in (
         ("num_stages", num_stages, 1),
@@ -104,7 +104,7 @@ def build(
 
 
 def draw(grid: list[list[Action | None]]) -> str:
-    """The grid as text: a line a stage, a column a clock."""
+    """Draws the grid as text: one line per stage, one column per clock."""
     num_stages = len(grid[0])
     width = max(len(str(action)) for row in grid for action in row if action) + 2
     lines = ["clock   " + "".join(f"{clock:>{width}}" for clock in range(len(grid)))]
@@ -115,5 +115,5 @@ def draw(grid: list[list[Action | None]]) -> str:
 
 
 def utilisation(grid: list[list[Action | None]]) -> list[float]:
-    """Share of clocks each stage is busy, in [0, 1]."""
+    """Returns the share of clocks in which each stage is busy, in [0, 1]."""
     return [sum(row[s] is not None for row in grid) / len(grid) for s in range(len(grid[0]))]

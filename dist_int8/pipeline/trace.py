@@ -54,7 +54,7 @@ class Trace:
 
     @property
     def last_step(self) -> int:
-        """Of the newest record; 0 if there is none."""
+        """Step of the newest record; 0 if there is none."""
         return self.records[-1].step if self.records else 0
 
     def utilisation(self, since: int = 0) -> list[float]:
@@ -62,11 +62,11 @@ class Trace:
         return utilisation(self.since(since))
 
     def save(self, path: str | Path, since: int = 0) -> None:
-        """Writes what came after `since` as a trace that chrome://tracing and Perfetto open."""
+        """Writes what was submitted after `since` as a trace for chrome://tracing and Perfetto."""
         Path(path).write_text(json.dumps(chrome(self.since(since))))
 
     def forget_submitted(self) -> None:
-        """What is under way will not finish."""
+        """Drops what was submitted and will not finish."""
         self._submitted.clear()
 
     def since(self, step: int) -> list[Record]:
@@ -96,10 +96,10 @@ def utilisation(
 
 
 def steady(records: list[Record]) -> tuple[list[Record], int, int]:
-    """The longest time in which everybody only decoded: its records, begin and end.
+    """Returns the longest period of pure decoding: its records, begin and end.
 
-    It begins when the last stage takes up the first of them and ends when stage 0 is done with the
-    last, so that filling and draining the pipeline do not count. Nothing decoded: ([], 0, 0).
+    It begins when the last stage starts the first of them and ends when stage 0 finishes the last,
+    so that filling and draining the pipeline do not count. Nothing decoded: ([], 0, 0).
     """
     longest: list[Record] = []
     for kind, group in groupby(records, key=lambda record: record.kind):
@@ -114,9 +114,9 @@ def steady(records: list[Record]) -> tuple[list[Record], int, int]:
 def chrome(records: list[Record]) -> dict[str, Any]:
     """The records in the trace event format that chrome://tracing and Perfetto read.
 
-    A track a stage with a slice a micro-batch (`D1` is a decode step of lane 1), and between stages
-    a slice from the end on one to the start on the next, transfer and waiting; an arrow ties them.
-    Transfers overlap, which slices of a track must not, so they are asynchronous ones.
+    One track per stage with one slice per micro-batch (`D1` is a decode step of lane 1). Between
+    stages an asynchronous slice, since transfers may overlap, spans transfer and waiting, from the
+    end on one stage to the start on the next; an arrow connects the two.
     """
     events: list[dict[str, Any]] = []
     if not records:

@@ -40,7 +40,7 @@ ABORT_TAG = 2
 ENDS_S = 5.0  # for a thread to end once its connections are closed
 HEADER_BYTES = 8 * wire.HEADER_SIZE
 END_BYTES = 8
-REFUSALS_SAID = 32  # later ones are said at every doubling
+REFUSALS_LOGGED = 32  # later ones are said at every doubling
 
 
 class Transport:
@@ -149,7 +149,7 @@ class Transport:
             self._wait_for_oldest()
 
     def abort(self) -> None:
-        """Closes the connections to both neighbours: whoever waits for them here gets RankError.
+        """Closes the connections to both neighbours: what waits on them here gets RankError.
 
         gloo closes a connection when an operation on it times out, and has no other way to.
         """
@@ -159,7 +159,7 @@ class Transport:
                 work = self._groups["cpu"].recv([nothing], peer, ABORT_TAG)
                 work.wait(timedelta(milliseconds=1))
         with suppress(queue.Empty):
-            while True:  # the receiving thread shall not wait for room
+            while True:  # the receiving thread must not wait for room
                 self._received.get_nowait()
 
     def join(self, timeout_s: float) -> None:
@@ -218,7 +218,7 @@ class Transport:
         """Logs that a message was dropped, and why."""
         self.num_refused += 1
         count = self.num_refused
-        if count <= REFUSALS_SAID or count & (count - 1) == 0:  # a flood shall not fill the log
+        if count <= REFUSALS_LOGGED or count & (count - 1) == 0:  # a flood must not fill the log
             self._log.warning("refused message %d from rank %d: %s", count, self.source, error)
 
     def _post_receive(self) -> None:

@@ -20,7 +20,7 @@ from dist_int8.pipeline.microbatch import SAMPLING_FIELDS, Kind, Limits, MicroBa
 HEADER_SIZE = 16
 MAGIC = 0x6473745F696E7438  # "dst_int8"
 VERSION = 1
-MAX_STAGES = 256  # spans of a message at most
+MAX_STAGES = 256  # maximum number of spans in a message
 LEAST_TEMPERATURE = 1e-3  # as of the settings of a generation
 
 
@@ -54,7 +54,7 @@ def _header(*fields: int) -> Tensor:
 
 
 def end_mark(header: Tensor) -> Tensor:
-    """int64 [1] that ends the message of this header: MAGIC ^ step, another one for every step."""
+    """Returns int64 [1], the end mark of a message: MAGIC ^ step, different for every step."""
     return header[:1] ^ header[4:5]
 
 
@@ -87,7 +87,7 @@ def control_size(header: Tensor, limits: Limits) -> int:
 
 
 def max_control_size(limits: Limits) -> int:
-    """Most int64 that a control tensor has."""
+    """Maximum number of int64 in a control tensor."""
     return _control_size(limits.max_rows, limits.num_slots, limits.num_slots, MAX_STAGES)
 
 
@@ -167,7 +167,7 @@ def _check_control(
         if not all(0 <= slot < limits.num_slots for slot in values):
             raise ProtocolError(f"control: slots of {name} must be 0 to {limits.num_slots - 1}")
     if len(set(slots)) != len(slots):
-        raise ProtocolError("control: a slot stands in two segments of one micro-batch")
+        raise ProtocolError("control: a slot appears in two segments of one micro-batch")
     for _, start, count in segments:
         if not 1 <= count <= limits.max_tokens:
             raise ProtocolError(f"control: segment counts must be 1 to {limits.max_tokens}")
@@ -205,7 +205,7 @@ def pack_result(result: Result) -> tuple[Tensor, Tensor]:
 
 
 def result_spans_size(header: Tensor) -> int:
-    """Number of int64 of spans behind a result's header.
+    """Number of int64 that the spans after a result's header take.
 
     Raises:
         ProtocolError: the header is not one of this pipeline's.

@@ -115,7 +115,7 @@ def test_lost_stages_are_replaced_and_the_answers_are_the_same(tiny_llama, caplo
         wait_until(lambda: children_of(model).get(1) not in (None, children[1]), 20)
         assert [answer.token_ids for answer in model.generate(PROMPTS, **SAMPLED)] == undisturbed
         said = caplog.text
-        assert "recovery 1 of 3: rank 1" in said and "SIGKILL; started rank 1" in said
+        assert "recovery 1 of 3: rank 1" in said and "SIGKILL; restarted rank 1" in said
         assert "recovery 2 of 3: rank 2 has been silent for 4 s" in said
         with pytest.raises(RankError, match=r"rank 2 .*SIGKILL"):  # three times are enough
             stream_and_hit(model, 5, 2, signal.SIGKILL, PROMPTS, **SAMPLED)

@@ -71,7 +71,7 @@ def test_launched_ranks_meet_and_listen_on_loopback_only():
 def test_a_rank_that_never_joins_is_named(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    with pytest.raises(RankError, match="rank 1, 2 of 3 is not joined after 1 s"):
+    with pytest.raises(RankError, match="rank 1, 2 of 3 has not joined after 1 s"):
         rendezvous.join(Launched(0, 3, 0), False, 1.0)
 
 
