@@ -1,4 +1,4 @@
-"""Micro-batches, what comes back for them, and the sizes that ranks agree on."""
+"""Micro-batches, their results, and the sizes that ranks agree on."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def _no_rows(columns: int, dtype: torch.dtype) -> Tensor:
 
 @dataclass
 class MicroBatch:
-    """The tokens of some sequences, flattened, on their way through the stages once.
+    """Tokens of some sequences, flattened, for one pass through the stages.
 
     Attributes:
         kind: STEP, LOGITS or SHUTDOWN.
         lane: the group of sequences it belongs to.
-        step: counts submissions; results come back in this order.
+        step: number of the submission; results come back in this order.
         token_ids: int64 [T].
         segments: int32 [B, 3], rows (slot, start, count): `count` tokens of the sequence in KV slot
             `slot`, at positions start .. start + count - 1; concatenated in this order.
@@ -78,7 +78,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Limits:
-    """The sizes that every rank of a pipeline agrees on; what exceeds them is no message of it."""
+    """Sizes that every rank of a pipeline agrees on; a message that exceeds them is refused."""
 
     num_slots: int
     max_tokens: int

@@ -3,13 +3,13 @@
 The only user of point-to-point communication. A message is one tensor of bytes: header, control
 data and, between CPU stages, hidden_states; on GPUs hidden_states follow over NCCL, in the same
 order. Two receives are always posted, so a message finds its buffer waiting and leaves the sender
-at once: without, gloo first asks the receiver, and on busy cores the answer waits for a turn of the
-scheduler (8 ms were seen). gloo's own thread fills the buffers while the stage computes. Rank 0,
-which must not wait for a result longer than it decides, has a thread that waits in its place.
+at once: otherwise gloo first asks the receiver, and on busy cores the answer waits for its time
+slice (up to 8 ms were measured). gloo's own thread fills the buffers while the stage computes. On
+rank 0, which must be able to stop waiting for a result, a thread receives.
 
-A message that no rank of this pipeline sends is refused: one line on stderr, and the next one is
-taken. Its last eight bytes depend on its header, so that a truncated message, behind which the
-buffer holds an older one, is refused as well.
+A message that no rank of this pipeline sends is refused: it is logged, and the next one is taken.
+The last eight bytes depend on the header, so that a truncated message, which leaves an older one in
+the rest of the buffer, is refused as well.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ ABORT_TAG = 2
 ENDS_S = 5.0  # for a thread to end once its connections are closed
 HEADER_BYTES = 8 * wire.HEADER_SIZE
 END_BYTES = 8
-REFUSALS_LOGGED = 32  # later ones are said at every doubling
+REFUSALS_LOGGED = 32  # later ones are logged at every doubling
 
 
 class Transport:
-    """This rank's links: from the rank before it, to the rank after it, in a ring.
+    """Links of this rank in the ring: from the previous rank and to the next.
 
     Args:
         world: this rank's place and groups; the ring is 0 -> 1 -> ... -> world_size - 1 -> 0.
@@ -85,7 +85,7 @@ class Transport:
         try:
             for _ in range(BUFFERS):
                 self._post_receive()
-        except (RuntimeError, dist.DistError) as error:  # it failed while loading its stage
+        except (RuntimeError, dist.DistError) as error:  # that rank failed while loading its stage
             raise self._lost_source(error) from None
         self._thread: threading.Thread | None = None
         if world.rank == 0:
@@ -117,7 +117,7 @@ class Transport:
 
         Raises:
             RankError: the connection to the rank before this one is gone.
-            ProtocolError: with NCCL, that rank sent something that is no message of this pipeline.
+            ProtocolError: with NCCL, that rank sent something other than a message of this pipeline.
         """
         while True:
             try:
@@ -144,7 +144,7 @@ class Transport:
         raise self._lost_source(item)
 
     def flush(self) -> None:
-        """Returns when everything sent has left."""
+        """Waits until everything sent has left."""
         while self._sent:
             self._wait_for_oldest()
 

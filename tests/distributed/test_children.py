@@ -22,7 +22,7 @@ def children(tmp_path):
     made.end_all(0.0)
 
 
-def test_how_a_child_ended(children):
+def test_the_end_of_a_child_is_described(children):
     children[1].wait()
     assert children.describe_end(1) == "ended with exit code 3"
     assert children.describe_end(2) is None and children.await_end(2) is None
@@ -31,7 +31,7 @@ def test_how_a_child_ended(children):
     assert children.await_end(2) == "died with signal SIGTERM"
 
 
-def test_the_end_of_all(children):
+def test_end_all_leaves_no_child_and_no_folder(children):
     folder, processes = children.folder, list(children.values())
     children.end_all(0.2)  # one of them does not end by itself
     assert not children and not folder.exists() and children.folder is None

@@ -60,7 +60,7 @@ def test_a_rank_that_cannot_load_its_stage_says_why(tiny_llama, tmp_path):
         dist_int8.load(folder, devices=["cpu", "cpu"], **OPTIONS)
 
 
-def test_everybody_who_waits_hears_which_rank_was_stopped(tiny_llama):
+def test_every_waiting_caller_is_told_which_rank_was_stopped(tiny_llama):
     model = dist_int8.load(tiny_llama, devices=["cpu"] * 3, step_timeout=3.0, **OPTIONS)
     children = list(children_of(model).values())
     errors = []
@@ -144,7 +144,7 @@ def test_draining_lets_answers_that_run_end(tiny_llama):
     assert not any(is_running(child.pid) for child in children)
 
 
-def test_draining_has_an_end(tiny_llama):
+def test_draining_stops_after_its_timeout(tiny_llama):
     model = dist_int8.load(tiny_llama, devices=["cpu"] * 2, **OPTIONS)
     stream = model.generate(PROMPTS * 30, stream=True, max_new_tokens=100)
     next(stream)

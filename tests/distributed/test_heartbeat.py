@@ -75,7 +75,7 @@ def test_a_closed_connection_is_told_from_a_goodbye(monitor, pulse_of):
     assert (raised.value.rank, raised.value.stage) == (2, 2)
 
 
-def test_rank_0_is_missed(monitor, pulse_of):
+def test_a_rank_notices_that_rank_0_is_gone(monitor, pulse_of):
     _, seen = pulse_of(1)
     monitor.close()
     wait_until(lambda: seen == ["rank 0 is gone"])
@@ -117,7 +117,7 @@ def test_the_stage_that_hangs_is_the_first_that_did_not_pass_the_step_on(
 
 
 @pytest.mark.parametrize("forged", ["noise", "token", "rank", "size", "kind", "nothing"])
-def test_strangers_are_hung_up_on_and_the_others_stay(monitor, pulse_of, forged):
+def test_unidentified_connections_are_closed_and_joined_ranks_stay(monitor, pulse_of, forged):
     pulse, _ = pulse_of(1)
     host, port, token = monitor.address.split()
     with socket.create_connection((host, int(port))) as stranger:

@@ -48,7 +48,7 @@ def test_on_one_node_the_ranks_meet_on_loopback():
         {"SLURM_STEP_TASKS_PER_NODE": "1"},  # srun --pty of a shell
     ],
 )
-def test_what_is_no_task_of_ours_is_left_alone(change):
+def test_an_environment_that_is_no_srun_task_is_left_alone(change):
     assert slurm.as_launcher(STEP | change) == {}
 
 

@@ -102,7 +102,7 @@ LAUNCHERS = {
 }
 
 
-def test_the_audit_sees_what_is_open_to_others():
+def test_the_socket_audit_finds_listeners_on_other_interfaces():
     with socket.socket() as tcp, socket.socket(socket.AF_INET6) as tcp6:
         tcp.bind(("0.0.0.0", 0))
         tcp.listen()

@@ -61,7 +61,7 @@ def test_same_text_under_every_launcher(tiny_llama, expected, launcher):
         assert answer.stdout == expected
 
 
-def test_a_mistake_is_said_once(tmp_path):
+def test_an_error_is_printed_once_for_all_ranks(tmp_path):
     command = [*LAUNCHERS["launch generate"], *flags(tmp_path / "none")]
     answer = subprocess.run(
         command, capture_output=True, text=True, check=False, env=environment(), cwd=ROOT

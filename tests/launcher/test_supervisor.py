@@ -106,7 +106,7 @@ def test_environment_of_the_ranks(tmp_path):
     assert lines == [[str(r), str(r), "3", "3", "127.0.0.1", "lo"] for r in range(3)]
 
 
-def test_all_ranks_end_well(start):
+def test_the_exit_code_is_0_when_every_rank_succeeds(start):
     supervisor = start("end")
     assert supervisor.wait(20) == 0
     assert supervisor.stderr.read() == ""

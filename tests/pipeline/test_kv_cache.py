@@ -30,11 +30,11 @@ def test_layers_do_not_share_memory():
     assert cache.layer(0)[0].dtype == torch.bfloat16
 
 
-def test_bytes():
+def test_num_bytes_counts_every_cache():
     assert make().num_bytes() == 3 * 2 * (2 * 4 * 8 * 16) * 4
 
 
-def test_int8_has_a_scale_a_token_and_head():
+def test_int8_has_one_scale_per_token_and_head():
     cache = KVCache(3, 2, 4, 8, 16, torch.bfloat16, torch.device("cpu"), int8=True)
     key, value = cache.layer(2)
     assert key.values.shape == (2, 4, 8, 16) and value.values.shape == (2, 4, 16, 8)

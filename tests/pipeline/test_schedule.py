@@ -57,7 +57,7 @@ def test_one_micro_batch_uses_one_stage_at_a_time():
     assert schedule.utilisation(grid) == [0.25] * 4
 
 
-def test_every_micro_batch_visits_every_stage_in_order_once_a_step():
+def test_every_micro_batch_visits_every_stage_in_order_once_per_step():
     grid = schedule.build(3, 4, num_prefill_chunks=2, num_decode_steps=3)
     for micro_batch in range(4):
         for stage in range(3):

@@ -50,7 +50,7 @@ def test_the_steady_time_is_the_longest_of_decoding_alone():
     assert steady(list(trace.records)[:1]) == ([], 0, 0) and utilisation(*steady([])) == []
 
 
-def test_the_chrome_trace_has_a_slice_a_stage_and_an_arrow_a_transfer(tmp_path):
+def test_the_chrome_trace_has_one_slice_per_stage_and_one_arrow_per_transfer(tmp_path):
     trace = two_micro_batches()
     trace.save(tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
