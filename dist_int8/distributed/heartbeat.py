@@ -4,8 +4,8 @@ Both ends send one beat per second, whatever the rank computes or waits for. A k
 connections of a process that ends, which the other end sees at once; a process that was stopped, or
 whose link was cut, falls silent. A beat of a rank above 0 carries the last micro-batch that
 arrived and the last that left, so that rank 0 can tell a stage that hangs from those that wait for
-it. States ("ready", "failed: why", "lost: which neighbour") and rank 0's orders go the same way. The
-store of the rendezvous is not used again: its calls block when a link is cut.
+it. States ("ready", "failed: why", "lost: which neighbour") and rank 0's orders go the same way.
+The store of the rendezvous is not used again: its calls block when a link is cut.
 
 A message is a fixed header and at most MAX_PAYLOAD bytes; a peer that sends anything else, or does
 not know the token from the store, is disconnected. Rank 0's end is `monitor`. No torch here.

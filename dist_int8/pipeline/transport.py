@@ -117,7 +117,7 @@ class Transport:
 
         Raises:
             RankError: the connection to the rank before this one is gone.
-            ProtocolError: with NCCL, that rank sent something other than a message of this pipeline.
+            ProtocolError: with NCCL, that rank sent no message of this pipeline.
         """
         while True:
             try:
