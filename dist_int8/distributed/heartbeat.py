@@ -22,7 +22,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from enum import IntEnum
 
-from dist_int8.distributed.states import Report
+from dist_int8.distributed.states import StateReport
 from dist_int8.errors import ProtocolError
 
 BEAT_S = 1.0
@@ -34,7 +34,7 @@ RANK = struct.Struct("!I")
 _MAGIC = 0x64386862  # "d8hb"
 
 
-class Kind(IntEnum):
+class BeatKind(IntEnum):
     """What a message is."""
 
     HELLO = 1  # token and rank: the first message of a rank above 0
@@ -55,13 +55,13 @@ class Link:
         self._buffer = b""
         self._lock = threading.Lock()
 
-    def send(self, kind: Kind, payload: bytes = b"", generation: int = 0) -> None:
+    def send(self, kind: BeatKind, payload: bytes = b"", generation: int = 0) -> None:
         """Hands a message to the kernel; one that it cannot take or deliver shows as silence."""
         message = _HEADER.pack(_MAGIC, kind, len(payload), generation) + payload
         with self._lock, suppress(OSError):
             self.connection.send(message)
 
-    def receive(self) -> list[tuple[Kind, int, bytes]] | None:
+    def receive(self) -> list[tuple[BeatKind, int, bytes]] | None:
         """(kind, generation, payload) of what has arrived; None when the other end has closed.
 
         Raises:
@@ -80,12 +80,12 @@ class Link:
         messages = []
         while len(self._buffer) >= _HEADER.size:
             magic, kind, size, generation = _HEADER.unpack_from(self._buffer)
-            if magic != _MAGIC or not 1 <= kind <= len(Kind) or size > MAX_PAYLOAD:
+            if magic != _MAGIC or not 1 <= kind <= len(BeatKind) or size > MAX_PAYLOAD:
                 raise ProtocolError("heartbeat: a message that no rank sends")
             end = _HEADER.size + size
             if len(self._buffer) < end:
                 break
-            messages.append((Kind(kind), generation, self._buffer[_HEADER.size : end]))
+            messages.append((BeatKind(kind), generation, self._buffer[_HEADER.size : end]))
             self._buffer = self._buffer[end:]
         return messages
 
@@ -190,17 +190,17 @@ class Pulse(Beating):
         self._on_order = on_order
         self._on_loss = on_loss
         self._selector.register(connection, selectors.EVENT_READ)
-        self.link.send(Kind.HELLO, bytes.fromhex(token) + RANK.pack(rank))
+        self.link.send(BeatKind.HELLO, bytes.fromhex(token) + RANK.pack(rank))
         self._thread.start()
 
-    def say(self, report: Report, generation: int) -> None:
+    def say(self, report: StateReport, generation: int) -> None:
         """Tells rank 0 a state; a long reason is cut."""
         text = str(report).encode()[:MAX_PAYLOAD].decode(errors="ignore").encode()
-        self.link.send(Kind.STATE, text, generation)
+        self.link.send(BeatKind.STATE, text, generation)
 
     def say_bye(self) -> None:
         """Tells rank 0 that this rank is done."""
-        self.link.send(Kind.BYE)
+        self.link.send(BeatKind.BYE)
 
     def _read(self, key: selectors.SelectorKey) -> None:
         try:
@@ -212,9 +212,9 @@ class Pulse(Beating):
             self._lose("rank 0 is gone")
             return
         for kind, generation, _ in messages:
-            if kind == Kind.REGROUP:
+            if kind == BeatKind.REGROUP:
                 self._on_order(generation)
-            elif kind == Kind.BYE:
+            elif kind == BeatKind.BYE:
                 self.ending = True
 
     def _lose(self, why: str) -> None:
@@ -225,7 +225,7 @@ class Pulse(Beating):
         self.link.heard += seconds
 
     def _beat(self) -> None:
-        self.link.send(Kind.BEAT, BEAT.pack(self.received, self.done))
+        self.link.send(BeatKind.BEAT, BEAT.pack(self.received, self.done))
 
     def _look(self) -> None:
         if time.monotonic() - self.link.heard > self._silence_s:

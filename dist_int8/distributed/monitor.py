@@ -12,8 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from dist_int8.distributed.heartbeat import BEAT, RANK, TOKEN_BYTES, Beating, Kind, Link
-from dist_int8.distributed.states import Report, State
+from dist_int8.distributed.heartbeat import BEAT, RANK, TOKEN_BYTES, Beating, BeatKind, Link
+from dist_int8.distributed.states import State, StateReport
 from dist_int8.errors import ProtocolError
 
 MAX_UNIDENTIFIED = 64  # connections that have not identified themselves
@@ -32,7 +32,7 @@ class Peer:
     """
 
     link: Link | None = None
-    report: Report = field(default_factory=Report)
+    report: StateReport = field(default_factory=StateReport)
     received: int = 0
     done: int = 0
     gone: bool = False
@@ -88,9 +88,9 @@ class Monitor(Beating):
         with suppress(OSError):
             self._wake.send(b"\0")  # the thread must select on the listener too
         for peer in self.peers.values():
-            peer.report, peer.received, peer.done = Report(), 0, 0
+            peer.report, peer.received, peer.done = StateReport(), 0, 0
             if peer.link is not None:
-                peer.link.send(Kind.REGROUP, generation=self.generation)
+                peer.link.send(BeatKind.REGROUP, generation=self.generation)
         self._noticed = False
         return self.address
 
@@ -98,7 +98,7 @@ class Monitor(Beating):
         """Tells every rank that the connection will be closed on purpose."""
         for peer in self.peers.values():
             if peer.link is not None:
-                peer.link.send(Kind.BYE)
+                peer.link.send(BeatKind.BYE)
 
     def _listen(self) -> str:
         """Listens on a free port; returns "host port token" for the ranks that are to join."""
@@ -150,28 +150,28 @@ class Monitor(Beating):
             self._unidentified.add(link)
             self._selector.register(connection, selectors.EVENT_READ, link)
 
-    def _take(self, link: Link, kind: Kind, generation: int, payload: bytes) -> None:
+    def _take(self, link: Link, kind: BeatKind, generation: int, payload: bytes) -> None:
         if link in self._unidentified:
             self._greet(link, kind, payload)
             return
         peer = next(peer for peer in self.peers.values() if peer.link is link)
-        if kind == Kind.BYE:
+        if kind == BeatKind.BYE:
             peer.ended = True
-        elif kind == Kind.BEAT:
+        elif kind == BeatKind.BEAT:
             peer.received, peer.done = BEAT.unpack(payload)
-        elif kind == Kind.STATE and generation == self.generation:
-            peer.report = Report.parse(payload.decode())
-        elif kind != Kind.STATE:
+        elif kind == BeatKind.STATE and generation == self.generation:
+            peer.report = StateReport.parse(payload.decode())
+        elif kind != BeatKind.STATE:
             raise ProtocolError(f"heartbeat: kind {kind} is sent by rank 0 only")
 
-    def _greet(self, link: Link, kind: Kind, payload: bytes) -> None:
-        if kind != Kind.HELLO or payload[:TOKEN_BYTES] != self._token:
+    def _greet(self, link: Link, kind: BeatKind, payload: bytes) -> None:
+        if kind != BeatKind.HELLO or payload[:TOKEN_BYTES] != self._token:
             raise ProtocolError("heartbeat: the token is not of this pipeline")
         (rank,) = RANK.unpack(payload[TOKEN_BYTES:])
         if rank not in self.peers or self.peers[rank].link is not None:
             raise ProtocolError(f"heartbeat: rank {rank} has joined already")
         self._unidentified.discard(link)
-        self.peers[rank] = Peer(link, Report(State.JOINED))
+        self.peers[rank] = Peer(link, StateReport(State.JOINED))
         if all(peer.link is not None for peer in self.peers.values()):
             self._stop_listening()
 
@@ -189,7 +189,7 @@ class Monitor(Beating):
     def _beat(self) -> None:
         for peer in self.peers.values():
             if peer.link is not None:
-                peer.link.send(Kind.BEAT, BEAT.pack(0, 0), self.generation)
+                peer.link.send(BeatKind.BEAT, BEAT.pack(0, 0), self.generation)
 
     def _look(self) -> None:
         if self._noticed or self.on_loss is None:

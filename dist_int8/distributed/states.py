@@ -19,7 +19,7 @@ class State(StrEnum):
 
 
 @dataclass(frozen=True)
-class Report:
+class StateReport:
     """A state and its reason, as they travel: "ready", "failed: out of memory"."""
 
     state: State = State.UNKNOWN
@@ -29,7 +29,7 @@ class Report:
         return f"{self.state.value}: {self.reason}" if self.reason else self.state.value
 
     @classmethod
-    def parse(cls, text: str) -> Report:
+    def parse(cls, text: str) -> StateReport:
         """The report of this text. Raises ProtocolError for one that no rank sends."""
         name, _, reason = text.partition(": ")
         try:

@@ -14,7 +14,7 @@ from dist_int8.distributed.children import Children
 from dist_int8.distributed.heartbeat import Pulse
 from dist_int8.distributed.logs import RankLogger
 from dist_int8.distributed.monitor import Monitor
-from dist_int8.distributed.states import Report, State
+from dist_int8.distributed.states import State, StateReport
 from dist_int8.errors import RankError, RankLostError
 
 SHUTDOWN_TIMEOUT_S = 5.0
@@ -64,7 +64,7 @@ class World:
     def report(self, state: State, reason: str = "") -> None:
         """Tells rank 0 this rank's state, and why where it failed or lost a neighbour."""
         if self.pulse is not None:
-            self.pulse.say(Report(state, reason), self.generation)
+            self.pulse.say(StateReport(state, reason), self.generation)
 
     def received(self, step: int) -> None:
         """Records, for rank 0, that a micro-batch arrived."""

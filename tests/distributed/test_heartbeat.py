@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from dist_int8.distributed.heartbeat import Kind, Link, Pulse
+from dist_int8.distributed.heartbeat import BeatKind, Link, Pulse
 from dist_int8.distributed.monitor import Monitor
-from dist_int8.distributed.states import Report, State
+from dist_int8.distributed.states import State, StateReport
 from dist_int8.distributed.world import World
 from dist_int8.errors import RankError, RankLostError, StageTimeoutError
 
@@ -46,11 +46,11 @@ def wait_until(condition, seconds=10.0):
 def test_progress_and_states_arrive(monitor, pulse_of):
     pulse, _ = pulse_of(2)
     pulse.received, pulse.done = 7, 6
-    pulse.say(Report(State.READY), 0)
+    pulse.say(StateReport(State.READY), 0)
     peer = monitor.peers[2]
     wait_until(lambda: (peer.report.state, peer.received, peer.done) == (State.READY, 7, 6))
-    assert monitor.peers[1].report == Report()
-    pulse.say(Report(State.LOST, "rank 1, " + "x" * 5000), 0)
+    assert monitor.peers[1].report == StateReport()
+    pulse.say(StateReport(State.LOST, "rank 1, " + "x" * 5000), 0)
     wait_until(lambda: str(peer.report).startswith("lost: rank 1, x"))
 
 
@@ -58,8 +58,8 @@ def test_states_of_an_older_generation_do_not_count(monitor, pulse_of):
     pulse, seen = pulse_of(1)
     monitor.regroup({2})
     wait_until(lambda: seen == [1])
-    pulse.say(Report(State.LOST, "rank 2"), 0)
-    pulse.say(Report(State.JOINED), 1)
+    pulse.say(StateReport(State.LOST, "rank 2"), 0)
+    pulse.say(StateReport(State.JOINED), 1)
     wait_until(lambda: monitor.peers[1].report.state == State.JOINED)
 
 
@@ -85,7 +85,7 @@ def test_silence_is_noticed_on_both_ends(monitor):
     """Of a connection whose other end does nothing, as behind a cut link."""
     host, port, token = monitor.address.split()
     with socket.create_connection((host, int(port))) as rank:
-        Link(rank).send(Kind.HELLO, bytes.fromhex(token) + (1).to_bytes(4, "big"))
+        Link(rank).send(BeatKind.HELLO, bytes.fromhex(token) + (1).to_bytes(4, "big"))
         world = World(0, 3, 2.0, monitor=monitor)
         with pytest.raises(RankLostError, match=r"rank 1 .*silent for 2 s \(step_timeout\)"):
             world.wait_for("ready", 20.0)
@@ -126,16 +126,16 @@ def test_unidentified_connections_are_closed_and_joined_ranks_stay(monitor, puls
         if forged == "noise":
             link.connection.send(os.urandom(500))
         elif forged == "token":
-            link.send(Kind.HELLO, bytes(16) + (2).to_bytes(4, "big"))
+            link.send(BeatKind.HELLO, bytes(16) + (2).to_bytes(4, "big"))
         elif forged == "rank":  # that is here already
-            link.send(Kind.HELLO, secret + (1).to_bytes(4, "big"))
+            link.send(BeatKind.HELLO, secret + (1).to_bytes(4, "big"))
         elif forged == "size":
-            link.send(Kind.HELLO, secret + bytes(2000))
+            link.send(BeatKind.HELLO, secret + bytes(2000))
         elif forged == "kind":  # an order, after a proper start
-            link.send(Kind.HELLO, secret + (2).to_bytes(4, "big"))
-            link.send(Kind.REGROUP)
+            link.send(BeatKind.HELLO, secret + (2).to_bytes(4, "big"))
+            link.send(BeatKind.REGROUP)
         if forged != "nothing":
             wait_until(lambda: link.receive() is None)
-    pulse.say(Report(State.READY), 0)
+    pulse.say(StateReport(State.READY), 0)
     wait_until(lambda: monitor.peers[1].report.state == State.READY)
-    assert monitor.peers[2].report == Report() or forged == "kind"
+    assert monitor.peers[2].report == StateReport() or forged == "kind"
