@@ -23,6 +23,7 @@ from dist_int8.int8.layouts import LAYOUTS, stored_shape
 from dist_int8.models.config import ignored_tensors, tensor_sources
 from dist_int8.models.sources import TensorSource
 from dist_int8.models.spec import ModelSpec
+from dist_int8.models.stage_slice import StageSlice
 
 FLOATING = ("F32", "F16", "BF16")
 ABSMAX_PER_SCALE = 127.0
@@ -103,9 +104,9 @@ def is_int8(folder: str | Path, allow_pickle: bool = False) -> bool:
 
 
 def locate(
-    reader: CheckpointReader, spec: ModelSpec, blocks: range, *, first: bool, last: bool
+    reader: CheckpointReader, spec: ModelSpec, stage_slice: StageSlice
 ) -> dict[str, Located]:
-    """Every parameter of the stage, keyed as `models.tensor_sources` does.
+    """Locate every parameter of the stage, keyed as `models.tensor_sources` does.
 
     Raises:
         ValueError: one error with every damaged file, all that is missing, misshapen or of a wrong
@@ -114,7 +115,7 @@ def locate(
     problems = [*reader.problems, *_unknown(reader, spec)]
     located = {
         target: _settle(reader, target, source, problems)
-        for target, source in tensor_sources(spec, blocks, first=first, last=last).items()
+        for target, source in tensor_sources(spec, stage_slice).items()
     }
     problems += _lost_hot_columns(reader, located)
     if problems:
@@ -155,7 +156,7 @@ def _lost_hot_columns(reader: CheckpointReader, located: dict[str, Located]) -> 
 
 
 def _unknown(reader: CheckpointReader, spec: ModelSpec) -> list[str]:
-    whole = tensor_sources(spec, range(spec.num_blocks), first=True, last=True)
+    whole = tensor_sources(spec, StageSlice.whole(spec))
     known = {name for source in whole.values() for names in source.names for name in names}
     for name in list(known):
         if name in reader and reader.dtype(name) == "I8":

@@ -97,7 +97,7 @@ class Source:
         if len(scale) and scale.min() < 0:
             raise ValueError(
                 f"{self.reader.folder}:{piece.scale}: scales must be at least 0, got "
-                f"{scale.min().item():g}; mend the checkpoint"
+                f"{scale.min().item():g}; repair the checkpoint"
             )
         if piece.scale_divisor != 1.0:
             scale = scale / piece.scale_divisor
@@ -133,7 +133,7 @@ class Source:
             return
         raise ValueError(
             f"{self.reader.folder}:{name}: weights must be finite, got NaN or Inf within rows "
-            f"{first}..{first + len(rows) - 1}; mend the checkpoint"
+            f"{first}..{first + len(rows) - 1}; repair the checkpoint"
         )
 
     def _report(self, name: str, rows: Tensor | None, whole: bool = False) -> None:

@@ -13,6 +13,7 @@ from dist_int8.models.families import BY_MODEL_TYPE, BY_NAME
 from dist_int8.models.rotary import check_one_set
 from dist_int8.models.sources import TensorSource
 from dist_int8.models.spec import ModelSpec
+from dist_int8.models.stage_slice import StageSlice
 
 # Config fields that change the function of a model and that our block does not implement, with the
 # values that mean "not used". A field that a family's own transformers class lacks is still looked
@@ -177,10 +178,8 @@ def _is_language_model(architecture: str) -> bool:
     return architecture.endswith(("ForCausalLM", "Model"))
 
 
-def tensor_sources(
-    spec: ModelSpec, blocks: range, *, first: bool, last: bool
-) -> dict[str, TensorSource]:
-    """Sources of every parameter of a stage, keyed by the stage's own parameter names.
+def tensor_sources(spec: ModelSpec, stage_slice: StageSlice) -> dict[str, TensorSource]:
+    """Return the source of every parameter of a stage, keyed by the stage's own parameter names.
 
     Names are accepted with and without the family's base-model prefix. Under a tied head,
     embedding and head may each be read from the other's tensor if their own is absent.
@@ -196,9 +195,9 @@ def tensor_sources(
     sources = {
         target: source
         for target, source in edges.items()
-        if (last if target.startswith(at_end) else first)
+        if (stage_slice.last if target.startswith(at_end) else stage_slice.first)
     }
-    for index in blocks:
+    for index in stage_slice.blocks:
         for target, source in family.block_sources(spec, index).items():
             sources[f"blocks.{index}.{target}"] = source
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dist_int8.checkpoint import find_hot_columns, load_stage, make_calibration
+from dist_int8.checkpoint import StageFormat, find_hot_columns, load_stage, make_calibration
 from dist_int8.checkpoint.writer import quantize
-from dist_int8.models import describe, load_config
+from dist_int8.models import StageSlice, describe, load_config
 
 LARGEST = 2 * 3072 * 3072  # bytes of the largest tensor
 
@@ -65,16 +65,8 @@ def extra_bytes(work):
 
 def loaded(folder, **options):
     spec = describe(load_config(folder))
-    stage = load_stage(
-        folder,
-        spec,
-        range(1),
-        first=True,
-        last=True,
-        dtype=torch.bfloat16,
-        max_tokens=64,
-        **options,
-    )
+    stage_format = StageFormat(dtype=torch.bfloat16, max_tokens=64, **options)
+    stage = load_stage(folder, spec, StageSlice.whole(spec), stage_format)
     return sum(tensor.nbytes for tensor in stage.state_dict().values())
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from huggingface_hub import constants
 
-from dist_int8.models import describe, load_config, tensor_sources
+from dist_int8.models import StageSlice, describe, load_config, tensor_sources
 
 LLAMA = {
     "model_type": "llama",
@@ -220,7 +220,7 @@ def test_specs_are_plain_data(folder_of):
 
 def test_sources_of_a_stage(folder_of):
     spec = describe_fields(folder_of(LLAMA))
-    sources = tensor_sources(spec, range(1, 2), first=False, last=True)
+    sources = tensor_sources(spec, StageSlice(range(1, 2), first=False, last=True))
     assert not any(name.startswith(("embedding", "blocks.0.")) for name in sources)
     qkv = sources["blocks.1.qkv.weight"]
     assert qkv.names[0][0] == "model.layers.1.self_attn.q_proj.weight"

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
 
 from dist_int8.int8.convert import convert
 from dist_int8.int8.linear import Int8Linear
-from dist_int8.models import DecoderStage, describe, load_config
+from dist_int8.models import DecoderStage, StageSlice, describe, load_config
 from dist_int8.partition import memory
 from dist_int8.partition.memory import Formats
 
@@ -70,14 +70,15 @@ def test_stages_hold_what_is_counted(name, int8, skip):
     half = spec.num_blocks // 2
     formats = Formats(int8, 2, 2, skip=skip)
     formats = replace(formats, head_int8=formats.is_int8("lm_head"))
-    for blocks, first, last in (
-        (range(half), True, False),
-        (range(half, spec.num_blocks), False, True),
+    for part in (
+        StageSlice(range(half), first=True, last=False),
+        StageSlice(range(half, spec.num_blocks), first=False, last=True),
     ):
-        stage = DecoderStage.empty(spec, blocks, first, last, torch.float16, 64)
+        stage = DecoderStage.empty(spec, part, torch.float16, 64)
         if int8:
             convert(stage, skip=skip)
-        counted = memory.stage_weight_bytes(spec, blocks, formats, first=first, last=last)
+        ends = {"first": part.first, "last": part.last}
+        counted = memory.stage_weight_bytes(spec, part.blocks, formats, **ends)
         assert counted == held_bytes(stage)
 
 

@@ -1,4 +1,4 @@
-"""A killed, crowded out or doubled `quantize`: whole or not there, and finished by a rerun."""
+"""A killed `quantize`, one on a full disk, or two at once: whole or absent, finished by a rerun."""
 
 import fcntl
 import os
@@ -88,7 +88,7 @@ def test_killed_at_every_step(job, tmp_path):
         expects_note = bool(shards_before) and not out.exists()
         notes = []
         make(out).run(note=notes.append)
-        assert bool(notes) == expects_note  # "continuing behind ..."
+        assert bool(notes) == expects_note  # "continuing after ..."
         assert contents(out) == expected
         assert not (tmp_path / f".{out.name}.partial").exists()
         shutil.rmtree(out)
