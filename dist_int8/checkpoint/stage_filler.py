@@ -1,4 +1,4 @@
-"""Giving the parameters of a stage their place on a device and their values, slice by slice."""
+"""Allocating the parameters of a stage on a device and filling them, slice by slice."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,7 +20,7 @@ class StageFiller:
 
     Args:
         stage: with its parameters on the meta device.
-        located: where each of them lies.
+        located: where each of them is stored.
         source: reads them.
         arena: where the parameters are placed.
     """

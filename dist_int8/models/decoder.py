@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dist_int8.int8 import ops
 from dist_int8.int8.embedding import Int8Embedding
 from dist_int8.models.block import Cache, DecoderBlock, Norm, PositionTables
-from dist_int8.models.rotary import alibi_slopes, rotary_tables
+from dist_int8.models.rotary import alibi_slopes, make_rotary_tables
 from dist_int8.models.run_blocks import run_blocks
 from dist_int8.models.spec import ModelSpec
 from dist_int8.models.stage_slice import StageSlice
@@ -165,7 +165,7 @@ class DecoderStage(nn.Module):
         if self.spec.rotary is not None:
             num_positions = max_tokens or self.spec.max_positions
             assert num_positions is not None, "a rotary model has max_positions"
-            cos, sin = rotary_tables(self.spec.rotary, num_positions)
+            cos, sin = make_rotary_tables(self.spec.rotary, num_positions)
         if self.spec.alibi:
             slopes = alibi_slopes(self.spec.blocks[0].num_heads)
         self.register_buffer("rotary_cos", cos, persistent=False)

@@ -1,4 +1,4 @@
-"""Small random models of four families, saved by transformers, for tests that may damage them."""
+"""Small random models of four families, saved by transformers; tests may damage copies."""
 
 import shutil
 from pathlib import Path

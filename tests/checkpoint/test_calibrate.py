@@ -144,7 +144,7 @@ def test_quantize_calibrates_as_load_does(originals, tmp_path, name):
 
 
 def test_an_interrupted_run_keeps_the_columns_it_found(originals, tmp_path):
-    """The rerun writes the same bytes and takes the columns that lie aside."""
+    """The rerun writes the same bytes and takes over the columns found before."""
 
     def job(out, **options):
         return quantize(originals["llama"], out, calibrate="random", shard_bytes=40_000, **options)

@@ -30,7 +30,7 @@ def int8_tensors(model):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ours_in_transformers_is_what_bitsandbytes_makes_itself(originals, tmp_path, name):
+def test_our_bitsandbytes_checkpoint_is_what_bitsandbytes_makes_itself(originals, tmp_path, name):
     # bitsandbytes rounds every weight to fp16 first
     half = AutoModelForCausalLM.from_pretrained(originals[name], dtype=torch.float16)
     half.float().save_pretrained(tmp_path / "half")
@@ -58,7 +58,7 @@ def test_ours_in_transformers_is_what_bitsandbytes_makes_itself(originals, tmp_p
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_theirs_in_ours_has_the_same_weights(originals, tmp_path, name):
+def test_a_checkpoint_by_bitsandbytes_keeps_its_weights(originals, tmp_path, name):
     theirs = by_bitsandbytes(originals[name])
     theirs.save_pretrained(tmp_path / "bnb")
     stored = load_file(tmp_path / "bnb" / "model.safetensors")
@@ -86,7 +86,7 @@ def test_theirs_in_ours_has_the_same_weights(originals, tmp_path, name):
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 @pytest.mark.parametrize("container", ["safetensors", "bin"])
-def test_old_layouts_are_put_in_order(originals, tmp_path, layout, container):
+def test_tiled_layouts_of_old_versions_are_read(originals, tmp_path, layout, container):
     folder = tmp_path / "bnb"
     quantize(originals["gpt_neox"], folder, target="bitsandbytes").run()
     expected = load_tiny_stage(folder)
@@ -114,7 +114,7 @@ def test_old_layouts_are_put_in_order(originals, tmp_path, layout, container):
     assert_same_stage(load_tiny_stage(tmp_path / "ours"), expected)
 
 
-def test_other_quantization_is_refused(folder_of):
+def test_other_quantization_methods_are_refused(folder_of):
     folder = folder_of("llama")
     path = folder / "config.json"
     config = json.loads(path.read_text())

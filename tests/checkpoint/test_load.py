@@ -79,7 +79,7 @@ def test_skipped_linears_stay_floating(folder_of):
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
-def test_dtypes(folder_of, stored):
+def test_embedding_keeps_16_bits_below_fp32_hidden_states(folder_of, stored):
     folder = folder_of("llama_tied")
     AutoModelForCausalLM.from_pretrained(folder, dtype=stored).save_pretrained(folder)
     stage = load_tiny_stage(folder)
@@ -100,7 +100,7 @@ def test_tied_head_is_shared_within_a_stage_and_read_in_another(folder_of):
     assert not hasattr(last, "embedding")
 
 
-def test_tied_head_that_is_stored_too(folder_of):
+def test_a_tied_head_that_is_stored_is_shared_only_if_equal(folder_of):
     folder = folder_of("llama_tied")
     embedding = "model.embed_tokens.weight"
     rewrite(folder, lambda t: t.update({"lm_head.weight": t[embedding].clone()}))
@@ -135,7 +135,7 @@ def test_progress_counts_the_bytes_of_the_stage(folder_of):
     assert totals[2] < stored
 
 
-def test_loaded_tensors_do_not_hang_on_the_file(folder_of):
+def test_loaded_tensors_survive_changes_of_the_file(folder_of):
     folder = folder_of("llama_tied")
     stage = load_tiny_stage(folder, int8=False)
     before = {name: tensor.clone() for name, tensor in states(stage).items()}
@@ -206,7 +206,7 @@ def test_weights_that_are_not_finite_are_named(folder_of, name, value, int8):
         load_tiny_stage(folder, int8=int8)
 
 
-def test_config_with_fewer_blocks_than_the_checkpoint(folder_of):
+def test_a_config_with_fewer_blocks_than_the_checkpoint_is_refused(folder_of):
     folder = folder_of("llama")
     config = json.loads((folder / "config.json").read_text())
     config["num_hidden_layers"] = 2
@@ -224,14 +224,14 @@ def test_config_with_fewer_blocks_than_the_checkpoint(folder_of):
         ("opt", "decoder.version"),
     ],
 )
-def test_buffers_of_old_checkpoints_are_passed_over(folder_of, name, buffer):
+def test_buffers_of_old_checkpoints_are_ignored(folder_of, name, buffer):
     folder = folder_of(name)
     before = load_tiny_stage(folder)
     rewrite(folder, lambda tensors: tensors.update({buffer: torch.zeros(3)}))
     assert_same_stage(load_tiny_stage(folder), before)
 
 
-def test_int8_weights_lie_in_the_order_in_which_a_step_reads_them(folder_of):
+def test_int8_weights_are_placed_in_the_order_a_step_reads_them(folder_of):
     folder = folder_of("llama_tied")
     stage = load_tiny_stage(folder)
     names = ("qkv", "attention_output", "gate_up", "down")

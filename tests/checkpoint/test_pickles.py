@@ -1,4 +1,4 @@
-""".bin files: behind a flag, through the restricted unpickler, and never more than they should."""
+""".bin files: read only if allowed, by the restricted unpickler, which runs nothing."""
 
 import json
 
@@ -35,7 +35,7 @@ def to_bins(folder, count=2, **options):
 
 
 @pytest.mark.parametrize("as_zip", [True, False])
-def test_the_same_stage_from_bin_files(folder_of, tmp_path, as_zip):
+def test_bin_files_give_the_stage_of_safetensors_files(folder_of, tmp_path, as_zip):
     folder = folder_of("llama")
     expected = load_tiny_stage(folder).state_dict()
     to_bins(folder, _use_new_zipfile_serialization=as_zip)
@@ -62,7 +62,7 @@ def test_anything_but_tensors_is_refused_and_not_run(tmp_path, what):
     assert "\n" not in str(error.value)
 
 
-def test_an_index_of_safetensors_names_no_pickle(folder_of):
+def test_an_index_of_safetensors_files_that_names_pickles_is_refused(folder_of):
     folder = folder_of("llama")
     to_bins(folder)
     (folder / "pytorch_model.bin.index.json").rename(folder / "model.safetensors.index.json")

@@ -11,7 +11,7 @@ SECOND = [1, 90, 33, 7, 7, 54, 68]
 
 
 class Caches:
-    """KV cache of a stage: 3 slots of 24 positions, filled with garbage that must never be read."""
+    """KV cache of a stage: 3 slots of 24 positions, filled with garbage that nothing may read."""
 
     def __init__(self, stage: DecoderStage, dtype: torch.dtype = torch.float32) -> None:
         block = stage.spec.blocks[0]

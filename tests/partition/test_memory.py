@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
+from tiny_models import make_config
+from transformers import AutoModelForCausalLM
 
 from dist_int8.int8.convert import convert
 from dist_int8.int8.linear import Int8Linear
@@ -18,14 +19,9 @@ from dist_int8.partition.memory import Formats
 SHAPES = Path(__file__).parents[2] / "configs" / "models"
 NAMES = sorted(path.name for path in SHAPES.iterdir())
 INT8 = Formats(int8=True, float_size=2, vocab_size=2)
-COUNT = Formats(int8=False, float_size=1, vocab_size=1)  # one "byte" a parameter
+COUNT = Formats(int8=False, float_size=1, vocab_size=1)  # one "byte" per parameter
 
-_LLAMA = {"hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 3}
-_LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 97}
-CONFIGS = {
-    "mistral": MistralConfig(**_LLAMA, max_position_embeddings=64),
-    "qwen2": Qwen2Config(**_LLAMA, max_position_embeddings=64),
-}
+CONFIGS = {name: make_config(name, num_key_value_heads=2) for name in ("mistral", "qwen2")}
 
 
 def changed(name, **fields):

@@ -20,7 +20,7 @@ from dist_int8.checkpoint.writer.aside import CONFIG, Aside, as_json
 from dist_int8.checkpoint.writer.durable import UNFINISHED, write_file
 from dist_int8.checkpoint.writer.plan import RewritePlan
 from dist_int8.checkpoint.writer.recipe import Recipe
-from dist_int8.checkpoint.writer.shards import Group, shard_name, write_shard
+from dist_int8.checkpoint.writer.shards import Group, name_shard, write_shard
 from dist_int8.checkpoint.writer.tensors import Made
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -75,7 +75,7 @@ def _make_index(shards: Sequence[Sequence[Recipe]]) -> dict[str, Any]:
     return {
         "metadata": {"total_size": sum(recipe.num_bytes for shard in shards for recipe in shard)},
         "weight_map": {
-            output.name: shard_name(number, len(shards))
+            output.name: name_shard(number, len(shards))
             for number, shard in enumerate(shards)
             for recipe in shard
             for output in recipe.outputs
@@ -101,7 +101,7 @@ def _is_made(out: Path, config: Mapping[str, Any], index: Mapping[str, Any]) -> 
 
 
 def _name_shards(shards: Sequence[Sequence[Recipe]]) -> dict[str, Sequence[Recipe]]:
-    return {shard_name(number, len(shards)): shard for number, shard in enumerate(shards)}
+    return {name_shard(number, len(shards)): shard for number, shard in enumerate(shards)}
 
 
 def _check_free_space(out: Path, aside: Aside, plan: RewritePlan) -> None:

@@ -1,6 +1,6 @@
 """Writing safetensors files slice by slice, and cutting a list of tensors into files.
 
-safetensors' own writer wants every tensor of a file in memory at once. The format is simple: eight
+safetensors' own writer needs every tensor of a file in memory at once. The format is simple: eight
 bytes with the length of a JSON header, the header, and the tensors without gaps
 (https://huggingface.co/docs/safetensors).
 """
@@ -78,7 +78,7 @@ def cut(groups: Sequence[_Sized], shard_bytes: int) -> list[list[_Sized]]:
     return shards
 
 
-def shard_name(index: int, count: int) -> str:
+def name_shard(index: int, count: int) -> str:
     """Return transformers' name of file `index` (from 0) of `count`."""
     return f"model-{index + 1:05}-of-{count:05}.safetensors"
 

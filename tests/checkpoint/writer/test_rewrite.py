@@ -13,7 +13,7 @@ from dist_int8.int8.linear import Int8Linear
 from dist_int8.models import StageSlice
 
 MODELS = ["llama", "llama_tied", "bloom", "opt", "gpt_neox"]
-SHARD = 30_000  # several files a model
+SHARD = 30_000  # several files per model
 
 
 def rewrite(folder, file, change):
@@ -44,7 +44,7 @@ def test_an_int8_checkpoint_gives_the_same_stages(originals, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom"])
-def test_hot_columns_go_through(originals, tmp_path, name):
+def test_hot_columns_survive_rewriting(originals, tmp_path, name):
     original = originals[name]
     hot = {"blocks.0.qkv": [3, 17, 40], "blocks.1.down": [0, 5]}
     quantize(original, tmp_path / "int8", hot_columns=hot, shard_bytes=SHARD).run()
@@ -68,7 +68,7 @@ def test_hot_columns_go_through(originals, tmp_path, name):
     assert not torch.equal(restored, kept)
 
 
-def test_what_is_floating_in_the_checkpoint_stays_so(originals, tmp_path):
+def test_linears_that_an_int8_checkpoint_stores_floating_stay_floating(originals, tmp_path):
     quantize(originals["llama"], tmp_path / "int8", skip=["down", "blocks.1"]).run()
     spec = read_spec(tmp_path / "int8")
     stored = read_stored_format(tmp_path / "int8", spec)
@@ -79,14 +79,14 @@ def test_what_is_floating_in_the_checkpoint_stays_so(originals, tmp_path):
     assert not read_stored_format(originals["llama"], spec).is_int8
 
 
-def test_an_int8_head_of_a_tied_model(originals, tmp_path):
+def test_a_tied_model_may_have_an_int8_head(originals, tmp_path):
     quantize(originals["llama_tied"], tmp_path / "int8", skip=[]).run()
     stage = load_tiny_stage(tmp_path / "int8")
     assert_same_stage(stage, load_tiny_stage(originals["llama_tied"], skip=[]))
     assert isinstance(stage.lm_head, Int8Linear)
 
 
-def test_int8_weights_back_into_floating_ones(originals, tmp_path, int8_llama):
+def test_dequantize_gives_the_values_of_the_int8_weights(originals, tmp_path, int8_llama):
     stage = load_tiny_stage(int8_llama)
     floating = load_tiny_stage(int8_llama, int8=False)
     dequantize(int8_llama, tmp_path / "floating", dtype="float32").run()
@@ -99,7 +99,7 @@ def test_int8_weights_back_into_floating_ones(originals, tmp_path, int8_llama):
         dequantize(tmp_path / "floating", tmp_path / "x")
 
 
-def test_two_runs_write_the_same_bytes_and_the_second_of_one_nothing(originals, tmp_path):
+def test_two_runs_write_the_same_bytes_and_a_rerun_writes_nothing(originals, tmp_path):
     contents = []
     for out in ("one", "two"):
         job = quantize(originals["bloom"], tmp_path / out, shard_bytes=SHARD)
@@ -110,7 +110,7 @@ def test_two_runs_write_the_same_bytes_and_the_second_of_one_nothing(originals, 
         quantize(originals["llama"], tmp_path / "one").run()
 
 
-def test_every_change_is_found(int8_llama):
+def test_verify_names_every_changed_missing_and_unknown_file(int8_llama):
     shard = next(int8_llama.glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[-100] ^= 4
@@ -144,7 +144,7 @@ def test_a_negative_scale_is_refused(int8_llama):
         load_tiny_stage(int8_llama)
 
 
-def test_activations_that_overflow_cannot_be_calibrated_with(folder_of, tmp_path):
+def test_calibration_refuses_activations_that_overflow(folder_of, tmp_path):
     folder = folder_of("llama")
     name = "model.layers.0.mlp.up_proj.weight"
     rewrite(folder, "model.safetensors", lambda tensors: tensors[name].fill_(3e38))
@@ -197,7 +197,7 @@ def test_everything_wrong_with_an_int8_checkpoint_is_listed(int8_llama):
         ({"skip": [], "target": "bitsandbytes"}, "skip must name lm_head for bitsandbytes"),
     ],
 )
-def test_arguments_that_do_not_fit_the_model(originals, tmp_path, options, part):
+def test_arguments_that_do_not_fit_the_model_are_refused(originals, tmp_path, options, part):
     with pytest.raises(ValueError, match=part):
         quantize(originals["llama_tied"], tmp_path / "int8", **options)
     assert not list(tmp_path.glob("*int8*"))
