@@ -14,12 +14,18 @@ library sums in another order for another number of rows: "transformers" says ho
 import torch
 from results import folder_of, make_parser, write_result
 
-from dist_int8.checkpoint import find_hot_columns, load_stage, make_calibration
+from dist_int8.checkpoint import (
+    StageFormat,
+    find_hot_columns,
+    load_stage,
+    make_calibration,
+)
 from dist_int8.config import Settings
 from dist_int8.evaluation.host import Host
 from dist_int8.evaluation.methods import METHODS, chosen
-from dist_int8.evaluation.texts import load_tokenizer, read_text, tokens_of
-from dist_int8.models import TokenBatch, describe, load_config
+from dist_int8.evaluation.texts import read_text, tokens_of
+from dist_int8.models import StageSlice, TokenBatch, describe, load_config
+from dist_int8.models.tokenizer import load_tokenizer
 from dist_int8.pipeline.kv_cache import KVCache
 
 NUM_SEQUENCES = 16
@@ -53,17 +59,13 @@ def of_ours(folder: str, rows: torch.Tensor, subjects: list[int], num_hot_column
     spec = describe(load_config(folder))
     fields = Settings.model_fields
     calibration = make_calibration(folder, spec, "random", num_hot_columns)
-    stage = load_stage(
-        folder,
-        spec,
-        range(spec.num_blocks),
-        first=True,
-        last=True,
+    stage_format = StageFormat(
         outlier_rule=fields["outlier_rule"].default,
         outlier_threshold=fields["outlier_threshold"].default,
-        hot_columns=find_hot_columns(folder, spec, calibration) if calibration else None,
         max_tokens=rows.shape[1],
     )
+    hot_columns = find_hot_columns(folder, spec, calibration) if calibration else None
+    stage = load_stage(folder, spec, StageSlice.whole(spec), stage_format, hot_columns=hot_columns)
     block = spec.blocks[0]
 
     def logits(rows: torch.Tensor) -> torch.Tensor:

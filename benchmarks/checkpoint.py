@@ -25,10 +25,10 @@ from results import write_result
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dist_int8.checkpoint import CheckpointReader, load_stage
+from dist_int8.checkpoint import CheckpointReader, StageFormat, load_stage
 from dist_int8.checkpoint.writer import manifest, quantize
 from dist_int8.config import parse_byte_size
-from dist_int8.models import describe, load_config
+from dist_int8.models import StageSlice, describe, load_config
 
 _BLOCK = 1 << 20
 
@@ -112,8 +112,8 @@ def check(source: Path, int8: Path) -> None:
     shutil.rmtree(int8, ignore_errors=True)
     quantize(source, int8, shard_bytes=size(source) // 16).run()
     spec = describe(load_config(source))
-    blocks = range(spec.num_blocks - 2, spec.num_blocks)
-    stages = [load_stage(f, spec, blocks, first=False, last=True) for f in (source, int8)]
+    last = StageSlice(range(spec.num_blocks - 2, spec.num_blocks), first=False, last=True)
+    stages = [load_stage(folder, spec, last) for folder in (source, int8)]
     one, two = (stage.state_dict() for stage in stages)
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     manifest.verify(int8)
@@ -211,11 +211,8 @@ def load(folder: Path) -> dict[str, float]:
         stage = load_stage(
             folder,
             spec,
-            range(spec.num_blocks),
-            first=True,
-            last=True,
-            dtype=torch.bfloat16,
-            max_tokens=2048,
+            StageSlice.whole(spec),
+            StageFormat(dtype=torch.bfloat16, max_tokens=2048),
         )
     tensors = [*stage.state_dict().values(), *stage.buffers()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}

@@ -27,9 +27,9 @@ from transformers import (
 )
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from dist_int8.checkpoint import load_stage
+from dist_int8.checkpoint import StageFormat, load_stage
 from dist_int8.config import Settings
-from dist_int8.models import describe, load_config
+from dist_int8.models import StageSlice, describe, load_config
 from dist_int8.partition import Device, Formats, Plan, Question, Request, ask, memory
 from dist_int8.partition.cost import PS_PER_MS
 from dist_int8.partition.from_settings import CUDA_RESERVE, choose_formats_for, describe_devices
@@ -164,8 +164,8 @@ def planned_and_real(name: str, folder: Path) -> dict[str, Any]:
     plan = ask(spec, devices, formats, Question(NUM_SEQUENCES, MAX_TOKENS))
     stages = []
     for stage in plan.stages:
-        ends = {"first": stage.rank == 0, "last": stage.rank == 1}
-        module = load_stage(folder, spec, stage.blocks, **ends, max_tokens=MAX_TOKENS)
+        stage_slice = StageSlice(stage.blocks, first=stage.rank == 0, last=stage.rank == 1)
+        module = load_stage(folder, spec, stage_slice, StageFormat(max_tokens=MAX_TOKENS))
         weights = sum(t.numel() * t.element_size() for t in module.state_dict().values())
         cache = KVCache(
             num_blocks=len(stage.blocks),

@@ -5,11 +5,15 @@ transformers is imported where it is needed: tests of kernels start without it.
 
 import os
 import signal
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for tiny_models, the one module tests share
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +25,7 @@ def sigterm_is_restored():
 
 
 def save_tokenizer(folder) -> None:
-    """A byte-level tokenizer: 256 tokens, one a byte, and one to end with."""
+    """A byte-level tokenizer: 256 tokens, one per byte, and one to end with."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -35,16 +39,17 @@ def save_tokenizer(folder) -> None:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory):
     """Folder of a Llama of 4 blocks with grouped KV heads, a tied head and a byte tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tiny_models import make_config
+    from transformers import LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("tiny-llama")
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = make_config(
+        "llama",
         vocab_size=288,
         hidden_size=64,
         intermediate_size=160,
         num_hidden_layers=4,
-        num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
         tie_word_embeddings=True,

@@ -15,11 +15,11 @@ from dist_int8.checkpoint import (
     Calibration,
     CheckpointReader,
     make_calibration,
+    read_stored_format,
     resolve_model,
-    stored_format,
 )
 from dist_int8.config import Settings
-from dist_int8.models import ModelSpec, describe, load_config, tensor_sources
+from dist_int8.models import ModelSpec, StageSlice, describe, load_config, tensor_sources
 from dist_int8.partition import Plan
 from dist_int8.partition.from_settings import (
     choose_formats,
@@ -139,7 +139,7 @@ def adopt_stored_format(
     """
     if settings.random_weights:
         return settings, HotColumns(settings.num_hot_columns if settings.calibrates else 0)
-    stored = stored_format(folder, spec, allow_pickle=settings.allow_pickle)
+    stored = read_stored_format(folder, spec, allow_pickle=settings.allow_pickle)
     if not settings.int8:
         return settings, HotColumns()
     if stored.is_int8:
@@ -177,7 +177,8 @@ def _choose_vocab_dtype(
         stored = hf_config.dtype or dtype
     else:
         reader = CheckpointReader(folder, allow_pickle=settings.allow_pickle)
-        source = tensor_sources(spec, range(0), first=True, last=False)["embedding.weight"]
+        first = StageSlice(range(0), first=True, last=False)
+        source = tensor_sources(spec, first)["embedding.weight"]
         name = next(name for name in source.names[0] if name in reader)
         stored = {"F16": torch.float16, "BF16": torch.bfloat16}.get(reader.dtype(name), dtype)
     return stored if dtype == torch.float32 and stored.itemsize == 2 else dtype

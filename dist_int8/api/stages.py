@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from tqdm import tqdm
 
 from dist_int8.api.prepare import Prepared
 from dist_int8.checkpoint import (
-    Calibration,
+    StageFormat,
+    count_stage_bytes,
     find_hot_columns,
     load_stage,
-    random_stage,
-    stage_bytes_to_read,
+    make_random_stage,
 )
 from dist_int8.engine import TokenSampler
-from dist_int8.models import DecoderStage, ModelSpec
+from dist_int8.models import DecoderStage, StageSlice
 from dist_int8.partition import StagePlan
 from dist_int8.pipeline.kv_cache import KVCache
 from dist_int8.pipeline.stage import Stage
@@ -25,44 +24,24 @@ from dist_int8.pipeline.stage import Stage
 
 def build_stage(prepared: Prepared, rank: int, progress: bool) -> Stage:
     """The stage of a rank, with its KV cache."""
-    settings, spec, limits, hot = (
-        prepared.settings,
-        prepared.spec,
-        prepared.limits,
-        prepared.hot,
-    )
+    settings, spec, limits = prepared.settings, prepared.spec, prepared.limits
     place = prepared.plan.stages[rank]
     last = rank == len(prepared.plan.stages) - 1
     device = torch.device(place.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    first = rank == 0
-    how: dict[str, Any] = {
-        "first": first,
-        "last": last,
-        "device": device,
-        "dtype": prepared.dtype,
-        "outlier_rule": settings.outlier_rule,
-        "outlier_threshold": settings.outlier_threshold,
-        "int8": settings.int8,
-        "skip": settings.skipped,
-        "embedding_int8": settings.embedding == "int8",
-        "max_tokens": limits.max_tokens,
-    }
+    stage_slice = StageSlice(place.blocks, first=rank == 0, last=last)
     if settings.random_weights:
-        model = random_stage(
+        model = make_random_stage(
             spec,
-            place.blocks,
+            stage_slice,
+            _describe_format(prepared),
+            device=device,
             vocab_dtype=prepared.vocab_dtype,
-            num_hot_columns=hot.num_columns,
-            **how,
+            num_hot_columns=prepared.hot.num_columns,
         )
     else:
-        shows = progress and first
-        given = (prepared.folder, spec, place, settings.allow_pickle, shows, how)
-        if hot.calibration is not None:
-            how["hot_columns"] = _find_hot_columns(*given, hot.calibration)
-        model = _load_stage(*given)
+        model = _load_stage(prepared, place, stage_slice, progress)
     block = spec.blocks[0]
     kv_cache = KVCache(
         num_blocks=len(place.blocks),
@@ -77,56 +56,65 @@ def build_stage(prepared: Prepared, rank: int, progress: bool) -> Stage:
     return Stage(model, kv_cache, TokenSampler(limits.max_tokens) if last else None)
 
 
+def _describe_format(prepared: Prepared) -> StageFormat:
+    settings = prepared.settings
+    return StageFormat(
+        dtype=prepared.dtype,
+        int8=settings.int8,
+        outlier_rule=settings.outlier_rule,
+        outlier_threshold=settings.outlier_threshold,
+        skip=settings.skipped,
+        embedding_int8=settings.embedding == "int8",
+        max_tokens=prepared.limits.max_tokens,
+    )
+
+
+def _load_stage(
+    prepared: Prepared, place: StagePlan, stage_slice: StageSlice, progress: bool
+) -> DecoderStage:
+    allow_pickle = prepared.settings.allow_pickle
+    shows = progress and stage_slice.first
+    hot_columns = None
+    if prepared.hot.calibration is not None:
+        hot_columns = _find_hot_columns(prepared, place, stage_slice, shows)
+    num_bytes = count_stage_bytes(
+        prepared.folder, prepared.spec, stage_slice, allow_pickle=allow_pickle
+    )
+    with _bar(place, "loading", num_bytes, shows) as bar:
+        return load_stage(
+            prepared.folder,
+            prepared.spec,
+            stage_slice,
+            _describe_format(prepared),
+            device=place.device,
+            hot_columns=hot_columns,
+            progress=bar.update,
+            allow_pickle=allow_pickle,
+        )
+
+
 def _find_hot_columns(
-    folder: Path,
-    spec: ModelSpec,
-    place: StagePlan,
-    allow_pickle: bool,
-    progress: bool,
-    how: dict[str, Any],
-    calibration: Calibration,
+    prepared: Prepared, place: StagePlan, stage_slice: StageSlice, shown: bool
 ) -> dict[str, list[int]]:
     """Of this stage's linears. Every rank streams the blocks up to its own, at the same time.
 
     No rank waits for another, also when one is started again.
     """
-    num_bytes = stage_bytes_to_read(
-        folder, spec, range(place.blocks.stop), first=True, last=False, allow_pickle=allow_pickle
-    )
-    with _bar(place, "calibrating", num_bytes, progress) as bar:
+    assert prepared.hot.calibration is not None
+    allow_pickle = prepared.settings.allow_pickle
+    before = StageSlice(range(place.blocks.stop), first=True, last=False)
+    num_bytes = count_stage_bytes(prepared.folder, prepared.spec, before, allow_pickle=allow_pickle)
+    with _bar(place, "calibrating", num_bytes, shown) as bar:
         return find_hot_columns(
-            folder,
-            spec,
-            calibration,
-            blocks=place.blocks,
-            head=how["last"],
-            skip=how["skip"],
-            device=how["device"],
-            dtype=how["dtype"],
+            prepared.folder,
+            prepared.spec,
+            prepared.hot.calibration,
+            stage_slice,
+            skip=prepared.settings.skipped,
+            device=place.device,
+            dtype=prepared.dtype,
             allow_pickle=allow_pickle,
             progress=bar.update,
-        )
-
-
-def _load_stage(
-    folder: Path,
-    spec: ModelSpec,
-    place: StagePlan,
-    allow_pickle: bool,
-    progress: bool,
-    how: dict[str, Any],
-) -> DecoderStage:
-    num_bytes = stage_bytes_to_read(
-        folder,
-        spec,
-        place.blocks,
-        first=how["first"],
-        last=how["last"],
-        allow_pickle=allow_pickle,
-    )
-    with _bar(place, "loading", num_bytes, progress) as bar:
-        return load_stage(
-            folder, spec, place.blocks, progress=bar.update, allow_pickle=allow_pickle, **how
         )
 
 

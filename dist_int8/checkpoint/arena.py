@@ -1,8 +1,8 @@
-"""Memory that the weights of a CPU stage are cut from, one behind the other.
+"""Memory that the weights of a CPU stage are cut from, one after the other.
 
-The kernels prefetch 32 KiB ahead. Where the next weight follows at once, the end of one fetches the
-beginning of the next. Where malloc places each by itself, among the buffers of loading, a decoding
-step of SmolLM2-135M takes 4 to 8% longer.
+The kernels prefetch 32 KiB ahead. Where the next weight follows immediately, the end of one fetches
+the beginning of the next. Where malloc places each separately, among the buffers used for loading,
+a decoding step of SmolLM2-135M takes 4 to 8% longer.
 """
 
 import math
@@ -11,20 +11,20 @@ import numpy
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 1 << 26  # taken at once; the operating system hands out pages when first written
-LARGE = CHUNK_BYTES // 4  # tensors from here on have memory of their own: their ends do not matter
+CHUNK_BYTES = 1 << 26  # allocated at once; the kernel hands out pages when first written
+LARGE = CHUNK_BYTES // 4  # such tensors get memory of their own: their ends do not matter
 ALIGNMENT = 64
 
 
 class Arena:
-    """Gives out uninitialized tensors, neighbours in memory on CPUs.
+    """Allocates uninitialized tensors that are neighbours in memory on CPUs.
 
-    Each has a storage of its own size, so it is saved and copied like any other; but a chunk is
-    freed only with the last of its tensors: what was cut from one arena should end together.
+    Each has a storage of its own size, so it is saved and copied like any other tensor. But a chunk
+    is freed only with the last of its tensors: those of one arena should have the same lifetime.
 
     Args:
-        device: of the tensors; on others than the CPU each has memory of its own.
-        separate: so it has on CPUs.
+        device: of the tensors; on other devices than the CPU each gets memory of its own.
+        separate: give each memory of its own on CPUs too.
     """
 
     def __init__(self, device: torch.device | str, separate: bool = False) -> None:
@@ -34,7 +34,7 @@ class Arena:
         self._used = 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor, aligned to 64 bytes."""
+        """Allocate a contiguous tensor, aligned to 64 bytes."""
         count = math.prod(shape)
         num_bytes = count * dtype.itemsize
         if not self._cuts or not 0 < num_bytes < LARGE:

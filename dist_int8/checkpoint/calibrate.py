@@ -2,38 +2,40 @@
 
 A few features are far larger than the rest, the same ones for all tokens (section 4 of the
 LLM.int8() paper), so that a short run over any tokens finds them. The model streams past: a block
-is read in floating point, the tokens' hidden states pass through it, and it is let go of before the
-next one. Which tokens does not matter much; random ones will do.
+is read in floating point, the tokens' hidden states pass through it, and it is freed before the
+next one. Which tokens these are does not matter much; random ones will do.
 """
 
 import hashlib
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from dist_int8.checkpoint.load import load_stage
+from dist_int8.checkpoint.load import StageLoader
+from dist_int8.checkpoint.stage_format import StageFormat
 from dist_int8.int8.convert import is_skipped
-from dist_int8.models.decoder import DecoderStage, TokenBatch
+from dist_int8.models.decoder import TokenBatch
 from dist_int8.models.spec import ModelSpec
+from dist_int8.models.stage_slice import StageSlice
 from dist_int8.models.tokenizer import read_tokens
 
 OFF, RANDOM = "off", "random"
 NUM_TOKENS = 1024
-# Tokens of a sequence at most.
+# Maximum number of tokens in a sequence.
 WINDOW = 1024
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What hot columns are found with.
+    """The tokens that hot columns are found with.
 
     Attributes:
         token_ids: int64 [tokens].
         num_hot_columns: of each linear.
-        source: "random", or "text" with the sum of its tokens.
+        source: "random", or "text" with a checksum of its tokens.
     """
 
     token_ids: Tensor
@@ -44,7 +46,7 @@ class Calibration:
 def make_calibration(
     folder: str | Path, spec: ModelSpec, calibrate: str, num_hot_columns: int
 ) -> Calibration | None:
-    """The calibration that the settings ask for; None: off, or without hot columns.
+    """Make the calibration that the settings ask for; None: off, or without hot columns.
 
     Args:
         folder: of the checkpoint; its tokenizer reads a text.
@@ -66,7 +68,7 @@ def make_calibration(
     if num_hot_columns > narrowest:
         raise ValueError(
             f"calibrate: num_hot_columns must be at most the {narrowest} input features of the "
-            f"narrowest linear, got {num_hot_columns}; 16 do"
+            f"narrowest linear, got {num_hot_columns}; use 16"
         )
     if calibrate == RANDOM:
         seed = torch.Generator().manual_seed(0)
@@ -76,7 +78,7 @@ def make_calibration(
     if len(token_ids) == 0:
         raise ValueError(
             f"calibrate: calibrate must be a file with text, got {calibrate!r} without a token; "
-            "name another, or random"
+            "name another file, or use random"
         )
     digest = hashlib.sha256(token_ids.numpy().tobytes()).hexdigest()
     return Calibration(token_ids, num_hot_columns, f"text {digest[:16]}")
@@ -87,16 +89,15 @@ def find_hot_columns(
     folder: str | Path,
     spec: ModelSpec,
     calibration: Calibration,
+    stage_slice: StageSlice | None = None,
     *,
-    blocks: range | None = None,
-    head: bool = False,
     skip: Collection[str] = (),
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     allow_pickle: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, list[int]]:
-    """The input features with the largest magnitude over the tokens, of blocks' linears and head.
+    """Find the input features of a stage's linears with the largest magnitude over the tokens.
 
     Memory: one block in `dtype` and the hidden states [tokens, hidden]. Reads every block once.
 
@@ -104,9 +105,9 @@ def find_hot_columns(
         folder: of a checkpoint that is not int8.
         spec: `models.describe` of its config.
         calibration: the tokens, run in sequences of 1,024 or what the model allows, and the number
-            of columns: of a linear with fewer input features all of them.
-        blocks: whose linears are wanted; those before them are run too. None: all.
-        head: the head too, unless it is skipped; all blocks are run for it.
+            of columns.
+        stage_slice: whose linears are wanted: those of its blocks, and the head of a last stage.
+            The blocks before it run too, and for the head all blocks. None: every block, no head.
         skip: linears that stay floating, by name component.
         device: where blocks run.
         dtype: of weights and hidden states there.
@@ -126,74 +127,76 @@ def find_hot_columns(
             f"calibrate: tokens must be in 0..{spec.vocab_size - 1}, got {token_ids.max()}; the "
             "folder's tokenizer must be that of the model"
         )
+    if stage_slice is None:
+        stage_slice = StageSlice(range(spec.num_blocks), first=True, last=False)
     window = min(WINDOW, spec.max_positions or WINDOW)
-    batches = [
-        TokenBatch.from_segments(ids, [(0, 0, len(ids))], device=device)
-        for ids in token_ids.split(window)
-    ]
-
-    def load(
-        blocks: range, embedding_rows: Tensor | None = None, last: bool = False
-    ) -> DecoderStage:
-        return load_stage(
-            folder,
-            spec,
-            blocks,
-            first=embedding_rows is not None,
-            last=last,
-            head=False,
-            device=device,
-            dtype=dtype,
-            int8=False,
-            progress=None if last else progress,  # a norm, not in the bytes announced
-            max_tokens=window,
-            allow_pickle=allow_pickle,
-            embedding_rows=embedding_rows,
-        )
-
-    rows, places = token_ids.unique(return_inverse=True)
-    first = load(range(0), rows)
-    hidden_states = [
-        first(TokenBatch(ids.to(device), batch.segments, batch.positions), None, NO_CACHES)
-        for ids, batch in zip(places.split(window), batches, strict=True)
-    ]
-    del first
-    blocks = range(spec.num_blocks) if blocks is None else blocks
+    stage_format = StageFormat(dtype=dtype, int8=False, max_tokens=window)
+    loader = StageLoader(Path(folder), spec, stage_format, device, progress, allow_pickle)
+    run = _CalibrationRun(loader, calibration, window)
+    wants_head = stage_slice.last and not is_skipped("lm_head", skip)
     found: dict[str, list[int]] = {}
-    head = head and not is_skipped("lm_head", skip)
-
-    def hottest(name: str, absmax: Tensor) -> list[int]:
-        if not absmax.isfinite().all():
-            raise ValueError(
-                f"calibrate: activations must be finite, got NaN or Inf before {name}; the model "
-                f"does not work in {dtype}"
-            )
-        columns = absmax.topk(calibration.num_hot_columns).indices
-        return sorted(columns.tolist())
-
-    for index in range(spec.num_blocks if head else blocks.stop):
-        stage = load(range(index, index + 1))
-        caches = _OneBlock(spec, index, window, dtype, device)
-        block = stage.blocks[str(index)]
-        largest = _watch(block)
-        hidden_states = [
-            stage(batch, hidden, caches)
-            for batch, hidden in zip(batches, hidden_states, strict=True)
-        ]
-        for name, absmax in largest.items():
-            qualified = f"blocks.{index}.{name}"
-            if index in blocks and not is_skipped(qualified, skip):
-                found[qualified] = hottest(qualified, absmax)
-        del stage, block, caches
-    if head:
-        stage = load(range(0), last=True)
-        inputs = (stage.before_head(hidden).float().abs().amax(0) for hidden in hidden_states)
-        found["lm_head"] = hottest("lm_head", torch.stack(list(inputs)).amax(0))
+    for index in range(spec.num_blocks if wants_head else stage_slice.blocks.stop):
+        for name, absmax in run.run_block(index).items():
+            if index in stage_slice.blocks and not is_skipped(name, skip):
+                found[name] = run.choose_columns(name, absmax)
+    if wants_head:
+        found["lm_head"] = run.choose_columns("lm_head", run.measure_head_input())
     return found
 
 
+class _CalibrationRun:
+    """The calibration's tokens on their way through the model, one block at a time."""
+
+    def __init__(self, loader: StageLoader, calibration: Calibration, window: int) -> None:
+        self._loader = loader
+        self._num_hot_columns = calibration.num_hot_columns
+        self._window = window
+        self._batches = [
+            TokenBatch.from_segments(ids, [(0, 0, len(ids))], device=loader.device)
+            for ids in calibration.token_ids.split(window)
+        ]
+        self._hidden_states = self._embed(calibration.token_ids)
+
+    def _embed(self, token_ids: Tensor) -> list[Tensor]:
+        rows, places = token_ids.unique(return_inverse=True)
+        first = self._loader.load_embedding_rows(rows)
+        device = self._loader.device
+        return [
+            first(TokenBatch(ids.to(device), batch.segments, batch.positions), None, NO_CACHES)
+            for ids, batch in zip(places.split(self._window), self._batches, strict=True)
+        ]
+
+    def run_block(self, index: int) -> dict[str, Tensor]:
+        """Run the next block; return the largest magnitude of each linear's inputs, fp32 [K]."""
+        loader = self._loader
+        stage = loader.load(StageSlice(range(index, index + 1), first=False, last=False))
+        caches = _OneBlock(loader.spec, index, self._window, stage.dtype, loader.device)
+        largest = _watch(stage.blocks[str(index)])
+        self._hidden_states = [
+            stage(batch, hidden, caches)
+            for batch, hidden in zip(self._batches, self._hidden_states, strict=True)
+        ]
+        return {f"blocks.{index}.{name}": absmax for name, absmax in largest.items()}
+
+    def measure_head_input(self) -> Tensor:
+        """Return the largest magnitude of the head's inputs, fp32 [K], after the last block."""
+        # Its norm is not among the bytes announced.
+        stage = replace(self._loader, progress=None).load_before_head()
+        inputs = (stage.before_head(hidden).float().abs().amax(0) for hidden in self._hidden_states)
+        return torch.stack(list(inputs)).amax(0)
+
+    def choose_columns(self, name: str, absmax: Tensor) -> list[int]:
+        """Return the features with the largest magnitude, ascending."""
+        if not absmax.isfinite().all():
+            raise ValueError(
+                f"calibrate: activations must be finite, got NaN or Inf before {name}; the model "
+                f"does not work in {self._loader.stage_format.dtype}"
+            )
+        return sorted(absmax.topk(self._num_hot_columns).indices.tolist())
+
+
 def _watch(block: nn.Module) -> dict[str, Tensor]:
-    """Will hold the largest magnitude of every input feature of each linear, fp32 [K]."""
+    """Make a dictionary that will hold the largest magnitude of every input feature, fp32 [K]."""
     largest: dict[str, Tensor] = {}
 
     def note(name: str, x: Tensor) -> None:
@@ -209,7 +212,7 @@ def _watch(block: nn.Module) -> dict[str, Tensor]:
 
 
 class _NoCaches:
-    """Of a stage without blocks."""
+    """The caches of a stage without blocks."""
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         raise AssertionError("no block, no cache")
@@ -219,7 +222,7 @@ NO_CACHES = _NoCaches()
 
 
 class _OneBlock:
-    """Keys and values of one sequence in one block; every sequence begins anew in it."""
+    """The cache of one sequence in one block; every sequence overwrites the one before."""
 
     def __init__(
         self, spec: ModelSpec, index: int, window: int, dtype: torch.dtype, device: object

@@ -17,7 +17,7 @@ from dist_int8.checkpoint.reader import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SING
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# Never Python files, and no weights but those that are read: hubs keep other formats beside.
+# Never Python files, and only the weights that are read: hubs keep other formats beside them.
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -28,15 +28,15 @@ def resolve_model(
     allow_pickle: bool = False,
     weights: bool = True,
 ) -> Path:
-    """The local folder of a model.
+    """Find the local folder of a model, downloading it if need be.
 
     Args:
         model: a folder, or a hub id ("organization/name"), whose config, tokenizer and safetensors
-            files are downloaded once into Hugging Face's cache, with progress on stderr; what a
-            broken connection left is continued. All files are of one commit.
+            files are downloaded once into Hugging Face's cache, with progress on stderr; an
+            interrupted download is resumed. All files are of one commit.
         revision: branch, tag or commit of a hub id; None: the default branch.
         allow_pickle: fetch `pytorch_model.bin` or its shards if there is no safetensors file.
-        weights: False: only the small files.
+        weights: False: fetch only the small files.
 
     Raises:
         ValueError: neither a folder nor a hub id, or a hub id that cannot be fetched.
@@ -50,11 +50,11 @@ def resolve_model(
             "no such folder; check the path"
         )
     try:
-        # the folder is named by its commit, which pins what comes next
+        # the folder is named after its commit, which pins what is fetched next
         folder = Path(snapshot_download(str(model), revision=revision, allow_patterns=_SMALL_FILES))
         if weights:
             commit = folder.name if _COMMIT.fullmatch(folder.name) else revision
-            files = _weight_files(str(model), commit, folder, allow_pickle)
+            files = _list_weight_files(str(model), commit, folder, allow_pickle)
             folder = Path(snapshot_download(str(model), revision=commit, allow_patterns=files))
         return folder
     except (HfHubHTTPError, HFValidationError, OSError) as error:
@@ -65,8 +65,10 @@ def resolve_model(
         ) from None
 
 
-def _weight_files(model: str, commit: str | None, folder: Path, allow_pickle: bool) -> list[str]:
-    """Names of the files that the reader will open."""
+def _list_weight_files(
+    model: str, commit: str | None, folder: Path, allow_pickle: bool
+) -> list[str]:
+    """List the files that the reader will open."""
     candidates = [(SINGLE, INDEX)] + [(PICKLE_SINGLE, PICKLE_INDEX)] * allow_pickle
     for single, index in candidates:
         if (folder / index).is_file():

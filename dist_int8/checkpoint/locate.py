@@ -1,6 +1,6 @@
-"""Where every parameter of a stage lies in a checkpoint and in which form, or all that is wrong.
+"""Where a checkpoint stores every parameter of a stage and in which form, or all that is wrong.
 
-A matrix is stored in one of three forms, next to its name `X.weight`:
+A matrix `X.weight` is stored in one of three forms:
 
 - floating;
 - ours: int8 `X.weight`, fp32 `X.col_scale` [N], and where it has hot columns int32 `X.hot_columns`
@@ -23,6 +23,7 @@ from dist_int8.int8.layouts import LAYOUTS, stored_shape
 from dist_int8.models.config import ignored_tensors, tensor_sources
 from dist_int8.models.sources import TensorSource
 from dist_int8.models.spec import ModelSpec
+from dist_int8.models.stage_slice import StageSlice
 
 FLOATING = ("F32", "F16", "BF16")
 ABSMAX_PER_SCALE = 127.0
@@ -32,30 +33,30 @@ _NEVER_INT8 = ("positions",)
 
 @dataclass(frozen=True)
 class Piece:
-    """One checkpoint tensor of a parameter and what belongs to it."""
+    """One checkpoint tensor of a parameter, and the tensors that belong to it."""
 
     name: str
     shape: tuple[int, ...]
-    """Of the matrix, without the padding of its layout."""
+    """Shape of the matrix, without the padding of its layout."""
     scale: str | None = None
     """Name of the scales of an int8 matrix."""
     scale_divisor: float = 1.0
-    """What the stored scales are divided by to be ours."""
+    """Divides the stored scales to give ours."""
     layout: str = "row"
     extra: tuple[str, ...] = ()
-    """Other tensors that were read already: weight_format, hot_columns."""
+    """Other tensors, which were read already: weight_format, hot_columns."""
     hot_weight: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every tensor of the piece."""
+        """Names of every tensor of the piece."""
         others = (self.scale, *self.extra, self.hot_weight)
         return (self.name, *(name for name in others if name is not None))
 
 
 @dataclass(frozen=True)
 class Located:
-    """A parameter of ours: its source, with everything settled."""
+    """A parameter of ours: its source, and the pieces it was resolved to."""
 
     source: TensorSource
     pieces: tuple[Piece, ...]
@@ -98,25 +99,25 @@ def is_int8(folder: str | Path, allow_pickle: bool = False) -> bool:
     try:
         reader = CheckpointReader(folder, allow_pickle=allow_pickle, complete=False)
     except ValueError:
-        return False  # who reads it next says why
+        return False  # the next reader says why
     return is_int8_checkpoint(reader)
 
 
 def locate(
-    reader: CheckpointReader, spec: ModelSpec, blocks: range, *, first: bool, last: bool
+    reader: CheckpointReader, spec: ModelSpec, stage_slice: StageSlice
 ) -> dict[str, Located]:
-    """Every parameter of the stage, keyed as `models.tensor_sources` does.
+    """Locate every parameter of the stage, keyed as `models.tensor_sources` does.
 
     Raises:
         ValueError: one error with every damaged file, all that is missing, misshapen or of a wrong
             dtype in the stage, and all that is unknown in the whole checkpoint.
     """
-    problems = [*reader.problems, *_unknown(reader, spec)]
+    problems = [*reader.problems, *_find_unknown(reader, spec)]
     located = {
         target: _settle(reader, target, source, problems)
-        for target, source in tensor_sources(spec, blocks, first=first, last=last).items()
+        for target, source in tensor_sources(spec, stage_slice).items()
     }
-    problems += _lost_hot_columns(reader, located)
+    problems += _find_lost_hot_columns(reader, located)
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ValueError(
@@ -127,8 +128,8 @@ def locate(
     return located
 
 
-def _lost_hot_columns(reader: CheckpointReader, located: dict[str, Located]) -> list[str]:
-    """Linears without the hot columns that config.json says; their int8 weights leave them out."""
+def _find_lost_hot_columns(reader: CheckpointReader, located: dict[str, Located]) -> list[str]:
+    """Find linears that lack the hot columns config.json promises; int8 weights leave those out."""
     path = reader.folder / "config.json"
     fields = json.loads(path.read_text()) if path.is_file() else {}
     written = fields.get("quantization_config")
@@ -154,8 +155,8 @@ def _lost_hot_columns(reader: CheckpointReader, located: dict[str, Located]) -> 
     return problems
 
 
-def _unknown(reader: CheckpointReader, spec: ModelSpec) -> list[str]:
-    whole = tensor_sources(spec, range(spec.num_blocks), first=True, last=True)
+def _find_unknown(reader: CheckpointReader, spec: ModelSpec) -> list[str]:
+    whole = tensor_sources(spec, StageSlice.whole(spec))
     known = {name for source in whole.values() for names in source.names for name in names}
     for name in list(known):
         if name in reader and reader.dtype(name) == "I8":
@@ -178,11 +179,11 @@ def _settle(
     for candidates, shape in zip(source.names, source.shapes, strict=False):
         name = next((name for name in candidates if name in reader), None)
         if name is None:
-            if not reader.unreadable.intersection(candidates):  # its file is named already
+            if not reader.unreadable.intersection(candidates):  # its file is already named
                 problems.append(f"missing tensor {candidates[0]}")
             continue
         if may_be_int8(target, source) and reader.dtype(name) == "I8":
-            piece, columns = _int8_piece(reader, name, shape, problems)
+            piece, columns = _settle_int8(reader, name, shape, problems)
             pieces.append(piece)
             hot.append(columns)
             continue
@@ -206,7 +207,7 @@ def _settle(
     return Located(source, tuple(pieces), columns)
 
 
-def _int8_piece(
+def _settle_int8(
     reader: CheckpointReader, name: str, shape: tuple[int, ...], problems: list[str]
 ) -> tuple[Piece, Tensor | None]:
     num_rows, num_columns = shape
@@ -236,7 +237,7 @@ def _int8_piece(
     hot_names = [base + "hot_columns", base + "hot_weight"]
     columns = None
     if all(hot in reader for hot in hot_names):
-        columns = _hot_columns(reader, hot_names[0], hot_names[1], shape, problems)
+        columns = _read_hot_columns(reader, hot_names[0], hot_names[1], shape, problems)
         extra.append(hot_names[0])
     elif any(hot in reader for hot in hot_names):
         problems.append(f"{name} must have both of {' and '.join(hot_names)} or neither")
@@ -246,7 +247,7 @@ def _int8_piece(
     return Piece(name, shape, scale, divisor, layout, tuple(extra), hot_weight), columns
 
 
-def _hot_columns(
+def _read_hot_columns(
     reader: CheckpointReader,
     columns_name: str,
     weight_name: str,

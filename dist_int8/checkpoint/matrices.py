@@ -1,4 +1,4 @@
-"""A stored parameter as a sequence of slices, in whichever form it is wanted."""
+"""A stored parameter as a sequence of slices, floating or in int8."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from dist_int8.int8.layouts import transform_layout
 
 @dataclass(frozen=True)
 class Int8Rows:
-    """Some rows of an int8 matrix, beginning with row `first` of their checkpoint tensor."""
+    """Some rows of an int8 matrix, starting at row `first` of their checkpoint tensor."""
 
     first: int
     weight_int8: Tensor
@@ -29,13 +29,13 @@ class Int8Rows:
 class Source:
     """Reads pieces of one checkpoint, on the CPU or from there to a device.
 
-    Slices lie in buffers that the next slice takes over: copy what you keep. Fresh memory for every
-    slice would cost more in page faults than the work itself.
+    The next slice reuses the buffers of a slice: copy what you keep. Fresh memory for every slice
+    would cost more in page faults than the work itself.
 
     Args:
         reader: of the checkpoint.
-        device: where slices are handed out and worked on.
-        progress: called with the number of bytes just read, of each tensor once.
+        device: where slices are processed and returned.
+        progress: called with the number of bytes just read, once for each byte of a tensor.
 
     Reading raises ValueError at the first NaN or infinity, with the tensor's name.
     """
@@ -53,13 +53,13 @@ class Source:
         self._quantizer = _Quantizer()
 
     def read(self, name: str) -> Tensor:
-        """A whole (small) tensor."""
+        """Read a whole (small) tensor."""
         tensor = self.reader.read(name)
         self._report(name, tensor, whole=True)
         return tensor.to(self._device)
 
     def floating(self, piece: Piece, hot_columns: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-        """Rows in order, in their stored floating dtype, or fp32 if they are stored in int8."""
+        """Yield rows in order, in their stored floating dtype, or fp32 if stored in int8."""
         if piece.scale is None:
             for first, rows in self._slices(piece.name):
                 self._check_finite(piece.name, first, rows)
@@ -72,7 +72,7 @@ class Source:
             yield part.first, rows
 
     def int8(self, piece: Piece, hot_columns: Tensor | None = None) -> Iterator[Int8Rows]:
-        """Rows in order as int8: as they are stored, or quantized as they arrive.
+        """Yield rows in order as int8: as they are stored, or quantized as they arrive.
 
         A floating piece keeps `hot_columns` exactly and leaves them out of the scales.
         """
@@ -97,7 +97,7 @@ class Source:
         if len(scale) and scale.min() < 0:
             raise ValueError(
                 f"{self.reader.folder}:{piece.scale}: scales must be at least 0, got "
-                f"{scale.min().item():g}; mend the checkpoint"
+                f"{scale.min().item():g}; repair the checkpoint"
             )
         if piece.scale_divisor != 1.0:
             scale = scale / piece.scale_divisor
@@ -114,12 +114,12 @@ class Source:
             yield Int8Rows(first, rows, scale[first:end], hot)
 
     def _from_layout(self, piece: Piece) -> Iterator[tuple[int, Tensor]]:
-        """A tiled matrix has its rows all over the file, and is taken as a whole."""
+        """Yield rows of a tiled matrix, which is read whole: its rows are spread over the file."""
         num_rows, num_columns = piece.shape
         tiled = self.read(piece.name)
         matrix = transform_layout(tiled, piece.layout, "row", (num_rows, num_columns))
         del tiled
-        yield from _row_slices(matrix)
+        yield from _split_rows(matrix)
 
     def _slices(self, name: str) -> Iterator[tuple[int, Tensor]]:
         for first, rows in self.reader.slices(name):
@@ -128,12 +128,12 @@ class Source:
         self._reported.add(name)
 
     def _check_finite(self, name: str, first: int, rows: Tensor) -> None:
-        # A sum is much cheaper than isfinite(), and not finite where an element is not.
+        # A sum is much cheaper than isfinite(), and is not finite where an element is not.
         if math.isfinite(rows.sum().item()) or rows.isfinite().all():
             return
         raise ValueError(
             f"{self.reader.folder}:{name}: weights must be finite, got NaN or Inf within rows "
-            f"{first}..{first + len(rows) - 1}; mend the checkpoint"
+            f"{first}..{first + len(rows) - 1}; repair the checkpoint"
         )
 
     def _report(self, name: str, rows: Tensor | None, whole: bool = False) -> None:
@@ -147,7 +147,7 @@ class Source:
 
 
 class _Quantizer:
-    """`reference.quantize_weight` bit for bit, in memory that it keeps."""
+    """Quantizes like `reference.quantize_weight`, bit for bit, in memory that it reuses."""
 
     def __init__(self) -> None:
         self._values = torch.empty(0)
@@ -158,7 +158,7 @@ class _Quantizer:
             self._values = torch.empty(rows.numel(), dtype=torch.float32, device=rows.device)
             self._weight_int8 = torch.empty_like(self._values, dtype=torch.int8)
         values = self._values[: rows.numel()].view(rows.shape).copy_(rows)
-        # one pass each, but 25 times as fast on a CPU as aminmax
+        # two passes, but 25 times as fast on a CPU as aminmax
         absmax = torch.maximum(values.amax(dim=1), -values.amin(dim=1))
         col_scale = absmax / reference.PLANE_MAX
         col_scale = torch.where(col_scale < reference.SMALLEST_SCALE, 0.0, col_scale)
@@ -170,7 +170,7 @@ class _Quantizer:
         return self._weight_int8[: rows.numel()].view(rows.shape).copy_(values), col_scale
 
 
-def _row_slices(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _split_rows(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
     step = max(1, SLICE // max(1, torch.Size(matrix.shape[1:]).numel()))
     for first in range(0, len(matrix), step):
         yield first, matrix[first : first + step]

@@ -19,8 +19,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
-# Rows are read and worked on in slices of about this many elements: what is at work at a time, fp32
-# temporaries of quantizing included, is then a few times 4 MiB, and stays in a CPU's cache.
+# Rows are read and processed in slices of about this many elements: the working set, with the fp32
+# temporaries of quantizing, is then a few times 4 MiB, and stays in a CPU's cache.
 SLICE = 1 << 20
 
 
@@ -35,7 +35,7 @@ class CheckpointReader:
         complete: False: do not raise for what `problems` lists.
 
     Attributes:
-        problems: every missing, damaged or contradictory file, a sentence each.
+        problems: one sentence for every missing, damaged or contradictory file.
         unreadable: tensors that the index says to be in such files.
 
     Raises:
@@ -61,7 +61,7 @@ class CheckpointReader:
                 continue
             break
         else:
-            raise ValueError(_no_checkpoint(self.folder))
+            raise ValueError(_explain_no_checkpoint(self.folder))
         if problems and (complete or not self._tensors):
             raise ValueError(
                 f"{self.folder}: checkpoint must be complete, got {len(problems)} problem(s): "
@@ -78,7 +78,8 @@ class CheckpointReader:
                 f"{path}: must be a JSON object with a weight_map, got something else; download it "
                 "again"
             ) from None
-        suffix = Path(index.removesuffix(".index.json")).suffix  # no pickle behind another index
+        # An index of safetensors files may not name pickles.
+        suffix = Path(index.removesuffix(".index.json")).suffix
         for file in files:
             listed = [name for name, named in weight_map.items() if named == file]
             if Path(file).name != file or Path(file).suffix != suffix:
@@ -120,27 +121,27 @@ class CheckpointReader:
         return name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the header."""
+        """Return the shape of a tensor, from the header."""
         return self._tensors[name].shape
 
     def dtype(self, name: str) -> str:
-        """safetensors' dtype name of a tensor (F32, BF16, F16, I8, ...), from the header."""
+        """Return safetensors' dtype name of a tensor (F32, BF16, F16, I8, ...), from the header."""
         return self._tensors[name].dtype
 
     def num_bytes(self, name: str) -> int:
-        """Stored size of a tensor, from the header."""
+        """Return the stored size of a tensor in bytes, from the header."""
         return self._tensors[name].num_bytes
 
     def read(self, name: str) -> Tensor:
-        """The tensor on the CPU in its stored dtype."""
+        """Read a tensor in its stored dtype, on the CPU."""
         out = torch.empty(self.shape(name), dtype=TORCH_DTYPES[self.dtype(name)])
         self._files[name].read_into(name, 0, out)
         return out
 
     def slices(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """The tensor's rows in order, in slices of about SLICE elements: first row, rows.
+        """Yield the tensor's rows in order, in slices of about SLICE elements: first row, rows.
 
-        All slices lie in the same memory: copy what you keep.
+        All slices share the same memory: copy what you keep.
         """
         shape, dtype, file = self.shape(name), self.dtype(name), self._files[name]
         num_rows = shape[0]
@@ -153,7 +154,7 @@ class CheckpointReader:
             yield first, out
 
 
-def _no_checkpoint(folder: Path) -> str:
+def _explain_no_checkpoint(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder}: must be a model folder, got no such folder; check the path"
     pickles = sorted(path.name for path in folder.glob("*.bin"))

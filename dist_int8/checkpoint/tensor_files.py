@@ -1,7 +1,7 @@
-"""One checkpoint file: what it holds, and reading any rows of it into memory of our own.
+"""One checkpoint file: what it holds, and reading any of its rows into memory of our own.
 
-Nothing is mapped into memory. A mapped page counts as ours until the tensor dies, and a file that
-shrinks under a mapping ends the process with SIGBUS; a read that comes up short is an error.
+Nothing is mapped into memory. A mapped page counts as ours until the tensor is freed, and a file
+that shrinks while mapped kills the process with SIGBUS; a short read is an error.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# safetensors' names of the dtypes that a model of ours can be made of.
+# safetensors' names of the dtypes that our models can be made of.
 TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -33,7 +33,7 @@ _LARGEST_READ = 1 << 30  # Linux reads at most 2 GiB at a time
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a file says of a tensor."""
+    """What a file says about a tensor."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -49,11 +49,11 @@ class TensorFile(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:
-        """What it holds, by name."""
+        """Its tensors, by name."""
         ...
 
     def read_into(self, name: str, first: int, out: Tensor) -> None:
-        """Fill `out` (contiguous, on the CPU, of the stored dtype) from row `first` on."""
+        """Fill `out` (contiguous, on the CPU, of the stored dtype) with rows from `first` on."""
         ...
 
 
@@ -68,12 +68,12 @@ class SafetensorsFile:
         self._path = path
         try:
             with safe_open(path, framework="pt", device="cpu"):
-                pass  # checks the header, and that the file is as long as it says
+                pass  # checks the header, and that the file has the length it says
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(length))
         except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(damaged(path, error)) from None
+            raise ValueError(describe_damage(path, error)) from None
         header.pop("__metadata__", None)
         self.tensors: Mapping[str, StoredTensor] = {
             name: StoredTensor(tuple(entry["shape"]), entry["dtype"])
@@ -103,12 +103,12 @@ class SafetensorsFile:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
+    """View the memory of a contiguous tensor on the CPU as bytes."""
     array: Any = tensor.view(-1).view(torch.uint8).numpy()
     return memoryview(array)
 
 
-def damaged(path: Path, error: Exception) -> str:
-    """What is wrong with a file, in one line."""
+def describe_damage(path: Path, error: Exception) -> str:
+    """Describe in one line what is wrong with a file."""
     reason = " ".join((str(error) or type(error).__name__).split())
     return f"damaged or truncated file {path.name} ({path.stat().st_size} bytes): {reason}"

@@ -14,7 +14,7 @@ from dist_int8.config import Settings
 from dist_int8.evaluation.host import Host
 from dist_int8.int8 import ops
 from dist_int8.int8.linear import Int8Linear
-from dist_int8.models import ModelSpec, tensor_sources
+from dist_int8.models import ModelSpec, StageSlice, tensor_sources
 
 # What the LLM.int8() paper counts as an outlier feature of a layer (section 4): magnitude 6.0 and
 # more in 6% of the tokens and more.
@@ -168,7 +168,7 @@ def hot_columns(
     if calibration is None:
         return {}
     found = find_hot_columns(folder, spec, calibration, skip=settings.skipped)
-    sources = tensor_sources(spec, range(spec.num_blocks), first=False, last=False)
+    sources = tensor_sources(spec, StageSlice(range(spec.num_blocks), first=False, last=False))
     named: dict[str, list[int]] = {}
     for ours, columns in found.items():
         for spellings in sources[f"{ours}.weight"].names:

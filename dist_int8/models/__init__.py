@@ -5,6 +5,7 @@ from dist_int8.models.block import Cache, DecoderBlock
 from dist_int8.models.config import describe, ignored_tensors, load_config, tensor_sources
 from dist_int8.models.decoder import DecoderStage, TokenBatch
 from dist_int8.models.spec import BlockSpec, ModelSpec, RotarySpec
+from dist_int8.models.stage_slice import StageSlice
 
 __all__ = [
     "BlockSpec",
@@ -14,6 +15,7 @@ __all__ = [
     "Int8KV",
     "ModelSpec",
     "RotarySpec",
+    "StageSlice",
     "TokenBatch",
     "describe",
     "ignored_tensors",

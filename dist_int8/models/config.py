@@ -13,10 +13,11 @@ from dist_int8.models.families import BY_MODEL_TYPE, BY_NAME
 from dist_int8.models.rotary import check_one_set
 from dist_int8.models.sources import TensorSource
 from dist_int8.models.spec import ModelSpec
+from dist_int8.models.stage_slice import StageSlice
 
-# Config fields that change the function of a model and that our block does not implement, with the
-# values that mean "not used". A field that a family's own transformers class lacks is still looked
-# at: models derived from a family often carry such fields.
+# Config fields that change what a model computes and that our block does not implement, with the
+# values that mean "not used". Fields that a family's own transformers class lacks are checked too:
+# models derived from a family often carry them.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "compression_config": (None,),
@@ -62,37 +63,53 @@ def load_config(model: str | Path) -> PretrainedConfig:
         ValueError: no such folder or model, no config.json, not JSON, unknown family, invalid
             fields.
     """
-    folder = Path(model)
-    if str(model) and folder.is_dir():
-        path = folder / "config.json"
-        if not path.is_file():
-            raise ValueError(
-                f"{folder}: must hold a config.json, got none; give the folder of a transformers "
-                "model"
-            )
-        try:
-            fields = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"{path}: must be JSON, got {error}; download the file again"
-            ) from None
-        where = str(path)
-    elif os.path.lexists(folder) or not _HUB_ID.fullmatch(str(model)):
+    if str(model) and Path(model).is_dir():
+        where, fields = str(Path(model) / "config.json"), _read_local_fields(Path(model))
+    else:
+        where, fields = f"{model}/config.json", _fetch_fields(model)
+    _check_fields(where, fields)
+    try:
+        return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{where}: must be a valid {fields['model_type']} config, got {reason}; correct the "
+            "field"
+        ) from None
+
+
+def _read_local_fields(folder: Path) -> Any:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder}: must hold a config.json, got none; give the folder of a transformers model"
+        )
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: must be JSON, got {error}; download the file again") from None
+
+
+def _fetch_fields(model: str | Path) -> Any:
+    if os.path.lexists(model) or not _HUB_ID.fullmatch(str(model)):
         raise ValueError(
             f"model: must be a folder or a hub id such as 'bigscience/bloom', got {str(model)!r}, "
             "which is neither; check the path"
         )
-    else:
-        try:
-            fields, _ = PretrainedConfig.get_config_dict(str(model))
-        except OSError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(
-                "model: must be an existing folder or a hub id that can be reached, got "
-                f"{str(model)!r} ({reason}); check the path, the name or the network (a "
-                "plan needs only a folder with a config.json, such as configs/models/...)"
-            ) from None
-        where = f"{model}/config.json"
+    try:
+        fields, _ = PretrainedConfig.get_config_dict(str(model))
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            "model: must be an existing folder or a hub id that can be reached, got "
+            f"{str(model)!r} ({reason}); check the path, the name or the network (a "
+            "plan needs only a folder with a config.json, such as configs/models/...)"
+        ) from None
+    return fields
+
+
+def _check_fields(where: str, fields: Any) -> None:
+    """Refuse what transformers' config classes would accept or fail on without a clear message."""
     if not isinstance(fields, dict):
         raise ValueError(
             f"{where}: must be a JSON object, got {type(fields).__name__}; download the file again"
@@ -103,7 +120,7 @@ def load_config(model: str | Path) -> PretrainedConfig:
             f"{where}:model_type: must be one of {', '.join(BY_MODEL_TYPE)}, got {model_type!r}; "
             "use a model of a supported family"
         )
-    for names in _SIZES:  # transformers would fill in the sizes of some other model
+    for names in _SIZES:  # transformers would fill in the sizes of another model
         found = [fields[name] for name in names if name in fields]
         if not found:
             raise ValueError(
@@ -115,17 +132,10 @@ def load_config(model: str | Path) -> PretrainedConfig:
                 "field"
             )
     check_one_set(fields.get("rope_parameters") or {})
-    try:
-        return CONFIG_MAPPING[model_type].from_dict(fields)
-    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{where}: must be a valid {model_type} config, got {reason}; correct the field"
-        ) from None
 
 
 def describe(config: PretrainedConfig) -> ModelSpec:
-    """The `ModelSpec` of a transformers config.
+    """Describe a transformers config as a `ModelSpec`.
 
     Raises:
         ValueError: an unknown family, or a field that asks for something our block does not
@@ -177,10 +187,8 @@ def _is_language_model(architecture: str) -> bool:
     return architecture.endswith(("ForCausalLM", "Model"))
 
 
-def tensor_sources(
-    spec: ModelSpec, blocks: range, *, first: bool, last: bool
-) -> dict[str, TensorSource]:
-    """Sources of every parameter of a stage, keyed by the stage's own parameter names.
+def tensor_sources(spec: ModelSpec, stage_slice: StageSlice) -> dict[str, TensorSource]:
+    """Return the source of every parameter of a stage, keyed by the stage's own parameter names.
 
     Names are accepted with and without the family's base-model prefix. Under a tied head,
     embedding and head may each be read from the other's tensor if their own is absent.
@@ -196,9 +204,9 @@ def tensor_sources(
     sources = {
         target: source
         for target, source in edges.items()
-        if (last if target.startswith(at_end) else first)
+        if (stage_slice.last if target.startswith(at_end) else stage_slice.first)
     }
-    for index in blocks:
+    for index in stage_slice.blocks:
         for target, source in family.block_sources(spec, index).items():
             sources[f"blocks.{index}.{target}"] = source
 
@@ -219,5 +227,5 @@ def tensor_sources(
 
 
 def ignored_tensors(spec: ModelSpec) -> tuple[str, ...]:
-    """Regular expressions of checkpoint tensors that carry nothing, such as old mask buffers."""
+    """Return regular expressions of checkpoint tensors to ignore, such as old mask buffers."""
     return BY_NAME[spec.family].IGNORED

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from dist_int8.int8 import ops
 from dist_int8.int8.embedding import Int8Embedding
 from dist_int8.models.block import Cache, DecoderBlock, Norm, PositionTables
-from dist_int8.models.rotary import alibi_slopes, rotary_tables
+from dist_int8.models.rotary import alibi_slopes, make_rotary_tables
 from dist_int8.models.run_blocks import run_blocks
 from dist_int8.models.spec import ModelSpec
+from dist_int8.models.stage_slice import StageSlice
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class TokenBatch:
         if token_ids is not None:
             token_ids = torch.as_tensor(token_ids, dtype=torch.int64, device=device)
             assert len(token_ids) == len(positions), (len(token_ids), rows)
-        assert len({slot for slot, _, _ in rows}) == len(rows), f"one segment a slot: {rows}"
+        assert len({slot for slot, _, _ in rows}) == len(rows), f"one segment per slot: {rows}"
         return cls(
             token_ids,
             torch.tensor(rows, dtype=torch.int32).view(-1, 3),
@@ -66,27 +67,25 @@ class TokenBatch:
 
 
 class LayerCaches(Protocol):
-    """What a stage needs of a KV cache."""
+    """What a stage needs from a KV cache."""
 
     def layer(self, index: int) -> tuple[Cache, Cache]:
-        """Key [S, KV, D, L] and value [S, KV, L, D] cache of the stage's block `index` (from 0).
+        """Return the caches of the stage's block `index` (from 0).
 
-        Or both as `Int8KV`.
+        Key [S, KV, D, L] and value [S, KV, L, D], or both as `Int8KV`.
         """
         ...
 
 
 class DecoderStage(nn.Module):
-    """Blocks `blocks` of a model; the first stage embeds tokens, the last returns logits.
+    """One slice of a model; the first stage embeds tokens, the last returns logits.
 
     Parameter names use the block's number in the whole model (`blocks.17.qkv.weight`), whatever
     the stage, so a state dict does not depend on how a model was split.
 
     Args:
         spec: the model.
-        blocks: contiguous block numbers, for example range(0, 15); may be empty.
-        first: holds the embedding.
-        last: holds the final norm and the head.
+        stage_slice: the part of it that this stage holds.
         dtype: dtype of parameters and hidden states.
         max_tokens: longest sequence the position tables serve; None: the model's max_positions.
 
@@ -101,45 +100,22 @@ class DecoderStage(nn.Module):
     def __init__(
         self,
         spec: ModelSpec,
-        blocks: range,
-        first: bool,
-        last: bool,
+        stage_slice: StageSlice,
         dtype: torch.dtype = torch.float32,
         max_tokens: int | None = None,
     ) -> None:
         super().__init__()
-        if blocks.step != 1 or blocks.start < 0 or blocks.stop > spec.num_blocks:
-            raise ValueError(
-                f"DecoderStage: blocks must be contiguous within 0..{spec.num_blocks - 1}, got "
-                f"{blocks}; plan the stages again for this model"
-            )
-        limit = spec.max_positions
-        if max_tokens is not None and limit is not None and max_tokens > limit:
-            raise ValueError(
-                f"DecoderStage: max_tokens must be at most {limit} for this {spec.model_type} "
-                f"model, got {max_tokens}; lower max_tokens"
-            )
+        _check(spec, stage_slice.blocks, max_tokens)
         self.spec = spec
-        self.block_range = blocks
-        self.first = first
-        self.last = last
+        self.slice = stage_slice
         self.dtype = dtype
-        if first:
-            table = nn.Embedding(spec.vocab_size, spec.embedding_size)
-            self.embedding: nn.Embedding | Int8Embedding = table
-            if spec.num_position_rows:
-                self.positions = nn.Embedding(spec.num_position_rows, spec.hidden_size)
-            if spec.embedding_norm:
-                self.embedding_norm = self._norm()
-            if spec.has_projections:
-                self.project_in = nn.Linear(spec.embedding_size, spec.hidden_size, bias=False)
-        self.blocks = nn.ModuleDict({str(i): DecoderBlock(spec.blocks[i]) for i in blocks})
-        if last:
-            if spec.final_norm:
-                self.final_norm = self._norm()
-            if spec.has_projections:
-                self.project_out = nn.Linear(spec.hidden_size, spec.embedding_size, bias=False)
-            self.lm_head = nn.Linear(spec.embedding_size, spec.vocab_size, bias=False)
+        if stage_slice.first:
+            self._add_embedding()
+        self.blocks = nn.ModuleDict(
+            {str(i): DecoderBlock(spec.blocks[i]) for i in stage_slice.blocks}
+        )
+        if stage_slice.last:
+            self._add_head()
         self.to(dtype).requires_grad_(False)
         self._add_position_tables(max_tokens)
 
@@ -147,23 +123,40 @@ class DecoderStage(nn.Module):
     def empty(
         cls,
         spec: ModelSpec,
-        blocks: range,
-        first: bool,
-        last: bool,
+        stage_slice: StageSlice,
         dtype: torch.dtype = torch.float32,
         max_tokens: int | None = None,
     ) -> Self:
-        """The same stage with every parameter on the meta device (position tables are real)."""
+        """Make the same stage with all parameters on the meta device (position tables are real)."""
         with init_empty_weights(include_buffers=False):
-            return cls(spec, blocks, first, last, dtype, max_tokens)
+            return cls(spec, stage_slice, dtype, max_tokens)
+
+    def _add_embedding(self) -> None:
+        spec = self.spec
+        table = nn.Embedding(spec.vocab_size, spec.embedding_size)
+        self.embedding: nn.Embedding | Int8Embedding = table
+        if spec.num_position_rows:
+            self.positions = nn.Embedding(spec.num_position_rows, spec.hidden_size)
+        if spec.embedding_norm:
+            self.embedding_norm = self._make_norm()
+        if spec.has_projections:
+            self.project_in = nn.Linear(spec.embedding_size, spec.hidden_size, bias=False)
+
+    def _add_head(self) -> None:
+        spec = self.spec
+        if spec.final_norm:
+            self.final_norm = self._make_norm()
+        if spec.has_projections:
+            self.project_out = nn.Linear(spec.hidden_size, spec.embedding_size, bias=False)
+        self.lm_head = nn.Linear(spec.embedding_size, spec.vocab_size, bias=False)
 
     def make_embedding_int8(self) -> None:
-        """Puts an `Int8Embedding` without content in the place of the first stage's embedding."""
-        if self.first:
+        """Replace the embedding of a first stage with an `Int8Embedding` without content."""
+        if self.slice.first:
             shape = (self.spec.vocab_size, self.spec.embedding_size)
             self.embedding = Int8Embedding(*shape, device="meta")
 
-    def _norm(self) -> Norm:
+    def _make_norm(self) -> Norm:
         block = self.spec.blocks[0]
         return Norm(self.spec.hidden_size, block.norm, block.norm_eps)
 
@@ -172,7 +165,7 @@ class DecoderStage(nn.Module):
         if self.spec.rotary is not None:
             num_positions = max_tokens or self.spec.max_positions
             assert num_positions is not None, "a rotary model has max_positions"
-            cos, sin = rotary_tables(self.spec.rotary, num_positions)
+            cos, sin = make_rotary_tables(self.spec.rotary, num_positions)
         if self.spec.alibi:
             slopes = alibi_slopes(self.spec.blocks[0].num_heads)
         self.register_buffer("rotary_cos", cos, persistent=False)
@@ -213,7 +206,7 @@ class DecoderStage(nn.Module):
         return head(x).float()
 
     def before_head(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """What the head of the last stage reads: x + residual [R, hidden] -> [R, embedding]."""
+        """Compute the input of the head: x + residual [R, hidden] -> [R, embedding]."""
         if self.spec.final_norm:
             x, _ = self.final_norm(x, residual)
         elif residual is not None:
@@ -236,11 +229,26 @@ class DecoderStage(nn.Module):
             Hidden states [T, hidden] in the stage's dtype or, on the last stage, logits fp32 [R,
             vocab] of `batch.logit_rows`.
         """
-        assert (hidden_states is None) == self.first, "all but the first stage get hidden states"
+        first = self.slice.first
+        assert (hidden_states is None) == first, "all but the first stage get hidden states"
         tables = PositionTables(self.rotary_cos, self.rotary_sin, self.alibi_slopes)
         x = self._embed(batch) if hidden_states is None else hidden_states
         blocks: Any = self.blocks.values()
         x, residual = run_blocks(blocks, x, batch.segments, kv_cache.layer, tables)
-        if self.last:
+        if self.slice.last:
             return self._logits(x, residual, batch.logit_rows)
         return x if residual is None else x + residual
+
+
+def _check(spec: ModelSpec, blocks: range, max_tokens: int | None) -> None:
+    if blocks.step != 1 or blocks.start < 0 or blocks.stop > spec.num_blocks:
+        raise ValueError(
+            f"DecoderStage: blocks must be contiguous within 0..{spec.num_blocks - 1}, got "
+            f"{blocks}; plan the stages again for this model"
+        )
+    limit = spec.max_positions
+    if max_tokens is not None and limit is not None and max_tokens > limit:
+        raise ValueError(
+            f"DecoderStage: max_tokens must be at most {limit} for this {spec.model_type} "
+            f"model, got {max_tokens}; lower max_tokens"
+        )

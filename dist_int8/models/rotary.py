@@ -1,4 +1,4 @@
-"""Rotary and ALiBi position tables, computed once for a stage.
+"""Rotary and ALiBi position tables, computed once per stage.
 
 Frequencies of scaled rope variants come from transformers' own ROPE_INIT_FUNCTIONS; only the plain
 variant, which transformers keeps inside each model class, is written out here.
@@ -19,7 +19,7 @@ _LENGTH_KEY = {"dynamic": "max_position_embeddings", "longrope": "original_max_p
 
 
 def check_one_set(parameters: Any) -> None:
-    """Refuses rope parameters that differ between layers; some releases of transformers fail there.
+    """Refuse rope parameters that differ between layers; some releases of transformers fail there.
 
     Raises:
         ValueError: they are per layer type.
@@ -83,15 +83,15 @@ def describe_rotary(config: Any, head_dim: int, max_positions: int) -> tuple[Rot
     return RotarySpec(tuple(inv_freq.float().tolist()), float(scaling)), max_positions
 
 
-def rotary_tables(rotary: RotarySpec, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of every position, each fp32 [num_positions, R/2] on the CPU."""
+def make_rotary_tables(rotary: RotarySpec, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute cos and sin of every position, each fp32 [num_positions, R/2] on the CPU."""
     inv_freq = torch.tensor(rotary.inv_freq, dtype=torch.float32)
     angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * inv_freq
     return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
 
 
 def alibi_slopes(num_heads: int) -> torch.Tensor:
-    """ALiBi slopes, fp32 [num_heads], of Press et al. 2022, section 3, and BLOOM.
+    """Compute ALiBi slopes, fp32 [num_heads], as in Press et al. 2022, section 3, and BLOOM.
 
     The first 2^k heads take the geometric sequence with ratio 2^(-8/2^k); the others every second
     member of the sequence for twice as many heads.

@@ -1,4 +1,4 @@
-"""Where a parameter of ours comes from in a transformers checkpoint, and how it is put together."""
+"""Where a parameter of ours comes from in a transformers checkpoint, and how it is assembled."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,12 +38,12 @@ class TensorSource:
 
 
 def tensor(name: str, *shape: int) -> TensorSource:
-    """A parameter stored as one tensor."""
+    """Describe a parameter that is stored as one tensor."""
     return TensorSource(((name,),), (shape,))
 
 
 def filled(value: float, *shape: int) -> TensorSource:
-    """A parameter that the checkpoint does not hold."""
+    """Describe a parameter that the checkpoint does not hold."""
     return TensorSource((), (shape,), fill=value)
 
 
@@ -57,7 +57,7 @@ def linear(
     row_order: RowOrder = "as_stored",
     num_heads: int = 0,
 ) -> dict[str, TensorSource]:
-    """Weight and bias of one linear of ours made of the checkpoint's linears `names`.
+    """Describe weight and bias of one linear of ours, made of the checkpoint's linears `names`.
 
     Args:
         target: our linear's name within the block.
@@ -84,7 +84,7 @@ def linear(
 
 
 def norm(target: str, name: str, size: int, affine: bool = True) -> dict[str, TensorSource]:
-    """Weight and bias of a LayerNorm; one and zero if it has none."""
+    """Describe weight and bias of a LayerNorm; one and zero if it has none."""
     if affine:
         return {
             f"{target}.weight": tensor(f"{name}.weight", size),

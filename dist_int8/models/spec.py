@@ -48,7 +48,7 @@ class BlockSpec:
     residual_from_norm: bool = False
     """True: norm(x) + sublayer(norm(x)), BLOOM's apply_residual_connection_post_layernorm."""
     window: int = 0
-    """Newest positions a token attends to, itself included; 0: all."""
+    """Number of positions a token attends to, the newest, itself included; 0: all."""
 
     @property
     def qkv_size(self) -> int:
@@ -69,7 +69,7 @@ class ModelSpec:
     blocks: tuple[BlockSpec, ...]
     tied_head: bool
     max_positions: int | None
-    """Most positions the model can be asked for; None: no limit (ALiBi)."""
+    """Maximum number of positions; None: no limit (ALiBi)."""
     embedding_size: int
     """Width of the token embedding and of the head's input; not hidden_size in OPT-350m."""
     rotary: RotarySpec | None = None

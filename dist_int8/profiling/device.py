@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dist_int8.int8 import ops, reference
 from dist_int8.int8.convert import convert
-from dist_int8.models import BlockSpec, DecoderStage, ModelSpec, TokenBatch
+from dist_int8.models import BlockSpec, DecoderStage, ModelSpec, StageSlice, TokenBatch
 from dist_int8.partition.profiles import DEFAULT_GPU, PROFILES
 
 NUM_FEATURES = 4096  # of the layers measured, in and out
@@ -153,7 +153,7 @@ def _overhead(place: torch.device, dtype: torch.dtype) -> float:
     )
     blocks = tuple([spec] * count)
     model = ModelSpec("llama", "llama", 1, size, blocks, False, size, size)
-    stage = DecoderStage(model, range(count), first=False, last=False, dtype=dtype)
+    stage = DecoderStage(model, StageSlice(range(count), first=False, last=False), dtype)
     for parameter in stage.parameters():
         parameter.fill_(1.0)
     convert(stage, **_RULE).to(place)

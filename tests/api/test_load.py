@@ -10,14 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    GenerationConfig,
-    GPTNeoXConfig,
-    OPTConfig,
-    Qwen2Config,
-)
+from tiny_models import make_config
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import dist_int8
 from dist_int8.errors import RankError
@@ -312,14 +306,12 @@ def test_logits_of_bad_input_name_logits(one_stage):
         one_stage.generate("abc", stream=print)
 
 
-SMALL = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+SMALL = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128}
 FAMILIES = {
-    "bloom": BloomConfig(vocab_size=96, hidden_size=64, n_layer=3, n_head=4),
-    "opt": OPTConfig(**SMALL, ffn_dim=128, max_position_embeddings=64, word_embed_proj_dim=32),
-    "gpt_neox": GPTNeoXConfig(**SMALL, intermediate_size=128, max_position_embeddings=64),
-    "qwen2": Qwen2Config(
-        **SMALL, num_key_value_heads=2, intermediate_size=128, max_position_embeddings=64
-    ),
+    "bloom": make_config("bloom", **SMALL),
+    "opt": make_config("opt", **SMALL, word_embed_proj_dim=32),
+    "gpt_neox": make_config("gpt_neox", **SMALL),
+    "qwen2": make_config("qwen2", **SMALL, num_key_value_heads=2),
 }
 
 

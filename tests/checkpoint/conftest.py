@@ -1,57 +1,25 @@
-"""Small random models of four families, saved by transformers, for tests that may damage them."""
+"""Small random models of four families, saved by transformers; tests may damage copies."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-    OPTConfig,
-)
+from tiny_models import make_config
+from transformers import AutoModelForCausalLM
 
 _CONFIGS = {
-    "llama": LlamaConfig(
-        vocab_size=97,
-        hidden_size=48,
+    "llama": make_config("llama", intermediate_size=80, num_key_value_heads=2),
+    "llama_tied": make_config("llama", intermediate_size=80, tie_word_embeddings=True),
+    "bloom": make_config("bloom", num_hidden_layers=2),
+    "opt": make_config(
+        "opt",
         intermediate_size=80,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    ),
-    "llama_tied": LlamaConfig(
-        vocab_size=97,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    ),
-    "bloom": BloomConfig(vocab_size=97, hidden_size=48, n_layer=2, n_head=4),
-    "opt": OPTConfig(
-        vocab_size=97,
-        hidden_size=48,
-        ffn_dim=80,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
         word_embed_proj_dim=24,
         do_layer_norm_before=False,
     ),
-    "gpt_neox": GPTNeoXConfig(
-        vocab_size=97,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    ),
+    "gpt_neox": make_config("gpt_neox", intermediate_size=80, num_hidden_layers=2),
 }
 
 

@@ -1,4 +1,4 @@
-"""Weights of a CPU stage lie one behind the other, without a byte in common."""
+"""Weights of a CPU stage follow each other in memory, without a byte in common."""
 
 import copy
 import itertools
@@ -33,7 +33,7 @@ def test_neighbours_follow_each_other_and_share_nothing():
         assert 0 <= other.data_ptr() - end_of(one) < 64
 
 
-def test_a_full_chunk_is_followed_by_another(monkeypatch):
+def test_a_full_chunk_is_followed_by_a_new_one(monkeypatch):
     monkeypatch.setattr(arena_module, "CHUNK_BYTES", 1 << 12)
     monkeypatch.setattr(arena_module, "LARGE", 1 << 10)
     arena = Arena("cpu")
@@ -54,7 +54,7 @@ def test_a_tensor_outlives_its_arena_and_its_neighbours():
     assert bool((kept == 1).all())
 
 
-def test_tensors_are_saved_and_copied_alone(tmp_path):
+def test_tensors_are_saved_and_copied_without_their_neighbours(tmp_path):
     arena = Arena("cpu")
     tensors = {"a": arena.empty((7, 3), torch.int8), "b": arena.empty((5,), torch.float32)}
     for tensor in tensors.values():
@@ -76,7 +76,7 @@ def test_large_and_empty_tensors_have_memory_of_their_own(shape):
 
 
 @pytest.mark.parametrize("arena", [Arena("meta"), Arena("cpu", separate=True)])
-def test_separate_memory(arena):
+def test_tensors_off_the_cpu_or_on_request_have_memory_of_their_own(arena):
     tensor = arena.empty((3, 4), torch.float16)
     assert tensor.device == arena.device and tensor.shape == (3, 4)
     assert tensor.untyped_storage().nbytes() == 24

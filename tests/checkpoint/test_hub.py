@@ -1,4 +1,4 @@
-"""Models of a hub, from a server of our own on this machine."""
+"""Models of a hub, served on this machine."""
 
 import http.server
 import json
@@ -16,7 +16,7 @@ COMMITS = {"main": "a" * 40, "old": "b" * 40}
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's protocol as a download needs; files are on the class."""
+    """The part of the hub's protocol that a download needs; the files are on the class."""
 
     folders: dict[str, Path]
     requests: list[str]
@@ -60,7 +60,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(originals, tmp_path, monkeypatch):
-    """The server's class; huggingface_hub asks it and keeps what it gets in tmp_path."""
+    """The server's class; huggingface_hub asks it and caches its answers in tmp_path."""
     for commit, name in zip(COMMITS.values(), ("llama", "bloom"), strict=True):
         folder = Path(shutil.copytree(originals[name], tmp_path / "hub" / commit))
         (folder / "modeling_evil.py").write_text("raise SystemExit('ran')")
@@ -86,7 +86,7 @@ def hub(originals, tmp_path, monkeypatch):
     server.shutdown()
 
 
-def test_only_what_is_read_is_fetched_from_one_commit(hub, originals):
+def test_only_files_that_are_read_are_fetched_all_of_one_commit(hub, originals):
     folder = resolve_model("org/model")
     assert folder.name == COMMITS["main"]
     names = {path.name for path in folder.iterdir()}

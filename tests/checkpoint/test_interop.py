@@ -5,26 +5,14 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import assert_same_stage, load_tiny_stage, read_spec
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from dist_int8.checkpoint import load_stage
 from dist_int8.checkpoint.writer import dequantize, quantize
 from dist_int8.int8.layouts import LAYOUTS, transform_layout
-from dist_int8.models import describe, load_config
 
 NAMES = ["llama", "bloom", "opt", "gpt_neox"]
 TOKENS = torch.arange(3, 40)[None]
-
-
-def load(folder, **options):
-    spec = describe(load_config(folder))
-    return load_stage(folder, spec, range(spec.num_blocks), first=True, last=True, **options)
-
-
-def assert_same(stage, other):
-    one, two = stage.state_dict(), other.state_dict()
-    assert list(one) == list(two)
-    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def by_bitsandbytes(folder):
@@ -42,7 +30,7 @@ def int8_tensors(model):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ours_in_transformers_is_what_bitsandbytes_makes_itself(originals, tmp_path, name):
+def test_our_bitsandbytes_checkpoint_is_what_bitsandbytes_makes_itself(originals, tmp_path, name):
     # bitsandbytes rounds every weight to fp16 first
     half = AutoModelForCausalLM.from_pretrained(originals[name], dtype=torch.float16)
     half.float().save_pretrained(tmp_path / "half")
@@ -70,7 +58,7 @@ def test_ours_in_transformers_is_what_bitsandbytes_makes_itself(originals, tmp_p
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_theirs_in_ours_has_the_same_weights(originals, tmp_path, name):
+def test_a_checkpoint_by_bitsandbytes_keeps_its_weights(originals, tmp_path, name):
     theirs = by_bitsandbytes(originals[name])
     theirs.save_pretrained(tmp_path / "bnb")
     stored = load_file(tmp_path / "bnb" / "model.safetensors")
@@ -84,9 +72,9 @@ def test_theirs_in_ours_has_the_same_weights(originals, tmp_path, name):
             assert torch.equal(ours[base + "col_scale"], stored[base + "SCB"] / 127)
             num_compared += 1
     assert num_compared > 5
-    assert_same(load(tmp_path / "bnb"), load(tmp_path / "ours"))
+    assert_same_stage(load_tiny_stage(tmp_path / "bnb"), load_tiny_stage(tmp_path / "ours"))
     quantize(tmp_path / "ours", tmp_path / "back", target="bitsandbytes").run()
-    assert_same(load(tmp_path / "back"), load(tmp_path / "bnb"))
+    assert_same_stage(load_tiny_stage(tmp_path / "back"), load_tiny_stage(tmp_path / "bnb"))
     dequantize(tmp_path / "bnb", tmp_path / "floating", dtype="float32").run()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "floating")
     original = AutoModelForCausalLM.from_pretrained(originals[name])
@@ -98,10 +86,10 @@ def test_theirs_in_ours_has_the_same_weights(originals, tmp_path, name):
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 @pytest.mark.parametrize("container", ["safetensors", "bin"])
-def test_old_layouts_are_put_in_order(originals, tmp_path, layout, container):
+def test_tiled_layouts_of_old_versions_are_read(originals, tmp_path, layout, container):
     folder = tmp_path / "bnb"
     quantize(originals["gpt_neox"], folder, target="bitsandbytes").run()
-    expected = load(folder)
+    expected = load_tiny_stage(folder)
     shard = folder / "model-00001-of-00001.safetensors"
     tensors = load_file(shard)
     for key, tensor in list(tensors.items()):
@@ -120,13 +108,13 @@ def test_old_layouts_are_put_in_order(originals, tmp_path, layout, container):
     else:
         save_file(tensors, folder / "model.safetensors")
     allowed = {"allow_pickle": True} if container == "bin" else {}
-    assert_same(load(folder, **allowed), expected)
+    assert_same_stage(load_tiny_stage(folder, **allowed), expected)
     dequantize(folder, tmp_path / "floating", **allowed).run()
     quantize(folder, tmp_path / "ours", **allowed).run()
-    assert_same(load(tmp_path / "ours"), expected)
+    assert_same_stage(load_tiny_stage(tmp_path / "ours"), expected)
 
 
-def test_other_quantization_is_refused(folder_of):
+def test_other_quantization_methods_are_refused(folder_of):
     folder = folder_of("llama")
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -137,4 +125,4 @@ def test_other_quantization_is_refused(folder_of):
     ):
         path.write_text(json.dumps(config | {"quantization_config": quantization}))
         with pytest.raises(ValueError, match="quantization_config: must be absent"):
-            describe(load_config(folder))
+            read_spec(folder)

@@ -6,21 +6,15 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import assert_same_stage, load_tiny_stage, read_spec
 from transformers import AutoModelForCausalLM
 
-from dist_int8.checkpoint import load_stage, stage_bytes_to_read
+from dist_int8.checkpoint import count_stage_bytes
 from dist_int8.int8 import reference
 from dist_int8.int8.linear import Int8Linear
-from dist_int8.models import describe, load_config
+from dist_int8.models import StageSlice
 
 PREFIX = {"llama": "model.", "bloom": "transformer.", "opt": "model.", "gpt_neox": "gpt_neox."}
-
-
-def load(folder, blocks=None, **options):
-    spec = describe(load_config(folder))
-    blocks = blocks or range(spec.num_blocks)
-    options = {"first": True, "last": True, **options}
-    return load_stage(folder, spec, blocks, **options)
 
 
 def rewrite(folder, change):
@@ -34,27 +28,21 @@ def states(stage):
     return dict(sorted(stage.state_dict().items()))
 
 
-def assert_same(stage, other):
-    one, two = states(stage), states(other)
-    assert list(one) == list(two)
-    assert all(torch.equal(one[name], two[name]) for name in one)
-
-
 @pytest.mark.parametrize("name", PREFIX)
 def test_names_load_with_and_without_the_prefix(folder_of, name):
     folder = folder_of(name)
-    before = load(folder, int8=False)
+    before = load_tiny_stage(folder, int8=False)
     tensors = load_file(folder / "model.safetensors")
     assert any(key.startswith(PREFIX[name]) for key in tensors)
     bare = {key.removeprefix(PREFIX[name]): tensor for key, tensor in tensors.items()}
     save_file(bare, folder / "model.safetensors")
-    assert_same(load(folder, int8=False), before)
+    assert_same_stage(load_tiny_stage(folder, int8=False), before)
 
 
 def test_linears_are_quantized_as_the_specification_says(folder_of):
     folder = folder_of("bloom")
-    stage = load(folder, outlier_rule="row_rms", outlier_threshold=5.0)
-    floating = load(folder, int8=False)
+    stage = load_tiny_stage(folder, outlier_rule="row_rms", outlier_threshold=5.0)
+    floating = load_tiny_stage(folder, int8=False)
     linears = [m for m in stage.modules() if isinstance(m, Int8Linear)]
     assert len(linears) == 2 * 4
     assert {m.outlier_rule for m in linears} == {"row_rms"}
@@ -72,7 +60,7 @@ def test_linears_are_quantized_as_the_specification_says(folder_of):
 def test_fused_linears_are_joined_in_order(folder_of):
     folder = folder_of("llama")
     tensors = load_file(folder / "model.safetensors")
-    block = load(folder, int8=False).blocks["1"]
+    block = load_tiny_stage(folder, int8=False).blocks["1"]
     for linear, parts in (
         (block.qkv, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         (block.gate_up, ("mlp.gate_proj", "mlp.up_proj")),
@@ -82,22 +70,22 @@ def test_fused_linears_are_joined_in_order(folder_of):
 
 
 def test_skipped_linears_stay_floating(folder_of):
-    stage = load(folder_of("llama"), skip=("lm_head", "down", "blocks.1"))
+    stage = load_tiny_stage(folder_of("llama"), skip=("lm_head", "down", "blocks.1"))
     assert isinstance(stage.blocks["0"].qkv, Int8Linear)
     assert type(stage.blocks["0"].down) is torch.nn.Linear
     assert type(stage.blocks["1"].qkv) is torch.nn.Linear
     assert type(stage.lm_head) is torch.nn.Linear
-    assert isinstance(load(folder_of("llama_tied"), skip=()).lm_head, Int8Linear)
+    assert isinstance(load_tiny_stage(folder_of("llama_tied"), skip=()).lm_head, Int8Linear)
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
-def test_dtypes(folder_of, stored):
+def test_embedding_keeps_16_bits_below_fp32_hidden_states(folder_of, stored):
     folder = folder_of("llama_tied")
     AutoModelForCausalLM.from_pretrained(folder, dtype=stored).save_pretrained(folder)
-    stage = load(folder)
+    stage = load_tiny_stage(folder)
     assert stage.embedding.weight.dtype == stored  # kept below fp32 hidden states
     assert stage.blocks["0"].mlp_norm.weight.dtype == torch.float32
-    stage = load(folder, dtype=torch.bfloat16)
+    stage = load_tiny_stage(folder, dtype=torch.bfloat16)
     assert stage.embedding.weight.dtype == torch.bfloat16
     assert stage.blocks["0"].mlp_norm.weight.dtype == torch.bfloat16
     assert stage.rotary_cos.dtype == torch.float32
@@ -105,51 +93,51 @@ def test_dtypes(folder_of, stored):
 
 def test_tied_head_is_shared_within_a_stage_and_read_in_another(folder_of):
     folder = folder_of("llama_tied")
-    whole = load(folder, int8=False)
+    whole = load_tiny_stage(folder, int8=False)
     assert whole.lm_head.weight is whole.embedding.weight
-    last = load(folder, range(2, 3), first=False, int8=False)
+    last = load_tiny_stage(folder, StageSlice(range(2, 3), first=False, last=True), int8=False)
     assert torch.equal(last.lm_head.weight, whole.embedding.weight)
     assert not hasattr(last, "embedding")
 
 
-def test_tied_head_that_is_stored_too(folder_of):
+def test_a_tied_head_that_is_stored_is_shared_only_if_equal(folder_of):
     folder = folder_of("llama_tied")
     embedding = "model.embed_tokens.weight"
     rewrite(folder, lambda t: t.update({"lm_head.weight": t[embedding].clone()}))
-    stage = load(folder)
+    stage = load_tiny_stage(folder)
     assert stage.lm_head.weight is stage.embedding.weight
     # transformers does not tie two stored tensors that differ
     rewrite(folder, lambda t: t["lm_head.weight"].add_(1))
-    stage = load(folder)
+    stage = load_tiny_stage(folder)
     reference_model = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(stage.lm_head.weight, reference_model.lm_head.weight)
     assert not torch.equal(stage.lm_head.weight, stage.embedding.weight)
     rewrite(folder, lambda t: t.pop(embedding))
-    stage = load(folder)
+    stage = load_tiny_stage(folder)
     assert stage.lm_head.weight is stage.embedding.weight
 
 
 def test_progress_counts_the_bytes_of_the_stage(folder_of):
     folder = folder_of("llama_tied")
-    spec = describe(load_config(folder))
+    spec = read_spec(folder)
     stored = sum(t.numel() * 4 for t in load_file(folder / "model.safetensors").values())
     totals = []
-    for blocks, first, last, skip in (
-        (range(3), True, True, ["lm_head"]),
-        (range(3), True, True, []),  # the head is made from the embedding a second time
-        (range(0, 2), True, False, ["lm_head"]),
+    for stage_slice, skip in (
+        (StageSlice.whole(spec), ["lm_head"]),
+        (StageSlice.whole(spec), []),  # the head is made from the embedding a second time
+        (StageSlice(range(0, 2), first=True, last=False), ["lm_head"]),
     ):
         read = []
-        load(folder, blocks, first=first, last=last, progress=read.append, skip=skip)
-        assert sum(read) == stage_bytes_to_read(folder, spec, blocks, first=first, last=last)
+        load_tiny_stage(folder, stage_slice, progress=read.append, skip=skip)
+        assert sum(read) == count_stage_bytes(folder, spec, stage_slice)
         totals.append(sum(read))
     assert totals[:2] == [stored, stored]
     assert totals[2] < stored
 
 
-def test_loaded_tensors_do_not_hang_on_the_file(folder_of):
+def test_loaded_tensors_survive_changes_of_the_file(folder_of):
     folder = folder_of("llama_tied")
-    stage = load(folder, int8=False)
+    stage = load_tiny_stage(folder, int8=False)
     before = {name: tensor.clone() for name, tensor in states(stage).items()}
     size = (folder / "model.safetensors").stat().st_size
     with open(folder / "model.safetensors", "r+b") as file:
@@ -171,7 +159,7 @@ def test_every_missing_and_misshapen_tensor_is_named(folder_of):
     rewrite(folder, damage)
     allocated = []
     with pytest.raises(ValueError, match="5 problem") as error:
-        load(folder, progress=allocated.append)
+        load_tiny_stage(folder, progress=allocated.append)
     message = str(error.value)
     assert "missing tensor model.norm.weight" in message
     assert "missing tensor model.layers.1.self_attn.k_proj.weight" in message
@@ -199,7 +187,7 @@ def test_damaged_files_and_misfit_tensors_are_listed_together(folder_of):
     whole = (folder / "model-2.safetensors").read_bytes()
     (folder / "model-2.safetensors").write_bytes(whole[:-7])
     with pytest.raises(ValueError, match="3 problem") as error:
-        load(folder)
+        load_tiny_stage(folder)
     message = str(error.value)
     assert "missing file model-1.safetensors" in message
     assert "truncated file model-2.safetensors" in message
@@ -215,16 +203,16 @@ def test_weights_that_are_not_finite_are_named(folder_of, name, value, int8):
     folder = folder_of("llama")
     rewrite(folder, lambda tensors: tensors[f"model.{name}"][7].fill_(value))
     with pytest.raises(ValueError, match=rf"{folder}:model.{name}: weights must be finite"):
-        load(folder, int8=int8)
+        load_tiny_stage(folder, int8=int8)
 
 
-def test_config_with_fewer_blocks_than_the_checkpoint(folder_of):
+def test_a_config_with_fewer_blocks_than_the_checkpoint_is_refused(folder_of):
     folder = folder_of("llama")
     config = json.loads((folder / "config.json").read_text())
     config["num_hidden_layers"] = 2
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"9 problem.*unknown tensor model\.layers\.2\."):
-        load(folder)
+        load_tiny_stage(folder)
 
 
 @pytest.mark.parametrize(
@@ -236,21 +224,21 @@ def test_config_with_fewer_blocks_than_the_checkpoint(folder_of):
         ("opt", "decoder.version"),
     ],
 )
-def test_buffers_of_old_checkpoints_are_passed_over(folder_of, name, buffer):
+def test_buffers_of_old_checkpoints_are_ignored(folder_of, name, buffer):
     folder = folder_of(name)
-    before = load(folder)
+    before = load_tiny_stage(folder)
     rewrite(folder, lambda tensors: tensors.update({buffer: torch.zeros(3)}))
-    assert_same(load(folder), before)
+    assert_same_stage(load_tiny_stage(folder), before)
 
 
-def test_int8_weights_lie_in_the_order_in_which_a_step_reads_them(folder_of):
+def test_int8_weights_are_placed_in_the_order_a_step_reads_them(folder_of):
     folder = folder_of("llama_tied")
-    stage = load(folder)
+    stage = load_tiny_stage(folder)
     names = ("qkv", "attention_output", "gate_up", "down")
     weights = [getattr(stage.blocks[i], name).weight_int8 for i in "012" for name in names]
     for one, other in itertools.pairwise(weights):
         between = other.data_ptr() - (one.data_ptr() + one.nbytes)
         assert 0 <= between < 4096  # scales, norms
-    floating = load(folder, int8=False)
+    floating = load_tiny_stage(folder, int8=False)
     weight = floating.blocks["0"].qkv.weight
     assert weight.untyped_storage().nbytes() == weight.nbytes

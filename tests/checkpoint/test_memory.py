@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dist_int8.checkpoint import find_hot_columns, load_stage, make_calibration
+from dist_int8.checkpoint import StageFormat, find_hot_columns, load_stage, make_calibration
 from dist_int8.checkpoint.writer import quantize
-from dist_int8.models import describe, load_config
+from dist_int8.models import StageSlice, describe, load_config
 
 LARGEST = 2 * 3072 * 3072  # bytes of the largest tensor
 
@@ -65,20 +65,12 @@ def extra_bytes(work):
 
 def loaded(folder, **options):
     spec = describe(load_config(folder))
-    stage = load_stage(
-        folder,
-        spec,
-        range(1),
-        first=True,
-        last=True,
-        dtype=torch.bfloat16,
-        max_tokens=64,
-        **options,
-    )
+    stage_format = StageFormat(dtype=torch.bfloat16, max_tokens=64, **options)
+    stage = load_stage(folder, spec, StageSlice.whole(spec), stage_format)
     return sum(tensor.nbytes for tensor in stage.state_dict().values())
 
 
-def test_calibration_holds_one_block(tmp_path):
+def test_calibration_holds_one_block_at_a_time(tmp_path):
     """Eight blocks of 12.6 MB in fp32: less than two of them at a time."""
     config = LlamaConfig(
         vocab_size=64,
@@ -89,8 +81,8 @@ def test_calibration_holds_one_block(tmp_path):
         max_position_embeddings=128,
     )
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    # In a process of its own that has done it once before: what was paged in does not count, and
-    # with large tensors in mappings of their own no holes in its heap do.
+    # In a process of its own that has calibrated once before, so that what was paged in does not
+    # count; and with large tensors in mappings of their own, so that holes in its heap do not.
     program = [sys.executable, __file__, str(tmp_path)]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     ended = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
@@ -103,7 +95,7 @@ def calibrate(folder: str) -> None:
     assert len(find_hot_columns(folder, spec, calibration)) == 8 * 4
 
 
-def test_peak_is_below_twice_the_largest_tensor(folder, tmp_path):
+def test_peak_memory_stays_below_twice_the_largest_tensor(folder, tmp_path):
     loaded(folder)  # what is paged in or allocated once is no part of it
     bound = 2 * LARGEST
     assert extra_bytes(lambda: loaded(folder)) <= bound

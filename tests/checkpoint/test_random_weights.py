@@ -1,25 +1,26 @@
-"""Random weights: the shapes of the real ones, finite answers, the same in any cut."""
+"""Random weights: the shapes of the real ones, finite answers, the same however a model is cut."""
 
 import pytest
 import torch
+from tiny_models import load_tiny_stage
 
-from dist_int8.checkpoint import load_stage
-from dist_int8.checkpoint.load import random_stage
-from dist_int8.models import describe, load_config
+from dist_int8.checkpoint import StageFormat, make_random_stage
+from dist_int8.models import StageSlice, describe, load_config
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "bloom", "opt", "gpt_neox"])
 @pytest.mark.parametrize("int8", [True, False])
-def test_shapes_dtypes_and_cuts(originals, name, int8):
+def test_shapes_and_dtypes_are_those_of_a_checkpoint_and_values_of_every_cut(originals, name, int8):
     spec = describe(load_config(originals[name]))
-    blocks = range(spec.num_blocks)
-    whole = random_stage(spec, blocks, first=True, last=True, int8=int8)
-    real = load_stage(originals[name], spec, blocks, first=True, last=True, int8=int8)
-    made, expected = whole.state_dict(), real.state_dict()
+    stage_format = StageFormat(int8=int8)
+    whole = make_random_stage(spec, StageSlice.whole(spec), stage_format)
+    made = whole.state_dict()
+    expected = load_tiny_stage(originals[name], int8=int8).state_dict()
     assert list(made) == list(expected)
     for key, tensor in made.items():
         assert (tensor.shape, tensor.dtype) == (expected[key].shape, expected[key].dtype), key
         assert tensor.dtype == torch.int8 or tensor.isfinite().all()
     assert (whole.lm_head.weight is whole.embedding.weight) == spec.tied_head
-    last = random_stage(spec, blocks[1:], first=False, last=True, int8=int8).state_dict()
+    rest = StageSlice(range(1, spec.num_blocks), first=False, last=True)
+    last = make_random_stage(spec, rest, stage_format).state_dict()
     assert all(torch.equal(tensor, made[key]) for key, tensor in last.items())

@@ -57,7 +57,7 @@ def test_every_missing_and_damaged_file_is_named(folder_of):
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
-def test_truncated_single_file(folder_of, keep):
+def test_a_truncated_file_is_refused(folder_of, keep):
     folder = folder_of("llama")
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:keep])
@@ -65,7 +65,7 @@ def test_truncated_single_file(folder_of, keep):
         CheckpointReader(folder)
 
 
-def test_index_that_lists_an_absent_tensor(folder_of):
+def test_an_index_that_lists_an_absent_tensor_is_refused(folder_of):
     folder = folder_of("llama")
     file = shard(folder)[0]
     path = folder / "model.safetensors.index.json"
@@ -76,7 +76,7 @@ def test_index_that_lists_an_absent_tensor(folder_of):
         CheckpointReader(folder)
 
 
-def test_index_that_points_outside_the_folder(folder_of):
+def test_an_index_that_points_outside_the_folder_is_refused(folder_of):
     folder = folder_of("llama")
     shard(folder)
     path = folder / "model.safetensors.index.json"
@@ -88,28 +88,28 @@ def test_index_that_points_outside_the_folder(folder_of):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": []}'])
-def test_broken_index(folder_of, text):
+def test_a_broken_index_is_refused(folder_of, text):
     folder = folder_of("llama")
     (folder / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ValueError, match="weight_map"):
         CheckpointReader(folder)
 
 
-def test_pickles_are_refused_with_what_to_do(folder_of):
+def test_the_refusal_of_a_pickle_says_what_to_do(folder_of):
     folder = folder_of("llama")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin .*save_pretrained"):
         CheckpointReader(folder)
 
 
-def test_folder_without_weights(tmp_path):
+def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(ValueError, match="got neither"):
         CheckpointReader(tmp_path)
     with pytest.raises(ValueError, match="no such folder"):
         CheckpointReader(tmp_path / "nowhere")
 
 
-def test_resolve_model(tmp_path, monkeypatch):
+def test_a_model_that_is_no_folder_and_cannot_be_fetched_is_refused(tmp_path, monkeypatch):
     assert resolve_model(str(tmp_path)) == tmp_path
     for wrong in ("no/such/folder", "nowhere", str(tmp_path / "nowhere"), ""):
         with pytest.raises(ValueError, match="no such folder"):

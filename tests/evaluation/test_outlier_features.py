@@ -4,38 +4,26 @@ import copy
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    OPTConfig,
-    PretrainedConfig,
-    Qwen2Config,
-)
+from tiny_models import make_config
+from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig
 
 import dist_int8
 from dist_int8.evaluation.outlier_features import inject_outlier_features
 from dist_int8.int8.convert import convert
 
-_LLAMA = dict(
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=128,
-)
-_GPT = dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=2, vocab_size=128)
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+}
 CONFIGS = {
-    "llama": LlamaConfig(**_LLAMA),
-    "mistral": MistralConfig(**_LLAMA),
-    "qwen2": Qwen2Config(**_LLAMA),
-    "opt": OPTConfig(ffn_dim=96, word_embed_proj_dim=64, **_GPT),
-    "bloom": BloomConfig(hidden_size=64, n_head=4, n_layer=2, vocab_size=128),
-    "gpt_neox": GPTNeoXConfig(intermediate_size=96, **_GPT),
+    "llama": make_config("llama", **SIZES, num_key_value_heads=2),
+    "mistral": make_config("mistral", **SIZES, num_key_value_heads=2),
+    "qwen2": make_config("qwen2", **SIZES, num_key_value_heads=2),
+    "opt": make_config("opt", **SIZES, word_embed_proj_dim=64),
+    "bloom": make_config("bloom", **SIZES),
+    "gpt_neox": make_config("gpt_neox", **SIZES),
 }
 
 
@@ -146,17 +134,11 @@ def test_the_seed_decides():
     [
         (GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=128), "got gpt2"),
         (
-            OPTConfig(ffn_dim=96, word_embed_proj_dim=64, do_layer_norm_before=False, **_GPT),
+            make_config("opt", **SIZES, word_embed_proj_dim=64, do_layer_norm_before=False),
             "got a opt with norms in the residual stream",
         ),
         (
-            BloomConfig(
-                hidden_size=64,
-                n_head=4,
-                n_layer=1,
-                vocab_size=128,
-                apply_residual_connection_post_layernorm=True,
-            ),
+            make_config("bloom", **SIZES, apply_residual_connection_post_layernorm=True),
             "got a bloom with norms in the residual stream",
         ),
     ],
@@ -173,7 +155,7 @@ def test_gelu_lets_no_factor_through():
     for family in ("bloom", "gpt_neox"):
         with pytest.raises(ValueError, match=f"mlp must be False for {family}"):
             inject_outlier_features(a_model(CONFIGS[family]), seed=0, mlp=True)
-    opt = OPTConfig(ffn_dim=96, word_embed_proj_dim=64, activation_function="gelu", **_GPT)
+    opt = make_config("opt", **SIZES, word_embed_proj_dim=64, activation_function="gelu")
     with pytest.raises(ValueError, match="mlp must be False for opt"):
         inject_outlier_features(a_model(opt), seed=0, mlp=True)
 

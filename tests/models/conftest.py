@@ -6,66 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    OPTConfig,
-    PretrainedConfig,
-    Qwen2Config,
-)
-
-VOCAB = 97
-MAX_POSITIONS = 64
-
-
-def _llama(**changes: Any) -> LlamaConfig:
-    sizes = {
-        "vocab_size": VOCAB,
-        "hidden_size": 48,
-        "intermediate_size": 100,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "max_position_embeddings": MAX_POSITIONS,
-    }
-    return LlamaConfig(**{**sizes, **changes})
-
-
-def _mistral(**changes: Any) -> MistralConfig:
-    return MistralConfig(**{**_sizes_of(_llama()), "num_key_value_heads": 2, **changes})
-
-
-def _qwen2(**changes: Any) -> Qwen2Config:
-    return Qwen2Config(**{**_sizes_of(_llama()), "num_key_value_heads": 2, **changes})
-
-
-def _sizes_of(config: PretrainedConfig) -> dict[str, Any]:
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    more = ("num_attention_heads", "max_position_embeddings")
-    return {key: getattr(config, key) for key in keys + more}
-
-
-def _bloom(**changes: Any) -> BloomConfig:
-    sizes = {"vocab_size": VOCAB, "hidden_size": 48, "n_layer": 3, "n_head": 4}
-    return BloomConfig(**{**sizes, **changes})
-
-
-def _opt(**changes: Any) -> OPTConfig:
-    sizes = {
-        "vocab_size": VOCAB,
-        "hidden_size": 48,
-        "ffn_dim": 100,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "max_position_embeddings": MAX_POSITIONS,
-    }
-    return OPTConfig(**{**sizes, **changes})
-
-
-def _neox(**changes: Any) -> GPTNeoXConfig:
-    return GPTNeoXConfig(**{**_sizes_of(_llama()), "rotary_pct": 0.5, **changes})
+from tiny_models import make_config
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 
 def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
@@ -89,42 +31,56 @@ _LONGROPE = _rope(
 _350M = {"do_layer_norm_before": False, "word_embed_proj_dim": 24}
 
 CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": _llama(),
-    "llama_grouped_tied": _llama(
-        num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=True
+    "llama": make_config("llama"),
+    "llama_grouped_tied": make_config(
+        "llama", num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=True
     ),
-    "llama_wide_heads": _llama(num_attention_heads=3, num_key_value_heads=3, head_dim=32),
-    "llama_one_kv_head_biases": _llama(
-        num_attention_heads=3, num_key_value_heads=1, attention_bias=True, mlp_bias=True
+    "llama_wide_heads": make_config(
+        "llama", num_attention_heads=3, num_key_value_heads=3, head_dim=32
     ),
-    "llama_rope_theta": _llama(**_rope("default", rope_theta=500.0)),
-    "llama_rope_linear": _llama(**_rope("linear", factor=2.0)),
-    "llama_rope_llama3": _llama(**_LLAMA3),
-    "llama_rope_yarn": _llama(**_rope("yarn", factor=4.0, original_max_position_embeddings=16)),
-    "llama_rope_dynamic": _llama(**_rope("dynamic", factor=2.0)),
-    "llama_rope_longrope": _llama(**_LONGROPE),
-    "mistral": _mistral(sliding_window=None),
-    "mistral_window": _mistral(sliding_window=4),
-    "qwen2": _qwen2(),
-    "qwen2_window": _qwen2(use_sliding_window=True, sliding_window=4, max_window_layers=1),
-    "bloom": _bloom(),
-    "bloom_three_heads": _bloom(n_head=3),
-    "bloom_six_heads": _bloom(n_head=6),
-    "bloom_residual_from_norm": _bloom(apply_residual_connection_post_layernorm=True),
-    "bloom_untied": _bloom(tie_word_embeddings=False),
-    "opt": _opt(),
-    "opt_350m": _opt(**_350M),
-    "opt_350m_untied": _opt(**_350M, tie_word_embeddings=False),
-    "opt_without_biases": _opt(enable_bias=False, num_attention_heads=6),
-    "opt_plain_norms": _opt(layer_norm_elementwise_affine=False),
-    "opt_without_final_norm": _opt(_remove_final_layer_norm=True),
-    "opt_gelu": _opt(activation_function="gelu_new"),
-    "gpt_neox": _neox(),
-    "gpt_neox_sequential": _neox(use_parallel_residual=False),
-    "gpt_neox_whole_rotary": _neox(rotary_pct=1.0, num_attention_heads=3),
-    "gpt_neox_without_biases": _neox(attention_bias=False, tie_word_embeddings=True),
-    "gpt_neox_rope_linear": _neox(
-        rope_parameters={"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}
+    "llama_one_kv_head_biases": make_config(
+        "llama", num_attention_heads=3, num_key_value_heads=1, attention_bias=True, mlp_bias=True
+    ),
+    "llama_rope_theta": make_config("llama", **_rope("default", rope_theta=500.0)),
+    "llama_rope_linear": make_config("llama", **_rope("linear", factor=2.0)),
+    "llama_rope_llama3": make_config("llama", **_LLAMA3),
+    "llama_rope_yarn": make_config(
+        "llama", **_rope("yarn", factor=4.0, original_max_position_embeddings=16)
+    ),
+    "llama_rope_dynamic": make_config("llama", **_rope("dynamic", factor=2.0)),
+    "llama_rope_longrope": make_config("llama", **_LONGROPE),
+    "mistral": make_config("mistral", num_key_value_heads=2, sliding_window=None),
+    "mistral_window": make_config("mistral", num_key_value_heads=2, sliding_window=4),
+    "qwen2": make_config("qwen2", num_key_value_heads=2),
+    "qwen2_window": make_config(
+        "qwen2",
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=1,
+    ),
+    "bloom": make_config("bloom"),
+    "bloom_three_heads": make_config("bloom", num_attention_heads=3),
+    "bloom_six_heads": make_config("bloom", num_attention_heads=6),
+    "bloom_residual_from_norm": make_config("bloom", apply_residual_connection_post_layernorm=True),
+    "bloom_untied": make_config("bloom", tie_word_embeddings=False),
+    "opt": make_config("opt"),
+    "opt_350m": make_config("opt", **_350M),
+    "opt_350m_untied": make_config("opt", **_350M, tie_word_embeddings=False),
+    "opt_without_biases": make_config("opt", enable_bias=False, num_attention_heads=6),
+    "opt_plain_norms": make_config("opt", layer_norm_elementwise_affine=False),
+    "opt_without_final_norm": make_config("opt", _remove_final_layer_norm=True),
+    "opt_gelu": make_config("opt", activation_function="gelu_new"),
+    "gpt_neox": make_config("gpt_neox", rotary_pct=0.5),
+    "gpt_neox_sequential": make_config("gpt_neox", rotary_pct=0.5, use_parallel_residual=False),
+    "gpt_neox_whole_rotary": make_config("gpt_neox", rotary_pct=1.0, num_attention_heads=3),
+    "gpt_neox_without_biases": make_config(
+        "gpt_neox", rotary_pct=0.5, attention_bias=False, tie_word_embeddings=True
+    ),
+    "gpt_neox_rope_linear": make_config(
+        "gpt_neox",
+        rotary_pct=0.5,
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5},
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Activations of the block: the right function, and the same bits wherever an element lies."""
+"""Activations of the block: the right function, and the same bits at any place in memory."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_activation_equals_transformers(name):
 
 @pytest.mark.parametrize("num_threads", [1, 3])
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activation_of_a_row_does_not_depend_on_the_others(name, num_threads):
+def test_activations_are_batch_invariant(name, num_threads):
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
@@ -92,7 +92,7 @@ def two_steps(block, dtype):
 @pytest.mark.parametrize("hot_columns", [None, [3, 7]], ids=["no-hot", "hot"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_the_quantizing_path_gives_the_same_bits(name, dtype, hot_columns, monkeypatch):
+def test_norms_that_quantize_give_the_same_bits(name, dtype, hot_columns, monkeypatch):
     block = int8_block(dtype, hot_columns, **BLOCKS[name])
     expected = two_steps(block, dtype)
     quantized = []
@@ -106,7 +106,7 @@ def test_the_quantizing_path_gives_the_same_bits(name, dtype, hot_columns, monke
     assert len(quantized) == 2 * (from_norms + 1)
 
 
-def test_a_floating_linear_keeps_its_path(monkeypatch):
+def test_a_floating_linear_gets_rows_that_are_not_quantized(monkeypatch):
     monkeypatch.setattr("dist_int8.models.block.FUSED_DEVICES", {"cpu"})
     block = int8_block(torch.float32, **BLOCKS["llama"])
     block.qkv = nn.Linear(64, block.spec.qkv_size, bias=False)

@@ -1,11 +1,11 @@
-"""What is read of a config, and what is refused."""
+"""What is read from a config, and what is refused."""
 
 import json
 
 import pytest
 from huggingface_hub import constants
 
-from dist_int8.models import describe, load_config, tensor_sources
+from dist_int8.models import StageSlice, describe, load_config, tensor_sources
 
 LLAMA = {
     "model_type": "llama",
@@ -46,7 +46,7 @@ def describe_fields(folder):
     return describe(load_config(folder))
 
 
-def test_fields_of_old_files(folder_of):
+def test_rope_fields_of_old_files_are_read(folder_of):
     # As in the files of SmolLM2, Llama 3.1 and GPT-NeoX-20b, written long before rope_parameters.
     spec = describe_fields(folder_of({**LLAMA, "rope_theta": 1e5, "rope_interleaved": False}))
     assert spec.rotary.inv_freq[1] == pytest.approx(1e5 ** (-1 / 6))
@@ -60,7 +60,7 @@ def test_fields_of_old_files(folder_of):
     assert spec.hidden_size == 64
 
 
-def test_windows_of_qwen2(folder_of):
+def test_qwen2_has_a_window_per_layer(folder_of):
     fields = {**QWEN2, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
     assert [block.window for block in describe_fields(folder_of(fields)).blocks] == [0, 7]
     fields["use_sliding_window"] = False
@@ -94,24 +94,24 @@ def test_positions_are_limited_where_frequencies_would_change(folder_of):
         ("./nowhere", "must be a folder or a hub id"),
     ],
 )
-def test_missing_folder(model, message):
+def test_a_missing_folder_is_refused(model, message):
     with pytest.raises(ValueError, match=message):
         load_config(model)
 
 
-def test_hub_id_out_of_reach(monkeypatch):
+def test_a_hub_id_out_of_reach_is_refused(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="can be reached, got 'no-such/model'") as error:
         load_config("no-such/model")
     assert "\n" not in str(error.value)
 
 
-def test_folder_without_config(tmp_path):
+def test_a_folder_without_a_config_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must hold a config\.json, got none"):
         load_config(tmp_path)
 
 
-def test_config_that_is_not_json(tmp_path):
+def test_a_config_that_is_not_json_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{model_type: llama}")
     with pytest.raises(ValueError, match=r"config\.json: must be JSON"):
         load_config(tmp_path)
@@ -130,7 +130,7 @@ def test_config_that_is_not_json(tmp_path):
         ('{"model_type": "llama", "hidden_size": -3, "num_hidden_layers": 2}', "got -3"),
     ],
 )
-def test_configs_without_usable_sizes(tmp_path, text, message):
+def test_configs_without_usable_sizes_are_refused(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_config(tmp_path)
@@ -152,7 +152,7 @@ def test_code_of_a_model_is_never_run(folder_of, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_field_of_a_wrong_type(folder_of):
+def test_a_field_of_a_wrong_type_is_named(folder_of):
     with pytest.raises(ValueError, match=r"config\.json: must be a valid llama config") as error:
         load_config(folder_of({**LLAMA, "num_attention_heads": "four"}))
     assert "num_attention_heads" in str(error.value)
@@ -207,7 +207,7 @@ def test_features_without_an_implementation_are_refused(folder_of, key):
     assert "\n" not in str(error.value)
 
 
-def test_neutral_values_are_accepted(folder_of):
+def test_fields_with_neutral_values_are_accepted(folder_of):
     neutral = {"logit_scale": 1.0, "residual_multiplier": 1, "num_experts": 0, "clip_qkv": None}
     describe_fields(folder_of({**LLAMA, **neutral, "sliding_window": None}))
 
@@ -218,9 +218,9 @@ def test_specs_are_plain_data(folder_of):
     assert hash(one) == hash(two)
 
 
-def test_sources_of_a_stage(folder_of):
+def test_sources_are_those_of_the_stage_under_every_name(folder_of):
     spec = describe_fields(folder_of(LLAMA))
-    sources = tensor_sources(spec, range(1, 2), first=False, last=True)
+    sources = tensor_sources(spec, StageSlice(range(1, 2), first=False, last=True))
     assert not any(name.startswith(("embedding", "blocks.0.")) for name in sources)
     qkv = sources["blocks.1.qkv.weight"]
     assert qkv.names[0][0] == "model.layers.1.self_attn.q_proj.weight"

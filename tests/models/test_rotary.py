@@ -6,7 +6,7 @@ from transformers import LlamaConfig
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from dist_int8.models.rotary import alibi_slopes, describe_rotary, rotary_tables
+from dist_int8.models.rotary import alibi_slopes, describe_rotary, make_rotary_tables
 
 VARIANTS = {
     "default": {"rope_theta": 500.0},
@@ -38,7 +38,7 @@ def test_tables_equal_transformers(variant):
         rope_parameters=parameters,
     )
     rotary, max_positions = describe_rotary(config, 32, 256)
-    cos, sin = rotary_tables(rotary, max_positions)
+    cos, sin = make_rotary_tables(rotary, max_positions)
     positions = torch.arange(max_positions)[None]
     wanted_cos, wanted_sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
     assert cos.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Neighbouring blocks in one call: the bits of the same blocks op by op, and nobody is bypassed."""
+"""Neighbouring blocks in one call: the same bits as op by op, and no hook is bypassed."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def seeded():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The number of blocks of every call of the op."""
+    """The number of blocks in every call of the op."""
     numbers = []
     op = decoder_blocks.decoder_blocks
 
@@ -65,7 +65,7 @@ def calls(monkeypatch):
 
 
 def run(blocks, int8_kv=False, dtype=torch.float32):
-    """Everything that comes of a prefill of two sequences and a step of decoding."""
+    """Everything that results from a prefill of two sequences and a step of decoding."""
 
     def cache(*shape):
         zeros = torch.zeros(3, 2, *shape, dtype=torch.int8 if int8_kv else dtype)
@@ -140,7 +140,7 @@ def test_a_linear_that_is_not_int8_or_has_its_own_rule_runs_op_by_op(calls, monk
 
 @pytest.mark.parametrize("name", ["", "attention_norm", "qkv", "down"])
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
-def test_whoever_watches_a_module_sees_it_called(name, kind, calls):
+def test_a_module_with_a_hook_is_called(name, kind, calls):
     blocks = [make_block(), make_block()]
     seen = []
     watched = blocks[1].get_submodule(name)
@@ -166,7 +166,7 @@ def test_a_linear_with_a_hook_of_accelerate_runs_op_by_op(calls):
     assert seen == [block.down] * 2 and calls == []
 
 
-def test_a_hook_on_all_modules_sees_them(calls):
+def test_a_hook_on_all_modules_sees_them_called(calls):
     seen = []
     handle = register_module_forward_pre_hook(lambda module, _: seen.append(type(module)))
     try:
@@ -205,7 +205,7 @@ class Wrapper(nn.Module):
     ],
     ids=["norm", "block", "wrapper", "eps", "scale"],
 )
-def test_what_was_changed_in_a_block_counts(change, monkeypatch):
+def test_a_changed_block_computes_its_changed_function(change, monkeypatch):
     blocks = [make_block(), make_block()]
     before = run(blocks)
     change(blocks[1])

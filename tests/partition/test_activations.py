@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from dist_int8.int8 import convert as conversion
 from dist_int8.int8 import ops
-from dist_int8.models import DecoderStage, Int8KV, TokenBatch, describe, load_config
+from dist_int8.models import DecoderStage, Int8KV, StageSlice, TokenBatch, describe, load_config
 from dist_int8.partition import Formats, Workload
 from dist_int8.partition.activations import MAX_SUMS_BYTES, activation_bytes
 
@@ -89,9 +89,8 @@ def as_kernels(monkeypatch):
 
 
 def peak_bytes(spec, workload, segments, last, kv_int8=False):
-    stage = DecoderStage.empty(
-        spec, range(spec.num_blocks), False, last, torch.float16, workload.max_tokens
-    )
+    stage_slice = StageSlice(range(spec.num_blocks), first=False, last=last)
+    stage = DecoderStage.empty(spec, stage_slice, torch.float16, workload.max_tokens)
     stage.move_tables("meta")
     conversion.convert(stage)
     num_tokens = sum(count for _, _, count in segments)

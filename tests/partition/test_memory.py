@@ -7,25 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
+from tiny_models import make_config
+from transformers import AutoModelForCausalLM
 
 from dist_int8.int8.convert import convert
 from dist_int8.int8.linear import Int8Linear
-from dist_int8.models import DecoderStage, describe, load_config
+from dist_int8.models import DecoderStage, StageSlice, describe, load_config
 from dist_int8.partition import memory
 from dist_int8.partition.memory import Formats
 
 SHAPES = Path(__file__).parents[2] / "configs" / "models"
 NAMES = sorted(path.name for path in SHAPES.iterdir())
 INT8 = Formats(int8=True, float_size=2, vocab_size=2)
-COUNT = Formats(int8=False, float_size=1, vocab_size=1)  # one "byte" a parameter
+COUNT = Formats(int8=False, float_size=1, vocab_size=1)  # one "byte" per parameter
 
-_LLAMA = {"hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 3}
-_LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 97}
-CONFIGS = {
-    "mistral": MistralConfig(**_LLAMA, max_position_embeddings=64),
-    "qwen2": Qwen2Config(**_LLAMA, max_position_embeddings=64),
-}
+CONFIGS = {name: make_config(name, num_key_value_heads=2) for name in ("mistral", "qwen2")}
 
 
 def changed(name, **fields):
@@ -70,14 +66,15 @@ def test_stages_hold_what_is_counted(name, int8, skip):
     half = spec.num_blocks // 2
     formats = Formats(int8, 2, 2, skip=skip)
     formats = replace(formats, head_int8=formats.is_int8("lm_head"))
-    for blocks, first, last in (
-        (range(half), True, False),
-        (range(half, spec.num_blocks), False, True),
+    for part in (
+        StageSlice(range(half), first=True, last=False),
+        StageSlice(range(half, spec.num_blocks), first=False, last=True),
     ):
-        stage = DecoderStage.empty(spec, blocks, first, last, torch.float16, 64)
+        stage = DecoderStage.empty(spec, part, torch.float16, 64)
         if int8:
             convert(stage, skip=skip)
-        counted = memory.stage_weight_bytes(spec, blocks, formats, first=first, last=last)
+        ends = {"first": part.first, "last": part.last}
+        counted = memory.stage_weight_bytes(spec, part.blocks, formats, **ends)
         assert counted == held_bytes(stage)
 
 

@@ -1,4 +1,4 @@
-"""SHA256SUMS: the sum of every file of a folder, as `sha256sum -c SHA256SUMS` reads it."""
+"""SHA256SUMS: the checksum of every file of a folder, as `sha256sum -c SHA256SUMS` reads it."""
 
 import hashlib
 import re
@@ -11,12 +11,12 @@ _BLOCK = 1 << 20
 
 
 def as_text(sums: Mapping[str, str]) -> str:
-    """The manifest of files by name."""
+    """Write the manifest of files with their sums, by name."""
     return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
 
 
 def read(folder: str | Path) -> dict[str, str]:
-    """Sum of every file that the manifest names.
+    """Read the sum of every file that the manifest names.
 
     Raises:
         ValueError: no manifest, or not one.
@@ -42,13 +42,13 @@ def read(folder: str | Path) -> dict[str, str]:
 
 
 def num_bytes(folder: str | Path) -> int:
-    """Bytes that `verify` reads."""
+    """Count the bytes that `verify` reads."""
     paths = [Path(folder) / name for name in read(folder)]
     return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 def verify(folder: str | Path, progress: Callable[[int], object] | None = None) -> int:
-    """Reads every file of the manifest and returns their number.
+    """Read every file of the manifest and return their number.
 
     Args:
         folder: of a checkpoint that we wrote.

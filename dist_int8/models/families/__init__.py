@@ -1,4 +1,4 @@
-"""One module a family: `describe(config)`, `edge_sources(spec)`, `block_sources(spec, index)`."""
+"""One module per family: `describe(config)`, `edge_sources(spec)`, `block_sources(spec, index)`."""
 
 from types import ModuleType
 

@@ -11,8 +11,8 @@ _KNOWN: dict[str, Activation] = {
 }
 
 
-def activation(key: str, name: str) -> Activation:
-    """Our name of transformers' activation `name`, read from the config's `key`.
+def translate_activation(key: str, name: str) -> Activation:
+    """Return our name of transformers' activation `name`, read from the config's `key`.
 
     Raises:
         ValueError: an activation that the block does not implement.

@@ -11,24 +11,9 @@ IGNORED = ()
 
 
 def describe(config: Any) -> ModelSpec:
-    """ModelSpec of a BLOOM config."""
+    """Describe a BLOOM config as a `ModelSpec`."""
+    _check(config)
     hidden, num_heads = config.hidden_size, config.n_head
-    if hidden % num_heads:
-        raise ValueError(
-            f"config.json:n_head: must divide hidden_size {hidden}, got {num_heads}; check the "
-            "config"
-        )
-    inner = getattr(config, "n_inner", None)
-    if inner not in (None, 4 * hidden):
-        raise ValueError(
-            f"config.json:n_inner: must be absent or 4 * hidden_size = {4 * hidden}, got {inner}; "
-            "transformers' BLOOM has no other MLP width"
-        )
-    if config.slow_but_exact and config.pretraining_tp > 1:
-        raise ValueError(
-            "config.json:slow_but_exact: must be false, got true; the sliced products it asks for "
-            "are not supported, set it to false"
-        )
     block = BlockSpec(
         hidden_size=hidden,
         intermediate_size=4 * hidden,
@@ -57,8 +42,28 @@ def describe(config: Any) -> ModelSpec:
     )
 
 
+def _check(config: Any) -> None:
+    hidden, num_heads = config.hidden_size, config.n_head
+    if hidden % num_heads:
+        raise ValueError(
+            f"config.json:n_head: must divide hidden_size {hidden}, got {num_heads}; check the "
+            "config"
+        )
+    inner = getattr(config, "n_inner", None)
+    if inner not in (None, 4 * hidden):
+        raise ValueError(
+            f"config.json:n_inner: must be absent or 4 * hidden_size = {4 * hidden}, got {inner}; "
+            "transformers' BLOOM has no other MLP width"
+        )
+    if config.slow_but_exact and config.pretraining_tp > 1:
+        raise ValueError(
+            "config.json:slow_but_exact: must be false, got true; the sliced products it asks for "
+            "are not supported, set it to false"
+        )
+
+
 def edge_sources(spec: ModelSpec) -> dict[str, TensorSource]:
-    """Checkpoint tensors outside the blocks."""
+    """Describe the checkpoint tensors outside the blocks."""
     vocab, hidden = spec.vocab_size, spec.hidden_size
     return {
         "embedding.weight": tensor("transformer.word_embeddings.weight", vocab, hidden),
@@ -69,7 +74,7 @@ def edge_sources(spec: ModelSpec) -> dict[str, TensorSource]:
 
 
 def block_sources(spec: ModelSpec, index: int) -> dict[str, TensorSource]:
-    """Checkpoint tensors of block `index`."""
+    """Describe the checkpoint tensors of block `index`."""
     block = spec.blocks[index]
     base = f"transformer.h.{index}"
     hidden, inner = block.hidden_size, block.intermediate_size

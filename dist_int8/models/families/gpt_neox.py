@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dist_int8.models.families.activations import activation
+from dist_int8.models.families.activations import translate_activation
 from dist_int8.models.rotary import describe_rotary
 from dist_int8.models.sources import TensorSource, linear, norm, tensor
 from dist_int8.models.spec import BlockSpec, ModelSpec
@@ -14,7 +14,7 @@ IGNORED = (r"attention\.bias$", r"attention\.masked_bias$", r"rotary_emb\.inv_fr
 
 
 def describe(config: Any) -> ModelSpec:
-    """ModelSpec of a GPT-NeoX config."""
+    """Describe a GPT-NeoX config as a `ModelSpec`."""
     hidden, num_heads = config.hidden_size, config.num_attention_heads
     head_dim = hidden // num_heads
     if getattr(config, "head_dim", None) not in (None, head_dim):
@@ -31,7 +31,7 @@ def describe(config: Any) -> ModelSpec:
         head_dim=head_dim,
         norm="layer",
         norm_eps=config.layer_norm_eps,
-        activation=activation("hidden_act", config.hidden_act),
+        activation=translate_activation("hidden_act", config.hidden_act),
         qkv_bias=bool(config.attention_bias),
         attention_output_bias=bool(config.attention_bias),
         mlp_bias=True,
@@ -51,7 +51,7 @@ def describe(config: Any) -> ModelSpec:
 
 
 def edge_sources(spec: ModelSpec) -> dict[str, TensorSource]:
-    """Checkpoint tensors outside the blocks."""
+    """Describe the checkpoint tensors outside the blocks."""
     table = (spec.vocab_size, spec.hidden_size)
     return {
         "embedding.weight": tensor("gpt_neox.embed_in.weight", *table),
@@ -61,7 +61,7 @@ def edge_sources(spec: ModelSpec) -> dict[str, TensorSource]:
 
 
 def block_sources(spec: ModelSpec, index: int) -> dict[str, TensorSource]:
-    """Checkpoint tensors of block `index`."""
+    """Describe the checkpoint tensors of block `index`."""
     block = spec.blocks[index]
     base = f"gpt_neox.layers.{index}"
     hidden, inner = block.hidden_size, block.intermediate_size

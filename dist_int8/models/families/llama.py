@@ -11,8 +11,8 @@ PREFIX = "model."
 IGNORED = (r"rotary_emb\.inv_freq$",)
 
 
-def _windows(config: Any) -> list[int]:
-    """Attention window of each block; 0 for full attention."""
+def _list_windows(config: Any) -> list[int]:
+    """List the attention window of each block; 0 for full attention."""
     layer_types: Any = getattr(config, "layer_types", None)
     num_blocks = config.num_hidden_layers
     if config.model_type == "qwen2":
@@ -37,26 +37,11 @@ def _windows(config: Any) -> list[int]:
 
 
 def describe(config: Any) -> ModelSpec:
-    """ModelSpec of a Llama, Mistral or Qwen2 config."""
+    """Describe a Llama, Mistral or Qwen2 config as a `ModelSpec`."""
     hidden, num_heads = config.hidden_size, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or hidden // num_heads
     num_kv_heads = config.num_key_value_heads
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise ValueError(
-            f"config.json:num_key_value_heads: must divide num_attention_heads {num_heads}, got "
-            f"{num_kv_heads}; check the config"
-        )
-    if config.hidden_act not in ("silu", "swish"):
-        raise ValueError(
-            f"config.json:hidden_act: must be 'silu' for a {config.model_type} model, got "
-            f"{config.hidden_act!r}; gated MLPs with other activations are not supported"
-        )
-    if (config.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            "config.json:rope_parameters.partial_rotary_factor: must be 1 for a "
-            f"{config.model_type} model, got {config.rope_parameters['partial_rotary_factor']}; "
-            "rotary covers the whole head"
-        )
+    _check(config)
     rotary, max_positions = describe_rotary(config, head_dim, config.max_position_embeddings)
     is_llama = config.model_type == "llama"
     attention_bias = bool(is_llama and config.attention_bias)
@@ -83,15 +68,35 @@ def describe(config: Any) -> ModelSpec:
         vocab_size=config.vocab_size,
         hidden_size=hidden,
         embedding_size=hidden,
-        blocks=tuple(block(window) for window in _windows(config)),
+        blocks=tuple(block(window) for window in _list_windows(config)),
         tied_head=bool(config.tie_word_embeddings),
         max_positions=max_positions,
         rotary=rotary,
     )
 
 
+def _check(config: Any) -> None:
+    num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"config.json:num_key_value_heads: must divide num_attention_heads {num_heads}, got "
+            f"{num_kv_heads}; check the config"
+        )
+    if config.hidden_act not in ("silu", "swish"):
+        raise ValueError(
+            f"config.json:hidden_act: must be 'silu' for a {config.model_type} model, got "
+            f"{config.hidden_act!r}; gated MLPs with other activations are not supported"
+        )
+    if (config.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(
+            "config.json:rope_parameters.partial_rotary_factor: must be 1 for a "
+            f"{config.model_type} model, got {config.rope_parameters['partial_rotary_factor']}; "
+            "rotary covers the whole head"
+        )
+
+
 def edge_sources(spec: ModelSpec) -> dict[str, TensorSource]:
-    """Checkpoint tensors outside the blocks."""
+    """Describe the checkpoint tensors outside the blocks."""
     vocab, hidden = spec.vocab_size, spec.hidden_size
     return {
         "embedding.weight": tensor("model.embed_tokens.weight", vocab, hidden),
@@ -101,7 +106,7 @@ def edge_sources(spec: ModelSpec) -> dict[str, TensorSource]:
 
 
 def block_sources(spec: ModelSpec, index: int) -> dict[str, TensorSource]:
-    """Checkpoint tensors of block `index`."""
+    """Describe the checkpoint tensors of block `index`."""
     block = spec.blocks[index]
     base = f"model.layers.{index}"
     attention, mlp = f"{base}.self_attn", f"{base}.mlp"

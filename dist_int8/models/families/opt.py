@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dist_int8.models.families.activations import activation
+from dist_int8.models.families.activations import translate_activation
 from dist_int8.models.sources import TensorSource, linear, norm, tensor
 from dist_int8.models.spec import BlockSpec, ModelSpec
 
@@ -13,7 +13,7 @@ _POSITION_OFFSET = 2  # the first two rows of the position table are unused
 
 
 def describe(config: Any) -> ModelSpec:
-    """ModelSpec of an OPT config."""
+    """Describe an OPT config as a `ModelSpec`."""
     hidden, num_heads = config.hidden_size, config.num_attention_heads
     if hidden % num_heads:
         raise ValueError(
@@ -31,7 +31,7 @@ def describe(config: Any) -> ModelSpec:
         norm="layer",
         norm_eps=1e-5,  # torch's LayerNorm default: OPT's config has no such field
         norm_affine=bool(config.layer_norm_elementwise_affine),
-        activation=activation("activation_function", config.activation_function),
+        activation=translate_activation("activation_function", config.activation_function),
         qkv_bias=bias,
         attention_output_bias=bias,
         mlp_bias=bias,
@@ -53,7 +53,7 @@ def describe(config: Any) -> ModelSpec:
 
 
 def edge_sources(spec: ModelSpec) -> dict[str, TensorSource]:
-    """Checkpoint tensors outside the blocks."""
+    """Describe the checkpoint tensors outside the blocks."""
     vocab, hidden, narrow = spec.vocab_size, spec.hidden_size, spec.embedding_size
     base = "model.decoder"
     sources = {
@@ -73,7 +73,7 @@ def edge_sources(spec: ModelSpec) -> dict[str, TensorSource]:
 
 
 def block_sources(spec: ModelSpec, index: int) -> dict[str, TensorSource]:
-    """Checkpoint tensors of block `index`."""
+    """Describe the checkpoint tensors of block `index`."""
     block = spec.blocks[index]
     base = f"model.decoder.layers.{index}"
     attention = f"{base}.self_attn"

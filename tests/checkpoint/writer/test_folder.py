@@ -1,4 +1,4 @@
-"""A killed, crowded out or doubled `quantize`: whole or not there, and finished by a rerun."""
+"""A killed `quantize`, one on a full disk, or two at once: whole or absent, finished by a rerun."""
 
 import fcntl
 import os
@@ -51,7 +51,8 @@ def assert_whole_or_absent(out, expected):
 @pytest.fixture
 def job(originals, tmp_path, monkeypatch):
     """A function: where to -> the job; and the content of a clean run."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power fails here: only slow
+    # Slow, and needed only in a power failure.
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
     def make(out):
         return quantize(originals["llama"], out, shard_bytes=SHARD)
@@ -60,7 +61,7 @@ def job(originals, tmp_path, monkeypatch):
     return make, contents(tmp_path / "clean")
 
 
-def test_killed_at_every_step(job, tmp_path):
+def test_a_run_killed_at_any_flush_is_finished_by_a_rerun(job, tmp_path):
     """SIGKILL before the n-th flush to the disk, for every n until none is left."""
     make, expected = job
     num_kills = 0
@@ -88,14 +89,14 @@ def test_killed_at_every_step(job, tmp_path):
         expects_note = bool(shards_before) and not out.exists()
         notes = []
         make(out).run(note=notes.append)
-        assert bool(notes) == expects_note  # "continuing behind ..."
+        assert bool(notes) == expects_note  # "continuing after ..."
         assert contents(out) == expected
         assert not (tmp_path / f".{out.name}.partial").exists()
         shutil.rmtree(out)
     assert num_kills > 3 * len(list(tmp_path.glob("clean/*.safetensors")))
 
 
-def test_killed_twenty_times_at_random(job, tmp_path):
+def test_runs_killed_at_random_times_leave_nothing_half_done(job, tmp_path):
     make, expected = job
     started = time.perf_counter()
     make(tmp_path / "timed").run()
@@ -144,7 +145,7 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(job, tmp_path):
     assert contents(tmp_path / "out") == expected
 
 
-def test_one_process_at_a_time(job, tmp_path):
+def test_a_second_process_is_refused(job, tmp_path):
     make, _ = job
     (tmp_path / ".out.partial").mkdir()
     with (tmp_path / ".out.partial" / "lock").open("w") as lock:
@@ -154,7 +155,7 @@ def test_one_process_at_a_time(job, tmp_path):
     assert make(tmp_path / "out").run()
 
 
-def test_another_job_starts_over(job, originals, tmp_path):
+def test_what_another_job_left_is_started_over(job, originals, tmp_path):
     make, expected = job
     aside = tmp_path / ".out.partial"
     pid = in_child(
@@ -181,7 +182,7 @@ def test_out_must_have_a_parent_and_may_be_an_empty_folder(job, tmp_path):
     assert contents(tmp_path / "out") == expected
 
 
-def test_a_finished_folder_is_not_taken_for_that_of_other_options(job, originals, tmp_path):
+def test_a_finished_folder_made_with_other_options_is_refused(job, originals, tmp_path):
     make, expected = job
     make(tmp_path / "out").run()
     for options, part in (

@@ -5,26 +5,15 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import assert_same_stage, load_tiny_stage, read_spec
 
-from dist_int8.checkpoint import load_stage, stored_format
+from dist_int8.checkpoint import read_stored_format
 from dist_int8.checkpoint.writer import dequantize, manifest, quantize
 from dist_int8.int8.linear import Int8Linear
-from dist_int8.models import describe, load_config
+from dist_int8.models import StageSlice
 
 MODELS = ["llama", "llama_tied", "bloom", "opt", "gpt_neox"]
-SHARD = 30_000  # several files a model
-
-
-def load(folder, blocks=None, **options):
-    spec = describe(load_config(folder))
-    options = {"first": True, "last": True, **options}
-    return load_stage(folder, spec, blocks or range(spec.num_blocks), **options)
-
-
-def assert_same(stage, other):
-    one, two = stage.state_dict(), other.state_dict()
-    assert list(one) == list(two)
-    assert all(torch.equal(one[name], two[name]) for name in one)
+SHARD = 30_000  # several files per model
 
 
 def rewrite(folder, file, change):
@@ -46,23 +35,25 @@ def test_an_int8_checkpoint_gives_the_same_stages(originals, tmp_path, name):
     assert job.num_shards > 1 and job.run(written.append)
     assert sum(written) == job.num_bytes
     assert manifest.verify(tmp_path / "int8") >= job.num_shards + 2
-    assert_same(load(tmp_path / "int8"), load(originals[name]))
-    last = {"blocks": range(1, 2), "first": False}
-    assert_same(load(tmp_path / "int8", **last), load(originals[name], **last))
+    assert_same_stage(load_tiny_stage(tmp_path / "int8"), load_tiny_stage(originals[name]))
+    last = StageSlice(range(1, 2), first=False, last=True)
+    assert_same_stage(
+        load_tiny_stage(tmp_path / "int8", last), load_tiny_stage(originals[name], last)
+    )
     assert not (tmp_path / ".int8.partial").exists()
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom"])
-def test_hot_columns_go_through(originals, tmp_path, name):
+def test_hot_columns_survive_rewriting(originals, tmp_path, name):
     original = originals[name]
     hot = {"blocks.0.qkv": [3, 17, 40], "blocks.1.down": [0, 5]}
     quantize(original, tmp_path / "int8", hot_columns=hot, shard_bytes=SHARD).run()
-    assert stored_format(tmp_path / "int8", describe(load_config(original))).num_hot_columns == 3
+    assert read_stored_format(tmp_path / "int8", read_spec(original)).num_hot_columns == 3
     # once more through our own form, which must not lose them either
     quantize(tmp_path / "int8", tmp_path / "again").run()
-    floating = load(original, int8=False)
+    floating = load_tiny_stage(original, int8=False)
     for folder in (tmp_path / "int8", tmp_path / "again"):
-        stage = load(folder)
+        stage = load_tiny_stage(folder)
         for path, columns in hot.items():
             linear = floating.get_submodule(path)
             expected = Int8Linear.from_linear(linear, hot_columns=columns).state_dict()
@@ -71,35 +62,35 @@ def test_hot_columns_go_through(originals, tmp_path, name):
             assert all(torch.equal(got[key], expected[key]) for key in got)
         assert stage.blocks["0"].down.hot_columns is None
     dequantize(tmp_path / "int8", tmp_path / "floating").run()
-    restored = load(tmp_path / "floating", int8=False).blocks["0"].qkv.weight
+    restored = load_tiny_stage(tmp_path / "floating", int8=False).blocks["0"].qkv.weight
     kept = floating.blocks["0"].qkv.weight
     assert torch.equal(restored[:, [3, 17, 40]], kept[:, [3, 17, 40]])
     assert not torch.equal(restored, kept)
 
 
-def test_what_is_floating_in_the_checkpoint_stays_so(originals, tmp_path):
+def test_linears_that_an_int8_checkpoint_stores_floating_stay_floating(originals, tmp_path):
     quantize(originals["llama"], tmp_path / "int8", skip=["down", "blocks.1"]).run()
-    spec = describe(load_config(tmp_path / "int8"))
-    stored = stored_format(tmp_path / "int8", spec)
+    spec = read_spec(tmp_path / "int8")
+    stored = read_stored_format(tmp_path / "int8", spec)
     assert "blocks.0.down" in stored.skip and "lm_head" not in stored.skip
-    stage = load(tmp_path / "int8", skip=())
-    assert_same(stage, load(originals["llama"], skip=stored.skip))
+    stage = load_tiny_stage(tmp_path / "int8", skip=())
+    assert_same_stage(stage, load_tiny_stage(originals["llama"], skip=stored.skip))
     assert isinstance(stage.lm_head, Int8Linear)
-    assert not stored_format(originals["llama"], spec).is_int8
+    assert not read_stored_format(originals["llama"], spec).is_int8
 
 
-def test_an_int8_head_of_a_tied_model(originals, tmp_path):
+def test_a_tied_model_may_have_an_int8_head(originals, tmp_path):
     quantize(originals["llama_tied"], tmp_path / "int8", skip=[]).run()
-    stage = load(tmp_path / "int8")
-    assert_same(stage, load(originals["llama_tied"], skip=[]))
+    stage = load_tiny_stage(tmp_path / "int8")
+    assert_same_stage(stage, load_tiny_stage(originals["llama_tied"], skip=[]))
     assert isinstance(stage.lm_head, Int8Linear)
 
 
-def test_int8_weights_back_into_floating_ones(originals, tmp_path, int8_llama):
-    stage = load(int8_llama)
-    floating = load(int8_llama, int8=False)
+def test_dequantize_gives_the_values_of_the_int8_weights(originals, tmp_path, int8_llama):
+    stage = load_tiny_stage(int8_llama)
+    floating = load_tiny_stage(int8_llama, int8=False)
     dequantize(int8_llama, tmp_path / "floating", dtype="float32").run()
-    assert_same(load(tmp_path / "floating", int8=False), floating)
+    assert_same_stage(load_tiny_stage(tmp_path / "floating", int8=False), floating)
     qkv = floating.blocks["0"].qkv.weight
     assert torch.equal(qkv, stage.blocks["0"].qkv.dequantize())
     config = json.loads((tmp_path / "floating" / "config.json").read_text())
@@ -108,7 +99,7 @@ def test_int8_weights_back_into_floating_ones(originals, tmp_path, int8_llama):
         dequantize(tmp_path / "floating", tmp_path / "x")
 
 
-def test_two_runs_write_the_same_bytes_and_the_second_of_one_nothing(originals, tmp_path):
+def test_two_runs_write_the_same_bytes_and_a_rerun_writes_nothing(originals, tmp_path):
     contents = []
     for out in ("one", "two"):
         job = quantize(originals["bloom"], tmp_path / out, shard_bytes=SHARD)
@@ -119,12 +110,12 @@ def test_two_runs_write_the_same_bytes_and_the_second_of_one_nothing(originals, 
         quantize(originals["llama"], tmp_path / "one").run()
 
 
-def test_every_change_is_found(int8_llama):
+def test_verify_names_every_changed_missing_and_unknown_file(int8_llama):
     shard = next(int8_llama.glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[-100] ^= 4
     shard.write_bytes(content)
-    load(int8_llama)  # no header can tell
+    load_tiny_stage(int8_llama)  # no header can tell
     (int8_llama / "generation_config.json").unlink()
     (int8_llama / "stray.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="3 problem") as error:
@@ -150,10 +141,10 @@ def test_a_negative_scale_is_refused(int8_llama):
     shard = next(int8_llama.glob("*.safetensors")).name
     rewrite(int8_llama, shard, lambda tensors: tensors[name][2].neg_())
     with pytest.raises(ValueError, match=rf"{name}: scales must be at least 0, got -"):
-        load(int8_llama)
+        load_tiny_stage(int8_llama)
 
 
-def test_activations_that_overflow_cannot_be_calibrated_with(folder_of, tmp_path):
+def test_calibration_refuses_activations_that_overflow(folder_of, tmp_path):
     folder = folder_of("llama")
     name = "model.layers.0.mlp.up_proj.weight"
     rewrite(folder, "model.safetensors", lambda tensors: tensors[name].fill_(3e38))
@@ -182,7 +173,7 @@ def test_everything_wrong_with_an_int8_checkpoint_is_listed(int8_llama):
     (int8_llama / "model-00001-of-00001.safetensors").rename(int8_llama / "model.safetensors")
     index.unlink()
     with pytest.raises(ValueError, match="problem") as error:
-        load(int8_llama)
+        load_tiny_stage(int8_llama)
     message = str(error.value)
     for part in (
         f"{base}.q_proj.weight is int8 and must have {base}.q_proj.col_scale or",
@@ -206,7 +197,7 @@ def test_everything_wrong_with_an_int8_checkpoint_is_listed(int8_llama):
         ({"skip": [], "target": "bitsandbytes"}, "skip must name lm_head for bitsandbytes"),
     ],
 )
-def test_arguments_that_do_not_fit_the_model(originals, tmp_path, options, part):
+def test_arguments_that_do_not_fit_the_model_are_refused(originals, tmp_path, options, part):
     with pytest.raises(ValueError, match=part):
         quantize(originals["llama_tied"], tmp_path / "int8", **options)
     assert not list(tmp_path.glob("*int8*"))

@@ -1,0 +1,50 @@
+"""In which form the parameters of a stage are held."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+from dist_int8.int8.convert import convert
+from dist_int8.models.decoder import DecoderStage
+from dist_int8.models.spec import ModelSpec
+from dist_int8.models.stage_slice import StageSlice
+
+
+@dataclass(frozen=True)
+class StageFormat:
+    """The form in which a stage holds its parameters; an int8 checkpoint decides some of it."""
+
+    dtype: torch.dtype = torch.float32
+    """Of floating parameters and of hidden states. With float32, embedding and head keep a 16-bit
+    dtype that they are stored in."""
+    int8: bool = True
+    """False: keep every linear in `dtype`, including what is stored in int8."""
+    outlier_rule: str = "absolute"
+    """Rule of the `Int8Linear` layers."""
+    outlier_threshold: float = 6.0
+    """Threshold of that rule."""
+    skip: Collection[str] = ("lm_head",)
+    """Linears that stay floating, by name component. An int8 checkpoint has its own."""
+    embedding_int8: bool = False
+    """Hold the token embedding in int8 (with `int8`). An int8 checkpoint has decided."""
+    max_tokens: int | None = None
+    """Longest sequence to prepare positions for; None: the model's own limit."""
+
+    def make_empty_stage(self, spec: ModelSpec, stage_slice: StageSlice) -> DecoderStage:
+        """Make a stage of this form with every parameter on the meta device.
+
+        Raises:
+            ValueError: blocks or max_tokens beyond the model, or an unknown rule.
+        """
+        stage = DecoderStage.empty(spec, stage_slice, self.dtype, self.max_tokens)
+        if self.int8:
+            convert(
+                stage,
+                outlier_threshold=self.outlier_threshold,
+                outlier_rule=self.outlier_rule,
+                skip=self.skip,
+            )
+            if self.embedding_int8:
+                stage.make_embedding_int8()
+        return stage

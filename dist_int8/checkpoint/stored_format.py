@@ -1,0 +1,65 @@
+"""What a checkpoint holds, and what an int8 one has decided for whoever loads it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_int8.checkpoint.locate import Located, is_int8_checkpoint, locate, may_be_int8
+from dist_int8.checkpoint.reader import CheckpointReader
+from dist_int8.checkpoint.tensor_files import TORCH_DTYPES
+from dist_int8.checkpoint.tied_head import EMBEDDING, HEAD
+from dist_int8.models.spec import ModelSpec
+from dist_int8.models.stage_slice import StageSlice
+
+
+@dataclass(frozen=True)
+class StoredFormat:
+    """What a checkpoint holds, and an int8 one has decided."""
+
+    is_int8: bool
+    """Whether anything in it is int8."""
+    skip: tuple[str, ...]
+    """Linears that it holds in floating point, by name component."""
+    num_hot_columns: int
+    """The most hot columns of any linear of a block."""
+    head_hot_columns: int
+    """Hot columns of the head."""
+    linear_size: int
+    """The most bytes per element of what a linear of a block has in floating point."""
+    embedding_int8: bool
+
+
+def read_stored_format(
+    folder: str | Path, spec: ModelSpec, *, allow_pickle: bool = False
+) -> StoredFormat:
+    """Read from the headers what the checkpoint holds.
+
+    Raises:
+        ValueError: as `load_stage`, for the whole model.
+    """
+    reader = CheckpointReader(folder, allow_pickle=allow_pickle, complete=False)
+    located = locate(reader, spec, StageSlice.whole(spec))
+    num_hot, sizes = [0], [0]
+    for target, entry in located.items():
+        if entry.hot_columns is not None and target != HEAD:
+            num_hot.append(len(entry.hot_columns))
+        if target.startswith("blocks.") and may_be_int8(target, entry.source):
+            names = [piece.hot_weight if entry.is_int8 else piece.name for piece in entry.pieces]
+            dtypes = [reader.dtype(name) for name in names if name is not None]
+            sizes += [TORCH_DTYPES[dtype].itemsize for dtype in dtypes]
+    return StoredFormat(
+        is_int8_checkpoint(reader),
+        list_floating_linears(located),
+        max(num_hot),
+        0 if (columns := located[HEAD].hot_columns) is None else len(columns),
+        max(sizes),
+        located[EMBEDDING].is_int8,
+    )
+
+
+def list_floating_linears(located: dict[str, Located]) -> tuple[str, ...]:
+    """List the linears that the checkpoint holds in floating point, by our names."""
+    return tuple(
+        target.removesuffix(".weight")
+        for target, entry in located.items()
+        if target != EMBEDDING and may_be_int8(target, entry.source) and not entry.is_int8
+    )
