@@ -20,7 +20,7 @@ from dist_int8.distributed import rendezvous, spawn
 from dist_int8.distributed import world as worlds
 from dist_int8.distributed.states import State
 from dist_int8.distributed.world import World
-from dist_int8.engine import Engine
+from dist_int8.engine import Engine, EngineConfig
 from dist_int8.errors import RankError
 from dist_int8.partition import Plan
 from dist_int8.pipeline.in_process import InProcessTransport, connect
@@ -166,16 +166,24 @@ def _make_handle(
     engine = Engine(
         Pipeline(stage, world, transport),
         prepared.limits,
-        num_stages=num_stages,
-        num_micro_batches=settings.micro_batches or num_stages,
-        prefill_chunk=settings.prefill_chunk,
-        smallest_chunk=SMALLEST_CHUNK[torch.device(plan.stages[0].device).type],
-        eos_token_ids=prepared.eos_token_ids,
-        max_queue=settings.max_queue,
+        _configure_engine(prepared),
         restore=recovery.restore if recovery else None,
     )
     return Model(
         engine=engine, plan=plan, settings=settings, folder=prepared.folder, spec=prepared.spec
+    )
+
+
+def _configure_engine(prepared: Prepared) -> EngineConfig:
+    settings, num_stages = prepared.settings, len(prepared.plan.stages)
+    device = torch.device(prepared.plan.stages[0].device)
+    return EngineConfig(
+        num_stages=num_stages,
+        num_micro_batches=settings.micro_batches or num_stages,
+        prefill_chunk=settings.prefill_chunk,
+        smallest_chunk=SMALLEST_CHUNK[device.type],
+        max_queue=settings.max_queue,
+        eos_token_ids=prepared.eos_token_ids,
     )
 
 

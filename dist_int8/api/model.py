@@ -228,7 +228,7 @@ class Model:
 
     def schedule(self, num_prompts: int = 1, num_decode_steps: int = 4) -> str:
         """The order of work as a picture, a line a stage, for so many short prompts."""
-        lanes = self._engine.num_lanes(num_prompts)
+        lanes = self._engine.count_lanes(num_prompts)
         grid = schedule.build(
             len(self.plan.stages), lanes, num_prefill_chunks=1, num_decode_steps=num_decode_steps
         )
@@ -369,7 +369,7 @@ class Model:
                 token_ids=request.token_ids,
                 finish_reason=request.finish_reason or "",
                 num_stages=len(self.plan.stages),
-                num_micro_batches=self._engine.num_lanes(len(requests)),
+                num_micro_batches=self._engine.count_lanes(len(requests)),
                 prefill_tokens_per_s=speed.prefill_tokens_per_s,
                 decode_tokens_per_s=speed.decode_tokens_per_s,
                 stages=self.stages,

@@ -94,15 +94,15 @@ def test_a_cancelled_request_frees_its_slot_and_touches_nobody(model, alone):
     while not running.token_ids:
         engine.step()
     engine.cancel(running)
-    for _ in range(2 * engine.num_stages + 1):
+    for _ in range(2 * engine.config.num_stages + 1):
         engine.step()
-    assert all(running is not request for request in engine._lanes.running)
+    assert all(running is not request for request in engine._scheduler.running)
     while not all(request.ended for request in requests):
         engine.step()
     assert (waiting.finish_reason, running.finish_reason) == ("cancelled", "cancelled")
     for index in (0, 2, 3, 4):
         assert requests[index].token_ids == alone[index]
-    assert waiting.token_ids == [] and len(engine._lanes.free_slots) == 4
+    assert waiting.token_ids == [] and len(engine._scheduler.free_slots) == 4
 
 
 def test_a_full_queue_refuses_and_loses_nothing(model, alone):
@@ -192,19 +192,14 @@ def test_more_sequences_than_slots_share_a_micro_batch(model):
 @pytest.fixture
 def make_engine(model):
     """Engines of other settings over the same pipeline."""
-    from dist_int8.engine import Engine
+    from dist_int8.engine import Engine, EngineConfig
 
     def make(**settings):
         before = model._engine
         before.drain()
-        return Engine(
-            before.pipeline,
-            before.limits,
-            num_stages=2,
-            eos_token_ids=frozenset(),
-            max_queue=64,
-            **{"num_micro_batches": 2, "prefill_chunk": 16, "smallest_chunk": 4} | settings,
-        )
+        defaults = {"num_micro_batches": 2, "prefill_chunk": 16, "smallest_chunk": 4}
+        config = EngineConfig(num_stages=2, max_queue=64, **defaults | settings)
+        return Engine(before.pipeline, before.limits, config)
 
     return make
 
@@ -217,7 +212,7 @@ def test_micro_batches_of_prompts_are_short_while_somebody_answers(model, alone,
     engine.add(requests + more)
     sizes = {False: [0], True: [0]}
     while not all(request.ended for request in requests + more):
-        answering, before = engine._lanes.answering, engine.num_steps
+        answering, before = engine._scheduler.answering, engine.num_steps
         engine.step()
         if engine.num_steps > before and engine._in_flight:
             sizes[answering].append(engine._in_flight[-1].micro_batch.num_tokens)
@@ -241,7 +236,7 @@ def test_a_lane_with_prompts_does_not_hold_up_who_answers_in_another(model, make
         engine.step()
     lanes = [record.lane for record in model.trace.since(before)]
     longest = max(len(list(group)) for _, group in itertools.groupby(lanes))
-    assert len(lanes) > 12 and longest <= engine._limit + 1
+    assert len(lanes) > 12 and longest <= engine._scheduler.in_flight_limit + 1
     for request in (short, other, long, longer):
         engine.cancel(request)
     engine.drain()
@@ -255,6 +250,20 @@ def test_one_micro_batch_in_flight_is_one(model, alone, make_engine):
     while engine.step():
         assert len(engine._in_flight) <= 1
     assert [request.token_ids for request in requests] == alone
+
+
+def test_a_stream_that_pauses_loses_no_token(model, alone, make_engine):
+    """Another call ends its requests while it has a part of their tokens."""
+    engine = make_engine(num_micro_batches=1)
+    engine.num_steps = model.trace.last_step
+    paused, other = (engine.run(make_requests(model)[:2]) for _ in range(2))
+    tokens = [next(paused)]
+    while tokens[-1].index == 0:
+        tokens.append(next(paused))
+    assert len(list(other)) == 32
+    tokens += paused
+    for index in (0, 1):
+        assert [token.token_id for token in tokens if token.index == index] == alone[index]
 
 
 def test_samples_do_not_depend_on_company(model):
@@ -280,7 +289,7 @@ def test_a_request_that_fails_by_itself_leaves_the_others_alone(model, alone):
     assert {token.index for token in tokens} == {0, 2, 3, 4, 5}
     for index in (0, 2, 3, 4, 5):
         assert requests[index].token_ids == alone[index]
-    assert len(model._engine._lanes.free_slots) == 4
+    assert len(model._engine._scheduler.free_slots) == 4
 
 
 def test_requests_are_taken_as_there_is_room(model, alone):
