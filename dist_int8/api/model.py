@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from dist_int8.config import GenerationSettings, Settings
 from dist_int8.engine import Completion, Engine, Request, Speed, Token
 from dist_int8.engine.text import TextStream
 from dist_int8.errors import RankError, ShuttingDownError
 from dist_int8.models import ModelSpec
+from dist_int8.models.tokenizer import load_tokenizer
 from dist_int8.partition import Plan
 from dist_int8.pipeline import schedule
 from dist_int8.pipeline.trace import Trace
@@ -64,8 +65,8 @@ class Model:
     def tokenizer(self) -> Any:
         """transformers' tokenizer of the model, or None if its folder has none."""
         try:
-            return AutoTokenizer.from_pretrained(self.folder)
-        except (OSError, ValueError):
+            return load_tokenizer(self.folder)
+        except ValueError:
             return None
 
     @property

@@ -133,13 +133,15 @@ def _convert(gguf_file: Path, folder: Path, quiet: bool) -> None:
         import torch
         import transformers
 
+        from dist_int8.models.tokenizer import load_tokenizer
+
         if quiet:
             transformers.utils.logging.disable_progress_bar()
         options = {}
         if hasattr(transformers, "GgufConfig"):  # newer ones keep the weights packed by default
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         source, name = str(gguf_file.parent), gguf_file.name
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=name)
+        tokenizer = load_tokenizer(source, gguf_file=name)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             source, gguf_file=name, dtype=torch.bfloat16, **options
         )

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from dist_int8.api.load import load
 from dist_int8.config import Settings
@@ -23,6 +23,7 @@ from dist_int8.evaluation.methods import METHODS, REFERENCES
 from dist_int8.evaluation.outlier_features import inject_outlier_features
 from dist_int8.evaluation.perplexity import Scores, Window, log_probabilities_, windows
 from dist_int8.models import describe, load_config
+from dist_int8.models.tokenizer import load_tokenizer
 
 DEFAULT_WINDOW = 1024
 
@@ -172,7 +173,7 @@ def with_outlier_features(settings: Settings, seed: int) -> Iterator[Settings]:
         with without_bars():
             model.save_pretrained(name)
         with contextlib.suppress(OSError, ValueError):
-            AutoTokenizer.from_pretrained(settings.model).save_pretrained(name)
+            load_tokenizer(settings.model).save_pretrained(name)
         del model
         yield settings.model_copy(update={"model": name})
 

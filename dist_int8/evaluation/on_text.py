@@ -19,8 +19,9 @@ from dist_int8.evaluation.evaluate import (
 )
 from dist_int8.evaluation.methods import METHODS
 from dist_int8.evaluation.texts import calibration_text as read_calibration_text
-from dist_int8.evaluation.texts import load_tokenizer, read_text, tokens_of
+from dist_int8.evaluation.texts import read_text, tokens_of
 from dist_int8.models import describe, load_config
+from dist_int8.models.tokenizer import load_tokenizer
 
 CALIBRATION_TOKENS = 2048
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 TOPICS = "Python's help topics"
 DOCSTRINGS = "docstrings of Python's standard library"
@@ -84,17 +83,6 @@ def read_text(path: str | Path | None) -> tuple[str, str]:
 def calibration_text(path: str | Path | None) -> tuple[str, str]:
     """A text for methods that look at activations first; None: docstrings, no help topic."""
     return read_text(path) if path is not None else (_docstrings(), DOCSTRINGS)
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a model's folder; ValueError where it has none."""
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{folder}: must hold a tokenizer to read a text, got none ({reason}); add its files"
-        ) from None
 
 
 def tokens_of(tokenizer: Any, text: str, most: int | None = None, skip: int = 0) -> Tensor:
