@@ -62,6 +62,8 @@ def test_devices_and_dtype_may_be_those_of_torch(tiny_llama):
     with dist_int8.load(tiny_llama, devices=devices, dtype=dtype, **OPTIONS) as model:
         assert (model.settings.devices, model.settings.dtype) == (["cpu"], "bfloat16")
     assert repr(model).endswith(", closed>")
+    with pytest.raises(ValueError, match=r"^the model is shut down; call load\(\) again$"):
+        model.generate("abc")
 
 
 def test_two_stages_and_company_change_no_token(two_stages, expected):
@@ -157,7 +159,12 @@ def test_streaming_gives_the_same_text_in_pieces(two_stages, expected):
         PROMPTS, max_new_tokens=12, on_token=lambda token: seen[token.index].append(token.text)
     )
     assert ["".join(pieces) for pieces in seen] == [e.text for e in expected]
-    tokens = list(two_stages.generate(PROMPTS[0], max_new_tokens=12, stream=True))
+    stream = two_stages.generate(PROMPTS[0], max_new_tokens=12, stream=True)
+    tokens = []
+    with pytest.raises(StopIteration) as end:
+        while True:
+            tokens.append(next(stream))
+    assert [answer.text for answer in end.value.value] == [expected[0].text]
     assert [token.token_id for token in tokens] == expected[0].token_ids
     assert tokens[-1].finish_reason == "length" and tokens[0].finish_reason is None
 
@@ -181,7 +188,7 @@ def test_a_stop_string_and_the_context_end_an_answer(one_stage, expected):
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ("", "prompt 0 must have a token"),
+        ("", "prompt 0 must have at least one token"),
         ([[1] * 96], "at most 95 tokens long .*got 96; shorten it or raise max_tokens"),
         ([[1, 288]], "token ids of prompt 0 must be integers 0 to 287, got 288"),
         ([[1], [-1]], "prompt 1"),

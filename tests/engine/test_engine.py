@@ -36,7 +36,7 @@ def make_requests(model, **settings):
     from dist_int8.config import GenerationSettings
 
     settings = GenerationSettings.from_generation_config(None, {"max_new_tokens": 16} | settings)
-    return model._requests(PROMPTS, settings)
+    return model._encoder.make_requests(PROMPTS, settings)
 
 
 def test_requests_that_join_late_get_the_same_tokens(model, alone):
@@ -168,13 +168,13 @@ def test_utilisation_of_the_stages_is_known(model):
 def test_logits_of_sequences_of_many_lengths(model, pieces_taken):
     expected = [model.logits([prompt])[0] for prompt in PROMPTS]
     seen = []
-    for index, start, values in model.logits_of(PROMPTS):
+    for index, start, values in model.iter_logits(PROMPTS):
         seen.append((index, start, len(values)))
         assert (values == expected[index][start : start + len(values)]).all()
     # at most prefill_chunk tokens a micro-batch, whoever they belong to
     assert seen[:3] == [(0, 0, 5), (1, 0, 11), (1, 11, 16)]
     assert sum(count for _, _, count in seen) == sum(map(len, PROMPTS))
-    pieces = model.logits_of(PROMPTS)
+    pieces = model.iter_logits(PROMPTS)
     for _ in range(pieces_taken):
         next(pieces)
     pieces.close()  # what is on its way is taken, so that the next call gets its own
@@ -184,7 +184,7 @@ def test_logits_of_sequences_of_many_lengths(model, pieces_taken):
 def test_more_sequences_than_slots_share_a_micro_batch(model):
     prompts = [[token] for token in range(3, 14)]
     expected = [model.logits([prompt])[0] for prompt in prompts]
-    seen = {index: values for index, _, values in model.logits_of(prompts)}
+    seen = {index: values for index, _, values in model.iter_logits(prompts)}
     assert sorted(seen) == list(range(len(prompts)))
     assert all((seen[index] == expected[index]).all() for index in seen)
 
