@@ -98,7 +98,7 @@ def test_lanes_are_counted_up_to_slots_and_requests():
     assert [scheduler.count_lanes(n) for n in (0, 1, 3, 9)] == [1, 1, 3, 4]
 
 
-def test_clearing_the_queue_returns_who_waited():
+def test_clearing_the_queue_returns_the_waiting_requests():
     scheduler = Scheduler(CONFIG, num_slots=1)
     requests = make_requests(3)
     scheduler.queue(requests)
