@@ -13,6 +13,7 @@ Correctness first: every answer of the crowd equals the answer to its request al
 """
 
 import argparse
+import dataclasses
 import itertools
 import random
 import statistics
@@ -48,7 +49,8 @@ def workload(args, words):
 def serve(model, asked):
     """Answers, seconds of every token since the request's arrival, and the trace's records."""
     engine = model._engine
-    engine.eos_token_ids = frozenset()  # answers are as long as the workload says
+    # answers are as long as the workload says
+    engine.config = dataclasses.replace(engine.config, eos_token_ids=frozenset())
     requests = [
         Request(i, prompt, GenerationSettings(max_new_tokens=n), 0, TextStream(model.tokenizer))
         for i, (_, prompt, n) in enumerate(asked)

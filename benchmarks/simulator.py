@@ -22,6 +22,7 @@ the same tokens.
 """
 
 import argparse
+import dataclasses
 import itertools
 import os
 import statistics
@@ -53,16 +54,10 @@ def load(folder, args, stages):
 def decode(model, args, prompts, num_lanes):
     """(tokens of every prompt, the records of the time when all lanes decoded all they have)."""
     before = model._engine
-    engine = Engine(
-        before.pipeline,
-        before.limits,
-        num_stages=len(model.plan.stages),
-        num_micro_batches=num_lanes,
-        prefill_chunk=before.prefill_chunk,
-        smallest_chunk=before.smallest_chunk,
-        eos_token_ids=frozenset(),
-        max_queue=0,
+    config = dataclasses.replace(
+        before.config, num_micro_batches=num_lanes, eos_token_ids=frozenset(), max_queue=0
     )
+    engine = Engine(before.pipeline, before.limits, config)
     settings = GenerationSettings(max_new_tokens=args.tokens)
     requests = [model.request(prompt, settings, i) for i, prompt in enumerate(prompts)]
     since = time.time_ns()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dist_int8.api.load import load
     from dist_int8.api.model import Model
     from dist_int8.evaluation.outlier_features import inject_outlier_features
+    from dist_int8.int8.convert import convert
     from dist_int8.int8.linear import Int8Linear
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ __all__ = [
     "RequestError",
     "ShuttingDownError",
     "StageTimeoutError",
+    "convert",
     "inject_outlier_features",
     "load",
 ]
@@ -46,6 +48,7 @@ __all__ = [
 _HOMES = {
     "Int8Linear": "int8.linear",
     "Model": "api.model",
+    "convert": "int8.convert",
     "inject_outlier_features": "evaluation.outlier_features",
     "load": "api.load",
 }

@@ -1,4 +1,4 @@
-"""load(): settings -> placement -> plan -> ranks -> a handle that generates."""
+"""load(): from settings through placement, plan and ranks to a handle that generates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dist_int8.distributed import world as worlds
 from dist_int8.distributed.logs import RankLogger
 from dist_int8.distributed.states import State
 from dist_int8.distributed.world import World
-from dist_int8.engine import Engine
+from dist_int8.engine import Engine, EngineConfig
 from dist_int8.errors import RankError
 from dist_int8.partition import Plan, StagePlan
 from dist_int8.pipeline.in_process import InProcessTransport, connect
@@ -31,9 +31,9 @@ from dist_int8.pipeline.stage import Stage
 from dist_int8.pipeline.transport import Transport
 
 LOAD_TIMEOUT_S = 3600.0
-# A chunk of fewer prompt tokens takes as long as this one: on a GPU below the knee, where reading
-# the weights bounds it (about 150 rows on an A100, 200 on an H200, datasheet rates), on CPUs where
-# the tiles of the kernels are not full.
+# A chunk with fewer prompt tokens takes as long as one of this size: on GPUs because reading the
+# weights bounds it (below about 150 rows on an A100, 200 on an H200, by datasheet rates), on CPUs
+# because the tiles of the kernels are not full.
 SMALLEST_CHUNK = {"cpu": 64, "cuda": 256}
 
 
@@ -56,9 +56,10 @@ def load(
 
     Args:
         model: folder of a transformers checkpoint, or a hub id.
-        gpus: use cuda:0 .. cuda:gpus-1, one stage each.
-        devices: the device of every stage instead, for example ["cpu", "cpu"]; also torch.device.
-        stages: number of stages, where neither of the two says it.
+        gpus: number of GPUs, cuda:0 .. cuda:gpus-1, with one stage each.
+        devices: the device of every stage instead, for example ["cpu", "cpu"]; strings or
+            torch.device.
+        stages: number of stages, if neither gpus nor devices is given.
         config: YAML file of settings; arguments here win over it.
         progress: show a progress bar while loading.
         on_plan: called on rank 0 with the plan before any weight is read.
@@ -97,15 +98,15 @@ def load(
 
 
 def _as_setting(value: Any) -> Any:
-    """A torch.dtype or torch.device by its name, also in a list; anything else as it is."""
+    """Replaces torch.dtype and torch.device by their names, also in a list."""
     if isinstance(value, list | tuple):
         return [_as_setting(item) for item in value]
-    is_torchs = isinstance(value, torch.dtype | torch.device)
-    return str(value).removeprefix("torch.") if is_torchs else value
+    is_of_torch = isinstance(value, torch.dtype | torch.device)
+    return str(value).removeprefix("torch.") if is_of_torch else value
 
 
 def _join_ranks(prepared: Prepared, cores: frozenset[int]) -> World:
-    """Meets the other ranks, started here where nobody else has."""
+    """Meets the other ranks, and starts them unless a launcher has."""
     settings, placement, plan = prepared.settings, prepared.placement, prepared.plan
     if placement.launched is not None:
         return rendezvous.join(
@@ -129,12 +130,12 @@ def _join_ranks(prepared: Prepared, cores: frozenset[int]) -> World:
 
 
 def _dump_settings(prepared: Prepared) -> dict[str, Any]:
-    """What a rank that is started here calls load() with."""
-    same = prepared.settings.model_dump(mode="json", exclude={"gpus", "stages"})
-    same |= {"model": str(prepared.folder.resolve()), "revision": None}
-    same |= {"devices": prepared.placement.devices}
+    """The arguments of load() for the ranks that are started here."""
+    values = prepared.settings.model_dump(mode="json", exclude={"gpus", "stages"})
+    values |= {"model": str(prepared.folder.resolve()), "revision": None}
+    values |= {"devices": prepared.placement.devices}
     # the cut of rank 0, whatever the others can see of the devices
-    return same | {"stages": [len(stage.blocks) for stage in prepared.plan.stages]}
+    return values | {"stages": [len(stage.blocks) for stage in prepared.plan.stages]}
 
 
 def _links(world: World, prepared: Prepared) -> Links:
@@ -151,7 +152,7 @@ def _links(world: World, prepared: Prepared) -> Links:
 def _make_handle(
     prepared: Prepared, world: World, stage: Stage, cores: frozenset[int], progress: bool
 ) -> Model:
-    """Connects stage 0 to the others and returns the handle, on rank 0."""
+    """Connects stage 0 to the others; returns the handle of rank 0."""
     settings, plan = prepared.settings, prepared.plan
     num_stages = len(plan.stages)
     links = _links(world, prepared)
@@ -169,12 +170,7 @@ def _make_handle(
     engine = Engine(
         Pipeline(stage, world, transport),
         prepared.limits,
-        num_stages=num_stages,
-        num_micro_batches=settings.micro_batches or num_stages,
-        prefill_chunk=settings.prefill_chunk,
-        smallest_chunk=SMALLEST_CHUNK[torch.device(plan.stages[0].device).type],
-        eos_token_ids=prepared.eos_token_ids,
-        max_queue=settings.max_queue,
+        _configure_engine(prepared),
         restore=recovery.restore if recovery else None,
     )
     return Model(
@@ -182,8 +178,21 @@ def _make_handle(
     )
 
 
+def _configure_engine(prepared: Prepared) -> EngineConfig:
+    settings, num_stages = prepared.settings, len(prepared.plan.stages)
+    device = torch.device(prepared.plan.stages[0].device)
+    return EngineConfig(
+        num_stages=num_stages,
+        num_micro_batches=settings.micro_batches or num_stages,
+        prefill_chunk=settings.prefill_chunk,
+        smallest_chunk=SMALLEST_CHUNK[device.type],
+        max_queue=settings.max_queue,
+        eos_token_ids=prepared.eos_token_ids,
+    )
+
+
 def _start_threads(stages: list[Stage], plan: Plan, num_threads: int) -> InProcessTransport:
-    """Every stage but the first in a thread, on cores next to those of the first."""
+    """Runs every stage but the first in a thread, on cores next to those of the first."""
     return connect(
         [torch.device(place.device) for place in plan.stages],
         lambda rank, links: serve(stages[rank], links, World(rank, len(stages))),
@@ -193,7 +202,7 @@ def _start_threads(stages: list[Stage], plan: Plan, num_threads: int) -> InProce
 
 @contextmanager
 def _failures_reported(world: World, placement: Placement) -> Iterator[None]:
-    """Tells the other ranks what fails here; a rank above 0 ends with it."""
+    """Tells the other ranks what fails here; a rank above 0 then ends."""
     try:
         yield
     except SystemExit:

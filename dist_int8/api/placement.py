@@ -1,4 +1,4 @@
-"""Where stages run: devices and machines, and the rank, cores and memory of this process."""
+"""Decides where stages run: devices, machines, and the rank, cores and memory of this process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Placement:
     """The devices of all stages, and this process's place among the ranks.
 
     Attributes:
-        launched: its place among the ranks of a launcher, or of `spawn`; None in a plain session.
+        launched: place among the ranks of a launcher, or of `spawn`; None in a plain session.
         devices: "cpu" or "cuda:N" of every stage.
         hosts: machine of every rank of a launcher; None: all stages are on this one.
         uses_nccl: whether hidden states travel over NCCL.
@@ -32,20 +32,20 @@ class Placement:
 
     @property
     def rank(self) -> int:
-        """Of this process."""
+        """Rank of this process."""
         return 0 if self.launched is None else self.launched.rank
 
     @property
     def num_here(self) -> int:
-        """Stages of this machine."""
+        """Number of stages on this machine."""
         return len(self.devices) if self.launched is None else _ranks_here(self.launched)
 
 
 def find_placement(settings: Settings) -> Placement:
-    """Looks at the environment and at this machine's GPUs.
+    """Finds the devices and ranks from the settings, the environment and this machine's GPUs.
 
     Raises:
-        ValueError: the settings ask for what a launcher, or this machine, does not give.
+        ValueError: the settings ask for what the launcher, or this machine, does not have.
     """
     launched = environment.find_launched()
     if settings.recover and launched is not None and not spawn.is_spawned():
@@ -65,14 +65,14 @@ def find_placement(settings: Settings) -> Placement:
 
 
 def _find_devices(settings: Settings, launched: Launched | None) -> list[str]:
-    """The device of every stage; under a launcher there is one stage per rank."""
+    """Finds the device of every stage; under a launcher there is one stage per rank."""
     if launched is None:
         return choose_devices(settings)
-    asked = settings.num_stages or settings.gpus or (settings.devices and len(settings.devices))
-    if asked and asked != launched.world_size:
+    num_stages = settings.num_stages or settings.gpus or len(settings.devices or ())
+    if num_stages and num_stages != launched.world_size:
         raise ValueError(
             f"load(): stages must be the launcher's number of ranks, {launched.world_size}, "
-            f"got {asked}; leave it out or launch {asked} ranks"
+            f"got {num_stages}; leave it out or launch {num_stages} ranks"
         )
     if settings.devices is not None:
         return list(settings.devices)
@@ -82,21 +82,21 @@ def _find_devices(settings: Settings, launched: Launched | None) -> list[str]:
 
 
 def _find_hosts(settings: Settings, launched: Launched | None) -> list[str] | None:
-    """Machine of each rank of a launcher; in a plain session there is only this one."""
+    """Finds the machine of each rank of a launcher; a plain session has only this one."""
     if launched is not None:
         return [f"node-{rank // _ranks_here(launched)}" for rank in range(launched.world_size)]
     if settings.hosts is not None and len(set(settings.hosts)) > 1:
         raise ValueError(
-            f"load(): hosts must be one without a launcher, got {settings.hosts}; start a rank on "
-            "each with torchrun, deepspeed or srun"
+            f"load(): hosts must be a single machine without a launcher, got {settings.hosts}; start "
+            "a rank on each with torchrun, deepspeed or srun"
         )
     return None
 
 
 def find_gpu_owners(launched: Launched | None, count: int) -> list[str] | None:
-    """A name for every rank where a launcher may have given each a GPU of its own.
+    """Names every rank as an owner, if the launcher may have given each a GPU of its own.
 
-    With srun --gpus-per-task every rank sees one GPU, which each calls cuda:0.
+    With srun --gpus-per-task every rank sees a single GPU, which each calls cuda:0.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if launched is None or spawn.is_spawned() or visible is None or "," in visible:
@@ -110,7 +110,11 @@ def _ranks_here(launched: Launched) -> int:
 
 
 def check_host_memory(plan: Plan, placement: Placement) -> None:
-    """Refuses CPU stages that all of this machine's memory could not hold, whatever else runs."""
+    """Refuses CPU stages that need more than all of this machine's memory.
+
+    Raises:
+        ValueError: they do not fit, even if nothing else runs.
+    """
     stages = [stage for stage in plan.stages[: placement.num_here] if stage.device == "cpu"]
     needed = sum(stage.needed_bytes for stage in stages)
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -118,7 +122,7 @@ def check_host_memory(plan: Plan, placement: Placement) -> None:
         kv_bytes = sum(stage.kv_bytes for stage in stages)
         raise ValueError(
             f"load(): the stages on the CPU must fit this machine's {format_bytes(total)}, got "
-            f"{format_bytes(needed)}, of it {format_bytes(kv_bytes)} KV cache; lower max_sequences "
+            f"{format_bytes(needed)}, {format_bytes(kv_bytes)} of it KV cache; lower max_sequences "
             "or max_tokens, or use a smaller model"
         )
 
@@ -126,9 +130,12 @@ def check_host_memory(plan: Plan, placement: Placement) -> None:
 def share_cores(settings: Settings, placement: Placement) -> frozenset[int]:
     """Sets torch's threads and returns the cores of this rank, an equal share of this machine's.
 
-    CPU stages would otherwise fight for cores. No cores (any) where there is nothing to share, with
-    fewer cores than threads, or where a launcher has chosen already. A rank that is all ours keeps
-    to its cores; rank 0 may be a user's session, which keeps all.
+    CPU stages would otherwise compete for cores. An empty set means any core: there is nothing to
+    share, there are fewer cores than threads, or a launcher has chosen already. Ranks above 0 are
+    our own processes and stay on their cores; rank 0 may be a user's session, which keeps all.
+
+    Raises:
+        ValueError: threads_per_stage is above this machine's number of cores.
     """
     num_here, launched = placement.num_here, placement.launched
     allowed = sorted(os.sched_getaffinity(0))
@@ -152,7 +159,7 @@ def share_cores(settings: Settings, placement: Placement) -> frozenset[int]:
 
 
 def divide_cores(num_stages: int, num_threads: int) -> list[frozenset[int]]:
-    """Cores of every stage of one process, `num_threads` each, side by side."""
+    """Divides this process's cores among its stages, `num_threads` adjacent ones each."""
     allowed = sorted(os.sched_getaffinity(0))
     return [
         frozenset(allowed[stage * num_threads : (stage + 1) * num_threads])

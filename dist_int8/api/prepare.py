@@ -1,4 +1,4 @@
-"""What is known of a model before a weight is read: settings, shape, formats and the plan."""
+"""Finds what a stage is built from before a weight is read: settings, shape, formats, plan."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ DEFAULT_MAX_TOKENS = 2048
 
 @dataclass(frozen=True)
 class HotColumns:
-    """What a model's hot columns are, or are found with.
+    """The hot columns of a model, or how to find them.
 
     Attributes:
-        num_columns: the most of any linear of a block.
-        head_columns: of an int8 head; None: as many.
-        element_size: bytes of one of their weights.
-        calibration: None: they are in the checkpoint, or made up, or there are none.
+        num_columns: the largest number in any linear of a block.
+        element_size: bytes per weight.
+        calibration: how to find them; None: they are in the checkpoint or random, or there are
+            none.
+        head_columns: number in an int8 head; None: num_columns.
     """
 
     num_columns: int = 0
@@ -54,14 +55,14 @@ class Prepared:
     """Everything that a stage is built from.
 
     Attributes:
-        settings: with what an int8 checkpoint has decided.
-        placement: of all stages, and of this process.
-        folder: of the checkpoint.
+        settings: the settings, with what an int8 checkpoint has decided.
+        placement: where all stages and this process run.
+        folder: folder of the checkpoint.
         spec: the model as data.
         eos_token_ids: tokens that end an answer.
-        hot: hot columns.
-        dtype: of hidden states and of what is not int8.
-        vocab_dtype: of embedding and head, where they are not int8.
+        hot: the hot columns.
+        dtype: dtype of hidden states and of parameters that are not int8.
+        vocab_dtype: dtype of embedding and head, where they are not int8.
         limits: slots and tokens.
         plan: blocks and bytes of every stage.
     """
@@ -113,7 +114,7 @@ def _make_plan(
     dtypes: tuple[torch.dtype, torch.dtype],
     limits: Limits,
 ) -> Plan:
-    # under a launcher each rank would see other numbers, and plan for itself
+    # under a launcher each rank would see different free memory, and make a plan of its own
     budgets = None if placement.launched else free_budgets(placement.devices)
     return make_plan(
         settings,
@@ -133,9 +134,9 @@ def _make_plan(
 def adopt_stored_format(
     settings: Settings, folder: Path, spec: ModelSpec
 ) -> tuple[Settings, HotColumns]:
-    """The settings with what an int8 checkpoint has decided, and the hot columns.
+    """Returns the settings with what an int8 checkpoint has decided, and the hot columns.
 
-    The whole checkpoint is looked through before any rank starts, not only this rank's stage.
+    The whole checkpoint is checked before any rank starts, not only this rank's stage.
     """
     if settings.random_weights:
         return settings, HotColumns(settings.num_hot_columns if settings.calibrates else 0)
@@ -172,7 +173,7 @@ def _choose_dtype(settings: Settings, devices: list[str], hf_config: Any) -> tor
 def _choose_vocab_dtype(
     settings: Settings, folder: Path, spec: ModelSpec, hf_config: Any, dtype: torch.dtype
 ) -> torch.dtype:
-    """Of the embedding and the head, which below fp32 keep a 16-bit dtype."""
+    """Chooses the dtype of embedding and head: in an fp32 model the stored one if it has 16 bits."""
     if settings.random_weights:
         stored = hf_config.dtype or dtype
     else:

@@ -147,9 +147,9 @@ def plan(
             "give --model, as in --model configs/models/bloom-176b"
         )
     from dist_int8.models import describe, load_config
-    from dist_int8.partition.from_settings import Asked, answer, saved
+    from dist_int8.partition.from_settings import PlanOptions, answer, saved
 
-    asked = Asked(
+    asked = PlanOptions(
         num_sequences=sequences,
         max_tokens=context,
         like_load=config is not None,

@@ -1,8 +1,8 @@
-"""Who runs together: requests are dealt to lanes, and each lane's turn is one micro-batch.
+"""Groups requests into lanes; each turn of a lane is one micro-batch.
 
-A lane's micro-batch has one token of every sequence that decodes and a chunk of the prompts that do
-not yet. Sequences of a lane decode in step, and lanes are kept equally long, so that no stage waits
-for a micro-batch much longer than the others.
+A lane's micro-batch has one token of every sequence that decodes and a chunk of the prompts that
+are still being prefilled. Sequences of a lane decode in step, and lanes are kept equally long, so
+that no stage waits for one micro-batch much longer than for the others.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ class Lane:
 
     @property
     def prefills(self) -> bool:
+        """Whether a prompt in it is not wholly submitted yet."""
         return any(request.num_prompt_left for request in self.requests)
 
     @property
     def decodes(self) -> bool:
-        """Somebody in it waits for the next token of an answer, and nothing else."""
+        """Whether a request in it is ready to decode its next token."""
         return any(not request.pending and not request.num_prompt_left for request in self.requests)
 
     @property
     def ready(self) -> bool:
-        """It has a micro-batch to run: of prompts at any time, of decoding ones all together."""
+        """Whether it has a micro-batch to run: prompts at any time, decoding ones all together."""
         return self.prefills or (
             bool(self.requests) and not any(request.pending for request in self.requests)
         )
@@ -42,7 +43,13 @@ class Lane:
 
 @dataclass(frozen=True)
 class Turn:
-    """A micro-batch to submit, and the requests whose next token it brings, in its order."""
+    """A lane's micro-batch.
+
+    Attributes:
+        lane: the lane.
+        micro_batch: what to submit.
+        emitting: the requests whose next token it yields, in the order of the result.
+    """
 
     lane: Lane
     micro_batch: MicroBatch
@@ -53,7 +60,7 @@ class Lanes:
     """All lanes, in the order of their turns.
 
     Args:
-        num_lanes: micro-batches that may be in flight.
+        num_lanes: number of lanes.
         num_slots: places in the KV cache.
     """
 
@@ -68,31 +75,31 @@ class Lanes:
 
     @property
     def answering(self) -> bool:
-        """Somebody's prompt is through and his answer is not."""
+        """Whether a request has its prompt submitted and its answer unfinished."""
         return any(not request.num_prompt_left for lane in self._turns for request in lane.requests)
 
     def admit(self, request: Request) -> None:
-        """Gives the request a slot and the shortest lane. There must be a free slot."""
+        """Gives the request a slot in the shortest lane. There must be a free slot."""
         if not self.running:  # a new start takes the lanes in order, whatever ran before
             self._turns = deque(sorted(self._turns, key=lambda lane: lane.index))
         request.slot = self.free_slots.popleft()
         min(self._turns, key=lambda lane: (len(lane.requests), lane.index)).requests.append(request)
 
     def release(self, request: Request) -> None:
-        """Takes a request that ended out of its lane and frees its slot."""
+        """Removes a request that ended from its lane and frees its slot."""
         for lane in self._turns:
             if request in lane.requests:
                 lane.requests.remove(request)
                 self.free_slots.append(request.slot)
 
     def next(self, chunk: int, step: int) -> Turn | None:
-        """The turn of the lane that waited longest among those with something to run.
+        """Forms the turn of the lane that waited longest among those with something to run.
 
         Prefill goes lane by lane, so that the first can decode early, but lets a lane that decodes
-        go first: a long prompt must not hold up who is answering.
+        go first: a long prompt must not hold up answers under way.
 
         Args:
-            chunk: prompt tokens of a micro-batch at most.
+            chunk: maximum number of prompt tokens in the micro-batch.
             step: number of the micro-batch.
         """
         share = -(-len(self.running) // len(self._turns))
@@ -112,7 +119,7 @@ class Lanes:
         return None
 
     def _level(self, lane: Lane, share: int) -> None:
-        """Moves what a lane has beyond its share, ceil(running / lanes), to the shortest one."""
+        """Moves requests beyond a lane's share, ceil(running / lanes), to the shortest lane."""
         idle = [request for request in lane.requests if not request.pending]
         while len(lane.requests) > share and idle:
             moved = idle.pop()

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out."""
+"""What goes into the engine and what comes out: requests, tokens, completions."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from dist_int8.errors import RequestError
 
 @dataclass(eq=False)
 class Request:
-    """One prompt on its way.
+    """One prompt and the state of its answer.
 
     Attributes:
-        index: place of the prompt in the call.
+        index: index of the prompt in the call.
         prompt_ids: its token ids.
         settings: how tokens are chosen and when the answer ends.
-        seed: of its own random generator.
-        text: its answer as text.
+        seed: seed of its own random generator.
+        text: the answer as text.
         slot: its place in the KV cache while it runs.
         num_replayed: tokens of the answer that are prefilled again, after a recovery.
         num_submitted: tokens that went into the pipeline.
-        pending: a token of it is being computed.
+        pending: whether its next token is being computed.
         token_ids: the answer so far.
         finish_reason: "eos", "stop", "length" or "cancelled" once it ended.
         error: why it ended without an answer.
@@ -48,16 +48,16 @@ class Request:
 
     @property
     def prefill_ids(self) -> list[int]:
-        """What is prefilled: the prompt and, after a recovery, the answer so far."""
+        """The tokens to prefill: the prompt and, after a recovery, the answer so far."""
         return self.prompt_ids + self.token_ids[: self.num_replayed]
 
     def take(self, token_id: int, eos_token_ids: frozenset[int], max_tokens: int) -> None:
-        """Appends a token to the answer, and ends it where that was the last one.
+        """Appends a token to the answer, and ends the answer if it was the last one.
 
         Args:
             token_id: the token, or NOT_A_TOKEN where the logits were NaN.
             eos_token_ids: tokens that end an answer.
-            max_tokens: tokens of a slot, prompt and answer.
+            max_tokens: maximum number of tokens in a slot, prompt and answer together.
         """
         if token_id == NOT_A_TOKEN:
             self.error = RequestError(
@@ -80,17 +80,19 @@ class Request:
         self.outbox.append(Token(self.index, token_id, piece, self.finish_reason))
 
     def replay(self) -> None:
-        """Back to the start, with the answer so far as part of what is prefilled."""
+        """Returns to the start, with the answer so far as part of what is prefilled."""
         self.num_replayed = len(self.token_ids)
         self.num_submitted = 0
         self.pending = False
 
     @property
     def ended(self) -> bool:
+        """Whether it has its answer, was cancelled or failed."""
         return self.finish_reason is not None or self.error is not None
 
     @property
     def num_prompt_left(self) -> int:
+        """Tokens that are still to be prefilled."""
         return max(0, len(self.prompt_ids) + self.num_replayed - self.num_submitted)
 
 
@@ -99,10 +101,10 @@ class Token:
     """One new token of one prompt, for streaming.
 
     Attributes:
-        index: place of the prompt in the call.
+        index: index of the prompt in the call.
         token_id: the token.
-        text: the text that became certain with it (may be empty: half a character, or what could
-            be the beginning of a stop string).
+        text: the text that became certain with it (may be empty: part of a character, or what may
+            begin a stop string).
         finish_reason: set on a prompt's last token.
     """
 

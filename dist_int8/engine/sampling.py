@@ -1,8 +1,8 @@
 """Chooses the next token of each sequence, on the last stage.
 
-Greedy rows take the likeliest token. The others go through transformers' logits processors one by
-one, each with its own random generator, so a sequence's tokens do not depend on its company. The
-generator is seeded anew for every position: a sequence that is replayed draws as it would have.
+Greedy rows take the most probable token. The others go through transformers' logits processors one
+by one, each with its own random generator, so that sampling is batch-invariant. The generator is
+seeded anew for every position: a sequence that is replayed draws the same tokens again.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class _Slot:
     token_ids: Tensor | None  # int64 [max_tokens], where a processor reads the sequence
     length: int = 0
     seed: int = 0
-    position: int = 0  # of the next token
+    position: int = 0  # position of the next token
 
 
 class TokenSampler:
-    """Sampling state of every slot.
+    """Holds the sampling state of every slot.
 
     Args:
-        max_tokens: longest sequence of a slot.
+        max_tokens: maximum number of tokens in a slot.
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -48,10 +48,10 @@ class TokenSampler:
         self._slots: dict[int, _Slot] = {}
 
     def observe(self, micro_batch: MicroBatch) -> None:
-        """Takes the sampling settings and the tokens that a micro-batch brings.
+        """Takes the sampling settings and the tokens of a micro-batch.
 
         Raises:
-            ProtocolError: a sequence whose settings never came.
+            ProtocolError: the settings of a sequence have not arrived.
         """
         for (slot, seed), settings in zip(
             micro_batch.starts.tolist(), micro_batch.settings.tolist(), strict=True
@@ -62,9 +62,7 @@ class TokenSampler:
         row = 0
         for slot, start, count in micro_batch.segments.tolist():
             if slot not in self._slots:
-                raise ProtocolError(
-                    f"control: slot {slot} must have sampling settings, got none yet"
-                )
+                raise ProtocolError(f"control: no sampling settings have arrived for slot {slot}")
             state = self._slots[slot]
             state.position = start + count
             if state.token_ids is not None:
@@ -73,8 +71,13 @@ class TokenSampler:
             row += count
 
     def sample(self, logits: Tensor, slots: list[int]) -> Tensor:
-        """int64 [E] from logits fp32 [E, V]; NOT_A_TOKEN where the logits are NaN."""
-        token_ids = _likeliest(logits)
+        """Chooses tokens int64 [E] from logits fp32 [E, V]; NOT_A_TOKEN where they are NaN.
+
+        Args:
+            logits: one row per slot.
+            slots: the KV slots [E], whose settings `observe` has taken.
+        """
+        token_ids = _take_most_probable(logits)
         for row, slot in enumerate(slots):
             state = self._slots[slot]
             if state.processors and token_ids[row] != NOT_A_TOKEN:
@@ -107,16 +110,16 @@ class TokenSampler:
         if state.generator is None:
             return int(scores.argmax())
         probabilities = scores.softmax(dim=-1)
-        if probabilities[0, 0].isnan():  # a score is infinite, after a tiny repetition penalty say
+        if probabilities[0, 0].isnan():  # a score is infinite, for example from a tiny penalty
             return NOT_A_TOKEN
-        state.generator.manual_seed(_mixed(state.seed, state.position))
+        state.generator.manual_seed(_mix(state.seed, state.position))
         return int(torch.multinomial(probabilities, 1, generator=state.generator))
 
 
-def _mixed(seed: int, position: int) -> int:
-    """A seed of its own for every token, so that a sequence can go on from any of them.
+def _mix(seed: int, position: int) -> int:
+    """Derives a seed for every position, so that a sequence can be resumed at any of them.
 
-    The finalizer of splitmix64 (Steele, Lea and Flood 2014), after a step for each position.
+    The finalizer of splitmix64 (Steele, Lea and Flood 2014), after one step per position.
     """
     bits = 2**64 - 1
     mixed = (seed + (position + 1) * 0x9E3779B97F4A7C15) & bits
@@ -125,7 +128,7 @@ def _mixed(seed: int, position: int) -> int:
     return mixed ^ mixed >> 31
 
 
-def _likeliest(logits: Tensor) -> list[int]:
+def _take_most_probable(logits: Tensor) -> list[int]:
     """The first of the largest logits of each row; NOT_A_TOKEN where one is NaN."""
     if not logits.is_cpu:
         values, token_ids = logits.max(dim=-1)

@@ -1,4 +1,4 @@
-"""How fast one call was."""
+"""Measures how fast one call is."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dist_int8.engine.requests import Request
 
 
 class Speed:
-    """Tokens per second of one call's requests, prefill and decode apart."""
+    """Measures tokens per second of one call's requests, prefill and decode apart."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self.num_prompt_tokens = sum(len(request.prompt_ids) for request in requests)
         self.num_tokens = 0
         self._without_token = {request.index for request in requests}
-        self._num_early = 0  # tokens until every prompt had its first one
+        self._num_early = 0  # tokens that arrived until every prompt had its first one
         self._started = self._prefilled = self._ended = time.perf_counter()
 
     def note(self, index: int) -> None:
-        """A token of prompt `index` arrived."""
+        """Records that a token of prompt `index` arrived."""
         self._ended = time.perf_counter()
         self.num_tokens += 1
         if self._without_token:
@@ -28,7 +28,7 @@ class Speed:
 
     @property
     def seconds(self) -> float:
-        """Until the last token."""
+        """Seconds from the start of the call to the last token."""
         return self._ended - self._started
 
     @property
@@ -38,7 +38,7 @@ class Speed:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """New tokens per second after that."""
+        """New tokens per second after the last prompt had its first token."""
         return _rate(self.num_tokens - self._num_early, self._ended - self._prefilled)
 
 

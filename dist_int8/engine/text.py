@@ -1,4 +1,4 @@
-"""Token ids to text while they arrive: whole characters only, nothing past a stop string."""
+"""Turns token ids into text while they arrive: whole characters, nothing past a stop string."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 UNFINISHED = "�"  # what a tokenizer shows for a character whose bytes have not all arrived
-CONTEXT_TOKENS = 6  # tokens decoded again with a new one, for tokenizers that join words by context
+CONTEXT_TOKENS = 6  # decoded again with each new token, for tokenizers that join words by context
 
 
 class TextStream:
     """The text of one answer, growing.
 
-    `push` returns what became certain: characters whose bytes are complete and which cannot be the
-    beginning of a stop string.
+    `push` returns what became certain: characters whose bytes are complete and which cannot begin a
+    stop string.
 
     Args:
-        tokenizer: of transformers, or None for no text.
-        stop: strings that end the answer; not part of it.
+        tokenizer: a tokenizer of transformers, or None for no text.
+        stop: strings that end the answer and are not part of it.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
@@ -31,7 +31,7 @@ class TextStream:
         self._done = 0  # tokens whose text has been taken
 
     def push(self, token_id: int) -> str:
-        """Adds a token; the text that became certain."""
+        """Adds a token and returns the text that became certain."""
         self._token_ids.append(token_id)
         before = self._decode(self._token_ids[self._begin : self._done])
         after = self._decode(self._token_ids[self._begin :])
@@ -42,7 +42,7 @@ class TextStream:
         return self._take(after[len(before) :], final=False)
 
     def finish(self) -> str:
-        """Ends the answer; the text that was held back."""
+        """Ends the answer and returns the text that was held back."""
         before = self._decode(self._token_ids[self._begin : self._done])
         after = self._decode(self._token_ids[self._begin :])
         self._done = len(self._token_ids)
@@ -64,13 +64,13 @@ class TextStream:
             self.stopped = True
             certain, self._held = candidate[: min(found)], ""
         else:
-            keep = 0 if final else self._possible_beginning(candidate)
+            keep = 0 if final else self._measure_stop_prefix(candidate)
             certain = candidate[: len(candidate) - keep]
             self._held = candidate[len(candidate) - keep :]
         self.text += certain
         return certain
 
-    def _possible_beginning(self, text: str) -> int:
+    def _measure_stop_prefix(self, text: str) -> int:
         """Length of the longest end of `text` that begins a stop string."""
         longest = 0
         for stop in self.stop:

@@ -29,7 +29,7 @@ DEFAULT_WINDOW = 1024
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvaluationOptions:
     """How to measure.
 
     Attributes:
@@ -53,7 +53,7 @@ class Asked:
 class Evaluation:
     """What was measured: scores by method (the reference first), and the layers."""
 
-    asked: Asked
+    asked: EvaluationOptions
     num_tokens: int
     scores: dict[str, Scores] = field(default_factory=dict)
     layers: LayerReport | None = None
@@ -75,7 +75,7 @@ def evaluate(
     settings: Settings,
     tokens: Tensor,
     methods: Sequence[str],
-    asked: Asked,
+    asked: EvaluationOptions,
     calibration: Tensor | None = None,
     progress: bool = True,
 ) -> Evaluation:
@@ -138,7 +138,7 @@ def evaluate(
     return found
 
 
-def reference_settings(settings: Settings, asked: Asked) -> dict[str, Any]:
+def reference_settings(settings: Settings, asked: EvaluationOptions) -> dict[str, Any]:
     """Arguments of `load()` for the floating-point model."""
     changes = {
         "int8": False,
@@ -178,7 +178,9 @@ def with_outlier_features(settings: Settings, seed: int) -> Iterator[Settings]:
         yield settings.model_copy(update={"model": name})
 
 
-def _arguments(settings: Settings, asked: Asked, changes: dict[str, Any]) -> dict[str, Any]:
+def _arguments(
+    settings: Settings, asked: EvaluationOptions, changes: dict[str, Any]
+) -> dict[str, Any]:
     values = settings.model_dump(exclude_none=True) | changes
     values |= {"max_tokens": asked.window, "progress": False}
     values["max_sequences"] = max(asked.batch, settings.num_stages or 1)
@@ -186,7 +188,11 @@ def _arguments(settings: Settings, asked: Asked, changes: dict[str, Any]) -> dic
 
 
 def _open(
-    stack: contextlib.ExitStack, settings: Settings, asked: Asked, host: Host | None, name: str
+    stack: contextlib.ExitStack,
+    settings: Settings,
+    asked: EvaluationOptions,
+    host: Host | None,
+    name: str,
 ) -> Subject:
     method = METHODS[name]
     if method.in_runtime:

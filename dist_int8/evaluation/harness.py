@@ -197,7 +197,7 @@ class PipelineLM(TemplateLM):
             for row, numbers in rows.items()
         ]
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Continuations") as bar:
-            for index, start, logits in self.handle.logits_of(list(rows)):
+            for index, start, logits in self.handle.iter_logits(list(rows)):
                 for score in scores[index]:
                     score.add(start, logits)
                 bar.update(len(scores[index]) if start == 0 else 0)

@@ -12,8 +12,8 @@ from dist_int8.config import Settings
 from dist_int8.evaluation import report
 from dist_int8.evaluation.evaluate import (
     DEFAULT_WINDOW,
-    Asked,
     Evaluation,
+    EvaluationOptions,
     evaluate,
     with_outlier_features,
 )
@@ -91,7 +91,7 @@ def measure_text(
     if window is None:
         window = min(DEFAULT_WINDOW, spec.max_positions or DEFAULT_WINDOW)
     calibration = None if other is None else tokens_of(tokenizer, other[0], CALIBRATION_TOKENS)
-    asked = Asked(
+    asked = EvaluationOptions(
         window=window,
         stride=window if stride is None else stride,
         batch=batch or settings.num_stages or len(settings.devices or "1"),

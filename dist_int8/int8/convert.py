@@ -18,13 +18,25 @@ def convert(
 ) -> nn.Module:
     """Swaps every `nn.Linear` inside `module` for an `Int8Linear`, in place; returns `module`.
 
-    Left alone are the linears whose qualified name has `skip` in it as one or several whole
-    components ("lm_head"; "mlp.down"; "layers.0"), and subclasses of `nn.Linear`, which may do more
-    than a product. A linear used under two names stays one layer. Each floating weight is freed as
-    soon as its linear is swapped (if nothing else holds it); linears on the meta device give layers
-    on the meta device. `hot_columns` holds, by qualified name, the input features that a linear
-    keeps exactly. Raises ValueError for an unknown rule, a bad threshold, hot columns that a linear
-    does not have, or a `module` that is itself a linear.
+    Subclasses of `nn.Linear` are left alone, because they may do more than a product. A linear used
+    under two names stays one layer. Each floating weight is freed as soon as its linear is swapped,
+    if nothing else holds it. Linears on the meta device give layers on the meta device.
+
+        model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+        dist_int8.convert(model)
+        logits = model(input_ids).logits
+
+    Args:
+        module: for example a model of transformers.
+        outlier_threshold, outlier_rule: which elements of an input count as outliers, as in
+            `Int8Linear`.
+        skip: linears to leave alone, whose qualified name has one of these as one or several whole
+            components ("lm_head"; "mlp.down"; "layers.0").
+        hot_columns: by qualified name, the input features that a linear keeps in floating point.
+
+    Raises:
+        ValueError: an unknown rule, a bad threshold, hot columns that a linear does not have, or a
+            `module` that is itself a linear.
     """
     if type(module) is nn.Linear:
         raise ValueError(

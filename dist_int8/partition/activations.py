@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dist_int8.partition.memory import FLOAT32_BYTES, INT32_BYTES, Block, Formats, Model
+from dist_int8.partition.memory import FLOAT32_BYTES, INT32_BYTES, Block, Formats, ModelSizes
 
 INT64_BYTES = 8
 MAX_SUMS_BYTES = 64 << 20  # int32 sums of a GEMM on a GPU at once (csrc/cuda_ops/matmul.cpp)
@@ -39,7 +39,7 @@ class Workload:
 
 
 def activation_bytes(
-    model: Model, formats: Formats, workload: Workload, *, first: bool, last: bool
+    model: ModelSizes, formats: Formats, workload: Workload, *, first: bool, last: bool
 ) -> int:
     """Peak bytes of what a stage allocates beside parameters and KV cache.
 
@@ -111,7 +111,7 @@ def _product_bytes(block: Block, formats: Formats, workload: Workload) -> int:
     return rows * (2 * block.hidden_size + widest * formats.float_size) + sums
 
 
-def _table_bytes(model: Model, workload: Workload) -> int:
+def _table_bytes(model: ModelSizes, workload: Workload) -> int:
     """cos and sin in fp32, a row a position."""
     if model.rotary is None:
         return 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dist_int8.partition.memory import (
     Block,
     Formats,
-    Model,
+    ModelSizes,
     block_linears,
     head_table_bytes,
     kv_bytes_per_token,
@@ -57,7 +57,7 @@ def block_ps(
     return total + _ps(kv_bytes, profile.float_bandwidth, operations, profile.float_ops, profile)
 
 
-def head_ps(model: Model, formats: Formats, profile: DeviceProfile, *, num_rows: int) -> int:
+def head_ps(model: ModelSizes, formats: Formats, profile: DeviceProfile, *, num_rows: int) -> int:
     """Picoseconds of the head for `num_rows` rows, those whose next token is wanted."""
     num_weights = model.vocab_size * model.embedding_size
     num_bytes = head_table_bytes(model, formats)
@@ -65,7 +65,7 @@ def head_ps(model: Model, formats: Formats, profile: DeviceProfile, *, num_rows:
 
 
 def hop_ps(
-    model: Model, formats: Formats, profile: DeviceProfile, *, num_rows: int, same_host: bool
+    model: ModelSizes, formats: Formats, profile: DeviceProfile, *, num_rows: int, same_host: bool
 ) -> int:
     """Picoseconds in which a stage passes hidden states [num_rows, hidden] to the next."""
     num_bytes = num_rows * model.hidden_size * formats.float_size

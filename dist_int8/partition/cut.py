@@ -22,7 +22,7 @@ Value = Any  # int or tuple of int, compared with <
 
 
 @dataclass(frozen=True)
-class Stage:
+class BlockRange:
     """Blocks [start, end) on device number `device`."""
 
     device: int
@@ -118,7 +118,7 @@ class Problem:
         return ends
 
 
-def cut(problem: Problem, objective: Objective) -> list[Stage] | None:
+def cut(problem: Problem, objective: Objective) -> list[BlockRange] | None:
     """The best stages within every room, or None if there are none.
 
     Exact in the objective. Among equally good cuts: for throughput the one with the most KV tokens,
@@ -136,7 +136,7 @@ def cut(problem: Problem, objective: Objective) -> list[Stage] | None:
     return _search(problem, then, max, lambda *stage: first(problem, *stage) <= best)
 
 
-def least_missing(problem: Problem) -> list[Stage]:
+def least_missing(problem: Problem) -> list[BlockRange]:
     """The stages that lack the fewest bytes in all; among those, the least on one device."""
     found = _search(problem, _missing, _add, unlimited=True)
     assert found is not None
@@ -164,7 +164,7 @@ def _search(
     combine: Callable[[Value, Value], Value],
     good_enough: Callable[..., bool] | None = None,
     unlimited: bool = False,
-) -> list[Stage] | None:
+) -> list[BlockRange] | None:
     """Dynamic programming from the last device to the first.
 
     best[d][i] is the least combined value of blocks i.. when a stage begins with block i on device
@@ -216,15 +216,15 @@ def _search(
 
 def _read(
     choice: list[list[tuple[int, int] | None]], device: int, num_blocks: int
-) -> list[Stage] | None:
-    stages: list[Stage] = []
+) -> list[BlockRange] | None:
+    stages: list[BlockRange] = []
     start = 0
     while start < num_blocks:
         chosen = choice[device][start]
         if chosen is None:
             return None
         end, follower = chosen
-        stages.append(Stage(device, start, end))
+        stages.append(BlockRange(device, start, end))
         start, device = end, follower
     return stages
 
@@ -245,9 +245,9 @@ def _followers(
     return sorted(by_hop.items())
 
 
-def _with_hops(problem: Problem, stages: list[Stage]) -> list[tuple[int, int, int, int]]:
+def _with_hops(problem: Problem, stages: list[BlockRange]) -> list[tuple[int, int, int, int]]:
     """(device, start, end, hop) of every stage."""
-    following: list[Stage | None] = [*stages[1:], None]
+    following: list[BlockRange | None] = [*stages[1:], None]
     return [
         (s.device, s.start, s.end, problem.hops[s.device][after.device] if after else 0)
         for s, after in zip(stages, following, strict=True)

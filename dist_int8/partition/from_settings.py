@@ -8,12 +8,12 @@ from typing import Any
 from dist_int8.config import ProfileSettings, Settings, read_yaml
 from dist_int8.partition import (
     PROFILES,
+    CutOptions,
     Device,
     DeviceProfile,
     Formats,
     Plan,
     Question,
-    Request,
     ask,
 )
 from dist_int8.partition.gpus import probe
@@ -30,7 +30,7 @@ _SIXTEEN_BITS = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlanOptions:
     """What `dist-int8 plan` may ask beside the settings; None: not said.
 
     Attributes:
@@ -45,7 +45,7 @@ class Asked:
     choose_count: bool = False
 
 
-def answer(settings: Settings, asked: Asked, config: Any, spec: Any, source: str) -> Plan:
+def answer(settings: Settings, asked: PlanOptions, config: Any, spec: Any, source: str) -> Plan:
     """The plan for a model's config alone: no weights, and devices that need not exist.
 
     Raises:
@@ -76,13 +76,13 @@ def answer(settings: Settings, asked: Asked, config: Any, spec: Any, source: str
         max_tokens=max_tokens,
         prefill_chunk=settings.prefill_chunk,
         num_micro_batches=settings.micro_batches,
-        request=replace(_request(settings), choose_count=asked.choose_count),
+        options=replace(_read_cut_options(settings), choose_count=asked.choose_count),
     )
     devices = describe_devices(settings, names, budgets=budgets, source=source)
     return ask(spec, devices, formats, question)
 
 
-def saved(settings: Settings, asked: Asked, plan: Plan) -> dict[str, Any]:
+def saved(settings: Settings, asked: PlanOptions, plan: Plan) -> dict[str, Any]:
     """Settings that make `load()` run this plan, as YAML keys."""
     assert plan.workload is not None and plan.fits
     values = settings.model_dump(mode="json", exclude_defaults=True)
@@ -227,7 +227,7 @@ def make_plan(
         max_tokens=max_tokens,
         prefill_chunk=settings.prefill_chunk,
         num_micro_batches=settings.micro_batches,
-        request=_request(settings),
+        options=_read_cut_options(settings),
     )
     plan = ask(model, devices, formats, question)
     if not plan.fits:
@@ -235,8 +235,8 @@ def make_plan(
     return plan
 
 
-def _request(settings: Settings) -> Request:
-    return Request(settings.objective, settings.pinned, prefill_ratio=settings.prefill_ratio)
+def _read_cut_options(settings: Settings) -> CutOptions:
+    return CutOptions(settings.objective, settings.pinned, prefill_ratio=settings.prefill_ratio)
 
 
 def _one_each(

@@ -1,7 +1,7 @@
 """Exact bytes of parameters and KV cache, from a spec alone. Pure; imports nothing of ours.
 
-The classes `Block` and `Model` name what is read of a spec (`models.BlockSpec` and `ModelSpec` have
-it). N output features, K input features.
+The classes `Block` and `ModelSizes` name what is read of a spec (`models.BlockSpec` and `ModelSpec`
+have it). N output features, K input features.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Rotary(Protocol):
     def inv_freq(self) -> tuple[float, ...]: ...
 
 
-class Model(Protocol):
+class ModelSizes(Protocol):
     """Sizes of a whole model."""
 
     @property
@@ -182,7 +182,7 @@ def block_bytes(block: Block, formats: Formats, index: int = 0) -> int:
     return linears + 2 * norm_bytes(block.hidden_size, block.norm, formats)
 
 
-def embedding_bytes(model: Model, formats: Formats) -> int:
+def embedding_bytes(model: ModelSizes, formats: Formats) -> int:
     """Bytes of what the first stage holds before its blocks."""
     positions = model.num_position_rows * model.hidden_size * formats.float_size
     norm = norm_bytes(model.hidden_size, model.blocks[0].norm, formats)
@@ -194,7 +194,7 @@ def embedding_bytes(model: Model, formats: Formats) -> int:
     )
 
 
-def head_bytes(model: Model, formats: Formats) -> int:
+def head_bytes(model: ModelSizes, formats: Formats) -> int:
     """Bytes of what the last stage holds after its blocks."""
     norm = norm_bytes(model.hidden_size, model.blocks[0].norm, formats)
     return (
@@ -204,7 +204,7 @@ def head_bytes(model: Model, formats: Formats) -> int:
     )
 
 
-def vocab_bytes(model: Model, formats: Formats, *, int8: bool) -> int:
+def vocab_bytes(model: ModelSizes, formats: Formats, *, int8: bool) -> int:
     """Bytes of the token embedding's or the head's table [V, E], in int8 with a scale a token."""
     num_weights = model.vocab_size * model.embedding_size
     if int8:
@@ -212,7 +212,7 @@ def vocab_bytes(model: Model, formats: Formats, *, int8: bool) -> int:
     return num_weights * formats.vocab_size
 
 
-def head_table_bytes(model: Model, formats: Formats) -> int:
+def head_table_bytes(model: ModelSizes, formats: Formats) -> int:
     """Bytes of the head: its table, and in int8 its hot columns."""
     table = vocab_bytes(model, formats, int8=formats.head_int8)
     H = min(_head_hot_columns(formats), model.embedding_size)
@@ -226,7 +226,7 @@ def _head_hot_columns(formats: Formats) -> int:
     return formats.num_hot_columns if own is None else own
 
 
-def shared_bytes(model: Model, formats: Formats) -> int:
+def shared_bytes(model: ModelSizes, formats: Formats) -> int:
     """Bytes that one stage with both embedding and head saves: a tied table is held once.
 
     Only in the same format: an int8 head cannot share the table of a 16-bit embedding, nor one with
@@ -240,7 +240,7 @@ def shared_bytes(model: Model, formats: Formats) -> int:
 
 
 def stage_weight_bytes(
-    model: Model, blocks: range, formats: Formats, *, first: bool, last: bool
+    model: ModelSizes, blocks: range, formats: Formats, *, first: bool, last: bool
 ) -> int:
     """Bytes of the parameters of one stage."""
     total = sum(block_bytes(model.blocks[i], formats, i) for i in blocks)
@@ -249,7 +249,7 @@ def stage_weight_bytes(
     return total - (shared_bytes(model, formats) if first and last else 0)
 
 
-def model_bytes(model: Model, formats: Formats) -> int:
+def model_bytes(model: ModelSizes, formats: Formats) -> int:
     """Bytes of all parameters on one device: a tied table counts once."""
     return stage_weight_bytes(model, range(len(model.blocks)), formats, first=True, last=True)
 
@@ -263,7 +263,7 @@ def kv_bytes_per_token(block: Block, float_size: int, *, int8: bool = False) -> 
     return 2 * block.num_kv_heads * head
 
 
-def _projection_bytes(model: Model, formats: Formats, name: str) -> int:
+def _projection_bytes(model: ModelSizes, formats: Formats, name: str) -> int:
     """project_in or project_out, where the embedding is narrower than the blocks (OPT-350m)."""
     hidden, narrow = model.hidden_size, model.embedding_size
     if narrow == hidden:

@@ -14,7 +14,7 @@ from typing import get_args
 
 from dist_int8.partition import cost, cut, memory
 from dist_int8.partition.activations import Workload, activation_bytes
-from dist_int8.partition.cut import Objective, Problem, Stage
+from dist_int8.partition.cut import BlockRange, Objective, Problem
 from dist_int8.partition.plan import Plan, StagePlan
 from dist_int8.partition.profiles import DeviceProfile
 
@@ -42,7 +42,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Request:
+class CutOptions:
     """Which cut is wanted.
 
     Attributes:
@@ -59,11 +59,11 @@ class Request:
 
 
 def plan_stages(
-    model: memory.Model,
+    model: memory.ModelSizes,
     devices: Sequence[Device],
     formats: memory.Formats,
     workload: Workload,
-    request: Request | None = None,
+    options: CutOptions | None = None,
 ) -> Plan:
     """The best contiguous stages for one workload; `Plan.fits` says whether they fit.
 
@@ -71,31 +71,31 @@ def plan_stages(
         ValueError: more stages than blocks, pinned stages that are not one a device or do not add
             up to the model's blocks.
     """
-    request = request or Request()
-    assert devices and request.objective in OBJECTIVES
-    ratio = 0.0 if request.objective == "latency" else request.prefill_ratio
+    options = options or CutOptions()
+    assert devices and options.objective in OBJECTIVES
+    ratio = 0.0 if options.objective == "latency" else options.prefill_ratio
     problem = make_problem(
-        model, devices, formats, workload, request.choose_count, prefill_ratio=ratio
+        model, devices, formats, workload, options.choose_count, prefill_ratio=ratio
     )
-    if request.pinned is not None:
-        stages = _pinned(request.pinned, problem.num_blocks, len(devices))
+    if options.pinned is not None:
+        stages = _pinned(options.pinned, problem.num_blocks, len(devices))
     else:
-        check_count(len(devices), problem.num_blocks, request.choose_count)
-        stages = cut.cut(problem, request.objective) or cut.least_missing(problem)
+        check_count(len(devices), problem.num_blocks, options.choose_count)
+        stages = cut.cut(problem, options.objective) or cut.least_missing(problem)
     return _write_down(model, devices, formats, workload, problem, stages)
 
 
 def can_plan(
-    model: memory.Model,
+    model: memory.ModelSizes,
     devices: Sequence[Device],
     formats: memory.Formats,
     workload: Workload,
-    request: Request,
+    options: CutOptions,
 ) -> bool:
     """Whether a plan would fit; cheaper than the plan."""
-    problem = make_problem(model, devices, formats, workload, request.choose_count)
-    if request.pinned is not None:
-        stages = _pinned(request.pinned, problem.num_blocks, len(devices))
+    problem = make_problem(model, devices, formats, workload, options.choose_count)
+    if options.pinned is not None:
+        stages = _pinned(options.pinned, problem.num_blocks, len(devices))
         return not any(problem.missing(s.device, s.start, s.end) for s in stages)
     return cut.fits(problem)
 
@@ -110,7 +110,7 @@ def check_count(num_stages: int, num_blocks: int, choose_count: bool = False) ->
 
 
 def make_problem(
-    model: memory.Model,
+    model: memory.ModelSizes,
     devices: Sequence[Device],
     formats: memory.Formats,
     workload: Workload,
@@ -166,7 +166,7 @@ def _decode_rows(workload: Workload, num_stages: int) -> int:
 
 
 def _times(
-    model: memory.Model,
+    model: memory.ModelSizes,
     devices: Sequence[Device],
     formats: memory.Formats,
     workload: Workload,
@@ -196,7 +196,7 @@ def _times(
     return [[time(d.profile, index) for index in range(len(model.blocks))] for d in devices]
 
 
-def _pinned(pinned: Sequence[int], num_blocks: int, num_devices: int) -> list[Stage]:
+def _pinned(pinned: Sequence[int], num_blocks: int, num_devices: int) -> list[BlockRange]:
     if len(pinned) != num_devices:
         raise ValueError(
             f"plan: stages must be one number of blocks a device, {num_devices} devices, got "
@@ -208,16 +208,16 @@ def _pinned(pinned: Sequence[int], num_blocks: int, num_devices: int) -> list[St
             f"{num_blocks}, got {list(pinned)} with sum {sum(pinned)}; correct them"
         )
     edges = [0, *accumulate(pinned)]
-    return [Stage(d, start, end) for d, (start, end) in enumerate(pairwise(edges))]
+    return [BlockRange(d, start, end) for d, (start, end) in enumerate(pairwise(edges))]
 
 
 def _write_down(
-    model: memory.Model,
+    model: memory.ModelSizes,
     devices: Sequence[Device],
     formats: memory.Formats,
     workload: Workload,
     problem: Problem,
-    stages: Sequence[Stage],
+    stages: Sequence[BlockRange],
 ) -> Plan:
     written = []
     decode = make_problem(model, devices, formats, workload)
@@ -268,7 +268,7 @@ def _write_down(
 
 
 def _prefill_ps(
-    model: memory.Model,
+    model: memory.ModelSizes,
     device: Device,
     formats: memory.Formats,
     workload: Workload,

@@ -9,7 +9,7 @@ from functools import partial
 from dist_int8.partition import memory
 from dist_int8.partition.activations import Workload
 from dist_int8.partition.plan import Plan, format_bytes
-from dist_int8.partition.planner import Device, Request, can_plan, check_count, plan_stages
+from dist_int8.partition.planner import CutOptions, Device, can_plan, check_count, plan_stages
 
 DEFAULT_MAX_TOKENS = 2048
 MOST_SEQUENCES = 4096  # that a question which names none is answered with
@@ -25,14 +25,14 @@ class Question:
         max_tokens: tokens of a slot; if None, at most 2048 or the model's limit.
         prefill_chunk: prompt tokens of one micro-batch at most.
         num_micro_batches: micro-batches that share the sequences; None: one a stage.
-        request: which cut is wanted.
+        options: which cut is wanted.
     """
 
     num_sequences: int | None = None
     max_tokens: int | None = None
     prefill_chunk: int = 512
     num_micro_batches: int | None = None
-    request: Request = field(default_factory=Request)
+    options: CutOptions = field(default_factory=CutOptions)
 
     def workload(self, num_sequences: int, max_tokens: int) -> Workload:
         """This question with its open ends settled."""
@@ -40,7 +40,7 @@ class Question:
 
 
 def ask(
-    model: memory.Model, devices: Sequence[Device], formats: memory.Formats, question: Question
+    model: memory.ModelSizes, devices: Sequence[Device], formats: memory.Formats, question: Question
 ) -> Plan:
     """The plan for a question.
 
@@ -54,18 +54,18 @@ def ask(
     """
     _check(model, question)
     limit = min(DEFAULT_MAX_TOKENS, model.max_positions or DEFAULT_MAX_TOKENS)
-    if question.request.pinned is None:
-        check_count(len(devices), len(model.blocks), question.request.choose_count)
+    if question.options.pinned is None:
+        check_count(len(devices), len(model.blocks), question.options.choose_count)
 
     def fits(workload: Workload) -> bool:
-        return can_plan(model, devices, formats, workload, question.request)
+        return can_plan(model, devices, formats, workload, question.options)
 
     num_sequences = question.num_sequences or 1
     max_tokens = question.max_tokens
     if max_tokens is None:
         max_tokens = largest(1, limit, lambda n: fits(question.workload(num_sequences, n))) or 1
     workload = question.workload(num_sequences, max_tokens)
-    plan = plan_stages(model, devices, formats, workload, question.request)
+    plan = plan_stages(model, devices, formats, workload, question.options)
     if not plan.fits:
         changes = _changes(model, devices, formats, replace(question, max_tokens=max_tokens))
         return replace(plan, suggestions=tuple(changes))
@@ -75,7 +75,7 @@ def ask(
 
 
 def _with_most_sequences(
-    model: memory.Model,
+    model: memory.ModelSizes,
     devices: Sequence[Device],
     formats: memory.Formats,
     question: Question,
@@ -86,16 +86,16 @@ def _with_most_sequences(
     if plan.kv_tokens is None:
         return plan
     used = _find_devices(plan, devices)
-    request = Request(pinned=tuple(len(stage.blocks) for stage in plan.stages))
+    options = CutOptions(pinned=tuple(len(stage.blocks) for stage in plan.stages))
 
     def fits(num_sequences: int) -> bool:
         workload = question.workload(num_sequences, max_tokens)
-        return can_plan(model, used, formats, workload, request)
+        return can_plan(model, used, formats, workload, options)
 
     most = min(MOST_SEQUENCES, max(1, plan.kv_tokens // max_tokens))
     num_sequences = max(1, largest(1, most, fits))
     settled = question.workload(num_sequences, max_tokens)
-    settled_plan = plan_stages(model, used, formats, settled, request)
+    settled_plan = plan_stages(model, used, formats, settled, options)
     if num_sequences == MOST_SEQUENCES:
         note = f"more than {MOST_SEQUENCES} sequences may fit; ask with --sequences"
         return replace(settled_plan, notes=(note,))
@@ -114,7 +114,7 @@ def _find_devices(plan: Plan, devices: Sequence[Device]) -> list[Device]:
     return used
 
 
-def _check(model: memory.Model, question: Question) -> None:
+def _check(model: memory.ModelSizes, question: Question) -> None:
     for key, value, hint in (
         ("sequences", question.num_sequences, "leave it out for as many as fit"),
         ("context", question.max_tokens, "leave it out for as much as fits"),
@@ -143,11 +143,11 @@ def largest(least: int, most: int, fits: Callable[[int], bool]) -> int:
 
 
 def _changes(
-    model: memory.Model, devices: Sequence[Device], formats: memory.Formats, question: Question
+    model: memory.ModelSizes, devices: Sequence[Device], formats: memory.Formats, question: Question
 ) -> Iterator[str]:
     """Single changes that make it fit, the cheapest first; each one has been tried."""
     num_sequences = question.num_sequences or 1
-    max_tokens, request = question.max_tokens or 1, question.request
+    max_tokens, options = question.max_tokens or 1, question.options
     workload = question.workload(num_sequences, max_tokens)
 
     def fits(
@@ -155,14 +155,14 @@ def _changes(
         devices: Sequence[Device] = devices,
         formats: memory.Formats = formats,
         workload: Workload = workload,
-        request: Request = request,
+        options: CutOptions = options,
     ) -> bool:
         if len(devices) > len(model.blocks):
             return False
-        return can_plan(model, devices, formats, workload, request)
+        return can_plan(model, devices, formats, workload, options)
 
-    free = replace(request, pinned=None)
-    if request.pinned is not None and fits(request=free):
+    free = replace(options, pinned=None)
+    if options.pinned is not None and fits(options=free):
         yield "let the planner choose the stages instead of pinning them"
     in_int8 = replace(formats, int8=True)
     in_int8 = replace(in_int8, head_int8=in_int8.is_int8("lm_head"))
@@ -195,10 +195,10 @@ def _changes(
     if reserve and fits(devices=_with_reserve(devices, 0)):
         lower = largest(0, reserve, lambda n: fits(devices=_with_reserve(devices, n)))
         yield f"lower the reserve from {format_bytes(reserve)} to {format_bytes(lower)}"
-    if not request.choose_count and fits(request=replace(free, choose_count=True)):
+    if not options.choose_count and fits(options=replace(free, choose_count=True)):
         yield "leave devices without a stage (--stages auto)"
     for more in range(1, len(model.blocks) - len(devices) + 1):
-        if fits(devices=[*devices, *[devices[-1]] * more], request=free):
+        if fits(devices=[*devices, *[devices[-1]] * more], options=free):
             noun = "device" if more == 1 else "devices"
             yield f"add {more} more {noun} like {devices[-1].name}: {len(devices) + more} in all"
             break

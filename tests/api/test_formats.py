@@ -1,4 +1,4 @@
-"""load() with hot columns, head and embedding in int8: any cut the same, bytes as planned."""
+"""load() with hot columns, head and embedding in int8: same for any stages, bytes as planned."""
 
 import json
 
@@ -17,7 +17,7 @@ IDS = torch.arange(40).view(2, 20)
 
 
 def held_bytes(model):
-    """Of the stage in this process, each storage once."""
+    """Bytes that the stage in this process holds, each storage counted once."""
     state = model._engine.pipeline.stage.model.state_dict()
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in state.values()}.values())
 
@@ -75,7 +75,7 @@ def test_bytes_are_those_of_the_plan(hard_llama, formats, num_stages, random_wei
 def test_an_int8_kv_cache(hard_llama):
     rounded = logits(hard_llama, kv="int8")
     assert torch.equal(logits(hard_llama, 2, kv="int8", prefill_chunk=7), rounded)
-    # random weights make much of small changes: without int8 linears behind it only
+    # random weights amplify small changes, so this compares without int8 linears
     exact = logits(hard_llama, int8=False)
     rounded = logits(hard_llama, int8=False, kv="int8")
     assert 0 < (rounded - exact).norm() < 0.1 * exact.norm()
@@ -89,7 +89,7 @@ def test_an_int8_kv_cache(hard_llama):
         assert together == alone
 
 
-def test_an_int8_checkpoint_has_decided(hard_llama, tmp_path, capsys):
+def test_an_int8_checkpoint_decides_its_formats(hard_llama, tmp_path, capsys):
     job = quantize(hard_llama, tmp_path / "int8", skip=(), embedding_int8=True, calibrate="random")
     assert job.run()
     expected = logits(hard_llama, **INT8)
@@ -117,7 +117,7 @@ def test_an_int8_checkpoint_has_decided(hard_llama, tmp_path, capsys):
         ({"int8": False, "embedding": "int8"}, "embedding must be 16bit where int8 is false"),
     ],
 )
-def test_bad_settings_are_one_line(tiny_llama, settings, message):
+def test_bad_settings_are_refused_in_one_line(tiny_llama, settings, message):
     with pytest.raises(ValueError, match=message) as error:
         logits(tiny_llama, **settings)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""load() and the handle over real ranks: the same tokens however it is cut, and clean ends."""
+"""load() and the handle over real ranks: the same tokens for any stages, and clean ends."""
 
 import json
 import os
@@ -46,19 +46,21 @@ def expected(one_stage):
     return [one_stage.generate(prompt, max_new_tokens=12)[0] for prompt in PROMPTS]
 
 
-def test_a_model_says_what_it_is(tiny_llama, two_stages):
+def test_repr_names_the_model_and_its_stages(tiny_llama, two_stages):
     text = f"<Model llama {str(tiny_llama)!r}, cpu: blocks 0-1, cpu: blocks 2-3>"
     assert repr(two_stages) == text
 
 
-def test_devices_and_dtype_may_be_those_of_torch(tiny_llama):
+def test_devices_and_dtype_of_torch_are_accepted(tiny_llama):
     devices, dtype = [torch.device("cpu")], torch.bfloat16
     with dist_int8.load(tiny_llama, devices=devices, dtype=dtype, **OPTIONS) as model:
         assert (model.settings.devices, model.settings.dtype) == (["cpu"], "bfloat16")
     assert repr(model).endswith(", closed>")
+    with pytest.raises(ValueError, match=r"^the model is shut down; call load\(\) again$"):
+        model.generate("abc")
 
 
-def test_two_stages_and_company_change_no_token(two_stages, expected):
+def test_two_stages_and_batching_change_no_token(two_stages, expected):
     together = two_stages.generate(PROMPTS, max_new_tokens=12)
     alone = [two_stages.generate(prompt, max_new_tokens=12)[0] for prompt in PROMPTS]
     for want, batch, single in zip(expected, together, alone, strict=True):
@@ -75,7 +77,7 @@ def test_two_stages_and_company_change_no_token(two_stages, expected):
         {"prefill_chunk": 5, "max_sequences": 3},
     ],
 )
-def test_three_stages_with_any_cut_change_no_token(tiny_llama, expected, settings):
+def test_three_stages_change_no_token(tiny_llama, expected, settings):
     with dist_int8.load(tiny_llama, devices=["cpu"] * 3, **OPTIONS, **settings) as model:
         answers = model.generate(PROMPTS, max_new_tokens=12)
     assert [a.token_ids for a in answers] == [e.token_ids for e in expected]
@@ -126,12 +128,12 @@ def test_rank_0_submits_in_the_order_of_the_schedule(two_stages):
     assert two_stages.schedule(2, num_decode_steps=5) == schedule.draw(grid)
 
 
-def test_sampling_with_a_seed_repeats_and_ignores_company(one_stage, two_stages):
+def test_seeded_sampling_is_reproducible_and_batch_invariant(one_stage, two_stages):
     settings = {"max_new_tokens": 10, "temperature": 0.9, "top_p": 0.95, "seed": 3}
     alone = one_stage.generate(PROMPTS[0], **settings)[0]
-    company = two_stages.generate(PROMPTS, **settings)
-    assert alone.token_ids == company[0].token_ids
-    assert [c.token_ids for c in company] == [
+    batch = two_stages.generate(PROMPTS, **settings)
+    assert alone.token_ids == batch[0].token_ids
+    assert [c.token_ids for c in batch] == [
         c.token_ids for c in two_stages.generate(PROMPTS, **settings)
     ]
     other = one_stage.generate(PROMPTS[0], **(settings | {"seed": 4}))[0]
@@ -151,12 +153,17 @@ def test_streaming_gives_the_same_text_in_pieces(two_stages, expected):
         PROMPTS, max_new_tokens=12, on_token=lambda token: seen[token.index].append(token.text)
     )
     assert ["".join(pieces) for pieces in seen] == [e.text for e in expected]
-    tokens = list(two_stages.generate(PROMPTS[0], max_new_tokens=12, stream=True))
+    stream = two_stages.generate(PROMPTS[0], max_new_tokens=12, stream=True)
+    tokens = []
+    with pytest.raises(StopIteration) as end:
+        while True:
+            tokens.append(next(stream))
+    assert [answer.text for answer in end.value.value] == [expected[0].text]
     assert [token.token_id for token in tokens] == expected[0].token_ids
     assert tokens[-1].finish_reason == "length" and tokens[0].finish_reason is None
 
 
-def test_a_stream_left_early_leaves_nothing_behind(two_stages, expected):
+def test_a_stream_that_is_closed_early_leaves_nothing_behind(two_stages, expected):
     stream = two_stages.generate(PROMPTS, max_new_tokens=12, stream=True)
     next(stream)
     stream.close()
@@ -175,7 +182,7 @@ def test_a_stop_string_and_the_context_end_an_answer(one_stage, expected):
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ("", "prompt 0 must have a token"),
+        ("", "prompt 0 must have at least one token"),
         ([[1] * 96], "at most 95 tokens long .*got 96; shorten it or raise max_tokens"),
         ([[1, 288]], "token ids of prompt 0 must be integers 0 to 287, got 288"),
         ([[1], [-1]], "prompt 1"),
@@ -212,7 +219,7 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("victim", [1, 2])
-def test_a_rank_that_dies_during_generate_is_named_and_takes_all_with_it(tiny_llama, victim):
+def test_a_rank_that_dies_during_generate_is_named_and_ends_all_ranks(tiny_llama, victim):
     model = dist_int8.load(tiny_llama, devices=["cpu"] * 3, **OPTIONS)
     children = dict(model._engine.pipeline.world.children)
     stream = model.generate(PROMPTS, max_new_tokens=80, stream=True)
@@ -297,7 +304,7 @@ def test_importing_does_not_import_torch():
     assert json.loads(output.stdout) is False
 
 
-def test_logits_of_bad_input_name_logits(one_stage):
+def test_bad_arguments_of_logits_and_generate_are_refused(one_stage):
     with pytest.raises(ValueError, match="logits: input_ids must be integers"):
         one_stage.logits([[1, 2], [1]])
     with pytest.raises(ValueError, match="logits: token ids of prompt 0"):

@@ -149,7 +149,7 @@ def test_draining_stops_after_its_timeout(tiny_llama):
     stream = model.generate(PROMPTS * 30, stream=True, max_new_tokens=100)
     next(stream)
     assert not model.drain(0.0)
-    with pytest.raises(ShuttingDownError, match="must end within 0 s"):
+    with pytest.raises(ShuttingDownError, match="did not end within the drain timeout of 0 s"):
         list(stream)
 
 

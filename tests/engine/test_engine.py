@@ -28,7 +28,7 @@ def model(tiny_llama):
 
 @pytest.fixture(scope="module")
 def alone(model):
-    """The answer to each prompt with nobody else there."""
+    """The answer to each prompt, run alone."""
     return [model.generate(prompt, max_new_tokens=16)[0].token_ids for prompt in PROMPTS]
 
 
@@ -36,7 +36,7 @@ def make_requests(model, **settings):
     from dist_int8.config import GenerationSettings
 
     settings = GenerationSettings.from_generation_config(None, {"max_new_tokens": 16} | settings)
-    return model._requests(PROMPTS, settings)
+    return model._encoder.make_requests(PROMPTS, settings)
 
 
 def test_requests_that_join_late_get_the_same_tokens(model, alone):
@@ -53,7 +53,7 @@ def test_requests_that_join_late_get_the_same_tokens(model, alone):
     assert engine.num_running == engine.num_waiting == 0 and not engine.step()
 
 
-def test_a_long_prompt_does_not_hold_up_who_is_answering(model):
+def test_a_long_prompt_does_not_hold_up_a_running_answer(model):
     engine = model._engine
     short, long = make_requests(model, max_new_tokens=40)[:2]
     long.prompt_ids = long.prompt_ids + long.prompt_ids[:40]
@@ -85,7 +85,7 @@ def test_lanes_stay_level_when_requests_end(model):
     assert rows and max(rows) == 1  # the two that are left decode in lanes of their own
 
 
-def test_a_cancelled_request_frees_its_slot_and_touches_nobody(model, alone):
+def test_a_cancelled_request_frees_its_slot_and_leaves_the_others_alone(model, alone):
     engine = model._engine
     requests = make_requests(model)
     engine.add(requests)
@@ -94,18 +94,18 @@ def test_a_cancelled_request_frees_its_slot_and_touches_nobody(model, alone):
     while not running.token_ids:
         engine.step()
     engine.cancel(running)
-    for _ in range(2 * engine.num_stages + 1):
+    for _ in range(2 * engine.config.num_stages + 1):
         engine.step()
-    assert all(running is not request for request in engine._lanes.running)
+    assert all(running is not request for request in engine._scheduler.running)
     while not all(request.ended for request in requests):
         engine.step()
     assert (waiting.finish_reason, running.finish_reason) == ("cancelled", "cancelled")
     for index in (0, 2, 3, 4):
         assert requests[index].token_ids == alone[index]
-    assert waiting.token_ids == [] and len(engine._lanes.free_slots) == 4
+    assert waiting.token_ids == [] and len(engine._scheduler.free_slots) == 4
 
 
-def test_a_full_queue_refuses_and_loses_nothing(model, alone):
+def test_a_full_queue_refuses_new_requests_and_answers_the_others(model, alone):
     engine = model._engine
     first, second = make_requests(model), make_requests(model)
     engine.add(first)  # 4 run, 2 wait
@@ -155,7 +155,7 @@ def test_logits_between_running_requests(model, alone):
     assert [request.token_ids for request in requests] == alone
 
 
-def test_utilisation_of_the_stages_is_known(model):
+def test_the_trace_gives_the_utilisation_of_every_stage(model):
     from dist_int8.pipeline import trace
 
     before = model._engine.num_steps
@@ -165,26 +165,26 @@ def test_utilisation_of_the_stages_is_known(model):
 
 
 @pytest.mark.parametrize("pieces_taken", [0, 1, 3])
-def test_logits_of_sequences_of_many_lengths(model, pieces_taken):
+def test_iter_logits_of_sequences_of_different_lengths(model, pieces_taken):
     expected = [model.logits([prompt])[0] for prompt in PROMPTS]
     seen = []
-    for index, start, values in model.logits_of(PROMPTS):
+    for index, start, values in model.iter_logits(PROMPTS):
         seen.append((index, start, len(values)))
         assert (values == expected[index][start : start + len(values)]).all()
-    # at most prefill_chunk tokens a micro-batch, whoever they belong to
+    # at most prefill_chunk tokens per micro-batch, of any sequences
     assert seen[:3] == [(0, 0, 5), (1, 0, 11), (1, 11, 16)]
     assert sum(count for _, _, count in seen) == sum(map(len, PROMPTS))
-    pieces = model.logits_of(PROMPTS)
+    pieces = model.iter_logits(PROMPTS)
     for _ in range(pieces_taken):
         next(pieces)
-    pieces.close()  # what is on its way is taken, so that the next call gets its own
+    pieces.close()  # takes the results under way, so that the next call gets its own
     assert (model.logits([PROMPTS[3]])[0] == expected[3]).all()
 
 
 def test_more_sequences_than_slots_share_a_micro_batch(model):
     prompts = [[token] for token in range(3, 14)]
     expected = [model.logits([prompt])[0] for prompt in prompts]
-    seen = {index: values for index, _, values in model.logits_of(prompts)}
+    seen = {index: values for index, _, values in model.iter_logits(prompts)}
     assert sorted(seen) == list(range(len(prompts)))
     assert all((seen[index] == expected[index]).all() for index in seen)
 
@@ -192,24 +192,19 @@ def test_more_sequences_than_slots_share_a_micro_batch(model):
 @pytest.fixture
 def make_engine(model):
     """Engines of other settings over the same pipeline."""
-    from dist_int8.engine import Engine
+    from dist_int8.engine import Engine, EngineConfig
 
     def make(**settings):
         before = model._engine
         before.drain()
-        return Engine(
-            before.pipeline,
-            before.limits,
-            num_stages=2,
-            eos_token_ids=frozenset(),
-            max_queue=64,
-            **{"num_micro_batches": 2, "prefill_chunk": 16, "smallest_chunk": 4} | settings,
-        )
+        defaults = {"num_micro_batches": 2, "prefill_chunk": 16, "smallest_chunk": 4}
+        config = EngineConfig(num_stages=2, max_queue=64, **defaults | settings)
+        return Engine(before.pipeline, before.limits, config)
 
     return make
 
 
-def test_micro_batches_of_prompts_are_short_while_somebody_answers(model, alone, make_engine):
+def test_prompt_micro_batches_are_short_while_an_answer_runs(model, alone, make_engine):
     engine = make_engine()
     engine.num_steps = model.trace.last_step
     requests = sorted(make_requests(model), key=lambda request: -len(request.prompt_ids))
@@ -217,7 +212,7 @@ def test_micro_batches_of_prompts_are_short_while_somebody_answers(model, alone,
     engine.add(requests + more)
     sizes = {False: [0], True: [0]}
     while not all(request.ended for request in requests + more):
-        answering, before = engine._lanes.answering, engine.num_steps
+        answering, before = engine._scheduler.answering, engine.num_steps
         engine.step()
         if engine.num_steps > before and engine._in_flight:
             sizes[answering].append(engine._in_flight[-1].micro_batch.num_tokens)
@@ -226,9 +221,9 @@ def test_micro_batches_of_prompts_are_short_while_somebody_answers(model, alone,
     assert [request.token_ids for request in more] == alone
 
 
-def test_a_lane_with_prompts_does_not_hold_up_who_answers_in_another(model, make_engine):
-    """Both lanes have a prompt to read and an answer to write: no lane reads its prompt to the end
-    while the other's answer waits for longer than what is in flight."""
+def test_a_lane_with_prompts_does_not_hold_up_answers_in_another(model, make_engine):
+    """Both lanes have a prompt to prefill and an answer to decode: neither prefills to the end while
+    the other's answer waits longer than for what is in flight."""
     engine = make_engine(smallest_chunk=2, prefill_chunk=2)
     engine.num_steps = model.trace.last_step
     short, other, long, longer = (make_requests(model, max_new_tokens=50)[i] for i in (0, 2, 1, 5))
@@ -241,13 +236,13 @@ def test_a_lane_with_prompts_does_not_hold_up_who_answers_in_another(model, make
         engine.step()
     lanes = [record.lane for record in model.trace.since(before)]
     longest = max(len(list(group)) for _, group in itertools.groupby(lanes))
-    assert len(lanes) > 12 and longest <= engine._limit + 1
+    assert len(lanes) > 12 and longest <= engine._scheduler.in_flight_limit + 1
     for request in (short, other, long, longer):
         engine.cancel(request)
     engine.drain()
 
 
-def test_one_micro_batch_in_flight_is_one(model, alone, make_engine):
+def test_one_micro_batch_keeps_one_in_flight(model, alone, make_engine):
     engine = make_engine(num_micro_batches=1)
     engine.num_steps = model.trace.last_step
     requests = make_requests(model)
@@ -257,7 +252,21 @@ def test_one_micro_batch_in_flight_is_one(model, alone, make_engine):
     assert [request.token_ids for request in requests] == alone
 
 
-def test_samples_do_not_depend_on_company(model):
+def test_a_stream_that_pauses_loses_no_token(model, alone, make_engine):
+    """Another call ends its requests while some of their tokens are not handed out yet."""
+    engine = make_engine(num_micro_batches=1)
+    engine.num_steps = model.trace.last_step
+    paused, other = (engine.run(make_requests(model)[:2]) for _ in range(2))
+    tokens = [next(paused)]
+    while tokens[-1].index == 0:
+        tokens.append(next(paused))
+    assert len(list(other)) == 32
+    tokens += paused
+    for index in (0, 1):
+        assert [token.token_id for token in tokens if token.index == index] == alone[index]
+
+
+def test_sampling_is_batch_invariant(model):
     settings = {"temperature": 0.9, "top_k": 40, "seed": 11, "max_new_tokens": 16}
     crowd = model.generate(PROMPTS, **settings)
     for index in (1, 4):
@@ -280,7 +289,7 @@ def test_a_request_that_fails_by_itself_leaves_the_others_alone(model, alone):
     assert {token.index for token in tokens} == {0, 2, 3, 4, 5}
     for index in (0, 2, 3, 4, 5):
         assert requests[index].token_ids == alone[index]
-    assert len(model._engine._lanes.free_slots) == 4
+    assert len(model._engine._scheduler.free_slots) == 4
 
 
 def test_requests_are_taken_as_there_is_room(model, alone):

@@ -9,7 +9,7 @@ from dist_int8.engine.text import TextStream
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """A byte-level tokenizer: every byte is a token, so characters arrive in pieces."""
+    """A byte-level tokenizer: every byte is a token, so that characters arrive in pieces."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -24,7 +24,7 @@ def stream(tokenizer, text, stop=()):
 
 
 @pytest.mark.parametrize("text", ["plain words", "Größe 大きい 🙂 end", " leading\nlines\n"])
-def test_pieces_join_to_the_text(tokenizer, text):
+def test_the_pieces_join_to_the_text(tokenizer, text):
     texts, pieces = stream(tokenizer, text)
     assert "".join(pieces) == text == texts.text
     assert all("�" not in piece for piece in pieces)
@@ -35,7 +35,7 @@ def test_a_character_appears_with_its_last_byte(tokenizer):
     assert pieces == ["", "é", ""]
 
 
-def test_an_unfinished_character_is_given_up_at_the_end(tokenizer):
+def test_an_unfinished_character_is_shown_as_replacement_at_the_end(tokenizer):
     texts = TextStream(tokenizer)
     texts.push(tokenizer("é").input_ids[0])
     assert texts.finish() == "�"

@@ -9,6 +9,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import dist_int8
 from dist_int8.int8.convert import convert
 from dist_int8.int8.linear import Int8Linear
 
@@ -45,6 +46,17 @@ def test_a_transformers_model_still_computes_its_function():
     assert (layer.outlier_rule, layer.outlier_threshold, layer.training) == ("row_rms", 4.0, False)
     after = model(ids).logits
     assert 0 < (after - before).norm() / before.norm() < 0.02
+
+
+@torch.inference_mode()
+def test_the_public_convert_keeps_the_logits_close_with_default_arguments():
+    model, ids = a_llama(), torch.arange(40)[None]
+    before = model(ids).logits
+    assert dist_int8.convert(model) is model
+    assert len(swapped(model)) == 2 * 7 and linears(model) == {"lm_head"}
+    after = model(ids).logits
+    assert 0 < (after - before).norm() / before.norm() < 0.02
+    assert (after.argmax(-1) == before.argmax(-1)).float().mean() > 0.9
 
 
 def test_skip_names_whole_components():

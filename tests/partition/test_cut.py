@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from dist_int8.partition.cut import UNLIMITED, Problem, Stage, cut, fits, least_missing
+from dist_int8.partition.cut import UNLIMITED, BlockRange, Problem, cut, fits, least_missing
 
 NUM_RANDOM = 300
 
@@ -46,7 +46,7 @@ def all_cuts(problem):
             for edges in itertools.combinations(range(1, problem.num_blocks), num_cuts):
                 edges = [0, *edges, problem.num_blocks]
                 yield [
-                    Stage(device, start, end)
+                    BlockRange(device, start, end)
                     for device, (start, end) in zip(used, itertools.pairwise(edges), strict=True)
                 ]
 

@@ -60,7 +60,7 @@ FORGED = {
         bytes_of(
             a_step(slot=31, starts=torch.zeros(0, 2).long(), settings=torch.zeros(0, 4).double())
         ),
-        "slot 31 must have sampling settings",
+        "no sampling settings have arrived for slot 31",
     ),
     "positions past the end": (
         bytes_of(a_step(segments=torch.tensor([[1, 2**30, 3]], dtype=torch.int32))),

@@ -1,0 +1,87 @@
+"""One call of `Engine.run`: which of its requests are taken, and the tokens it hands out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+from dist_int8.engine.requests import Request, Token
+from dist_int8.errors import ShuttingDownError
+
+
+class Call:
+    """The requests of one call, taken bit by bit.
+
+    Args:
+        requests: any number, made lazily if need be.
+        keep_going: a request that fails by itself does not end the call.
+
+    Attributes:
+        active: requests that were taken and whose last token has not been handed out.
+        refused: whether a shutdown left some of the requests unanswered.
+    """
+
+    def __init__(self, requests: Iterable[Request], keep_going: bool) -> None:
+        self.active: list[Request] = []
+        self.refused = False
+        self._left = iter(requests)
+        self._has_more = True
+        self._has_begun = False
+        self._keep_going = keep_going
+        self._ended: list[Request] = []
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there are tokens to come."""
+        return self._has_more or bool(self.active)
+
+    @property
+    def waits(self) -> bool:
+        """Whether nothing can be handed out before the engine makes a step."""
+        return bool(self.active) and not any(
+            request.outbox or request.ended for request in self.active
+        )
+
+    def take(self, room: int) -> list[Request]:
+        """The next requests, for which there is room. The first is taken in any case.
+
+        So a call that finds the queue full is refused instead of waiting for room.
+        """
+        count = max(room, 0 if self._has_begun else 1) if self._has_more else 0
+        batch = list(islice(self._left, count))
+        self._has_more = self._has_more and len(batch) == count
+        return batch
+
+    def begin(self, batch: list[Request]) -> None:
+        """Notes requests that the engine has queued."""
+        self.active += batch
+        self._has_begun = True
+
+    def refuse_rest(self) -> None:
+        """Takes no more requests."""
+        self.refused |= self._has_more
+        self._has_more = False
+
+    def note_ended(self) -> None:
+        """Notes which requests have their last token, under the engine's lock.
+
+        Another call may end a request while `hand_out` is at work; that one's last token is handed
+        out the next time.
+        """
+        self._ended = [request for request in self.active if request.ended]
+
+    def hand_out(self) -> Iterator[Token]:
+        """The tokens that arrived; forgets the requests that ended.
+
+        Raises:
+            ShuttingDownError: the model is being shut down.
+            RequestError: a request failed by itself, unless `keep_going`.
+        """
+        for request in self.active:
+            while request.outbox:
+                yield request.outbox.popleft()
+            stopped = isinstance(request.error, ShuttingDownError)
+            if request.error and (stopped or not self._keep_going):
+                raise request.error
+            self.refused |= request.finish_reason == "cancelled"  # nobody else cancels it
+        self.active = [request for request in self.active if request not in self._ended]

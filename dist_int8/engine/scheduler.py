@@ -1,0 +1,130 @@
+"""Decides what runs next: a queue, admission to KV slots, lanes, and the size of prompt chunks.
+
+It knows nothing of the pipeline: `Engine` asks for the next turn, submits it, and reports which
+requests ended.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from dist_int8.engine.config import EngineConfig
+from dist_int8.engine.lanes import Lanes, Turn
+from dist_int8.engine.requests import Request
+from dist_int8.errors import QueueFullError
+from dist_int8.pipeline import schedule
+
+
+class Scheduler:
+    """Requests that wait or run, and whose turn it is. Not thread-safe: the engine has the lock.
+
+    Args:
+        config: how requests are scheduled.
+        num_slots: places in the KV cache.
+    """
+
+    def __init__(self, config: EngineConfig, num_slots: int) -> None:
+        self.config = config
+        self.num_micro_batches = min(config.num_micro_batches, num_slots)
+        # with one micro-batch only one is in flight; otherwise chunks of a single prompt stream
+        # through the stages as well
+        self.in_flight_limit = (
+            schedule.in_flight_limit(config.num_stages, self.num_micro_batches)
+            if config.num_micro_batches > 1
+            else 1
+        )
+        self._waiting: deque[Request] = deque()
+        self._lanes = Lanes(self.num_micro_batches, num_slots)
+        self._chunk = config.prefill_chunk
+
+    def count_lanes(self, num_requests: int) -> int:
+        """Micro-batches that this many requests are dealt to."""
+        return max(1, min(self.num_micro_batches, num_requests))
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a slot yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> list[Request]:
+        """Requests that hold a slot."""
+        return self._lanes.running
+
+    @property
+    def answering(self) -> bool:
+        """Whether a running request has its prompt prefilled and waits for tokens."""
+        return self._lanes.answering
+
+    @property
+    def unfinished(self) -> list[Request]:
+        """Requests that run, then those that wait."""
+        return [*self._lanes.running, *self._waiting]
+
+    @property
+    def free_slots(self) -> list[int]:
+        """KV slots that no request holds, in the order in which they are given."""
+        return list(self._lanes.free_slots)
+
+    @property
+    def room(self) -> int:
+        """How many more requests may be queued."""
+        return len(self._lanes.free_slots) + self.config.max_queue - len(self._waiting)
+
+    def queue(self, requests: list[Request]) -> None:
+        """Queues requests, all or none of them, and admits those that find a slot.
+
+        Raises:
+            QueueFullError: more would wait than max_queue.
+        """
+        if len(requests) > self.room:
+            num_waiting = len(self._waiting) + len(requests) - len(self._lanes.free_slots)
+            raise QueueFullError(
+                f"engine: at most {self.config.max_queue} requests may wait for a slot, got "
+                f"{num_waiting}; try again later, or raise max_queue or max_sequences"
+            )
+        self._waiting.extend(requests)
+        self.admit()
+        self._chunk = self.choose_chunk(sum(request.num_prompt_left for request in self.unfinished))
+
+    def admit(self) -> None:
+        """Gives free slots to the requests that have waited longest."""
+        while self._waiting and self._lanes.free_slots:
+            self._lanes.admit(self._waiting.popleft())
+
+    def release(self, request: Request) -> None:
+        """Frees the slot of a request that ended."""
+        self._lanes.release(request)
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request. Its slot is freed now, or with the token that is being computed."""
+        request.finish_reason = "cancelled"
+        if request in self._waiting:
+            self._waiting.remove(request)
+        elif not request.pending:
+            self._lanes.release(request)
+
+    def clear_queue(self) -> list[Request]:
+        """Empties the queue; returns the requests that waited in it."""
+        waiting = list(self._waiting)
+        self._waiting.clear()
+        return waiting
+
+    def next_turn(self, step: int) -> Turn | None:
+        """The micro-batch to submit as number `step`; None while every lane waits for a token."""
+        return self._lanes.next(self._budget(), step)
+
+    def choose_chunk(self, num_prompt_tokens: int) -> int:
+        """Prompt tokens per micro-batch, where this many have to be prefilled in all."""
+        config = self.config
+        return schedule.prefill_chunk(
+            num_prompt_tokens, config.num_stages, config.smallest_chunk, config.prefill_chunk
+        )
+
+    def _budget(self) -> int:
+        """Maximum number of prompt tokens in the next micro-batch.
+
+        Requests that are being answered wait for the micro-batches of prompts in between, so these
+        are then no longer than a chunk must be to cost little more than its share.
+        """
+        return min(self._chunk, self.config.smallest_chunk) if self.answering else self._chunk
