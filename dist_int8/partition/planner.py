@@ -14,7 +14,7 @@ from typing import get_args
 
 from dist_int8.partition import cost, cut, memory
 from dist_int8.partition.activations import Workload, activation_bytes
-from dist_int8.partition.cut import Objective, Problem, Stage
+from dist_int8.partition.cut import Objective, Problem, StageSpan
 from dist_int8.partition.plan import Plan, StagePlan
 from dist_int8.partition.profiles import DeviceProfile
 
@@ -59,7 +59,7 @@ class Request:
 
 
 def plan_stages(
-    model: memory.Model,
+    model: memory.ModelSizes,
     devices: Sequence[Device],
     formats: memory.Formats,
     workload: Workload,
@@ -86,7 +86,7 @@ def plan_stages(
 
 
 def can_plan(
-    model: memory.Model,
+    model: memory.ModelSizes,
     devices: Sequence[Device],
     formats: memory.Formats,
     workload: Workload,
@@ -110,7 +110,7 @@ def check_count(num_stages: int, num_blocks: int, choose_count: bool = False) ->
 
 
 def make_problem(
-    model: memory.Model,
+    model: memory.ModelSizes,
     devices: Sequence[Device],
     formats: memory.Formats,
     workload: Workload,
@@ -166,7 +166,7 @@ def _decode_rows(workload: Workload, num_stages: int) -> int:
 
 
 def _times(
-    model: memory.Model,
+    model: memory.ModelSizes,
     devices: Sequence[Device],
     formats: memory.Formats,
     workload: Workload,
@@ -196,7 +196,7 @@ def _times(
     return [[time(d.profile, index) for index in range(len(model.blocks))] for d in devices]
 
 
-def _pinned(pinned: Sequence[int], num_blocks: int, num_devices: int) -> list[Stage]:
+def _pinned(pinned: Sequence[int], num_blocks: int, num_devices: int) -> list[StageSpan]:
     if len(pinned) != num_devices:
         raise ValueError(
             f"plan: stages must be one number of blocks a device, {num_devices} devices, got "
@@ -208,16 +208,16 @@ def _pinned(pinned: Sequence[int], num_blocks: int, num_devices: int) -> list[St
             f"{num_blocks}, got {list(pinned)} with sum {sum(pinned)}; correct them"
         )
     edges = [0, *accumulate(pinned)]
-    return [Stage(d, start, end) for d, (start, end) in enumerate(pairwise(edges))]
+    return [StageSpan(d, start, end) for d, (start, end) in enumerate(pairwise(edges))]
 
 
 def _write_down(
-    model: memory.Model,
+    model: memory.ModelSizes,
     devices: Sequence[Device],
     formats: memory.Formats,
     workload: Workload,
     problem: Problem,
-    stages: Sequence[Stage],
+    stages: Sequence[StageSpan],
 ) -> Plan:
     written = []
     decode = make_problem(model, devices, formats, workload)
@@ -268,7 +268,7 @@ def _write_down(
 
 
 def _prefill_ps(
-    model: memory.Model,
+    model: memory.ModelSizes,
     device: Device,
     formats: memory.Formats,
     workload: Workload,

@@ -40,7 +40,7 @@ class Question:
 
 
 def ask(
-    model: memory.Model, devices: Sequence[Device], formats: memory.Formats, question: Question
+    model: memory.ModelSizes, devices: Sequence[Device], formats: memory.Formats, question: Question
 ) -> Plan:
     """The plan for a question.
 
@@ -75,7 +75,7 @@ def ask(
 
 
 def _with_most_sequences(
-    model: memory.Model,
+    model: memory.ModelSizes,
     devices: Sequence[Device],
     formats: memory.Formats,
     question: Question,
@@ -114,7 +114,7 @@ def _find_devices(plan: Plan, devices: Sequence[Device]) -> list[Device]:
     return used
 
 
-def _check(model: memory.Model, question: Question) -> None:
+def _check(model: memory.ModelSizes, question: Question) -> None:
     for key, value, hint in (
         ("sequences", question.num_sequences, "leave it out for as many as fit"),
         ("context", question.max_tokens, "leave it out for as much as fits"),
@@ -143,7 +143,7 @@ def largest(least: int, most: int, fits: Callable[[int], bool]) -> int:
 
 
 def _changes(
-    model: memory.Model, devices: Sequence[Device], formats: memory.Formats, question: Question
+    model: memory.ModelSizes, devices: Sequence[Device], formats: memory.Formats, question: Question
 ) -> Iterator[str]:
     """Single changes that make it fit, the cheapest first; each one has been tried."""
     num_sequences = question.num_sequences or 1
