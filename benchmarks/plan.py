@@ -30,7 +30,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from dist_int8.checkpoint import load_stage
 from dist_int8.config import Settings
 from dist_int8.models import describe, load_config
-from dist_int8.partition import Device, Formats, Plan, Question, Request, ask, memory
+from dist_int8.partition import CutOptions, Device, Formats, Plan, Question, ask, memory
 from dist_int8.partition.cost import PS_PER_MS
 from dist_int8.partition.from_settings import CUDA_RESERVE, choose_formats_for, describe_devices
 from dist_int8.partition.planner import make_problem
@@ -83,7 +83,7 @@ def compare(config: PretrainedConfig, count: int, profile: str) -> dict[str, Any
     begin = time.perf_counter()
     plan = ask(spec, devices, FORMATS, Question())
     seconds = time.perf_counter() - begin
-    roomy = ask(spec, devices, FORMATS, Question(request=Request("max_kv_tokens")))
+    roomy = ask(spec, devices, FORMATS, Question(options=CutOptions("max_kv_tokens")))
     if plan.fits:
         assert all(stage.needed_bytes <= budget for stage in plan.stages)
     spilled, blocks = accelerate_map(config, count, budget)

@@ -1,20 +1,20 @@
-"""Assigns blocks to stages by bytes and time. Pure Python: no torch, no device, no weights."""
+"""Assigns blocks to stages by bytes and time. Pure Python: no torch, no devices, no weights."""
 
 from dist_int8.partition.activations import Workload
 from dist_int8.partition.memory import Formats
 from dist_int8.partition.plan import Plan, StagePlan, format_bytes
-from dist_int8.partition.planner import Device, Request, plan_stages
+from dist_int8.partition.planner import CutOptions, Device, plan_stages
 from dist_int8.partition.profiles import PROFILES, DeviceProfile
 from dist_int8.partition.questions import Question, ask
 
 __all__ = [
     "PROFILES",
+    "CutOptions",
     "Device",
     "DeviceProfile",
     "Formats",
     "Plan",
     "Question",
-    "Request",
     "StagePlan",
     "Workload",
     "ask",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dist_int8.models import BlockSpec, ModelSpec, describe, load_config
-from dist_int8.partition import PROFILES, Device, Formats, Request, Workload, plan_stages
+from dist_int8.partition import PROFILES, CutOptions, Device, Formats, Workload, plan_stages
 from dist_int8.partition.planner import can_plan
 
 BLOOM = Path(__file__).parents[2] / "configs" / "models" / "bloom-176b"
@@ -70,8 +70,8 @@ def test_long_prompts_give_the_stage_of_the_head_more_blocks(bloom, devices):
     workload = Workload(num_sequences=1, max_tokens=1024)
 
     def last_stage(ratio, objective="throughput"):
-        request = Request(objective, prefill_ratio=ratio)
-        return counts(plan_stages(bloom, devices, INT8, workload, request))[-1]
+        options = CutOptions(objective, prefill_ratio=ratio)
+        return counts(plan_stages(bloom, devices, INT8, workload, options))[-1]
 
     assert last_stage(0.0) == 16 and last_stage(1000.0) == 17
     assert last_stage(0.0, "latency") == last_stage(1000.0, "latency")
@@ -90,7 +90,7 @@ def test_bloom_is_balanced_by_what_a_step_reads(bloom, gigabytes):
 def test_objectives(bloom):
     workload = Workload(num_sequences=8, max_tokens=1024)
     plans = {
-        name: plan_stages(bloom, gpus(4), SIXTEEN_BITS, workload, Request(name))
+        name: plan_stages(bloom, gpus(4), SIXTEEN_BITS, workload, CutOptions(name))
         for name in ("throughput", "latency", "max_kv_tokens")
     }
     slowest = {name: max(stage.ps for stage in plan.stages) for name, plan in plans.items()}
@@ -100,7 +100,7 @@ def test_objectives(bloom):
     # one fast device among slow ones: latency takes it alone, as far as its memory goes
     mixed = [*gpus(1, 24, "l4"), *gpus(1, 80, "h100"), *gpus(1, 24, "l4")]
     small = replace(bloom, blocks=bloom.blocks[:20])
-    alone = plan_stages(small, mixed, SIXTEEN_BITS, ONE, Request("latency", choose_count=True))
+    alone = plan_stages(small, mixed, SIXTEEN_BITS, ONE, CutOptions("latency", choose_count=True))
     assert counts(alone) == [20] and alone.stages[0].device == "cuda:0"
     assert alone.ms_per_token < plan_stages(small, mixed, SIXTEEN_BITS, ONE).ms_per_token
 
@@ -147,16 +147,16 @@ def test_what_does_not_fit_lacks_the_fewest_bytes(bloom):
 def test_budgets_to_the_byte(count, tied_head):
     """What the search counts is what the plan writes down: one byte less, and it does not fit."""
     spec = make_spec(tied_head=tied_head)
-    pinned = Request(pinned=(6 // count,) * count)
+    pinned = CutOptions(pinned=(6 // count,) * count)
     needed = [
         stage.needed_bytes for stage in plan_stages(spec, cpus(count), INT8, ONE, pinned).stages
     ]
     exact = [replace(d, budget=n) for d, n in zip(cpus(count), needed, strict=True)]
-    for request in (pinned, Request()):
-        plan = plan_stages(spec, exact, INT8, ONE, request)
+    for options in (pinned, CutOptions()):
+        plan = plan_stages(spec, exact, INT8, ONE, options)
         assert plan.fits and plan.kv_tokens == ONE.num_tokens
         assert [stage.free_bytes for stage in plan.stages] == [0] * count
-        assert can_plan(spec, exact, INT8, ONE, request)
+        assert can_plan(spec, exact, INT8, ONE, options)
     for short in range(count):
         less = [replace(d, budget=d.budget - (i == short)) for i, d in enumerate(exact)]
         plan = plan_stages(spec, less, INT8, ONE, pinned)
@@ -164,15 +164,15 @@ def test_budgets_to_the_byte(count, tied_head):
 
 
 def test_pinned_stages(bloom):
-    pinned = Request(pinned=(17, 18, 18, 17))
+    pinned = CutOptions(pinned=(17, 18, 18, 17))
     assert counts(plan_stages(bloom, gpus(4), SIXTEEN_BITS, ONE, pinned)) == [17, 18, 18, 17]
     for wrong, part in (
         ((17, 18, 18, 16), "add up to the model's 70, got .* with sum 69"),
-        ((17, 18, 35), "one number of blocks a device, 4 devices, got"),
+        ((17, 18, 35), r"one number of blocks per device, 4 in total, got"),
         ((0, 35, 18, 17), "above 0"),
     ):
         with pytest.raises(ValueError, match=part):
-            plan_stages(bloom, gpus(4), SIXTEEN_BITS, ONE, Request(pinned=wrong))
+            plan_stages(bloom, gpus(4), SIXTEEN_BITS, ONE, CutOptions(pinned=wrong))
 
 
 def test_more_stages_than_blocks_are_refused():
@@ -193,11 +193,11 @@ def test_seventy_blocks_on_sixteen_mixed_devices_within_100_ms(bloom, objective)
 
     def seconds():
         begin = time.process_time()  # of this process: others may be busy
-        plan_stages(bloom, devices, SIXTEEN_BITS, workload, Request(objective))
+        plan_stages(bloom, devices, SIXTEEN_BITS, workload, CutOptions(objective))
         return time.process_time() - begin
 
     assert min(seconds() for _ in range(3)) < 0.1
     plans = [
-        plan_stages(bloom, devices, SIXTEEN_BITS, workload, Request(objective)) for _ in range(2)
+        plan_stages(bloom, devices, SIXTEEN_BITS, workload, CutOptions(objective)) for _ in range(2)
     ]
     assert plans[0] == plans[1]

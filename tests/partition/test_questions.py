@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dist_int8.models import describe, load_config
-from dist_int8.partition import PROFILES, Device, Formats, Question, Request, ask
+from dist_int8.partition import PROFILES, CutOptions, Device, Formats, Question, ask
 from dist_int8.partition.questions import largest
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
@@ -51,7 +51,7 @@ def test_what_is_left_open_is_the_most_that_fits(bloom):
     assert plan.workload.max_tokens == 2048 and most > 1
 
     def fits(num_sequences, max_tokens):
-        question = Question(num_sequences, max_tokens, request=Request(pinned=pinned))
+        question = Question(num_sequences, max_tokens, options=CutOptions(pinned=pinned))
         return ask(bloom, devices, FORMATS, question).fits
 
     assert fits(most, 2048) and not fits(most + 1, 2048)
@@ -96,8 +96,8 @@ def test_an_int8_kv_cache_is_suggested_where_it_is_enough(bloom):
 
 
 def test_pinned_stages_that_do_not_fit_may_be_let_go(bloom):
-    pinned = Request(pinned=(1, 34, 34, 1))
-    plan = ask(bloom, gpus(4, 80), FORMATS, Question(1, 128, request=pinned))
+    pinned = CutOptions(pinned=(1, 34, 34, 1))
+    plan = ask(bloom, gpus(4, 80), FORMATS, Question(1, 128, options=pinned))
     assert not plan.fits and plan.suggestions[0].startswith("let the planner choose the stages")
 
 
@@ -125,10 +125,10 @@ def test_a_context_beyond_the_positions_is_refused():
 def test_stages_that_share_a_device_keep_their_own_budgets(gigabytes):
     bloom_560m = describe(load_config(MODELS / "bloom-560m"))
     devices = [Device("cpu", PROFILES["cpu"], number * 10**9) for number in gigabytes]
-    plan = ask(bloom_560m, devices, FORMATS, Question(request=Request(pinned=(12, 12))))
+    plan = ask(bloom_560m, devices, FORMATS, Question(options=CutOptions(pinned=(12, 12))))
     assert [stage.budget for stage in plan.stages] == [device.budget for device in devices]
     other = [Device(f"cuda:{i}", d.profile, d.budget) for i, d in enumerate(devices)]
-    apart = ask(bloom_560m, other, FORMATS, Question(request=Request(pinned=(12, 12))))
+    apart = ask(bloom_560m, other, FORMATS, Question(options=CutOptions(pinned=(12, 12))))
     assert plan.kv_tokens == apart.kv_tokens
 
 
@@ -167,8 +167,8 @@ def test_what_no_single_other_change_mends_has_a_budget_that_would(devices, expe
 def test_open_questions_predict_the_time_of_what_they_settle_on(bloom):
     devices = gpus(4, 80)
     opened = ask(bloom, devices, FORMATS, Question())
-    pinned = Request(pinned=tuple(len(stage.blocks) for stage in opened.stages))
+    pinned = CutOptions(pinned=tuple(len(stage.blocks) for stage in opened.stages))
     settled = opened.workload
-    asked = Question(settled.num_sequences, settled.max_tokens, request=pinned)
+    asked = Question(settled.num_sequences, settled.max_tokens, options=pinned)
     assert ask(bloom, devices, FORMATS, asked) == opened
     assert opened.ms_per_token > ask(bloom, devices, FORMATS, Question(1)).ms_per_token
