@@ -1,4 +1,4 @@
-"""A picture of a trace: what each stage did when."""
+"""Draws a trace: what each stage did, and when."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-MOST = 300  # slices a stage; more are thinner than a pixel
+MAX_SLICES = 300  # per stage; more would be thinner than a pixel
+_Bar = tuple[float, float, str]  # start and duration in microseconds, name in the trace
 
 
 def plot(trace: Path, picture: Path) -> str:
-    """Draws a trace file into `picture`, in the format that its ending names (png, svg, pdf).
+    """Draws a trace file into `picture`, in the format of its extension (png, svg, pdf).
 
-    A row a stage, a bar a micro-batch: a colour a lane, prompts hatched. A trace of more than MOST
-    micro-batches is drawn up to there.
+    Each stage is a row and each micro-batch a bar, coloured by lane; hatched bars contain prompts.
+    Only the first MAX_SLICES micro-batches are drawn.
 
     Returns:
-        One line: micro-batches and seconds drawn, and how busy each stage was.
+        One line: the micro-batches and seconds drawn, and how busy each stage was.
 
     Raises:
-        ValueError: matplotlib is not installed, or the file is no trace of `generate --trace`.
+        ValueError: matplotlib is not installed, or the file is not a trace of `generate --trace`.
     """
     try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         raise ValueError(
             "dist-int8 bench:plot: matplotlib must be installed, got none; "
@@ -33,6 +33,23 @@ def plot(trace: Path, picture: Path) -> str:
     begin = min(start for bars in stages for start, _, _ in bars)
     end = max(start + length for bars in stages for start, length, _ in bars)
     busy = [sum(length for _, length, _ in bars) / (end - begin) for bars in stages]
+    try:
+        _draw(stages, busy, begin, end).savefig(picture, dpi=120)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"dist-int8 bench:plot: plot must be a picture that can be written, got {picture} "
+            f"({' '.join(str(error).split())}); write it like timeline.png"
+        ) from None
+    shares = ", ".join(f"stage {stage} busy {share:.0%}" for stage, share in enumerate(busy))
+    count = max(map(len, stages))
+    return f"{picture}: {count} micro-batches in {(end - begin) / 1e6:.2f} s; {shares}"
+
+
+def _draw(stages: list[list[_Bar]], busy: list[float], begin: float, end: float) -> Any:
+    """Draws the bars of every stage from `begin` to `end`, in microseconds, into a figure."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
     figure = Figure(figsize=(16, 1.5 + 0.7 * len(stages)), layout="constrained")
     axes = figure.subplots()
     for stage, bars in enumerate(stages):
@@ -55,20 +72,11 @@ def plot(trace: Path, picture: Path) -> str:
     keys = [Patch(facecolor=f"C{lane % 10}", label=f"lane {lane}") for lane in lanes]
     keys.append(Patch(facecolor="white", edgecolor="black", hatch="///", label="with prompts"))
     figure.legend(handles=keys, loc="outside upper right", ncols=len(keys), frameon=False)
-    try:
-        figure.savefig(picture, dpi=120)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"dist-int8 bench:plot: plot must be a picture that can be written, got {picture} "
-            f"({' '.join(str(error).split())}); write it like timeline.png"
-        ) from None
-    shares = ", ".join(f"stage {stage} busy {share:.0%}" for stage, share in enumerate(busy))
-    count = max(map(len, stages))
-    return f"{picture}: {count} micro-batches in {(end - begin) / 1e6:.2f} s; {shares}"
+    return figure
 
 
-def _stages(trace: Path) -> list[list[tuple[float, float, str]]]:
-    """(start, duration, name) of every slice of every stage, in microseconds."""
+def _stages(trace: Path) -> list[list[_Bar]]:
+    """Reads (start, duration, name) of every slice of every stage, in microseconds."""
     try:
         events = json.loads(trace.read_bytes())["traceEvents"]
         slices: list[dict[str, Any]] = [event for event in events if event["ph"] == "X"]
@@ -78,7 +86,7 @@ def _stages(trace: Path) -> list[list[tuple[float, float, str]]]:
                 (float(event["ts"]), float(event["dur"]), str(event["name"]))
                 for event in slices
                 if event["tid"] == stage
-            ][:MOST]
+            ][:MAX_SLICES]
             for stage in range(num_stages)
         ]
         for _, _, name in (one for bars in found for one in bars):
