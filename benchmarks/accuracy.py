@@ -18,7 +18,7 @@ from results import FOLDER, folder_of, make_parser, write_result
 
 from dist_int8.config import load_settings
 from dist_int8.evaluation.methods import DEFAULT, chosen
-from dist_int8.evaluation.on_text import measure_text
+from dist_int8.evaluation.on_text import TextOptions, measure_text
 from dist_int8.evaluation.report import markdown, merged, table
 from dist_int8.int8 import ops
 
@@ -99,7 +99,7 @@ def main() -> None:
         for i in range(0, len(missing), args.at_once):
             group = missing[i : i + args.at_once]
             begin = time.perf_counter()
-            _, figures = measure_text(settings, group, seed=seed, **how)
+            _, figures = measure_text(settings, group, TextOptions(seed=seed, **how))
             seconds = time.perf_counter() - begin
             path = args.parts / f"{time.time_ns()}.json"
             part = {"question": [*question, seed], "seconds": seconds, "figures": figures}

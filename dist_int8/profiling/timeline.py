@@ -1,4 +1,4 @@
-"""Draws a trace: what each stage did, and when."""
+"""A picture of a trace: what each stage did when."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-MAX_SLICES = 300  # per stage; more would be thinner than a pixel
-_Bar = tuple[float, float, str]  # start and duration in microseconds, name in the trace
+MOST = 300  # slices a stage; more are thinner than a pixel
 
 
 def plot(trace: Path, picture: Path) -> str:
-    """Draws a trace file into `picture`, in the format of its extension (png, svg, pdf).
+    """Draws a trace file into `picture`, in the format that its ending names (png, svg, pdf).
 
-    Each stage is a row and each micro-batch a bar, coloured by lane; hatched bars contain prompts.
-    Only the first MAX_SLICES micro-batches are drawn.
+    A row a stage, a bar a micro-batch: a colour a lane, prompts hatched. A trace of more than MOST
+    micro-batches is drawn up to there.
 
     Returns:
-        One line: the micro-batches and seconds drawn, and how busy each stage was.
+        One line: micro-batches and seconds drawn, and how busy each stage was.
 
     Raises:
-        ValueError: matplotlib is not installed, or the file is not a trace of `generate --trace`.
+        ValueError: matplotlib is not installed, or the file is no trace of `generate --trace`.
     """
     try:
-        import matplotlib.figure  # noqa: F401
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
     except ImportError:
         raise ValueError(
             "dist-int8 bench:plot: matplotlib must be installed, got none; "
@@ -33,23 +33,6 @@ def plot(trace: Path, picture: Path) -> str:
     begin = min(start for bars in stages for start, _, _ in bars)
     end = max(start + length for bars in stages for start, length, _ in bars)
     busy = [sum(length for _, length, _ in bars) / (end - begin) for bars in stages]
-    try:
-        _draw(stages, busy, begin, end).savefig(picture, dpi=120)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"dist-int8 bench:plot: plot must be a picture that can be written, got {picture} "
-            f"({' '.join(str(error).split())}); write it like timeline.png"
-        ) from None
-    shares = ", ".join(f"stage {stage} busy {share:.0%}" for stage, share in enumerate(busy))
-    count = max(map(len, stages))
-    return f"{picture}: {count} micro-batches in {(end - begin) / 1e6:.2f} s; {shares}"
-
-
-def _draw(stages: list[list[_Bar]], busy: list[float], begin: float, end: float) -> Any:
-    """Draws the bars of every stage from `begin` to `end`, in microseconds, into a figure."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
     figure = Figure(figsize=(16, 1.5 + 0.7 * len(stages)), layout="constrained")
     axes = figure.subplots()
     for stage, bars in enumerate(stages):
@@ -72,11 +55,20 @@ def _draw(stages: list[list[_Bar]], busy: list[float], begin: float, end: float)
     keys = [Patch(facecolor=f"C{lane % 10}", label=f"lane {lane}") for lane in lanes]
     keys.append(Patch(facecolor="white", edgecolor="black", hatch="///", label="with prompts"))
     figure.legend(handles=keys, loc="outside upper right", ncols=len(keys), frameon=False)
-    return figure
+    try:
+        figure.savefig(picture, dpi=120)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"dist-int8 bench:plot: plot must be a picture that can be written, got {picture} "
+            f"({' '.join(str(error).split())}); write it like timeline.png"
+        ) from None
+    shares = ", ".join(f"stage {stage} busy {share:.0%}" for stage, share in enumerate(busy))
+    count = max(map(len, stages))
+    return f"{picture}: {count} micro-batches in {(end - begin) / 1e6:.2f} s; {shares}"
 
 
-def _stages(trace: Path) -> list[list[_Bar]]:
-    """Reads (start, duration, name) of every slice of every stage, in microseconds."""
+def _stages(trace: Path) -> list[list[tuple[float, float, str]]]:
+    """(start, duration, name) of every slice of every stage, in microseconds."""
     try:
         events = json.loads(trace.read_bytes())["traceEvents"]
         slices: list[dict[str, Any]] = [event for event in events if event["ph"] == "X"]
@@ -86,7 +78,7 @@ def _stages(trace: Path) -> list[list[_Bar]]:
                 (float(event["ts"]), float(event["dur"]), str(event["name"]))
                 for event in slices
                 if event["tid"] == stage
-            ][:MAX_SLICES]
+            ][:MOST]
             for stage in range(num_stages)
         ]
         for _, _, name in (one for bars in found for one in bars):

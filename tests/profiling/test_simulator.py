@@ -74,7 +74,7 @@ def test_a_stage_turns_around_between_micro_batches():
     assert alone.micro_batches_per_s == pytest.approx(1 / 10)
     shared = simulate([[4.0, 4.0]] * 4, speeds=(1, 0.5), turnaround_s=1.0)  # two stages, one core
     assert shared.micro_batches_per_s == pytest.approx(1 / 10)
-    with pytest.raises(ValueError, match="turnaround_s must be one time, or one of each of 2"):
+    with pytest.raises(ValueError, match="turnaround_s must be one time, or one for each of 2"):
         simulate([[4.0, 4.0]], turnaround_s=(1.0, 1.0, 1.0))
 
 
