@@ -189,7 +189,7 @@ def test_the_harness_knows_our_model_by_name(tiny_llama):
     ("names", "folder", "message"),
     [
         (["plays_cloze", "no_such"], TASKS, "got no_such; it has plays_cloze, plays_next_line"),
-        ([], TASKS, "tasks must name one at least"),
+        ([], TASKS, "tasks must name at least one task"),
         (["plays_cloze"], TASKS / "none", "task_folder must be a folder of task files"),
     ],
 )
