@@ -234,7 +234,7 @@ def main():
             print(f"{num_stages} stages {cut}: input {told}")
 
             def know(counts, model=model, num_stages=num_stages):
-                """Measures what changes with the machine's speed, by rows and in a full pipeline."""
+                """Measures what changes with the machine's speed: times by rows, full pipeline."""
                 known = calibrate(model, args, prompts, counts | {1})
                 full = decode(model, args, prompts[: num_stages + 2], num_stages + 2)[1]
                 return known, measured(full)

@@ -22,7 +22,7 @@ from dist_int8.evaluation.layers import LayerReport, MakeLayer, runtime_layer, w
 from dist_int8.evaluation.methods import METHODS, REFERENCES
 from dist_int8.evaluation.outlier_features import inject_outlier_features
 from dist_int8.evaluation.perplexity import Scores, Window, log_probabilities_, windows
-from dist_int8.models import describe, load_config
+from dist_int8.models import ModelSpec, describe, load_config
 
 DEFAULT_WINDOW = 1024
 
@@ -102,11 +102,7 @@ def evaluate(
     """
     assert settings.model is not None
     spec = describe(load_config(settings.model))
-    if spec.max_positions is not None and asked.window > spec.max_positions:
-        raise ValueError(
-            f"eval: window must be at most the model's {spec.max_positions} positions, got "
-            f"{asked.window}; lower --window"
-        )
+    _check_window(spec, asked.window)
     places = windows(len(tokens), asked.window, asked.stride)
     names = [] if asked.reference == "none" else [asked.reference]
     found = Evaluation(asked, len(tokens), {name: Scores() for name in (*names, *methods)})
@@ -127,6 +123,14 @@ def evaluate(
     return found
 
 
+def _check_window(spec: ModelSpec, window: int) -> None:
+    if spec.max_positions is not None and window > spec.max_positions:
+        raise ValueError(
+            f"eval: window must be at most the model's {spec.max_positions} positions, got "
+            f"{window}; lower --window"
+        )
+
+
 @dataclass
 class _Run:
     """An evaluation in progress.
@@ -142,7 +146,7 @@ class _Run:
     """
 
     settings: Settings
-    spec: Any
+    spec: ModelSpec
     tokens: Tensor
     found: Evaluation
     host: Host | None
@@ -303,7 +307,7 @@ def _timed(subject: Subject, input_ids: Tensor) -> tuple[Tensor, float]:
     return logits, time.perf_counter() - begin
 
 
-def _maker(host: Host, settings: Settings, spec: Any, name: str) -> MakeLayer:
+def _maker(host: Host, settings: Settings, spec: ModelSpec, name: str) -> MakeLayer:
     method = METHODS[name]
     if method.in_runtime:
         assert settings.model is not None

@@ -86,9 +86,8 @@ def measure_text(
     other = None
     if options.calibration_text is not None or any(METHODS[name].calibrated for name in methods):
         other = read_calibration_text(options.calibration_text)
-    folder = resolve_model(settings.model, settings.revision, allow_pickle=settings.allow_pickle)
     name = Path(settings.model).name
-    settings = settings.model_copy(update={"model": str(folder), "revision": None})
+    settings, folder = _resolve_model(settings)
     if settings.threads_per_stage is not None:
         torch.set_num_threads(settings.threads_per_stage)
     spec = describe(load_config(folder))
@@ -100,7 +99,7 @@ def measure_text(
         if options.seed is not None:
             settings = stack.enter_context(with_outlier_features(settings, options.seed))
         found = evaluate(settings, tokens, methods, asked, calibration, progress)
-    values = {
+    return found, {
         "model": name,
         "text": text_name,
         "first_token": options.first_token,
@@ -110,7 +109,13 @@ def measure_text(
         "threads": torch.get_num_threads(),
         **report.as_dict(found),
     }
-    return found, values
+
+
+def _resolve_model(settings: Settings) -> tuple[Settings, Path]:
+    """Finds the model's folder; returns settings that name it, and the folder."""
+    assert settings.model is not None
+    folder = resolve_model(settings.model, settings.revision, allow_pickle=settings.allow_pickle)
+    return settings.model_copy(update={"model": str(folder), "revision": None}), folder
 
 
 def _read_tokens(tokenizer: Any, content: str, text_name: str, options: TextOptions) -> Tensor:

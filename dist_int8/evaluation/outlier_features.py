@@ -90,20 +90,18 @@ def inject_outlier_features(
     config: Any = model.config
     _check(config, mlp)
     blocks_name, norms = _NORMS[config.model_type]
-    inside = _MLPS[config.model_type] if mlp else None
+    pairs: tuple[tuple[str, tuple[str, ...]], ...] = norms
+    if mlp:
+        up_name, down_name = _MLPS[config.model_type]
+        pairs = (*norms, (up_name, (down_name,)))
     generator = torch.Generator().manual_seed(seed)
     scaled: dict[str, Tensor] = {}
     for index, block in enumerate(model.get_submodule(blocks_name).children()):
-        for norm_name, linear_names in norms:
-            norm: Any = block.get_submodule(norm_name)
-            channels = torch.randperm(norm.weight.numel(), generator=generator)[:num_channels]
-            _scale(norm, [block.get_submodule(name) for name in linear_names], channels)
-            scaled[f"{blocks_name}.{index}.{norm_name}"] = channels
-        if inside is not None:
-            first: Any = block.get_submodule(inside[0])
-            channels = torch.randperm(first.out_features, generator=generator)[:num_channels]
-            _scale(first, [block.get_submodule(inside[1])], channels)
-            scaled[f"{blocks_name}.{index}.{inside[0]}"] = channels
+        for name, reader_names in pairs:
+            writer: Any = block.get_submodule(name)
+            channels = torch.randperm(len(writer.weight), generator=generator)[:num_channels]
+            _scale(writer, [block.get_submodule(reader) for reader in reader_names], channels)
+            scaled[f"{blocks_name}.{index}.{name}"] = channels
     return scaled
 
 

@@ -171,8 +171,8 @@ def compare_tasks(
     Raises:
         ValueError, RankError: as `run_tasks`.
     """
-    options: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot}
-    options |= {"task_folder": task_folder, "progress": progress}
+    options = {"limit": limit, "num_fewshot": num_fewshot, "task_folder": task_folder}
+    options["progress"] = progress
     _require_harness()
     _load(tasks, task_folder)  # reports bad tasks before a model is loaded
     base = None
@@ -182,8 +182,8 @@ def compare_tasks(
         plain |= dict.fromkeys(("head", "embedding", "kv"), "16bit")
         base = _evaluate_with(settings, plain, tasks, options)
     ours = _evaluate_with(settings, {}, tasks, options)
-    scores = _compare_scores(base, ours)
-    return {"model": settings.model, "reference": reference, "scores": scores}
+    rows = _compare_scores(base, ours)
+    return {"model": settings.model, "reference": reference, "scores": rows}
 
 
 def _compare_scores(base: dict[str, Any] | None, ours: dict[str, Any]) -> list[dict[str, Any]]:

@@ -14,8 +14,9 @@ from typing import get_args
 
 from dist_int8.partition import cost, cut, memory
 from dist_int8.partition.activations import Workload, activation_bytes
-from dist_int8.partition.cut import Objective, Problem, StageSpan
+from dist_int8.partition.cut import Objective
 from dist_int8.partition.plan import Plan, StagePlan
+from dist_int8.partition.problem import UNLIMITED, Problem, StageSpan
 from dist_int8.partition.profiles import DeviceProfile
 
 FLOAT32 = memory.Formats(int8=False, float_size=4, vocab_size=4)
@@ -245,7 +246,7 @@ def _make_plan(
         block_bytes=max(problem.block_bytes),
         model_bytes=memory.model_bytes(model, formats),
         kv_bytes_per_token=sum(problem.kv_bytes),
-        kv_tokens=None if tokens == cut.UNLIMITED else max(0, tokens),
+        kv_tokens=None if tokens == UNLIMITED else max(0, tokens),
         workload=workload,
     )
 

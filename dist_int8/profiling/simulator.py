@@ -97,15 +97,10 @@ def simulate(
     hops = [hop_s] if isinstance(hop_s, int | float) else list(hop_s)
     num_stages = len(lanes[0]) if lanes else 0
     if isinstance(turnaround_s, int | float):
-        turnarounds = [float(turnaround_s)] * num_stages
-    else:
-        turnarounds = list(turnaround_s)
+        turnaround_s = [float(turnaround_s)] * num_stages
+    turnarounds = list(turnaround_s)
     _check(lanes, [*hops, host_s, *turnarounds], speeds, num_rounds)
-    if len(turnarounds) != num_stages:
-        raise ValueError(
-            f"simulate: turnaround_s must be one time, or one for each of {num_stages} stages, got "
-            f"{len(turnarounds)}; give {num_stages}"
-        )
+    _check_turnarounds(turnarounds, num_stages)
     run = _Run(lanes, hops if num_stages > 1 else [0.0], host_s, speeds, turnarounds)
     while len(run.ends) < len(lanes) * num_rounds:
         run.start_jobs()
@@ -237,6 +232,14 @@ def _check(
         )
     if not speeds or min(speeds) <= 0:
         raise ValueError(f"simulate: speeds must be above 0, got {list(speeds)}; give at least one")
+
+
+def _check_turnarounds(turnarounds: Sequence[float], num_stages: int) -> None:
+    if len(turnarounds) != num_stages:
+        raise ValueError(
+            f"simulate: turnaround_s must be one time, or one for each of {num_stages} stages, got "
+            f"{len(turnarounds)}; give {num_stages}"
+        )
 
 
 def draw(simulation: Simulation, begin: float, end: float, width: int = 72) -> str:

@@ -26,7 +26,7 @@ def add_figures(path, ms=12.5):
     runner = records.Records(path, "first_light")
     for name, status in (("card", "passed"), ("test_rows", "timed out"), ("counters", "skipped")):
         runner.add("begin", name=name)
-        if name == "test_rows":  # started again behind a test that hung
+        if name == "test_rows":  # restarted after a test that hung
             tests = records.Records(path, "test_rows")
             tests.add("tests", passed=7, failed=1, skipped=2, seconds=3.5)
             tests.add("tests", passed=2, failed=1, skipped=0, seconds=1.5)

@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from dist_int8.partition.cut import UNLIMITED, Problem, StageSpan, cut, fits, least_missing
+from dist_int8.partition.cut import cut, fits, least_missing
+from dist_int8.partition.problem import UNLIMITED, Problem, StageSpan
 
 NUM_RANDOM = 300
 
