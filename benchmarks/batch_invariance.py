@@ -1,14 +1,15 @@
-"""Does an answer depend on who shares its batch? Logits of sequences alone and among 15 others.
+"""Does an answer depend on the rest of its batch? Logits of sequences alone and among 15 others.
 
     python benchmarks/batch_invariance.py [--model FOLDER] [--tokens 32] [--subjects 4]
         [--threads 2] [--methods NAME ...]
 
-Ours, all blocks as one stage of the runtime: 16 sequences in one micro-batch, prefill and then a
-decode step of one token each, against the same sequences each in micro-batches of its own. Others:
-transformers' model in fp32 with its linears replaced (`dist-int8 eval --list-methods`), a batch of
-16 and of 1. Same tokens (Python's help topics), same run. Figure: largest |together - alone| over
-all logits, relative to the largest |logit| alone. Floating point itself need not be equal, where a
-library sums in another order for another number of rows: "transformers" says how much that is.
+Ours runs all blocks as one stage of the runtime: 16 sequences in one micro-batch, prefill and then
+a decode step of one token each, against each sequence in a micro-batch of its own. The others run
+in transformers' fp32 model with its linears replaced (`dist-int8 eval --list-methods`), in batches
+of 16 and of 1. All get the same tokens (Python's help topics) in the same run. The figure is the
+largest |together - alone| over all logits, relative to the largest |logit| alone. Floating point
+itself may differ, since a library may sum in another order for another number of rows; the row
+"transformers" says by how much.
 """
 
 import torch
@@ -35,7 +36,7 @@ OTHERS = ["vector-wise", "llm.int8", "bitsandbytes", "bitsandbytes-0", "torchao"
 
 
 def compare(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> dict:
-    """Of (together, alone), logits [tokens, vocab] each."""
+    """Compares pairs (together, alone) of logits, [tokens, vocab] each."""
     return {
         "largest_relative_difference": max(
             ((together - alone).abs().max() / alone.abs().max()).item() for together, alone in pairs
@@ -47,7 +48,7 @@ def compare(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> dict:
 
 @torch.inference_mode()
 def of_host(host: Host, method: str, rows: torch.Tensor, subjects: list[int]) -> dict:
-    """Of a method in transformers' model."""
+    """Compares logits of a method in transformers' model."""
     with host.computing(method):
         together = host.logits(rows)
         return compare([(together[i], host.logits(rows[i : i + 1])[0]) for i in subjects])
@@ -55,7 +56,7 @@ def of_host(host: Host, method: str, rows: torch.Tensor, subjects: list[int]) ->
 
 @torch.inference_mode()
 def of_ours(folder: str, rows: torch.Tensor, subjects: list[int], num_hot_columns: int) -> dict:
-    """Of the runtime's stage with the default rule."""
+    """Compares logits of the runtime's stage with the default rule."""
     spec = describe(load_config(folder))
     fields = Settings.model_fields
     calibration = make_calibration(folder, spec, "random", num_hot_columns)
@@ -69,7 +70,7 @@ def of_ours(folder: str, rows: torch.Tensor, subjects: list[int], num_hot_column
     block = spec.blocks[0]
 
     def logits(rows: torch.Tensor) -> torch.Tensor:
-        """[sequences, tokens, vocab]: all tokens but the last in one micro-batch, then the last."""
+        """Computes [sequences, tokens, vocab] over all tokens but the last, then the last."""
         num_sequences, num_tokens = rows.shape
         cache = KVCache(
             spec.num_blocks,
@@ -94,9 +95,9 @@ def of_ours(folder: str, rows: torch.Tensor, subjects: list[int], num_hot_column
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--tokens", type=int, default=32, help="of a sequence")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens per sequence")
     parser.add_argument("--subjects", type=int, default=4, help="sequences that also run alone")
-    parser.add_argument("--methods", nargs="*", help="in transformers")
+    parser.add_argument("--methods", nargs="*", help="methods in transformers")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -120,7 +121,7 @@ def main() -> None:
         found[METHODS[method].title] = of_host(host, method, rows, subjects)
         host.forget([method])
     num_tokens = found["ours"]["tokens"]
-    print(f"\n| method | largest relative difference | other next tokens of {num_tokens} |")
+    print(f"\n| method | largest relative difference | different next tokens, of {num_tokens} |")
     print("|---|---|---|")
     for title, figures in found.items():
         difference, others = figures["largest_relative_difference"], figures["other_next_tokens"]

@@ -2,11 +2,11 @@
 
     python benchmarks/checkpoint.py [--size 4GB] [--folder /tmp/checkpoint-benchmark] [--repeats 3]
 
-A random Llama in bf16 is written by transformers in several shards. Each step then runs in a
-process of its own, files dropped from the page cache before it ("cold") or read before it ("warm").
-Peak host memory is VmHWM less VmRSS before the step, less the bytes of the stage that stays (it
-lives on the CPU here). Correctness first: the int8 checkpoint gives the same stage as the floating
-one, and a flipped bit is caught.
+transformers writes a random bf16 Llama in several shards. Each step then runs in its own process,
+after its files were dropped from the page cache ("cold") or read ("warm"). Peak host memory is
+VmHWM minus VmRSS before the step, minus the bytes of the stage that stays (here on the CPU).
+Correctness first: the int8 checkpoint gives the same stage as the floating-point one, and a flipped
+bit is caught.
 """
 
 import argparse
@@ -37,11 +37,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", default="4GB", help="of the floating checkpoint")
+    parser.add_argument("--size", default="4GB", help="size of the floating-point checkpoint")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/checkpoint-benchmark"))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--kills", type=int, default=20, help="of `quantize`, at random moments")
+    parser.add_argument(
+        "--kills",
+        type=int,
+        default=20,
+        help="number of times to kill `quantize` at a random moment",
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--step", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -65,7 +70,9 @@ def main() -> None:
         ("verify int8", "verify", int8),
     )
     runs: dict[str, list[dict[str, float]]] = {}
-    for _ in range(args.repeats):  # in turn: disks of virtual machines have good and bad minutes
+    for _ in range(
+        args.repeats
+    ):  # interleaved: the disks of virtual machines vary from minute to minute
         for cache in ("cold", "warm"):
             for name, step, folder in steps:
                 run = measure(step, folder, cache, args.threads)
@@ -89,7 +96,7 @@ def main() -> None:
 
 
 def make(folder: Path, num_bytes: int) -> None:
-    """A Llama whose blocks fill `num_bytes` with embedding and head, in eight shards."""
+    """Writes a Llama of about `num_bytes` in eight shards."""
     if (folder / "config.json").is_file():
         return
     hidden, inner, vocab = (2560, 6912, 32000) if num_bytes > 10**9 else (512, 1408, 8000)
@@ -108,7 +115,7 @@ def make(folder: Path, num_bytes: int) -> None:
 
 
 def check(source: Path, int8: Path) -> None:
-    """The int8 checkpoint gives the same stage; a flipped bit in a shard is caught."""
+    """Checks that the int8 checkpoint gives the same stage and a flipped bit is caught."""
     shutil.rmtree(int8, ignore_errors=True)
     quantize(source, int8, shard_bytes=size(source) // 16).run()
     spec = describe(load_config(source))
@@ -118,7 +125,7 @@ def check(source: Path, int8: Path) -> None:
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     manifest.verify(int8)
     shard = sorted(int8.glob("*.safetensors"))[0]
-    for _ in range(2):  # there and back
+    for _ in range(2):  # flip the bit, then flip it back
         with shard.open("r+b") as file:
             file.seek(-12345, os.SEEK_END)
             byte = file.read(1)[0]
@@ -147,10 +154,10 @@ def measure(step: str, folder: Path, cache: str, threads: int) -> dict[str, floa
 
 
 def killed_at_random(source: Path, num_kills: int) -> dict[str, int]:
-    """`dist-int8 quantize` in a process of its own, killed and run again until it is through.
+    """Kills `dist-int8 quantize` at random moments and runs it again until it completes.
 
-    After each kill OUT is not there or is whole; at the end it is that of a run which nobody
-    killed, byte for byte, hot columns included.
+    After each kill OUT is either absent or complete. At the end it equals that of an undisturbed
+    run byte for byte, including hot columns.
     """
     out = source.parent / "killed"
     aside = out.with_name(f".{out.name}.partial")
@@ -235,7 +242,7 @@ def verify(folder: Path) -> dict[str, float]:
 
 
 def memory(folder: Path) -> dict[str, float]:
-    """Touching as much fresh memory as the stage takes: a floor of its own on virtual machines."""
+    """Touches as much fresh memory as the stage takes: a lower bound on virtual machines."""
     with Watch() as watch:
         stays = [torch.ones(1 << 24, dtype=torch.uint8) for _ in range(size(folder) >> 24)]
     return watch.figures(sum(tensor.nbytes for tensor in stays))
@@ -245,10 +252,10 @@ STEPS = {"read": read, "memory": memory, "load": load, "quantize": quantize_step
 
 
 class Watch:
-    """Time, and the highest resident memory over that at the beginning."""
+    """Measures time, and peak resident memory above that at the start."""
 
     def __enter__(self) -> "Watch":
-        torch.ones(1 << 20).round()  # what torch allocates once for its threads is no part of it
+        torch.ones(1 << 20).round()  # torch allocates once for its threads; that does not count
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS, proc(5)
         self._before = _status("VmRSS")
         self._started = time.perf_counter()

@@ -1,10 +1,10 @@
-"""How fast does a real model decode on CPUs, against transformers in fp32 with the same threads?
+"""How fast does a real model decode on CPUs, compared with fp32 transformers on as many threads?
 
     python benchmarks/decode.py [--model FOLDER] [--threads 2] [--batches 1 8 32] [--repeats 5]
 
-One run, interleaved repeats, medians. Correctness first: the likeliest next token agrees with
-transformers' fp32 on at least 95% of the positions of the prompts. Both decode greedily from the
-same prompts with the keys and values of the prompt cached; only decode steps are timed.
+One run, interleaved repeats, medians. Correctness first: the most likely next token agrees with
+that of fp32 transformers at no fewer than 95% of the prompts' positions. Both decode greedily from
+the same prompts with cached keys and values; only decode steps are timed.
 """
 
 import statistics
@@ -25,7 +25,7 @@ TEXT = (
 
 @torch.inference_mode()
 def transformers_decode(model, input_ids, num_tokens):
-    """Tokens per second of a bare greedy loop over the model, without generate()'s overhead."""
+    """Measures tokens per second of a bare greedy loop, without generate()'s overhead."""
     output = model(input_ids, use_cache=True)
     token_ids = output.logits[:, -1:].argmax(-1)
     started = time.perf_counter()

@@ -1,12 +1,13 @@
-"""What happens when ranks, launchers and callers fail: who notices, when, and what is left.
+"""What happens when ranks, launchers and callers fail: who notices, when, and what is left?
 
-    python benchmarks/faults.py [--model FOLDER]             the table, some minutes
+    python benchmarks/faults.py [--model FOLDER]             the table, in a few minutes
     python benchmarks/faults.py --kills 100 --seed 0         random kills in a row
 
-By default on a small random model, three stages on the CPU. Every row is a real session whose rank,
-launcher or caller is hit at prefill, decode or idle: the time until it is noticed, what the caller
-saw, and how many processes were left after ten seconds (none, or the run fails). With recover=True
-the answers must be those of an undisturbed run. Cut links: tests/multi_node.
+The default is a small random model in three stages on the CPU. Every row is a real session in which
+a rank, launcher or caller fails during prefill, during decode or while idle. It has the time until
+the failure is noticed, what the caller sees, and how many processes are left after ten seconds
+(none, or the run fails). With recover=True the answers must be those of an undisturbed run. Broken
+links are covered by tests/multi_node.
 """
 
 import json
@@ -38,7 +39,7 @@ STEP_TIMEOUT_S = 4.0
 
 
 def small_model(folder: str) -> str:
-    """A Llama of four blocks, random."""
+    """Writes a random Llama of four blocks."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -53,7 +54,7 @@ def small_model(folder: str) -> str:
 
 
 class Table:
-    """Rows, printed as they come."""
+    """Collects rows and prints each at once."""
 
     def __init__(self) -> None:
         self.rows: list[dict] = []
@@ -66,7 +67,7 @@ class Table:
 
 
 def at_moment(model, moment: str, seen: list) -> None:
-    """Returns at prefill, at decode or while nobody asks anything."""
+    """Waits for prefill, for decode, or until the session is idle."""
     engine, begin = model._engine, model._engine.num_steps
     while moment == "prefill" and engine.num_steps < begin + 4:
         time.sleep(0.001)
@@ -75,7 +76,7 @@ def at_moment(model, moment: str, seen: list) -> None:
 
 
 def hit(model, table: Table, name: str, rank: int, signum: int, moment: str, expected) -> None:
-    """Hits a rank of a session in this process and notes what its caller sees."""
+    """Signals a rank of a session in this process and records what its caller sees."""
     children = dict(model._engine.pipeline.world.children)
     seen, outcome = [], []
 
@@ -117,7 +118,7 @@ def hit(model, table: Table, name: str, rank: int, signum: int, moment: str, exp
 
 
 def ranks_hit(model_folder: str, table: Table) -> None:
-    """Ranks above 0, without recovery and with it."""
+    """Signals ranks above 0, without and with recovery."""
     faults = [
         (rank, signal.SIGKILL, moment)
         for rank in range(1, STAGES)
@@ -139,7 +140,7 @@ def ranks_hit(model_folder: str, table: Table) -> None:
 
 
 def driver_hit(model_folder: str, table: Table) -> None:
-    """Rank 0, the caller's own process."""
+    """Signals rank 0, which is the caller's own process."""
     for signum, idle in ((signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGSTOP, False)):
         session = Session(model_folder, idle, step_timeout=STEP_TIMEOUT_S)
         if not idle:
@@ -154,7 +155,7 @@ def driver_hit(model_folder: str, table: Table) -> None:
 
 
 def launcher_hit(model_folder: str, table: Table) -> None:
-    """TERM, TERM twice and KILL of `dist-int8 launch`."""
+    """Sends `dist-int8 launch` TERM, TERM twice, and KILL."""
     for signals in ([signal.SIGTERM], [signal.SIGTERM] * 2, [signal.SIGKILL]):
         name = " and ".join(signum.name for signum in signals)
         with tempfile.TemporaryDirectory() as folder:
@@ -192,12 +193,12 @@ def launcher_hit(model_folder: str, table: Table) -> None:
 
 
 def children_of(pid: int) -> list[int]:
-    """Running children of a process."""
+    """Lists the running children of a process."""
     return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def callers(model_folder: str, table: Table) -> None:
-    """Callers that leave, ask too much or ask nonsense, among others that do not."""
+    """Lets callers leave, send too much or send nonsense while others behave."""
     options = OPTIONS | {"max_sequences": 2, "max_queue": 2}
     with dist_int8.load(model_folder, devices=["cpu"] * 2, **options) as model:
         engine = model._engine
@@ -253,7 +254,7 @@ def model_settings():
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--kills", type=int, help="so many random kills instead of the table")
+    parser.add_argument("--kills", type=int, help="number of random kills, instead of the table")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,8 @@
-"""The session that benchmarks/faults.py hits: a model that answers the same prompts endlessly.
+"""The session that benchmarks/faults.py disturbs: a model that answers the same prompts endlessly.
 
-A line of JSON on stdout whenever something happened: process ids of its ranks, answers so far,
-whether each was that of an undisturbed run, tokens so far. Ends when its standard input closes.
+After every event it prints a line of JSON: the process ids of its ranks, the numbers of answers and
+tokens so far, and whether each answer was that of an undisturbed run. It ends when its standard
+input closes.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Sessions in processes of their own, hit from outside, and what is killed at random."""
+"""Sessions in separate processes that are disturbed from outside, and random kills."""
 
 import json
 import os
@@ -19,7 +19,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
+    """Returns whether a process runs (a zombie does not)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -27,7 +27,7 @@ def is_running(pid: int) -> bool:
 
 
 def num_left(pids: list[int]) -> int:
-    """Processes that still run after GONE_S."""
+    """Counts the processes that still run after GONE_S."""
     deadline = time.monotonic() + GONE_S
     while any(map(is_running, pids)) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -35,7 +35,7 @@ def num_left(pids: list[int]) -> int:
 
 
 class Session:
-    """A driver in a process of its own, and what it said last."""
+    """A driver in a separate process, and its last report."""
 
     def __init__(self, model: str, idle: bool = False, **options) -> None:
         given = {"model": model, "stages": STAGES, "idle": idle, "options": OPTIONS | options}
@@ -67,7 +67,7 @@ class Session:
         return list(self.state["ranks"].values())
 
     def end(self) -> int:
-        """Ends the session; the processes left."""
+        """Ends the session and returns the number of processes left."""
         pids = [self.process.pid, *self.ranks]
         self.process.kill()
         self.process.wait()
@@ -75,7 +75,7 @@ class Session:
 
 
 def random_kills(model_folder: str, num_kills: int, seed: int) -> dict:
-    """Kills a random rank, now and then rank 0, at random moments; every answer must be right."""
+    """Kills a random rank, sometimes rank 0, at random moments; every answer must be right."""
     rng = random.Random(seed)
     options = {"recover": True, "max_recoveries": 3 * num_kills}
     session = Session(model_folder, **options)
@@ -96,7 +96,7 @@ def random_kills(model_folder: str, num_kills: int, seed: int) -> dict:
             pid, answers = session.state["ranks"][rank], session.state["answers"]
             started = time.monotonic()
             os.kill(pid, signal.SIGKILL)
-            # an answer that came to an end after the kill, and the rank is another
+            # an answer completed after the kill, and the rank is a new process
             if not session.wait(
                 lambda s=session, a=answers, r=rank, p=pid: (
                     s.state["answers"] > a and s.state["ranks"].get(r, p) != p

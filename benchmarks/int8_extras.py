@@ -1,11 +1,11 @@
-"""What do hot columns and int8 beyond the blocks cost and save: bytes, room for tokens, speed?
+"""What do hot columns and int8 beyond the blocks cost and save in bytes, KV tokens and speed?
 
     python benchmarks/int8_extras.py [--model FOLDER] [--threads 2] [--batches 1 8] [--repeats 5]
 
-Each setting alone and all together: the plan of BLOOM-176B on four A100-80GB (no weights needed),
-and decoding of a model on CPUs, interleaved repeats, medians, as a ratio to none of them.
-Correctness first: the likeliest next token agrees with that of int8 blocks alone on 90% of the
-positions. What they cost in perplexity: accuracy.py.
+Each setting runs alone and all run together: the plan of BLOOM-176B on four A100-80GB (no weights
+needed), and decode of a model on CPUs, interleaved, medians, relative to none of the settings.
+Correctness first: the most likely next token agrees with that of int8 blocks alone at 90% of the
+positions. accuracy.py measures what they cost in perplexity.
 """
 
 import statistics
@@ -36,7 +36,7 @@ PLAIN = "int8 blocks"
 
 
 def plan_of_bloom(settings: dict[str, Any]) -> dict[str, Any]:
-    """Bytes and room of four A100-80GB."""
+    """Plans bytes and KV tokens on four A100-80GB."""
     spec = describe(load_config(BLOOM))
     profile = PROFILES["a100-80"]
     devices = [Device(f"cuda:{i}", profile, profile.memory_bytes, CUDA_RESERVE) for i in range(4)]
@@ -112,7 +112,7 @@ def main() -> None:
 
 def show(figures: dict[str, dict[str, Any]], batches: list[int]) -> None:
     decode = [f"decode, batch {batch}" for batch in batches]
-    heads = ["with", "BLOOM-176B, bytes", "KV bytes a token", "KV tokens on 4 x 80 GB"]
+    heads = ["with", "BLOOM-176B, bytes", "KV bytes per token", "KV tokens on 4 x 80 GB"]
     heads += ["this model, bytes", "its KV cache", *(f"{name}, tokens/s" for name in decode)]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for name, found in figures.items():

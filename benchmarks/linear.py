@@ -1,12 +1,12 @@
-"""How fast is one int8 linear layer on a CPU, against fp32 and against bitsandbytes?
+"""How fast is one int8 linear layer on a CPU, compared with fp32 and bitsandbytes?
 
     python benchmarks/linear.py [--threads 2] [--repeats 15] [--rows 1 8 64 512]
 
 One run, interleaved, medians, the same threads and the same x: fp32 F.linear, bitsandbytes
-Linear8bitLt (threshold 6.0) and int8_linear, quantization of x included, by the paper's rule
-(absolute 6.0) and by row_rms 4.0; with 0 and with 6 outlier columns. Correctness first: int8_linear
-equals its specification bit for bit, and all three are close to fp32. Weights are used over and
-over, so a layer that fits the last level of cache (16 MB of int8 at 4096x4096) may stay there.
+Linear8bitLt (threshold 6.0), and int8_linear with the paper's rule (absolute 6.0) and row_rms 4.0,
+including the quantization of x; with 0 and with 6 outlier columns. Correctness first: int8_linear
+equals its specification bit for bit, and all three are close to fp32. Weights are reused, so a
+layer that fits into the last-level cache (16 MB of int8 at 4096x4096) may stay there.
 """
 
 import statistics
@@ -29,7 +29,7 @@ def relative_error(got, want):
 
 
 def interleaved_medians(functions, repeats):
-    """Median milliseconds of each function; one warm-up, then all of them in turn."""
+    """Measures median milliseconds of each function, interleaved, after one warm-up."""
     times = {name: [] for name in functions}
     for repeat in range(repeats + 1):
         for name, function in functions.items():

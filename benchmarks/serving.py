@@ -1,15 +1,15 @@
-"""What does the pipeline serve when requests come as they please?
+"""How many tokens per second does the pipeline serve when requests arrive at random?
 
     python benchmarks/serving.py [--stages 17,13] [--requests 64] [--rate 16] [--repeats 3]
 
-A Poisson workload, seeded: prompts of 16 to 256 tokens, answers of 8 to 64, arriving faster than
+A seeded Poisson workload: prompts of 16 to 256 tokens, answers of 8 to 64, arriving faster than
 they can be served. Two stages of one thread each serve it with their lanes full, and again with one
 micro-batch in flight (the same cut, the same slots); interleaved, medians over the repeats. Then
-transformers in fp32, its layers placed as accelerate's device_map places them, answers one request
-after the other with the threads of both stages (a part of the requests: it is slow, and requests
-do not meet there). Tokens per second count new tokens until the last one arrived.
+fp32 transformers, with layers placed by accelerate's device_map, answers one request after the
+other with the threads of both stages (only some of the requests, since it is slow and does not
+batch them). Tokens per second count new tokens until the last one arrives.
 
-Correctness first: every answer of the crowd equals the answer to its request alone.
+Correctness first: every answer under load equals the answer to the same request alone.
 """
 
 import argparse
@@ -35,7 +35,7 @@ PROMPTS, ANSWERS = (16, 256), (8, 64)
 
 
 def workload(args, words):
-    """(arrival in seconds, prompt, new tokens) of every request."""
+    """Draws (arrival in seconds, prompt, new tokens) of every request."""
     draw = random.Random(args.seed)
     arrival, asked = 0.0, []
     for _ in range(args.requests):
@@ -47,7 +47,7 @@ def workload(args, words):
 
 
 def serve(model, asked):
-    """Answers, seconds of every token since the request's arrival, and the trace's records."""
+    """Returns answers, seconds from arrival to every token, and the trace's records."""
     engine = model._engine
     # answers are as long as the workload says
     engine.config = dataclasses.replace(engine.config, eos_token_ids=frozenset())
@@ -73,7 +73,7 @@ def serve(model, asked):
 
 
 def figures_of(asked, times, records):
-    """What one run shows."""
+    """Computes the figures of one run."""
     gaps = [b - a for one in times for a, b in itertools.pairwise(one)]
     end = max(arrival + one[-1] for (arrival, _, _), one in zip(asked, times, strict=True))
     return {
@@ -93,7 +93,7 @@ def percentiles(values):
 
 
 def steady_decode(model, words, count):
-    """Utilisation of each stage while all lanes do nothing but decode."""
+    """Measures the utilisation of each stage while all lanes only decode."""
     prompts = [words[3 * i : 3 * i + 32] for i in range(count)]
     before = model._engine.num_steps
     model.generate(prompts, max_new_tokens=32)
@@ -117,7 +117,7 @@ def load(folder, args, micro_batches, slots):
 
 @torch.inference_mode()
 def transformers_tokens_per_s(folder, asked, threads):
-    """New tokens per second of transformers' generate, one request after the other."""
+    """Measures new tokens per second of transformers' generate, one request at a time."""
     from accelerate import dispatch_model
 
     torch.set_num_threads(threads)
@@ -162,14 +162,23 @@ def main():
     parser: argparse.ArgumentParser = make_parser(__doc__)
     parser.add_argument("--stages", default="17,13", help="blocks of each stage")
     parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=16.0, help="requests a second")
+    parser.add_argument("--rate", type=float, default=16.0, help="requests per second")
     parser.add_argument("--slots", type=int, default=64, help="sequences in flight")
-    parser.add_argument("--lanes", type=int, nargs="*", help="micro-batches; default: the default")
-    parser.add_argument("--chunk", type=int, default=512, help="prompt tokens of a micro-batch")
+    parser.add_argument(
+        "--lanes", type=int, nargs="*", help="micro-batches in flight; default: that of load()"
+    )
+    parser.add_argument(
+        "--chunk", type=int, default=512, help="maximum number of prompt tokens per micro-batch"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--transformers-requests", type=int, default=16, help="0: none")
-    parser.add_argument("--alone", type=int, help="requests checked alone; default: all")
+    parser.add_argument(
+        "--transformers-requests",
+        type=int,
+        default=16,
+        help="number of requests for transformers; 0: none",
+    )
+    parser.add_argument("--alone", type=int, help="number of requests checked alone; default: all")
     args = parser.parse_args()
     folder = folder_of(args)
     words = AutoTokenizer.from_pretrained(folder)(TEXT * 40).input_ids
@@ -184,7 +193,7 @@ def main():
         for name, each in models.items():
             answers, times, records = serve(each, asked)
             expected = expected or answers
-            assert answers == expected, f"{name}, repeat {repeat}: other tokens"
+            assert answers == expected, f"{name}, repeat {repeat}: different tokens"
             runs[name].append(figures_of(asked, times, records))
             show(name, runs[name][-1])
     steady = {
@@ -197,7 +206,7 @@ def main():
     num_alone = len(asked) if args.alone is None else args.alone
     for i, (_, prompt, n) in enumerate(asked[:num_alone]):
         alone = model.generate(prompt, max_new_tokens=n)[0].token_ids
-        assert alone == expected[i], f"request {i} gets other tokens alone"
+        assert alone == expected[i], f"request {i} gets different tokens alone"
     print(f"{num_alone} of {len(asked)} requests alone: the same tokens")
     for each in models.values():
         each.shutdown()

@@ -2,23 +2,23 @@
 
     python benchmarks/simulator.py [--stages 1 2 3] [--micro-batches 1 2 3 4 5 6] [--show-schedule]
 
-Decode throughput of the demo model, 12 sequences, one thread a stage, predicted and measured for
-every number of stages and micro-batches. What the simulator is told is measured apart from them:
+Decode throughput of the demo model with 12 sequences and one thread per stage, predicted and
+measured for every number of stages and micro-batches. The simulator's input is measured separately:
 
-- how long each stage works on n rows, and rank 0's own work: n sequences in one lane, so that one
-  stage works at a time. What all sequences in one lane take is read off between one more and one
-  less, to leave out the run that is predicted;
-- how long a stage works beside that, to receive, unpack, pack and send: the CPU time of its process
-  less the time on its stage;
-- how long a hop takes: of one lane;
+- how long each stage works on n rows, and rank 0's own work: with n sequences in one lane, so that
+  one stage works at a time. The time of all sequences in one lane is interpolated between one more
+  and one less, because that run is itself predicted;
+- how long a stage works besides that, to receive, unpack, pack and send: the CPU time of its
+  process minus the time on its stage;
+- how long a hop takes: with one lane;
 - how much stages that work at the same time slow each other (cores, memory, the system's
-  scheduler): one factor, fitted to a full pipeline of two lanes more than stages, of one sequence
-  each, which is not one of those predicted. More stages than cores share them besides.
+  scheduler): one factor, fitted to a full pipeline with two lanes more than stages and one sequence
+  per lane, which is not predicted. More stages than cores also share the cores.
 
-The machine's speed changes from second to second (a virtual one's memory can be half as fast for a
-while). So the stages are timed right before and right after each measured run, and a run counts
-when the two agree; what is measured decides nothing. Correctness first: every configuration gives
-the same tokens.
+The machine's speed changes from second to second (the memory of a virtual machine can be half as
+fast for a while). So the stages are timed right before and right after each measured run, and a run
+counts only if the two agree, whatever it measured. Correctness first: every configuration gives the
+same tokens.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def load(folder, args, stages):
 
 
 def decode(model, args, prompts, num_lanes):
-    """(tokens of every prompt, the records of the time when all lanes decoded all they have)."""
+    """Returns every prompt's tokens, and the records of the time when all lanes decoded."""
     before = model._engine
     config = dataclasses.replace(
         before.config, num_micro_batches=num_lanes, eos_token_ids=frozenset(), max_queue=0
@@ -73,13 +73,13 @@ def decode(model, args, prompts, num_lanes):
 
 
 def hops_of(records):
-    """Mean seconds from the end on one stage to the start on the next."""
+    """Computes the mean seconds from the end on one stage to the start on the next."""
     hops = [b[0] - a[1] for r in records for a, b in itertools.pairwise(r.spans)]
     return statistics.mean(hops) / 1e9 if hops else 0.0
 
 
 def calibrate(model, args, prompts, counts):
-    """Of each number of rows: seconds of every stage, and last of rank 0."""
+    """Measures, per number of rows, the seconds of every stage and, last, of rank 0."""
     found = {}
     for count in counts:
         records = decode(model, args, prompts[:count], 1)[1]
@@ -92,9 +92,10 @@ def calibrate(model, args, prompts, counts):
 
 
 def turnarounds(model, args, prompts):
-    """Seconds of work a micro-batch of each stage's process beside its stage.
+    """Measures the seconds per micro-batch that each stage's process works outside its stage.
 
-    Its CPU time less the time on its stage, of one lane, so that nobody waits for a core.
+    That is its CPU time minus the time on its stage, with one lane, so that no stage waits for a
+    core.
     """
     me = psutil.Process()
     ranks = [me, *sorted(me.children(), key=lambda child: child.create_time())]
@@ -116,7 +117,7 @@ def turnarounds(model, args, prompts):
 
 
 def tell(model, args, prompts, repeats=5):
-    """Medians of what does not change much with the machine's speed."""
+    """Measures medians of what hardly changes with the machine's speed."""
     decode(model, args, prompts[: args.sequences], 1)  # warm
     work = [turnarounds(model, args, prompts) for _ in range(repeats)]
     hops = [hops_of(decode(model, args, prompts[:4], 1)[1]) for _ in range(repeats)]
@@ -127,13 +128,13 @@ def tell(model, args, prompts, repeats=5):
 
 
 def agree(before, after, most=0.08):
-    """Whether the machine was as fast before as after: all stages together, by rows."""
+    """Returns whether the machine was as fast before as after, over all stages, by rows."""
     pairs = [(sum(before[count]), sum(after[count])) for count in before]
     return all(abs(a / b - 1) <= most for a, b in pairs)
 
 
 def between(before, after):
-    """The mean of two calibrations."""
+    """Computes the mean of two calibrations."""
     return {
         count: [(a + b) / 2 for a, b in zip(before[count], after[count], strict=True)]
         for count in before
@@ -141,7 +142,7 @@ def between(before, after):
 
 
 def cost_of(known, rows):
-    """(seconds of every stage, of rank 0) of so many rows, or between the neighbours measured."""
+    """Returns (seconds of every stage, of rank 0) for `rows` rows, interpolated if not measured."""
     seconds = known.get(rows)
     if seconds is None:
         seconds = [(a + b) / 2 for a, b in zip(known[rows - 1], known[rows + 1], strict=True)]
@@ -149,13 +150,13 @@ def cost_of(known, rows):
 
 
 def speeds_of(factor, num_stages):
-    """Speed of each of k stages that work at the same time, k = 1 ... num_stages."""
+    """Computes the speed of each of k stages that work at the same time, k = 1 ... num_stages."""
     cores = len(os.sched_getaffinity(0))
     return [1.0] + [factor * min(1.0, cores / count) for count in range(2, num_stages + 1)]
 
 
 def fitted(known, told, num_stages, micro_batches_per_s):
-    """The factor with which the full pipeline of lanes of one sequence is simulated as measured."""
+    """Fits the factor that makes the simulated full pipeline as fast as the measured one."""
     low, high = 0.3, 1.5
     for _ in range(20):
         factor = (low + high) / 2
@@ -165,12 +166,12 @@ def fitted(known, told, num_stages, micro_batches_per_s):
 
 
 def sizes_of(num_sequences, num_lanes):
-    """Sequences of each lane, as the engine deals them."""
+    """Returns the number of sequences of each lane, as the engine distributes them."""
     return [len(range(lane, num_sequences, num_lanes)) for lane in range(num_lanes)]
 
 
 def predict(known, told, sizes, factor):
-    """The simulation of lanes of so many sequences each."""
+    """Simulates lanes with the given numbers of sequences."""
     costs = [cost_of(known, size) for size in sizes]
     num_stages = len(costs[0][0])
     host_s = statistics.mean(host_s for _, host_s in costs)
@@ -185,13 +186,13 @@ def predict(known, told, sizes, factor):
 
 
 def measured(records):
-    """Tokens per second that left the last stage."""
+    """Computes the tokens per second that leave the last stage."""
     seconds = (records[-1].spans[-1][1] - records[0].spans[-1][1]) / 1e9
     return sum(record.num_tokens for record in records[1:]) / seconds
 
 
 def row_of(num_stages, num_lanes, cut, runs, dropped, told):
-    """The figures of one configuration: medians over its runs."""
+    """Computes the figures of one configuration: medians over its runs."""
     errors = [predicted / found - 1 for predicted, found, *_ in runs]
     return {
         "stages": num_stages,
@@ -225,10 +226,10 @@ def main():
         with load(folder, args, num_stages) as model:
             cut = [stage.last_block - stage.first_block + 1 for stage in model.plan.stages]
             told = tell(model, args, prompts)
-            print(f"{num_stages} stages {cut}: told {told}")
+            print(f"{num_stages} stages {cut}: input {told}")
 
             def know(counts, model=model, num_stages=num_stages):
-                """What changes with the machine's speed: by rows, and of a full pipeline."""
+                """Measures what changes with the machine's speed: times by rows, full pipeline."""
                 known = calibrate(model, args, prompts, counts | {1})
                 full = decode(model, args, prompts[: num_stages + 2], num_stages + 2)[1]
                 return known, measured(full)
@@ -241,7 +242,7 @@ def main():
                 while len(runs) < args.repeats and dropped < 8 * args.repeats:
                     tokens, records = decode(model, args, prompts[: args.sequences], m)
                     expected = expected or tokens
-                    assert tokens == expected, f"{num_stages} stages, {m} lanes: other tokens"
+                    assert tokens == expected, f"{num_stages} stages, {m} lanes: different tokens"
                     after = know(counts)
                     if agree(before[0], after[0]):
                         known = between(before[0], after[0])
@@ -255,7 +256,9 @@ def main():
                     before = after
                 rows.append(row_of(num_stages, m, cut, runs, dropped, told))
                 if not runs:
-                    print(f"{num_stages} stages, {m} micro-batches: the machine never held still")
+                    print(
+                        f"{num_stages} stages, {m} micro-batches: the machine's speed kept changing"
+                    )
                     continue
                 simulation = runs[-1][2]
                 print(

@@ -1,15 +1,15 @@
-"""Train a witness: a small BLOOM with real perplexity, where others only have random weights.
+"""Trains a small BLOOM with a real perplexity, unlike test models with random weights.
 
     python benchmarks/train_witness.py [--to FOLDER] [--steps 2000] [--hidden 192] [--layers 4]
         [--tokens-per-step 1024] [--window 256] [--vocab 4096] [--lr 3e-3] [--seed 0] [--threads 1]
 
 transformers' BloomForCausalLM on Shakespeare and Milton (`public_domain.py`), with a byte-level BPE
 trained on the same text. Three plays are held out; the perplexity on them is compared with that of
-a unigram and of an interpolated bigram model (Witten-Bell) of the same tokens, so that the figure
-says what was learned. The same seed and number of threads give the same weights on one machine.
+a unigram and an interpolated bigram model (Witten-Bell) of the same tokens, which shows how much
+was learned. The same seed and number of threads give the same weights on the same machine.
 
-FOLDER (default: witness-bloom in the cache of dist-int8) gets an ordinary checkpoint in fp32 with
-its tokenizer, `held_out.txt`, and `witness.json` with how it was made and its perplexity.
+FOLDER (default: witness-bloom in the cache of dist-int8) gets an ordinary fp32 checkpoint with its
+tokenizer, `held_out.txt`, and `witness.json`, which records how it was made and its perplexity.
 """
 
 import argparse
@@ -33,12 +33,12 @@ PADDING = "<pad>"
 
 
 def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of so many tokens, END and PADDING among them."""
+    """Trains a byte-level BPE with `vocab_size` tokens, including END and PADDING."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
-        text.split("\n\n"),  # paragraphs, so that counting can be shared out
+        text.split("\n\n"),  # paragraphs, so that threads can share the counting
         trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[END, PADDING],
@@ -52,7 +52,7 @@ def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def new_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> BloomForCausalLM:
-    """Random weights, drawn from the seed."""
+    """Makes a model with random weights, drawn from the seed."""
     torch.manual_seed(args.seed)
     return BloomForCausalLM(
         BloomConfig(
@@ -60,7 +60,7 @@ def new_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> B
             hidden_size=args.hidden,
             n_layer=args.layers,
             n_head=args.hidden // 32,
-            seq_length=2048,  # ALiBi knows no longest context; tools ask for one
+            seq_length=2048,  # ALiBi has no maximum context, but tools need one
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -70,8 +70,10 @@ def new_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> B
 
 
 def train(model: BloomForCausalLM, ids: torch.Tensor, args: argparse.Namespace) -> None:
-    """Steps of AdamW on random windows, matrices multiplied in bfloat16; the rate warms up, then
-    falls to nothing along a line."""
+    """Runs AdamW on random windows, with matrix products in bfloat16.
+
+    The learning rate warms up, then decays linearly to zero.
+    """
     generator = torch.Generator().manual_seed(args.seed)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -105,7 +107,7 @@ def train(model: BloomForCausalLM, ids: torch.Tensor, args: argparse.Namespace) 
 
 @torch.inference_mode()
 def perplexity(model: BloomForCausalLM, ids: torch.Tensor, window: int) -> float:
-    """Of windows that follow each other, every token but the first of each one."""
+    """Computes the perplexity over consecutive windows, all tokens but the first of each."""
     total, count = 0.0, 0
     for row in ids.split(window):
         if len(row) > 1:
@@ -116,7 +118,7 @@ def perplexity(model: BloomForCausalLM, ids: torch.Tensor, window: int) -> float
 
 
 def counted_perplexities(train_ids: list[int], ids: list[int], num: int) -> tuple[float, float]:
-    """Unigram (add one) and bigram (Witten-Bell over that unigram), of all tokens but the first."""
+    """Computes perplexities of a unigram (add one) and a bigram (Witten-Bell) model."""
     singles, pairs = Counter(train_ids), Counter(pairwise(train_ids))
     followed = Counter(train_ids[:-1])
     kinds = Counter(first for first, _ in pairs)
@@ -134,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--to", type=Path, help="folder of the checkpoint")
+    parser.add_argument("--to", type=Path, help="folder to write the checkpoint to")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--hidden", type=int, default=192, help="a multiple of 32")
     parser.add_argument("--layers", type=int, default=4)

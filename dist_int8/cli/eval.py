@@ -203,23 +203,25 @@ def evaluate(
 
     given = methods.split(",") if methods is not None else None
     names = chosen(given)
-    from dist_int8.evaluation.on_text import measure_text
+    from dist_int8.evaluation.on_text import TextOptions, measure_text
 
     with _stdout_for_us() as stdout:
         found, values = measure_text(
             settings,
             names,
-            text=text,
-            calibration_text=calibration_text,
-            first_token=first_token,
-            num_tokens=tokens,
-            seed=inject_outliers,
-            window=window,
-            stride=stride,
-            batch=batch,
-            at_once=at_once,
-            reference=reference,
-            layer_tokens=layer_tokens,
+            TextOptions(
+                text=text,
+                calibration_text=calibration_text,
+                first_token=first_token,
+                num_tokens=tokens,
+                seed=inject_outliers,
+                window=window,
+                stride=stride,
+                batch=batch,
+                at_once=at_once,
+                reference=reference,
+                layer_tokens=layer_tokens,
+            ),
             progress=not (quiet or as_json),
         )
         if as_json:

@@ -147,9 +147,9 @@ def plan(
             "give --model, as in --model configs/models/bloom-176b"
         )
     from dist_int8.models import describe, load_config
-    from dist_int8.partition.from_settings import PlanOptions, answer, saved
+    from dist_int8.partition.from_settings import PlanOptions, answer, export_settings
 
-    asked = PlanOptions(
+    options = PlanOptions(
         num_sequences=sequences,
         max_tokens=context,
         like_load=config is not None,
@@ -162,7 +162,7 @@ def plan(
             f"{_SOURCE}:hot_columns: hot_columns must be at most the model's {spec.hidden_size} "
             f"features, got {hot_columns}; 16 is the usual number"
         )
-    found = answer(settings, asked, model_config, spec, _SOURCE)
+    found = answer(settings, options, model_config, spec, _SOURCE)
     if as_json:
         typer.echo(json.dumps(found.as_dict(settings.model)))
     else:
@@ -170,7 +170,7 @@ def plan(
     if not found.fits:
         raise typer.Exit(DOES_NOT_FIT)
     if save is not None:
-        write_yaml(save, saved(settings, asked, found), f"{settings.model}\n\n{found.table()}")
+        write_yaml(save, export_settings(settings, found), f"{settings.model}\n\n{found.table()}")
 
 
 def _settings(config: Path | None, memory: str | None, **given: Any) -> Settings:

@@ -1,4 +1,4 @@
-"""Methods side by side on one text: perplexity, agreement, divergence, errors of layers."""
+"""Compares methods on one text: perplexity, agreement, divergence, errors of layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dist_int8.evaluation.layers import LayerReport, MakeLayer, runtime_layer, w
 from dist_int8.evaluation.methods import METHODS, REFERENCES
 from dist_int8.evaluation.outlier_features import inject_outlier_features
 from dist_int8.evaluation.perplexity import Scores, Window, log_probabilities_, windows
-from dist_int8.models import describe, load_config
+from dist_int8.models import ModelSpec, describe, load_config
 from dist_int8.models.tokenizer import load_tokenizer
 
 DEFAULT_WINDOW = 1024
@@ -33,12 +33,13 @@ class EvaluationOptions:
     """How to measure.
 
     Attributes:
-        window: tokens that a model sees at once.
-        stride: tokens from a window to the next.
-        batch: windows that run together.
-        reference: what the methods are compared with, in the runtime without int8.
-        layer_tokens: of the text's beginning, for errors of layers; 0: no look at layers.
-        at_once: methods in memory at a time; each such group runs the reference again.
+        window: number of tokens that the model sees at once.
+        stride: number of tokens from one window to the next.
+        batch: number of windows that run together.
+        reference: dtype of the floating-point model that the methods are compared with; it runs in
+            the runtime, without int8.
+        layer_tokens: number of tokens, from the start of the text, for errors of layers; 0: none.
+        at_once: number of methods in memory at a time; each such group runs the reference again.
     """
 
     window: int = DEFAULT_WINDOW
@@ -51,7 +52,14 @@ class EvaluationOptions:
 
 @dataclass
 class Evaluation:
-    """What was measured: scores by method (the reference first), and the layers."""
+    """What was measured.
+
+    Attributes:
+        asked: how it was measured.
+        num_tokens: number of tokens of the text.
+        scores: scores by method, the reference first.
+        layers: errors and inputs of single layers; None if they were not measured.
+    """
 
     asked: EvaluationOptions
     num_tokens: int
@@ -65,10 +73,10 @@ class Evaluation:
 
 
 class Subject(Protocol):
-    """Something with logits."""
+    """Something that computes logits."""
 
     def logits(self, input_ids: Tensor, /) -> Tensor:
-        """[batch, tokens] -> fp32 [batch, tokens, vocab]."""
+        """Computes fp32 logits [batch, tokens, vocab] of token ids [batch, tokens]."""
 
 
 def evaluate(
@@ -82,64 +90,128 @@ def evaluate(
     """Measures methods on a text.
 
     Args:
-        settings: of the runtime; `model` names a folder.
-        tokens: the text, int64 [tokens].
-        methods: names out of `METHODS`.
-        asked: how.
-        calibration: other text for methods that look at activations first, int64 [tokens].
-        progress: show a bar on stderr.
+        settings: settings of the runtime; `model` names a folder.
+        tokens: token ids of the text, int64 [tokens].
+        methods: names from `METHODS`.
+        asked: how to measure.
+        calibration: token ids of another text, int64 [tokens], for methods that need activations.
+        progress: whether to show a bar on stderr.
 
     Raises:
-        ValueError: a text shorter than a window, a window longer than the model's, or as `load`.
+        ValueError: the text is shorter than a window, the window is longer than the model allows,
+            or as `load`.
     """
     assert settings.model is not None
     spec = describe(load_config(settings.model))
-    if spec.max_positions is not None and asked.window > spec.max_positions:
-        raise ValueError(
-            f"eval: window must be at most the model's {spec.max_positions} positions, got "
-            f"{asked.window}; lower --window"
-        )
+    _check_window(spec, asked.window)
     places = windows(len(tokens), asked.window, asked.stride)
-    found = Evaluation(asked, len(tokens))
     names = [] if asked.reference == "none" else [asked.reference]
-    found.scores = {name: Scores() for name in (*names, *methods)}
+    found = Evaluation(asked, len(tokens), {name: Scores() for name in (*names, *methods)})
     groups = [methods[i : i + asked.at_once] for i in range(0, len(methods), asked.at_once)] or [[]]
+    num_passes = len(methods) + len(groups) * len(names)
+    num_targets = num_passes * sum(place.num_targets for place in places)
     with contextlib.ExitStack() as stack:
-        host = None
+        host = reference = None
         if asked.layer_tokens or not all(METHODS[name].in_runtime for name in methods):
             host = Host(settings.model, calibration)
-        reference = None
         if asked.reference != "none":
             reference = stack.enter_context(load(**reference_settings(settings, asked)))
-        num_passes = len(methods) + len(groups) * len(names)
-        bar = stack.enter_context(
-            tqdm(
-                total=num_passes * sum(place.num_targets for place in places),
-                unit="token",
-                disable=None if progress else True,
-                leave=False,
-            )
-        )
+        disable = None if progress else True
+        bar = tqdm(total=num_targets, unit="token", disable=disable, leave=False)
+        run = _Run(settings, spec, tokens, found, host, reference, stack.enter_context(bar))
         for index, group in enumerate(groups):
-            with contextlib.ExitStack() as loaded:
-                subjects = {name: _open(loaded, settings, asked, host, name) for name in group}
-                base = found.base if index == 0 else None
-                for chunk in _batches(places, asked.batch):
-                    _measure(tokens, chunk, reference, base, subjects, found, bar)
-            if host is not None and asked.layer_tokens:
-                makers = {name: _maker(host, settings, spec, name) for name in group}
-                ids = tokens[: min(asked.layer_tokens, asked.window)]
-                seen = watch_layers(host, ids, makers)
-                found.layers = found.layers or seen
-                found.layers.errors |= seen.errors
-                found.layers.second_plane |= seen.second_plane
-            if host is not None:
-                host.forget(group)
+            run.measure_group(group, places, found.base if index == 0 else None)
     return found
 
 
+def _check_window(spec: ModelSpec, window: int) -> None:
+    if spec.max_positions is not None and window > spec.max_positions:
+        raise ValueError(
+            f"eval: window must be at most the model's {spec.max_positions} positions, got "
+            f"{window}; lower --window"
+        )
+
+
+@dataclass
+class _Run:
+    """An evaluation in progress.
+
+    Attributes:
+        settings: settings of the runtime.
+        spec: spec of the model.
+        tokens: token ids of the text, int64 [tokens].
+        found: results so far.
+        host: transformers' model; None if nothing needs it.
+        reference: floating-point model in the runtime; None without one.
+        bar: progress bar, in predicted tokens.
+    """
+
+    settings: Settings
+    spec: ModelSpec
+    tokens: Tensor
+    found: Evaluation
+    host: Host | None
+    reference: Subject | None
+    bar: tqdm[Any]
+
+    def measure_group(
+        self, group: Sequence[str], places: Sequence[Window], base: Scores | None
+    ) -> None:
+        """Measures methods that are in memory together; `base` takes the reference's scores."""
+        asked = self.found.asked
+        with contextlib.ExitStack() as loaded:
+            subjects = {
+                name: _open(loaded, self.settings, asked, self.host, name) for name in group
+            }
+            for chunk in _batches(places, asked.batch):
+                self._measure_batch(chunk, subjects, base)
+        if self.host is None:
+            return
+        if asked.layer_tokens:
+            self._measure_layers(self.host, group)
+        self.host.forget(group)
+
+    def _measure_batch(
+        self, chunk: list[Window], subjects: dict[str, Subject], base: Scores | None
+    ) -> None:
+        """Runs one batch of windows through the reference and every method."""
+        input_ids = torch.stack([self.tokens[place.begin : place.end] for place in chunk])
+        targets = [self.tokens[place.first : place.end + 1] for place in chunk]
+        num_targets = sum(map(len, targets))
+        wanted = [slice(place.first - 1 - place.begin, None) for place in chunk]
+        expected: list[Tensor | None] = [None] * len(chunk)
+        if self.reference is not None:
+            self.bar.set_description(self.found.asked.reference, refresh=False)
+            logits, seconds = _timed(self.reference, input_ids)
+            for i, rows in enumerate(wanted):
+                if base is not None:
+                    base.add(logits[i, rows], targets[i], None)
+                expected[i] = log_probabilities_(logits[i, rows])
+            if base is not None:
+                base.seconds += seconds
+            self.bar.update(num_targets)
+        for name, subject in subjects.items():
+            self.bar.set_description(name, refresh=False)
+            logits, seconds = _timed(subject, input_ids)
+            scores = self.found.scores[name]
+            for i, rows in enumerate(wanted):
+                scores.add(logits[i, rows], targets[i], expected[i])
+            scores.seconds += seconds
+            del logits
+            self.bar.update(num_targets)
+
+    def _measure_layers(self, host: Host, group: Sequence[str]) -> None:
+        """Measures the errors of the group's layers on the start of the text."""
+        asked, found = self.found.asked, self.found
+        makers = {name: _maker(host, self.settings, self.spec, name) for name in group}
+        seen = watch_layers(host, self.tokens[: min(asked.layer_tokens, asked.window)], makers)
+        found.layers = found.layers or seen
+        found.layers.errors |= seen.errors
+        found.layers.second_plane |= seen.second_plane
+
+
 def reference_settings(settings: Settings, asked: EvaluationOptions) -> dict[str, Any]:
-    """Arguments of `load()` for the floating-point model."""
+    """Returns the arguments of `load()` for the floating-point model."""
     changes = {
         "int8": False,
         "dtype": REFERENCES[asked.reference],
@@ -153,10 +225,12 @@ def reference_settings(settings: Settings, asked: EvaluationOptions) -> dict[str
 
 @contextlib.contextmanager
 def with_outlier_features(settings: Settings, seed: int) -> Iterator[Settings]:
-    """Settings of the same model with outlier features, in a folder of its own for a while.
+    """Provides settings of the same model with outlier features, in a temporary folder.
 
-    It computes the same function in floating point (`models.outlier_features`). Raises ValueError
-    for a family that they are not described for, and for an int8 checkpoint.
+    In floating point it computes the same function (`evaluation.outlier_features`).
+
+    Raises:
+        ValueError: the family is not supported, or the model is an int8 checkpoint.
     """
     assert settings.model is not None
     refuse_int8(settings.model, "name it with --inject-outliers")
@@ -205,7 +279,7 @@ def _open(
 
 @dataclass(frozen=True)
 class _Hosted:
-    """A method in transformers' model."""
+    """A method that computes in transformers' model."""
 
     host: Host
     method: str
@@ -216,7 +290,7 @@ class _Hosted:
 
 
 def _batches(places: Sequence[Window], size: int) -> Iterator[list[Window]]:
-    """Up to `size` windows in a row that are equally long."""
+    """Yields runs of up to `size` consecutive windows of equal length."""
     chunk: list[Window] = []
     for place in places:
         if chunk and (
@@ -228,49 +302,13 @@ def _batches(places: Sequence[Window], size: int) -> Iterator[list[Window]]:
     yield chunk
 
 
-def _measure(
-    tokens: Tensor,
-    chunk: list[Window],
-    reference: Subject | None,
-    base: Scores | None,
-    subjects: dict[str, Subject],
-    found: Evaluation,
-    bar: tqdm[Any],
-) -> None:
-    """One batch of windows through the reference and every method. `base`: where it is noted."""
-    input_ids = torch.stack([tokens[place.begin : place.end] for place in chunk])
-    targets = [tokens[place.first : place.end + 1] for place in chunk]
-    num_targets = sum(map(len, targets))
-    wanted = [slice(place.first - 1 - place.begin, None) for place in chunk]
-    expected: list[Tensor | None] = [None] * len(chunk)
-    if reference is not None:
-        bar.set_description(found.asked.reference, refresh=False)
-        logits, seconds = _timed(reference, input_ids)
-        for i, rows in enumerate(wanted):
-            if base is not None:
-                base.add(logits[i, rows], targets[i], None)
-            expected[i] = log_probabilities_(logits[i, rows])
-        if base is not None:
-            base.seconds += seconds
-        bar.update(num_targets)
-    for name, subject in subjects.items():
-        bar.set_description(name, refresh=False)
-        logits, seconds = _timed(subject, input_ids)
-        scores = found.scores[name]
-        for i, rows in enumerate(wanted):
-            scores.add(logits[i, rows], targets[i], expected[i])
-        scores.seconds += seconds
-        del logits
-        bar.update(num_targets)
-
-
 def _timed(subject: Subject, input_ids: Tensor) -> tuple[Tensor, float]:
     begin = time.perf_counter()
     logits = subject.logits(input_ids)
     return logits, time.perf_counter() - begin
 
 
-def _maker(host: Host, settings: Settings, spec: Any, name: str) -> MakeLayer:
+def _maker(host: Host, settings: Settings, spec: ModelSpec, name: str) -> MakeLayer:
     method = METHODS[name]
     if method.in_runtime:
         assert settings.model is not None

@@ -1,8 +1,8 @@
-"""Our model for lm-evaluation-harness: what its own `hf` model does, over a pipeline.
+"""A model for lm-evaluation-harness that does what its own `hf` model does, over a pipeline.
 
-Importing this registers it as `dist_int8`. Texts become tokens, are cut from the left, begun and
-stopped as `lm_eval.models.huggingface.HFLM` does it with a causal model, so that the same weights
-give the same scores; there is no padding, because micro-batches have none.
+Importing this module registers it as `dist_int8`. Texts are tokenized, truncated from the left,
+started and stopped as `lm_eval.models.huggingface.HFLM` does with a causal model, so that the same
+weights give the same scores. There is no padding, because micro-batches have none.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ from dist_int8.api.model import Model
 from dist_int8.config import GenerationSettings
 from dist_int8.engine import Request
 
-SEED = 1234  # of sampled answers; the harness's own
-MAX_GEN_TOKS = 256  # of an answer whose task does not say, as the harness has it
+SEED = 1234  # of sampled answers; the harness's default
+MAX_GEN_TOKS = 256  # where a task does not say; the harness's default
 _SAMPLING = ("temperature", "do_sample", "top_k", "top_p", "repetition_penalty", "seed")
 
-Answer = tuple[float, bool]  # log-probability of a continuation, and whether greedy would write it
+Answer = tuple[float, bool]  # log-probability of a continuation, and whether it is the greedy one
 _Encoded = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, context, continuation
 
 
 class _Score:
-    """Log-probabilities of the last tokens that a row of input predicts, filled in by pieces.
+    """Log-probabilities of a continuation, filled in as the logits of its row of inputs arrive.
 
     Args:
-        continuation: these tokens.
-        num_inputs: length of the row, whose last position predicts the last of them.
+        continuation: token ids that the end of the row predicts.
+        num_inputs: length of the row; its last position predicts the last token.
     """
 
     def __init__(self, continuation: list[int], num_inputs: int) -> None:
         self.targets = torch.tensor(continuation)
-        self.first = num_inputs - len(continuation)  # position that predicts the first
+        self.first = num_inputs - len(continuation)  # position that predicts the first token
         self.logs = torch.zeros(len(continuation))
         self.greedy = torch.zeros(len(continuation), dtype=torch.bool)
 
     def add(self, start: int, logits: Tensor) -> None:
-        """Takes logits fp32 [tokens, vocab] of the positions from `start`."""
+        """Adds logits, fp32 [tokens, vocab], of the positions from `start`."""
         begin, end = max(start, self.first), start + len(logits)
         if begin >= end:
             return
@@ -70,19 +70,20 @@ class _Score:
 
 @register_model("dist_int8")
 class PipelineLM(TemplateLM):
-    """A model of the harness.
+    """A pipelined model as the harness sees it.
 
     Args:
-        pretrained: a handle, or a folder or hub id to load.
-        max_length: tokens of context and continuation at most; by default as for `hf`: the length
-            in the model's config (2,048 where it has none), and what the handle was loaded for.
-        progress: show progress bars.
-        batch_size, max_batch_size, device: what the harness gives every model; not used, the
-            pipeline makes its own micro-batches where the settings say.
-        **settings: of `dist_int8.load`, for a model to load.
+        pretrained: handle, or the folder or hub id of a model to load.
+        max_length: maximum number of tokens of context and continuation. The default is that of
+            `hf`, the length in the model's config (2,048 where it has none), limited to the length
+            that the handle was loaded for.
+        progress: whether to show progress bars.
+        batch_size, max_batch_size, device: passed by the harness to every model and ignored: the
+            pipeline forms its own micro-batches, on the devices in the settings.
+        **settings: settings of `dist_int8.load`, for a model to load.
 
     Raises:
-        ValueError: as `dist_int8.load`, or a model without a tokenizer.
+        ValueError: as `dist_int8.load`, or the model has no tokenizer.
     """
 
     backend = "causal"
@@ -103,8 +104,8 @@ class PipelineLM(TemplateLM):
             pretrained = load(pretrained, progress=progress, **settings)
         elif settings:
             raise ValueError(
-                f"harness: settings must be those of the handle, got {', '.join(settings)} beside "
-                "one; give them to dist_int8.load"
+                f"harness: settings must not be given with a handle, got {', '.join(settings)}; "
+                "give them to dist_int8.load"
             )
         self.handle = pretrained
         self.quiet = not progress
@@ -127,7 +128,7 @@ class PipelineLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands for an empty context."""
+        """Token that stands for an empty context."""
         bos = self.tokenizer.bos_token_id
         return self.tokenizer.eos_token_id if bos is None else bos
 
@@ -148,7 +149,7 @@ class PipelineLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Token ids; without special tokens if the text itself begins with the first of them."""
+        """Encodes a text, without special tokens if it already begins with the first of them."""
         if add_special_tokens is None:
             begun = has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
             special = {"add_special_tokens": False} if begun else {}
@@ -157,13 +158,13 @@ class PipelineLM(TemplateLM):
         return list(self.tokenizer.encode(string, **special))
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
-        """Log-probabilities of continuations, and whether greedy decoding would write them."""
+        """Computes log-probabilities of continuations, and whether each is the greedy one."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm or self.quiet)
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-probability of whole texts, in windows as long as the context."""
+        """Computes log-probabilities of whole texts, in windows as long as the context."""
         counts, encoded = [], []
         for request in requests:
             windows = [
@@ -186,11 +187,11 @@ class PipelineLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[_Encoded], disable_tqdm: bool = False, **_: Any
     ) -> list[Answer]:
-        """Scores continuations. Requests that differ in their last token only share a pass."""
+        """Scores continuations; requests that differ only in their last token share a pass."""
         rows: dict[tuple[int, ...], list[int]] = {}
         for number, (_texts, context, continuation) in enumerate(requests):
             assert context and 0 < len(continuation) <= self.max_length
-            row = (context + continuation)[-(self.max_length + 1) :][:-1]  # cut from the left
+            row = (context + continuation)[-(self.max_length + 1) :][:-1]  # truncated from the left
             rows.setdefault(tuple(row), []).append(number)
         scores = [
             [_Score(requests[number][2], len(row)) for number in numbers]
@@ -211,7 +212,7 @@ class PipelineLM(TemplateLM):
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers, each up to the first of its stop strings or the end of text."""
+        """Generates answers, each up to the first of its stop strings or the end of text."""
         end = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
         stops, running = [], []
         for number, request in enumerate(requests):
@@ -251,18 +252,18 @@ class PipelineLM(TemplateLM):
         special = {"add_special_tokens": False} if begun else {}
         token_ids = list(self.tokenizer(context, **special).input_ids)[-most:]
         options.setdefault("seed", SEED)
-        if not options["do_sample"]:  # the rest has no say in the likeliest token
+        if not options["do_sample"]:  # the other settings do not change the most likely token
             penalty = options.get("repetition_penalty")
             options = {"do_sample": False, "temperature": 0.0, "repetition_penalty": penalty}
         settings = GenerationSettings.from_generation_config(
             self._generation,
-            # stop strings of special tokens never come: the text leaves those tokens out
+            # a stop string that is a special token never appears: the text omits special tokens
             options | {"max_new_tokens": num_new, "stop": [stop for stop in until if stop]},
         )
         return self.handle.request(token_ids or [self.prefix_token_id], settings, number)
 
     def _until_end(self, token_ids: list[int]) -> list[int]:
-        """Without what follows the end of text, where the model's own end is another token."""
+        """Drops what follows the end-of-text token, if the model itself ends with another token."""
         if self.eot_token_id in token_ids:
             return token_ids[: token_ids.index(self.eot_token_id)]
         return token_ids

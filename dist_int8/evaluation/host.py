@@ -1,4 +1,4 @@
-"""transformers' model in fp32, whose linears other methods stand in for, one method at a time."""
+"""transformers' model in fp32, whose linears are replaced by those of one method at a time."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -20,17 +20,17 @@ SKIPPED = ("lm_head", "embed_out")
 
 
 def refuse_int8(folder: str | Path, advice: str) -> None:
-    """Raises ValueError for an int8 checkpoint, whose scales transformers would not know."""
+    """Raises ValueError for an int8 checkpoint, whose scales transformers does not know."""
     if is_int8(folder):
         raise ValueError(
             f"{folder}: must be a floating-point checkpoint for what transformers computes, got "
-            f"int8 weights; take the model that they were made of: {advice}"
+            f"int8 weights; take the model that they were made from: {advice}"
         )
 
 
 @contextlib.contextmanager
 def without_bars() -> Iterator[None]:
-    """transformers shows no progress bars: ours show what there is to wait for."""
+    """Hides transformers' progress bars: ours already show what there is to wait for."""
     enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -45,13 +45,18 @@ class Host:
 
     Attributes:
         model: transformers' model, fp32.
-        linears: the linears that are stood in for, by qualified name.
+        linears: linears that methods replace, by qualified name.
     """
 
     def __init__(self, folder: str | Path, calibration: Tensor | None = None) -> None:
-        """`calibration`: token ids, int64 [tokens], for the methods that look at activations.
+        """Loads the model.
 
-        Raises ValueError where transformers cannot load the folder in floating point.
+        Args:
+            folder: folder of the model.
+            calibration: token ids, int64 [tokens], for the methods that need activations.
+
+        Raises:
+            ValueError: transformers cannot load the folder in floating point.
         """
         refuse_int8(folder, "name it, or --methods ours --layer-tokens 0")
         try:
@@ -75,11 +80,11 @@ class Host:
 
     @cached_property
     def matrices(self) -> dict[str, Matrix]:
-        """The weights with their int8 forms, shared by the methods, by name of the linear."""
+        """Weights and their int8 forms, shared by the methods, by name of the linear."""
         return {name: Matrix(linear) for name, linear in self.linears.items()}
 
     def layers(self, method: str) -> dict[str, nn.Module]:
-        """The layers of a method, by name of the linear; made once."""
+        """Returns the layers of a method by name of the linear; they are made once."""
         made = METHODS[method]
         assert made.linear is not None, "a method in transformers"
         if method not in self._layers:
@@ -91,13 +96,13 @@ class Host:
         return self._layers[method]
 
     def forget(self, methods: Iterable[str]) -> None:
-        """Frees the layers of methods that are done with."""
+        """Frees the layers of methods that are finished."""
         for method in methods:
             self._layers.pop(method, None)
 
     @contextlib.contextmanager
     def computing(self, method: str) -> Iterator[None]:
-        """Within it `model` computes by the method."""
+        """Makes `model` compute with the method within the context."""
         self._put(self.layers(method))
         try:
             yield
@@ -106,7 +111,7 @@ class Host:
 
     @torch.inference_mode()
     def logits(self, token_ids: Tensor) -> Tensor:
-        """Logits fp32 [batch, tokens, vocab] of token ids [batch, tokens], as things stand."""
+        """Computes logits, fp32 [batch, tokens, vocab], of token ids [batch, tokens]."""
         return self.model(token_ids, use_cache=False).logits
 
     def _put(self, layers: dict[str, Any]) -> None:
@@ -116,7 +121,7 @@ class Host:
 
     @torch.inference_mode()
     def _calibrate(self) -> None:
-        """Notes the largest magnitude of every input feature over the calibration text."""
+        """Records the largest magnitude of every input feature over the calibration text."""
         if all(matrix.absmax is not None for matrix in self.matrices.values()):
             return
         assert self._calibration is not None and len(self._calibration)

@@ -16,8 +16,8 @@ from dist_int8.int8 import ops
 from dist_int8.int8.linear import Int8Linear
 from dist_int8.models import ModelSpec, StageSlice, tensor_sources
 
-# What the LLM.int8() paper counts as an outlier feature of a layer (section 4): magnitude 6.0 and
-# more in 6% of the tokens and more.
+# The LLM.int8() paper counts an input feature of a layer as an outlier feature (section 4) if its
+# magnitude is at least 6.0 in at least 6% of the tokens.
 MAGNITUDE = 6.0
 SHARE_OF_TOKENS = 0.06
 MICRO_BATCH = 16
@@ -31,10 +31,10 @@ class Inputs:
     """The input features of one or several linears that read the same x [tokens, K].
 
     Attributes:
-        names: of the linears.
-        absmax: of each feature, [K].
-        share: of the tokens in which the feature's magnitude is 6.0 and more, [K].
-        rms: median over the tokens of the root mean square of their row.
+        names: names of the linears.
+        absmax: largest magnitude of each feature, [K].
+        share: share of the tokens in which the feature's magnitude is at least 6.0, [K].
+        rms: median over the tokens of their row's root mean square.
     """
 
     names: list[str]
@@ -44,7 +44,7 @@ class Inputs:
 
     @property
     def outlier_features(self) -> Tensor:
-        """Which features the paper would count, int64 ascending."""
+        """Outlier features as the paper counts them, int64 ascending."""
         return (self.share >= SHARE_OF_TOKENS).nonzero()[:, 0]
 
     @property
@@ -72,14 +72,14 @@ class Inputs:
 
 @dataclass
 class LayerReport:
-    """What was seen of the linears.
+    """What was measured of the linears.
 
     Attributes:
-        errors: method -> linear -> ||its output - floating|| / ||floating||.
-        inputs: of all linears, in the order in which they run.
-        second_plane: method of the runtime -> linear -> what its second plane carries: the share of
-            the elements of x, and of the input features, those with such an element in a
-            micro-batch of 16 tokens (whose products cannot be left out).
+        errors: relative error ||output - floating|| / ||floating||, by method and linear.
+        inputs: inputs of all linears, in the order in which they run.
+        second_plane: share of x that the second plane carries, by method of the runtime and linear:
+            the share of its elements, and of the input features with such an element in a
+            micro-batch of 16 tokens (whose products cannot be skipped).
     """
 
     errors: dict[str, dict[str, float]]
@@ -87,7 +87,7 @@ class LayerReport:
     second_plane: dict[str, dict[str, tuple[float, float]]]
 
     def summary(self, method: str) -> dict[str, Any]:
-        """Median and worst error of a method, whose the worst is; means of its second plane."""
+        """Returns median and worst error of a method, the worst linear, the mean second plane."""
         errors = self.errors[method]
         worst = max(errors, key=errors.__getitem__)
         found: dict[str, Any] = {
@@ -107,16 +107,17 @@ class LayerReport:
 def watch_layers(
     host: Host, token_ids: Tensor, makers: Mapping[str, MakeLayer] | None = None
 ) -> LayerReport:
-    """Runs the floating-point model once and, at every linear, the layers of the methods beside it.
+    """Runs the floating-point model once and every method's layer on the inputs of each linear.
+
+    The inputs are those of the floating-point model, so errors do not accumulate over the layers.
 
     Args:
-        host: its model computes in floating point.
-        token_ids: int64 [tokens].
-        makers: for each method what makes its layer for a linear of that name. The inputs are those
-            of the floating-point model: errors do not add up over the layers.
+        host: host whose model computes in floating point.
+        token_ids: token ids, int64 [tokens].
+        makers: for each method, the function that makes its layer for a linear and its name.
     """
     report = LayerReport({method: {} for method in makers or {}}, [], {})
-    last: list[Tensor] = []  # x of the linear before: the same tensor means the same inputs
+    last: list[Tensor] = []  # x of the previous linear: the same tensor means the same inputs
 
     def look(name: str, linear: nn.Linear, x: Tensor, y: Tensor) -> None:
         if last and last[0] is x:
@@ -145,10 +146,10 @@ def watch_layers(
 
 
 def runtime_layer(host: Host, folder: str | Path, spec: ModelSpec, settings: Settings) -> MakeLayer:
-    """Makes the runtime's `Int8Linear` for a linear of the host, hot columns as the settings say.
+    """Returns a function that makes the runtime's `Int8Linear` for a linear of the host.
 
-    The runtime runs some linears as one (query, key and value): that changes no output, since
-    scales and outliers are those of rows.
+    The settings decide its hot columns. The runtime fuses some linears (query, key and value),
+    which changes no output, since scales and outliers belong to rows.
     """
     hot = hot_columns(folder, spec, settings, host.linears)
 
@@ -163,7 +164,7 @@ def runtime_layer(host: Host, folder: str | Path, spec: ModelSpec, settings: Set
 def hot_columns(
     folder: str | Path, spec: ModelSpec, settings: Settings, linears: Mapping[str, nn.Linear]
 ) -> dict[str, list[int]]:
-    """The hot columns that `load()` finds, by transformers' names of the linears."""
+    """Returns the hot columns that `load()` finds, by transformers' names of the linears."""
     calibration = make_calibration(folder, spec, settings.calibrate, settings.num_hot_columns)
     if calibration is None:
         return {}

@@ -1,7 +1,7 @@
-"""Linear layers as other methods compute them, each in the place of a floating one.
+"""Linear layers as other methods compute them, each a replacement for a floating-point one.
 
-All take x [..., K] floating and give [..., N] in x's dtype; sums of int8 products are exact. Where
-a method looks at "all of x", that is all rows of the call: a window of tokens.
+All take floating-point x [..., K] and return [..., N] in x's dtype; sums of int8 products are
+exact. "All of x" means all rows of the call: a window of tokens.
 """
 
 import logging
@@ -16,12 +16,13 @@ PLANE_MAX = reference.PLANE_MAX
 
 
 class Matrix:
-    """A floating weight [N, K] and its int8 forms, made once and shared by the methods.
+    """A floating-point weight [N, K] and its int8 forms, made once and shared by the methods.
 
     Attributes:
-        weight: [N, K] in fp32.
-        bias: [N] or None.
-        absmax: largest magnitude of each input feature on a calibration text, [K]; None: not seen.
+        weight: weight [N, K] in fp32.
+        bias: bias [N], or None.
+        absmax: largest magnitude of each input feature on a calibration text, [K]; None before
+            calibration.
     """
 
     def __init__(self, linear: nn.Linear, absmax: Tensor | None = None) -> None:
@@ -32,28 +33,28 @@ class Matrix:
 
     @cached_property
     def per_row(self) -> tuple[Tensor, Tensor]:
-        """int8 [N, K] and a scale for each row, [N]."""
+        """Weight in int8 [N, K], and one scale per row [N]."""
         return reference.quantize_weight(self.weight)
 
     @cached_property
     def per_tensor(self) -> tuple[Tensor, Tensor]:
-        """int8 [N, K] and one scale, []."""
+        """Weight in int8 [N, K], and one scale []."""
         scale = self.weight.abs().amax() / PLANE_MAX
         return _rounded(self.weight, scale), scale
 
     @cached_property
     def zero_point(self) -> tuple[Tensor, Tensor, Tensor]:
-        """int8 [N, K], one step, and the zero point to add back, both []."""
+        """Weight in int8 [N, K], one step and the zero point to add back, both []."""
         return _zero_point(self.weight)
 
 
 def integer_product(x_int8: Tensor, weight_int8: Tensor) -> Tensor:
-    """x_int8 [M, K] @ weight_int8 [N, K].T -> exact, int32 [M, N]."""
+    """Multiplies x_int8 [M, K] @ weight_int8 [N, K].T exactly, into int32 [M, N]."""
     return torch._int_mm(x_int8, weight_int8.t())
 
 
-class _Stand(nn.Module):
-    """What stands in for a linear: bias and leading dimensions are seen to here."""
+class _Replacement(nn.Module):
+    """Base of the replacements of a linear; it handles the bias and leading dimensions."""
 
     def __init__(self, matrix: Matrix) -> None:
         super().__init__()
@@ -66,27 +67,27 @@ class _Stand(nn.Module):
         return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
     def product(self, x: Tensor) -> Tensor:
-        """x fp32 [M, K] -> fp32 [M, N]."""
+        """Multiplies x, fp32 [M, K], by the weight into fp32 [M, N]."""
         raise NotImplementedError
 
 
-class Floating(_Stand):
-    """The layer that it stands in for."""
+class Floating(_Replacement):
+    """The same layer in floating point."""
 
     def product(self, x: Tensor) -> Tensor:
         return x @ self.matrix.weight.T
 
 
-class WeightsOnly(_Stand):
-    """int8 weights with a scale an output feature, activations as they are."""
+class WeightsOnly(_Replacement):
+    """int8 weights with one scale per output feature; activations stay in floating point."""
 
     def product(self, x: Tensor) -> Tensor:
         weight_int8, scale = self.matrix.per_row
         return (x @ weight_int8.float().T) * scale
 
 
-class Absmax(_Stand):
-    """One scale for all of x, one for all of the weight (LLM.int8() paper, section 2.1)."""
+class Absmax(_Replacement):
+    """One scale for all of x and one for the weight (LLM.int8() paper, section 2.1)."""
 
     def product(self, x: Tensor) -> Tensor:
         weight_int8, weight_scale = self.matrix.per_tensor
@@ -94,8 +95,8 @@ class Absmax(_Stand):
         return integer_product(_rounded(x, scale), weight_int8) * (scale * weight_scale)
 
 
-class ZeroPoint(_Stand):
-    """One step and one offset for all of x, the same for the weight (section 2.1)."""
+class ZeroPoint(_Replacement):
+    """One step and one offset for all of x, and likewise for the weight (section 2.1)."""
 
     def product(self, x: Tensor) -> Tensor:
         q_w, step_w, zero_w = self.matrix.zero_point
@@ -108,8 +109,8 @@ class ZeroPoint(_Stand):
         return (total * (step_x.double() * step_w.double())).float()
 
 
-class RowWise(_Stand):
-    """A scale for each row of x, one for all of the weight (Table 1 of the paper)."""
+class RowWise(_Replacement):
+    """One scale per row of x and one for the weight (Table 1 of the paper)."""
 
     def product(self, x: Tensor) -> Tensor:
         weight_int8, weight_scale = self.matrix.per_tensor
@@ -117,8 +118,8 @@ class RowWise(_Stand):
         return integer_product(_rounded(x, scale), weight_int8) * (scale * weight_scale)
 
 
-class VectorWise(_Stand):
-    """A scale for each row of x and of the weight: naive W8A8 (section 3.1)."""
+class VectorWise(_Replacement):
+    """One scale per row of x and of the weight: naive W8A8 (section 3.1)."""
 
     def product(self, x: Tensor) -> Tensor:
         weight_int8, weight_scale = self.matrix.per_row
@@ -126,11 +127,11 @@ class VectorWise(_Stand):
         return integer_product(_rounded(x, scale), weight_int8) * (scale * weight_scale)
 
 
-class LlmInt8(_Stand):
+class LlmInt8(_Replacement):
     """LLM.int8() as published (section 3.2).
 
-    Input features with |x| >= 6 in any row of x leave the int8 product, for all rows, and meet
-    their floating weights: those of the checkpoint, which in a 16-bit checkpoint have 16 bits.
+    Input features with |x| >= 6 in any row of x leave the int8 product for all rows. They are
+    multiplied by their floating-point weights as the checkpoint has them, often in 16 bits.
     """
 
     threshold = 6.0
@@ -144,20 +145,20 @@ class LlmInt8(_Stand):
         return y + x[:, columns] @ self.matrix.weight[:, columns].T
 
 
-class SmoothQuant(_Stand):
+class SmoothQuant(_Replacement):
     """SmoothQuant-style W8A8 (Xiao et al. 2022, arXiv:2211.10438, equation 4), alpha = 0.5.
 
-    Each input feature is divided by s = sqrt(absmax of x / absmax of the weight) and its column of
-    the weight multiplied by it; then a scale for each row of both. absmax of x is that of a
-    calibration text. s is each linear's own, and every linear has one: the publication has them
-    only behind norms, where the division costs nothing.
+    Each input feature of x is divided by s = sqrt(absmax of x / absmax of the weight), its column
+    of the weight is multiplied by s, and both then get one scale per row. absmax of x comes from a
+    calibration text. Every linear has its own s; the paper smooths only linears after a norm, where
+    the division costs nothing.
     """
 
     alpha = 0.5
 
     def __init__(self, matrix: Matrix) -> None:
         super().__init__(matrix)
-        assert matrix.absmax is not None, "calibrated before it is made"
+        assert matrix.absmax is not None, "SmoothQuant needs a calibrated matrix"
         of_weight = matrix.weight.abs().amax(0)
         smooth = matrix.absmax**self.alpha / of_weight.clamp(min=1e-8) ** (1 - self.alpha)
         self.smooth = smooth.clamp(min=1e-5)
@@ -171,8 +172,8 @@ class SmoothQuant(_Stand):
 
 
 def bitsandbytes_linear(matrix: Matrix, threshold: float) -> nn.Module:
-    """bitsandbytes' own `Linear8bitLt`."""
-    # it warns once a layer that it computes in fp16
+    """Makes bitsandbytes' own `Linear8bitLt`."""
+    # it warns once per layer that it computes in fp16
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import bitsandbytes
 
@@ -193,8 +194,8 @@ def bitsandbytes_linear(matrix: Matrix, threshold: float) -> nn.Module:
 
 
 def torchao_linear(matrix: Matrix) -> nn.Module:
-    """torchao's int8 weights with dynamic int8 activations, a scale a row of both."""
-    # it warns of CUDA kernels that no CPU can load
+    """Makes torchao's linear of int8 weights and dynamic int8 activations, one scale per row."""
+    # it warns about CUDA kernels that a CPU cannot load
     logging.getLogger("torchao").setLevel(logging.ERROR)
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
@@ -211,14 +212,14 @@ def torchao_linear(matrix: Matrix) -> nn.Module:
 
 
 def _rounded(x: Tensor, scale: Tensor) -> Tensor:
-    """x / scale to the nearest int8; zeros where the scale is 0."""
+    """Rounds x / scale to the nearest int8; gives zeros where the scale is 0."""
     return torch.where(scale > 0, x / scale, 0.0).round_().to(torch.int8)
 
 
 def _zero_point(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x ~= (q + zero) * step, q in -127..127 between the smallest and the largest element of x.
+    """Quantizes x ~= (q + zero) * step, with q in -127..127 over the range of x's elements.
 
-    All equal elements: q = 0, one step of that size.
+    If all elements are equal, q is 0, zero is 1 and step is their value.
     """
     low, high = torch.aminmax(x)
     step = (high - low) / (2 * PLANE_MAX)

@@ -1,7 +1,7 @@
-"""The methods that are compared, as data: a name and how the model that computes so is made.
+"""The methods that are compared, as data: each has a name and says how to make its model.
 
-Those "in the runtime" are settings of `dist_int8.load()`: the pipeline itself is measured. Those
-"in transformers" stand in for the linears of transformers' model in fp32, all but the head.
+Methods "in the runtime" are settings of `dist_int8.load()` and measure the pipeline itself. Methods
+"in transformers" replace the linears of transformers' fp32 model, all but the head.
 """
 
 import importlib.util
@@ -22,12 +22,12 @@ class Method:
     """One way to compute a model.
 
     Attributes:
-        title: for tables.
-        settings: in the runtime: what differs from the settings given.
-        hot: in the runtime: with hot columns (found on random tokens where the settings do not
-            say), or without; None: as the settings have it.
-        linear: in transformers: makes the layer that stands in for one linear.
-        needs: package that must be installed.
+        title: name in tables.
+        settings: changes to the user's settings, for a method in the runtime.
+        hot: whether a method in the runtime has hot columns (found on random tokens unless the
+            settings say otherwise); None: as in the settings.
+        linear: function that makes the replacement of one linear, for a method in transformers.
+        needs: name of the package that must be installed; None: none.
         calibrated: whether `linear` needs the activations' absmax on a calibration text.
     """
 
@@ -43,7 +43,7 @@ class Method:
         return self.linear is None
 
     def changed(self, settings: Settings) -> Settings:
-        """The settings of the runtime by this method."""
+        """Returns the runtime's settings for this method."""
         return settings.model_copy(update=dict(self.settings) | self._hot(settings))
 
     def _hot(self, settings: Settings) -> dict[str, Any]:
@@ -73,8 +73,8 @@ _RULES = {
 METHODS: dict[str, Method] = {
     "transformers": Method("transformers, floating point", linear=linears.Floating),
     "weights-only": Method("int8 weights, exact activations", linear=linears.WeightsOnly),
-    "absmax": Method("absmax, a scale a tensor", linear=linears.Absmax),
-    "zeropoint": Method("zero point, a scale a tensor", linear=linears.ZeroPoint),
+    "absmax": Method("absmax, one scale per tensor", linear=linears.Absmax),
+    "zeropoint": Method("zero point, one scale per tensor", linear=linears.ZeroPoint),
     "row-wise": Method("row-wise", linear=linears.RowWise),
     "vector-wise": Method("vector-wise (naive W8A8)", linear=linears.VectorWise),
     "llm.int8": Method("LLM.int8() as published, abs >= 6.0", linear=linears.LlmInt8),
@@ -102,7 +102,7 @@ METHODS: dict[str, Method] = {
     **{f"{name}+hot": _rule(*rule, hot=True) for name, rule in _RULES.items()},
 }
 
-# Side by side where nothing else is asked; those of packages that are not installed are left out.
+# The methods compared by default; those whose package is not installed are left out.
 DEFAULT = (
     "weights-only",
     "absmax",
@@ -120,17 +120,17 @@ REFERENCES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def chosen(names: Sequence[str] | None) -> list[str]:
-    """The names asked for, checked; None: the default ones that can run here.
+    """Returns the requested names, checked; None: the default methods that can run here.
 
     Raises:
-        ValueError: an unknown method, one named twice, or one whose package is not installed.
+        ValueError: a method is unknown, named twice, or needs a package that is not installed.
     """
     if names is None:
         return [name for name in DEFAULT if not _missing(METHODS[name])]
     for name in names:
         if name not in METHODS:
             raise ValueError(
-                f"eval: methods must be out of {', '.join(METHODS)}, got {name!r}; the "
+                f"eval: methods must be among {', '.join(METHODS)}, got {name!r}; the "
                 "floating-point model is --reference"
             )
         if package := _missing(METHODS[name]):
@@ -146,14 +146,14 @@ def chosen(names: Sequence[str] | None) -> list[str]:
 
 
 def left_out(names: Sequence[str] | None) -> list[str]:
-    """The default methods that cannot run here, with what they need, where none were asked for."""
+    """Lists the default methods that cannot run here and the packages that they need."""
     if names is not None:
         return []
     return [f"{name} ({package})" for name in DEFAULT if (package := _missing(METHODS[name]))]
 
 
 def _missing(method: Method) -> str | None:
-    """The package that a method needs and that is not there."""
+    """Returns the package that a method needs if it is not installed."""
     if method.needs is None or importlib.util.find_spec(method.needs) is not None:
         return None
     return method.needs

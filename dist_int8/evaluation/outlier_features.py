@@ -1,11 +1,11 @@
-"""Give a small model the outlier features that models of 6.7 billion parameters and more have.
+"""Gives a small model the outlier features that models of at least 6.7 billion parameters have.
 
-A few features of a norm's output are scaled up 32 times and the columns of the linears that read it
-down by as much. A power of two only moves exponents, so in floating point, 16 bits included, the
-model computes the same function bit for bit; in int8 it is as hard as a large model (section 4 of
-the LLM.int8() paper: at most 6 or 7 such features, 20 and more times as large as the others, the
-same ones for all tokens). With `mlp`, likewise some features between the two linears of an MLP,
-where the activation lets a factor through: a gate's partner, or a ReLU.
+A few features of each norm's output are scaled up 32 times, and the columns of the linears that
+read it are scaled down as much. A power of two only changes exponents, so in floating point,
+including 16 bits, the model computes the same function bit for bit. In int8 it is as hard as a
+large model (section 4 of the LLM.int8() paper: up to 6 or 7 such features, at least 20 times as
+large as the others, the same for all tokens). With `mlp`, some features between the two linears of
+an MLP are scaled too, where the activation passes a factor on: beside a gate, or with a ReLU.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 FACTOR = 32.0
 
-# model_type -> (where the blocks are, the norms of a block each with the linears that read it)
+# model_type -> (name of the blocks, (norm, linears that read it) of every norm in a block)
 _LLAMA = (
     "model.layers",
     (
@@ -49,7 +49,7 @@ _NORMS = {
         ),
     ),
 }
-# model_type -> the linear whose output features grow, and the one that reads them
+# model_type -> linear whose output features are scaled up, linear that reads them
 _MLPS = {
     "llama": ("mlp.up_proj", "mlp.down_proj"),
     "mistral": ("mlp.up_proj", "mlp.down_proj"),
@@ -68,21 +68,49 @@ def inject_outlier_features(
         dist_int8.inject_outlier_features(model, seed=0)
         model.save_pretrained("hard")  # a small model that is as hard in int8 as a large one
 
-    `mlp`: also as many features inside each MLP, in the families that allow it (Llama, Mistral,
-    Qwen2; OPT with ReLU). Returns the features of each norm, and of the linear whose outputs grow,
-    by its qualified name (int64 [num_channels]). The logits stay bit-equal where the linears sum in
-    the order of before (in fp16, where no scaled weight leaves the normal numbers).
+    The logits stay bit-equal if the linears keep their order of summation (in fp16, if no scaled
+    weight leaves the range of normal numbers).
 
-    Raises ValueError for a family without a description here, for `mlp` where the activation does
-    not allow it (GELU), and for models whose residual stream comes out of the norms (there the
-    norm's output has another reader: OPT-350m, BLOOM with
-    `apply_residual_connection_post_layernorm`).
+    Args:
+        model: transformers' model.
+        seed: seed of the choice of features.
+        num_channels: number of features per norm.
+        mlp: whether to scale as many features inside each MLP, in the families that allow it
+            (Llama, Mistral, Qwen2; OPT with ReLU).
+
+    Returns:
+        Scaled features, int64 [num_channels], by the qualified name of each norm and of each linear
+        whose outputs are scaled up.
+
+    Raises:
+        ValueError: the family is not described here, its activation does not allow `mlp` (GELU), or
+            the norms' output has another reader because the residual stream starts there (OPT-350m,
+            BLOOM with `apply_residual_connection_post_layernorm`).
     """
     config: Any = model.config
+    _check(config, mlp)
+    blocks_name, norms = _NORMS[config.model_type]
+    pairs: tuple[tuple[str, tuple[str, ...]], ...] = norms
+    if mlp:
+        up_name, down_name = _MLPS[config.model_type]
+        pairs = (*norms, (up_name, (down_name,)))
+    generator = torch.Generator().manual_seed(seed)
+    scaled: dict[str, Tensor] = {}
+    for index, block in enumerate(model.get_submodule(blocks_name).children()):
+        for name, reader_names in pairs:
+            writer: Any = block.get_submodule(name)
+            channels = torch.randperm(len(writer.weight), generator=generator)[:num_channels]
+            _scale(writer, [block.get_submodule(reader) for reader in reader_names], channels)
+            scaled[f"{blocks_name}.{index}.{name}"] = channels
+    return scaled
+
+
+def _check(config: Any, mlp: bool) -> None:
+    """Raises ValueError for a model whose features cannot be scaled."""
     if config.model_type not in _NORMS:
         raise ValueError(
-            f"inject_outlier_features: model must be one of {', '.join(_NORMS)}, "
-            f"got {config.model_type}; describe its norms in dist_int8/models/outlier_features.py"
+            f"inject_outlier_features: model must be one of {', '.join(_NORMS)}, got "
+            f"{config.model_type}; describe its norms in dist_int8/evaluation/outlier_features.py"
         )
     if not getattr(config, "do_layer_norm_before", True) or getattr(
         config, "apply_residual_connection_post_layernorm", False
@@ -91,33 +119,18 @@ def inject_outlier_features(
             f"inject_outlier_features: model must have its norms in front of its linears only, "
             f"got a {config.model_type} with norms in the residual stream; take another model"
         )
-    inside = _MLPS.get(config.model_type) if mlp else None
-    if mlp and (inside is None or getattr(config, "activation_function", "relu") != "relu"):
+    has_relu = getattr(config, "activation_function", "relu") == "relu"
+    if mlp and not (config.model_type in _MLPS and has_relu):
         raise ValueError(
             f"inject_outlier_features: mlp must be False for {config.model_type}, whose activation "
-            "lets no factor through, got True; leave it out"
+            "does not pass a factor on, got True; leave it out"
         )
-    blocks_name, norms = _NORMS[config.model_type]
-    generator = torch.Generator().manual_seed(seed)
-    scaled: dict[str, Tensor] = {}
-    for index, block in enumerate(model.get_submodule(blocks_name).children()):
-        for norm_name, linear_names in norms:
-            norm: Any = block.get_submodule(norm_name)
-            channels = torch.randperm(norm.weight.numel(), generator=generator)[:num_channels]
-            norm.weight[channels] *= FACTOR
-            if getattr(norm, "bias", None) is not None:
-                norm.bias[channels] *= FACTOR
-            for linear_name in linear_names:
-                linear: Any = block.get_submodule(linear_name)
-                linear.weight[:, channels] /= FACTOR
-            scaled[f"{blocks_name}.{index}.{norm_name}"] = channels
-        if inside is not None:
-            first: Any = block.get_submodule(inside[0])
-            second: Any = block.get_submodule(inside[1])
-            channels = torch.randperm(first.out_features, generator=generator)[:num_channels]
-            first.weight[channels] *= FACTOR
-            if first.bias is not None:
-                first.bias[channels] *= FACTOR
-            second.weight[:, channels] /= FACTOR
-            scaled[f"{blocks_name}.{index}.{inside[0]}"] = channels
-    return scaled
+
+
+def _scale(writer: Any, readers: list[Any], channels: Tensor) -> None:
+    """Scales output features of a norm or linear up, and the weights that read them down."""
+    writer.weight[channels] *= FACTOR
+    if getattr(writer, "bias", None) is not None:
+        writer.bias[channels] *= FACTOR
+    for reader in readers:
+        reader.weight[:, channels] /= FACTOR

@@ -1,4 +1,4 @@
-"""Strided perplexity, agreement of the next token and KL divergence, window by window.
+"""Strided perplexity, agreement on the next token and KL divergence, window by window.
 
     tokens   0 1 2 3 4 5 6 7 8 9
     window 0 x x x x                  predicts 1 2 3 4
@@ -6,9 +6,8 @@
     window 2         x x x x          predicts 7 8
     window 3             x x x        predicts 9
 
-Every token but the first is predicted once, from as many tokens before it as the window holds and
-at least window - stride + 1, where there are that many. Only the logits of one batch of windows are
-in memory.
+Every token but the first is predicted once, from at least window - stride + 1 tokens before it
+wherever there are that many. Only the logits of one batch of windows are in memory.
 """
 
 import math
@@ -18,13 +17,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# Rows of logits worked on at a time: few enough for the processor's cache.
+# Rows of logits processed at a time: few enough for the processor's cache.
 _ROWS = 8
 
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens begin .. end - 1 go in; the tokens first .. end are predicted (end is the last)."""
+    """A window: tokens begin .. end - 1 are the input, tokens first .. end are predicted.
+
+    Attributes:
+        begin: position of the first input token.
+        end: position of the last predicted token, one after the last input token.
+        first: position of the first predicted token.
+    """
 
     begin: int
     end: int
@@ -36,22 +41,23 @@ class Window:
 
 
 def windows(num_tokens: int, window: int, stride: int) -> list[Window]:
-    """The windows of a text.
+    """Divides a text into windows.
 
     Args:
-        num_tokens: of the text, at least 2.
-        window: tokens that a model sees at once.
-        stride: tokens from one window to the next; the smaller, the more each one has before it.
+        num_tokens: number of tokens of the text, at least 2.
+        window: number of tokens that a model sees at once.
+        stride: number of tokens from one window to the next; a smaller stride gives each predicted
+            token more context.
 
     Raises:
-        ValueError: a stride that is not in 1 .. window, or a text shorter than a window.
+        ValueError: the stride is not in 1 .. window, or the text is not longer than a window.
     """
     if window < 1:
         raise ValueError(f"eval: window must be at least 1 token, got {window}; write 1024")
     if not 1 <= stride <= window:
         raise ValueError(
             f"eval: stride must be 1 to the window of {window} tokens, got {stride}; a larger one "
-            "would leave tokens out"
+            "would skip tokens"
         )
     if num_tokens <= window:
         raise ValueError(
@@ -67,14 +73,15 @@ def windows(num_tokens: int, window: int, stride: int) -> list[Window]:
 
 @dataclass
 class Scores:
-    """What was measured of one method, an entry a window.
+    """Scores of one method, in lists with one entry per window.
 
     Attributes:
-        num_targets: tokens predicted.
-        loss: sum of their cross entropies, nats.
-        divergence: sum of KL(reference || method) over them, nats; without a reference empty.
-        agreeing: at how many of them the likeliest token is that of the reference; likewise.
-        seconds: spent in the model, all windows together.
+        num_targets: number of predicted tokens.
+        loss: sum of their cross entropies, in nats.
+        divergence: sum of KL(reference || method) over them, in nats; empty without a reference.
+        agreeing: number of them whose most likely token is that of the reference; empty without a
+            reference.
+        seconds: seconds spent in the model, over all windows.
     """
 
     num_targets: list[int] = field(default_factory=list)
@@ -98,9 +105,9 @@ class Scores:
         return None if error is None else self.perplexity * error
 
     def change_percent(self, base: "Scores") -> tuple[float, float | None]:
-        """Change of perplexity against `base`, and its standard error over the windows.
+        """Computes the change of perplexity against `base` and its standard error, in percent.
 
-        The same windows were measured with both, so that most of their spread falls out.
+        The same windows were measured with both, so most of their spread cancels.
         """
         moved = [loss - of_base for loss, of_base in zip(self.loss, base.loss, strict=True)]
         ratio = _exp(sum(moved) / sum(self.num_targets))
@@ -109,7 +116,7 @@ class Scores:
 
     @property
     def mean_divergence(self) -> tuple[float, float | None]:
-        """KL divergence a token, nats, and its standard error over the windows."""
+        """KL divergence in nats per token, and its standard error over the windows."""
         mean = sum(self.divergence) / sum(self.num_targets)
         return mean, standard_error(self.divergence, self.num_targets)
 
@@ -122,8 +129,8 @@ class Scores:
         """Adds one window.
 
         Args:
-            logits: fp32 [targets, vocab].
-            targets: int64 [targets], the tokens that came.
+            logits: logits of the method, fp32 [targets, vocab].
+            targets: token ids of the text, int64 [targets].
             reference: log-probabilities of the reference, fp32 [targets, vocab].
         """
         loss = divergence = 0.0
@@ -135,7 +142,7 @@ class Scores:
             if reference is not None:
                 log_p = reference[rows]
                 agreeing += int((log_p.argmax(1) == log_q.argmax(1)).sum())
-                # a token of probability 0 counts nothing, and 0 * inf would be NaN
+                # a token of probability 0 contributes nothing, and 0 * inf would be NaN
                 terms = torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q))
                 divergence += terms.sum(1).double().sum().item()
         self.num_targets.append(len(targets))
@@ -147,7 +154,7 @@ class Scores:
 
 @torch.inference_mode()
 def log_probabilities_(logits: Tensor) -> Tensor:
-    """log_softmax of logits [..., vocab] in their own memory."""
+    """Computes log_softmax of logits [..., vocab] in place."""
     rows = logits.view(-1, logits.shape[-1])
     for start in range(0, len(rows), _ROWS):
         rows[start : start + _ROWS] = torch.log_softmax(rows[start : start + _ROWS], dim=1)
@@ -155,10 +162,10 @@ def log_probabilities_(logits: Tensor) -> Tensor:
 
 
 def standard_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
-    """Standard error of sum(sums) / sum(counts), whose windows may have different counts.
+    """Computes the standard error of sum(sums) / sum(counts); None for a single window.
 
-    That of a ratio estimator (Cochran 1977, section 6.4); for equal counts the usual
-    stdev / sqrt(n). None for a single window.
+    Windows may have different counts, so this is the standard error of a ratio estimator (Cochran
+    1977, section 6.4); for equal counts it is the usual stdev / sqrt(n).
     """
     if len(sums) < 2:
         return None

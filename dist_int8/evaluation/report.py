@@ -1,4 +1,4 @@
-"""An evaluation as a table and as JSON."""
+"""Formats an evaluation as a table and as JSON."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _HEADS = (
 
 
 def as_dict(found: Evaluation) -> dict[str, Any]:
-    """All figures; what is not finite, or was not measured, is null."""
+    """Returns all figures; those that are not finite or were not measured are None."""
     asked = found.asked
     num_targets = next(iter(found.scores.values())).num_targets
     values: dict[str, Any] = {
@@ -56,7 +56,7 @@ def _method(found: Evaluation, name: str) -> dict[str, Any]:
             "change_percent_error": change_error,
             "divergence": divergence,
             "divergence_error": divergence_error,
-            # the argmax of NaN agrees with that of NaN
+            # an argmax over NaN would agree with another one
             "agreement_percent": scores.agreement_percent if math.isfinite(divergence) else None,
         }
     if found.layers is not None and name in found.layers.errors:
@@ -72,7 +72,7 @@ def _method(found: Evaluation, name: str) -> dict[str, Any]:
 
 
 def table(values: dict[str, Any]) -> str:
-    """The figures of `as_dict` a line a method, in columns."""
+    """Formats the figures of `as_dict` in columns, one line per method."""
     rows = [_HEADS, *(_row(method) for method in values["methods"].values())]
     used = [i for i in range(len(_HEADS)) if any(row[i] for row in rows[1:])]
     rows = [tuple(row[i] for i in used) for row in rows]
@@ -87,7 +87,7 @@ def table(values: dict[str, Any]) -> str:
 
 
 def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One `as_dict` of several, of the same text and model with other methods."""
+    """Merges several `as_dict` of the same text and model with different methods."""
     values = dict(parts[0])
     for key in ("methods", "layer_errors"):
         if key in values:
@@ -96,10 +96,10 @@ def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summary(values: dict[str, Any]) -> str:
-    """What the figures are of, and how to read the columns, in a few lines."""
+    """Says in a few lines what was measured and how to read the columns."""
     lines = [
         f"{values['num_targets']} tokens of {values['text']}, each predicted once; window "
-        f"{values['window']}, stride {values['stride']}; +- is a standard error over the windows"
+        f"{values['window']}, stride {values['stride']}; +- is the standard error over the windows"
     ]
     if values["reference"] != "none":
         lines.append(f"change, KL and agreement: against the {values['reference']} model")
@@ -111,7 +111,7 @@ def summary(values: dict[str, Any]) -> str:
         )
         first = largest["largest"][0]
         lines.append(
-            f"outlier features (6.0 and more in 6% of the tokens): {sum(counts)} in "
+            f"outlier features (at least 6.0 in at least 6% of the tokens): {sum(counts)} in "
             f"{sum(count > 0 for count in counts)} of {len(counts)} inputs; the largest magnitude "
             f"is {first['times_rms']:.0f} times the RMS, feature {first['feature']} of "
             f"{largest['linears'][0]}"
@@ -122,7 +122,7 @@ def summary(values: dict[str, Any]) -> str:
 
 
 def markdown(columns: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    """Change of perplexity by method, a column an evaluation (of `as_dict`) under its heading."""
+    """Formats the change of perplexity by method, one column per evaluation (of `as_dict`)."""
     names = list(dict.fromkeys(name for _, values in columns for name in values["methods"]))
     lines = [
         f"| method | {' | '.join(heading for heading, _ in columns)} |",
@@ -172,7 +172,7 @@ def _plus_minus(value: float | None, error: float | None, digits: int, sign: boo
 
 
 def _speed(found: Evaluation, scores: Scores) -> float:
-    """Tokens that went in, those of overlaps again, by second."""
+    """Computes input tokens per second, counting tokens of overlapping windows repeatedly."""
     asked = found.asked
     num_inputs = sum(scores.num_targets) + (asked.window - asked.stride) * (
         len(scores.num_targets) - 1

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, run on our model: scores with their standard errors."""
+"""Runs tasks of lm-evaluation-harness: scores with their standard errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dist_int8.api.model import Model
     from dist_int8.config import Settings
 
-SEED = 1234  # of few-shot examples and of bootstraps, the harness's own
+SEED = 1234  # of few-shot examples and of bootstraps; the harness's default
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,12 @@ class TaskScore:
     """One metric of one task.
 
     Attributes:
+        task: name of the task.
+        metric: name of the metric.
+        value: score.
         error: standard error over the documents; None where the harness has none.
-        num_documents: that were scored.
+        higher_is_better: whether a higher score is better.
+        num_documents: number of documents scored.
     """
 
     task: str
@@ -50,16 +54,17 @@ def run_tasks(
     """Scores a model on tasks of the harness.
 
     Args:
-        model: a handle, or a folder or hub id to load with the default settings.
-        tasks: names of the folder's tasks or, without one, of those that come with the harness,
+        model: handle, or the folder or hub id of a model to load with the default settings.
+        tasks: names of tasks in the folder or, without one, of tasks that come with the harness,
             which fetches their data from the hub.
-        task_folder: of task files (YAML); their data files are named relative to it.
-        limit: documents of each task at most.
-        num_fewshot: examples before each question, where the task leaves it open.
-        bootstrap_iterations: for standard errors of metrics that are no means; 0: none.
+        task_folder: folder of task files (YAML); their data files are named relative to it.
+        limit: maximum number of documents per task; None: all.
+        num_fewshot: number of examples before each question, where the task leaves it open.
+        bootstrap_iterations: number of iterations for standard errors of metrics that are not
+            means; 0: no such errors.
 
     Raises:
-        ValueError: lm-eval is not installed, an unknown task, or a bad setting.
+        ValueError: lm-eval is not installed, a task is unknown, or a setting is bad.
         RankError: a rank ended.
     """
     return scores_of(
@@ -84,7 +89,7 @@ def evaluate(
     bootstrap_iterations: int = 1000,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """The harness's own results, its samples included; `model` may also be a model of its own."""
+    """Returns the harness's results with samples; `model` may also be one of the harness."""
     _require_harness()
     if limit is not None and limit < 1:
         raise ValueError(f"eval: limit must be at least 1 document, got {limit}; leave it out")
@@ -108,7 +113,7 @@ def evaluate(
 
                 model = stack.enter_context(load(model))
             model = PipelineLM(model, progress=progress)
-        if not progress:  # the harness prints what it is at
+        if not progress:  # the harness prints its progress
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         return lm_eval.evaluate(
@@ -117,7 +122,7 @@ def evaluate(
 
 
 def scores_of(results: dict[str, Any]) -> list[TaskScore]:
-    """The scores in results of the harness, its groups included."""
+    """Collects the scores in results of the harness, including its groups."""
     scores = []
     for task, metrics in results["results"].items():
         for name, value in metrics.items():
@@ -148,28 +153,28 @@ def compare_tasks(
     num_fewshot: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Scores with the settings, beside those of the same weights in floating point.
+    """Scores a model with the settings and, for comparison, its weights in floating point.
 
-    One after the other is in memory, both run through the pipeline.
+    Both run through the pipeline, one after the other, so only one is in memory at a time.
 
     Args:
-        settings: of the model to score; `model` is set.
-        reference: fp32 or bf16, or none for no comparison.
+        settings: settings of the model to score; `model` is set.
+        reference: "fp32" or "bf16", or "none" for no comparison.
         tasks, task_folder, limit, num_fewshot: as for `run_tasks`.
-        progress: show progress bars.
+        progress: whether to show progress bars.
 
     Returns:
-        model, reference, and `scores`, an entry a metric: task, metric, higher_is_better,
+        model, reference, and `scores` with one entry per metric: task, metric, higher_is_better,
         num_documents, ours, error (standard error over the documents, of the reference if there is
-        one), reference, and changed: how many documents an accuracy judges otherwise.
+        one), reference, and changed (for an accuracy, how many documents are judged differently).
 
     Raises:
         ValueError, RankError: as `run_tasks`.
     """
-    options: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot}
-    options |= {"task_folder": task_folder, "progress": progress}
+    options = {"limit": limit, "num_fewshot": num_fewshot, "task_folder": task_folder}
+    options["progress"] = progress
     _require_harness()
-    _load(tasks, task_folder)  # what is wrong with them, before a model is loaded
+    _load(tasks, task_folder)  # reports bad tasks before a model is loaded
     base = None
     if reference != "none":
         dtype = {"fp32": "float32", "bf16": "bfloat16"}[reference]
@@ -177,6 +182,12 @@ def compare_tasks(
         plain |= dict.fromkeys(("head", "embedding", "kv"), "16bit")
         base = _evaluate_with(settings, plain, tasks, options)
     ours = _evaluate_with(settings, {}, tasks, options)
+    rows = _compare_scores(base, ours)
+    return {"model": settings.model, "reference": reference, "scores": rows}
+
+
+def _compare_scores(base: dict[str, Any] | None, ours: dict[str, Any]) -> list[dict[str, Any]]:
+    """Pairs our scores with those of the reference, if there is one."""
     by_name = {} if base is None else {(s.task, s.metric): s for s in scores_of(base)}
     rows = []
     for score in scores_of(ours):
@@ -187,11 +198,11 @@ def compare_tasks(
             row |= {"reference": other.value, "error": other.error}
             row["changed"] = _num_changed(base, ours, score)
         rows.append(row)
-    return {"model": settings.model, "reference": reference, "scores": rows}
+    return rows
 
 
 def table(values: dict[str, Any]) -> str:
-    """What `compare_tasks` returned as text, a line a metric."""
+    """Formats what `compare_tasks` returned as text, one line per metric."""
     reference = values["reference"]
     rows: list[tuple[str, ...]] = [
         ("task", "metric", "documents", reference, "ours", "+-", "apart", "changed")
@@ -235,7 +246,7 @@ def _evaluate_with(
 
 
 def _num_changed(base: dict[str, Any], ours: dict[str, Any], score: TaskScore) -> int | None:
-    """Documents whose 0 or 1 is another; None for a metric that is not one or the other."""
+    """Counts documents whose score of 0 or 1 differs; None for a metric with other scores."""
     metric, _, filter_name = score.metric.partition(",")
     values = []
     for results in (base, ours):
@@ -247,7 +258,9 @@ def _num_changed(base: dict[str, Any], ours: dict[str, Any], score: TaskScore) -
         values.append([sample.get(metric) for sample in samples])
     if not values[0] or not all(value in (0, 1) for value in values[0] + values[1]):
         return None
-    return sum(bool(one != other) for one, other in zip(*values, strict=True))  # not NumPy's
+    return sum(
+        bool(one != other) for one, other in zip(*values, strict=True)
+    )  # bool() of NumPy's bool_
 
 
 def _require_harness() -> None:
@@ -259,13 +272,13 @@ def _require_harness() -> None:
 
 
 def _unreadable(folder: Path) -> list[str]:
-    """Task files that are no YAML, which the harness passes over."""
+    """Lists task files that are not valid YAML, which the harness skips silently."""
     found = {path.name: syntax_error(path) for path in sorted(folder.glob("*.y*ml"))}
     return [f"{name} cannot be read: {error}" for name, error in found.items() if error]
 
 
 def _load(names: list[str], task_folder: str | Path | None) -> dict[str, Any]:
-    """The tasks, with their data."""
+    """Loads the tasks with their data."""
     from lm_eval.tasks import TaskManager
 
     folder = None if task_folder is None else Path(task_folder).resolve()
@@ -275,7 +288,7 @@ def _load(names: list[str], task_folder: str | Path | None) -> dict[str, Any]:
             "check the path"
         )
     if not names:
-        raise ValueError("eval: tasks must name one at least, got none; write --tasks NAME")
+        raise ValueError("eval: tasks must name at least one task, got none; write --tasks NAME")
     manager = TaskManager(include_path=folder, include_defaults=folder is None)
     if unknown := [name for name in names if name not in manager.all_tasks]:
         if folder is None:

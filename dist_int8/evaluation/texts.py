@@ -1,4 +1,4 @@
-"""Text to measure on, and other text to calibrate on, as token ids of a model."""
+"""Reads the text to measure on, and another to calibrate on, as token ids of a model."""
 
 import ast
 import sysconfig
@@ -10,9 +10,9 @@ from torch import Tensor
 
 TOPICS = "Python's help topics"
 DOCSTRINGS = "docstrings of Python's standard library"
-# More than tokens have on the average, in any text in words.
+# An upper bound on the average, for any text in words.
 _CHARACTERS_PER_TOKEN = 32
-# Long ones in plain English; none of them is among the help topics.
+# Modules with long docstrings in plain English; none of them is among the help topics.
 _DOCUMENTED = (
     "argparse",
     "csv",
@@ -39,14 +39,14 @@ _DOCUMENTED = (
 
 
 def read_text(path: str | Path | None) -> tuple[str, str]:
-    """A text to measure on and what to call it.
+    """Reads a text to measure on and returns it with its name.
 
     Args:
-        path: a UTF-8 file, or a folder, whose files are joined in the order of their names (hidden
-            ones and those that are not UTF-8 are left out); None: Python's help topics.
+        path: UTF-8 file, or folder whose files are joined in the order of their names (hidden files
+            and those that are not UTF-8 are skipped); None: Python's help topics.
 
     Raises:
-        ValueError: nothing there, or no text in it.
+        ValueError: the path cannot be read, or there is no text in it.
     """
     if path is None:
         import pydoc_data.topics
@@ -81,13 +81,13 @@ def read_text(path: str | Path | None) -> tuple[str, str]:
 
 
 def calibration_text(path: str | Path | None) -> tuple[str, str]:
-    """A text for methods that look at activations first; None: docstrings, no help topic."""
+    """Reads a text for the methods that need activations; None: docstrings of Python's library."""
     return read_text(path) if path is not None else (_docstrings(), DOCSTRINGS)
 
 
 def tokens_of(tokenizer: Any, text: str, most: int | None = None, skip: int = 0) -> Tensor:
-    """Token ids of a text, int64 [tokens], without the first `skip` and at most `most`."""
-    if most is not None:  # no need to read a library for its first page
+    """Encodes a text as int64 [tokens]: at most `most` token ids, after the first `skip`."""
+    if most is not None:  # do not encode a long text for its first few tokens
         text = text[: (skip + most) * _CHARACTERS_PER_TOKEN]
     ids = tokenizer(text, verbose=False).input_ids[skip:]
     return torch.tensor(ids if most is None else ids[:most], dtype=torch.int64)
@@ -101,7 +101,7 @@ def _utf8(file: Path) -> str | None:
 
 
 def _docstrings() -> str:
-    """Docstrings read from the source files: nothing is imported."""
+    """Reads docstrings from the source files without importing them."""
     folder = Path(sysconfig.get_path("stdlib"))
     found: list[str] = []
     for name in _DOCUMENTED:

@@ -1,4 +1,4 @@
-"""Assigns blocks to stages by bytes and time. Pure Python: no torch, no device, no weights."""
+"""Assigns blocks to stages by bytes and time. Pure Python: no torch, no devices, no weights."""
 
 from dist_int8.partition.activations import Workload
 from dist_int8.partition.memory import Formats

@@ -1,25 +1,25 @@
-"""Peak bytes of a stage beside its parameters and its KV cache. Pure."""
+"""Peak bytes that a stage allocates on top of its parameters and KV cache. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dist_int8.partition.memory import FLOAT32_BYTES, INT32_BYTES, Block, Formats, ModelSizes
+from dist_int8.partition.memory import FLOAT32_BYTES, INT32_BYTES, BlockSizes, Formats, ModelSizes
 
 INT64_BYTES = 8
-MAX_SUMS_BYTES = 64 << 20  # int32 sums of a GEMM on a GPU at once (csrc/cuda_ops/matmul.cpp)
+MAX_SUMS_BYTES = 64 << 20  # limit of a GEMM's int32 sums held on a GPU (csrc's CUDA matmul)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked of the model at once.
+    """How much the model has to serve at the same time.
 
     Attributes:
-        num_sequences: slots of the KV cache.
-        max_tokens: tokens of a slot, prompt and answer.
-        prefill_chunk: prompt tokens of one micro-batch at most.
-        num_micro_batches: micro-batches that share the sequences; None: one a stage.
+        num_sequences: number of slots in the KV cache.
+        max_tokens: maximum number of tokens in a slot, prompt and answer together.
+        prefill_chunk: maximum number of prompt tokens in a micro-batch.
+        num_micro_batches: number of micro-batches that share the sequences; None: one per stage.
     """
 
     num_sequences: int
@@ -29,28 +29,28 @@ class Workload:
 
     @property
     def num_tokens(self) -> int:
-        """Positions of the KV cache."""
+        """Number of positions in the KV cache."""
         return self.num_sequences * self.max_tokens
 
     @property
     def max_rows(self) -> int:
-        """Tokens of one micro-batch at most: a chunk of prompts beside sequences that decode."""
+        """Maximum number of tokens in a micro-batch: a prompt chunk and all decoding sequences."""
         return min(self.prefill_chunk + self.num_sequences, self.num_tokens)
 
 
 def activation_bytes(
     model: ModelSizes, formats: Formats, workload: Workload, *, first: bool, last: bool
 ) -> int:
-    """Peak bytes of what a stage allocates beside parameters and KV cache.
+    """Computes the peak bytes that a stage allocates on top of parameters and KV cache.
 
-    The largest of the phases of a micro-batch of `max_rows` tokens, each with what is alive in it;
-    receive buffers of the transport and position tables on top. A test counts the live tensors of
-    real steps.
+    This is the largest phase of a micro-batch of `max_rows` tokens, counting every tensor alive in
+    it, plus the transport's receive buffers and the position tables. A test compares it with the
+    live tensors of real steps.
     """
     rows, size = workload.max_rows, formats.float_size
     phases = []
     for block in set(model.blocks):
-        stream = 3 * rows * block.hidden_size * size  # x, the residual, what a norm makes of them
+        stream = 3 * rows * block.hidden_size * size  # x, the residual and a norm's output
         rotates = model.rotary is not None
         phases += [stream + phase for phase in _attention_phases(block, formats, workload, rotates)]
         phases.append(stream + _mlp_bytes(block, formats, workload))
@@ -58,7 +58,7 @@ def activation_bytes(
     if last:
         emitting = min(rows, workload.num_sequences)
         stream = (rows + 2 * emitting) * model.hidden_size * size
-        # in the head's dtype, in fp32, and once more while sampling
+        # logits in the head's dtype, in fp32, and an fp32 copy for sampling
         phases.append(stream + emitting * model.vocab_size * (size + 2 * FLOAT32_BYTES))
     buffers = 0 if first and last else 2 * rows * model.hidden_size * size
     indices = 4 * INT64_BYTES * (rows + workload.max_tokens)  # positions, token ids, rows to keep
@@ -66,43 +66,43 @@ def activation_bytes(
 
 
 def _attention_phases(
-    block: Block, formats: Formats, workload: Workload, rotates: bool
+    block: BlockSizes, formats: Formats, workload: Workload, rotates: bool
 ) -> Iterator[int]:
-    """Bytes alive in attention: scores, softmax, weighted values (int8/plain.py).
+    """Yields the bytes alive in attention: scores, softmax, weighted values (int8/plain.py).
 
-    Sequences are attended one by one, all in fp32: the largest is a chunk of a prompt whose
-    sequence is full.
+    Attention runs in fp32, one sequence at a time. The worst case is the last prompt chunk of a
+    sequence that fills its slot.
     """
     rows, context, size = workload.max_rows, workload.max_tokens, formats.float_size
     chunk = min(workload.prefill_chunk, context)
     heads = block.num_heads * block.head_dim
     kv_heads = block.num_kv_heads * block.head_dim
-    # qkv and its fp32 copy, rotated queries and keys, the result
+    # qkv and its fp32 copy, rotated queries and keys, the output
     copies = rows * (block.qkv_size * (size + FLOAT32_BYTES) + heads * FLOAT32_BYTES)
     copies += rotates * rows * (heads + kv_heads) * FLOAT32_BYTES
     scores = block.num_heads * chunk * context * FLOAT32_BYTES
-    # keys or values of the slot; where query heads share them, repeated for the product
+    # keys or values of the slot; grouped-query attention repeats them for the product
     repeated = heads if block.num_heads > block.num_kv_heads else 0
     slot = (kv_heads + repeated) * context * FLOAT32_BYTES
-    if formats.kv_int8:  # int8/plain.py: qkv of a chunk anew, int8 heads, and the slot widened
+    if formats.kv_int8:  # int8/plain.py: a chunk's qkv again, int8 heads, the dequantized slot
         copies += chunk * (block.qkv_size * (size + FLOAT32_BYTES) + heads * size)
         copies += 3 * kv_heads * context * size
-    copies += chunk * context * (INT64_BYTES + 1)  # ages of the positions, and what they hide
+    copies += chunk * context * (INT64_BYTES + 1)  # distances between positions, and the mask
     yield copies + slot + chunk * heads * FLOAT32_BYTES + scores
-    yield copies + 3 * scores  # as they are, masked, and their softmax
+    yield copies + 3 * scores  # raw, masked, and after softmax
     yield copies + slot + chunk * heads * FLOAT32_BYTES + 2 * scores
 
 
-def _mlp_bytes(block: Block, formats: Formats, workload: Workload) -> int:
-    """Bytes alive in an MLP: the widened rows, its activation's temporaries, two int8 planes."""
+def _mlp_bytes(block: BlockSizes, formats: Formats, workload: Workload) -> int:
+    """Computes the bytes alive in an MLP: its rows, the activation's temporaries, int8 planes."""
     rows, inner = workload.max_rows, block.intermediate_size
-    copies = 3 if block.gated else 5  # gate, up and their product; or x, its cube, tanh, ...
+    copies = 3 if block.gated else 5  # gate, up and their product; GELU: x, its cube, tanh, ...
     planes = 2 * inner if formats.int8 else 0
     return rows * (copies * inner * formats.float_size + planes)
 
 
-def _product_bytes(block: Block, formats: Formats, workload: Workload) -> int:
-    """Bytes alive in the widest int8 product: two planes of x, the result and, on a GPU, sums."""
+def _product_bytes(block: BlockSizes, formats: Formats, workload: Workload) -> int:
+    """Computes the bytes alive in the widest int8 product: two planes of x, output, int32 sums."""
     if not formats.int8:
         return 0
     rows = workload.max_rows
@@ -112,7 +112,7 @@ def _product_bytes(block: Block, formats: Formats, workload: Workload) -> int:
 
 
 def _table_bytes(model: ModelSizes, workload: Workload) -> int:
-    """cos and sin in fp32, a row a position."""
+    """Computes the bytes of the rotary cos and sin tables, one fp32 row per position."""
     if model.rotary is None:
         return 0
     return 2 * workload.max_tokens * len(model.rotary.inv_freq) * FLOAT32_BYTES

@@ -1,16 +1,16 @@
 """Time of a stage, from bytes, operations and a device profile. Pure.
 
-Times are integers in picoseconds: their sums do not depend on the order, so that equal plans are
-equal and the same question always has the same answer.
+Times are integers in picoseconds: sums do not depend on the order of addition, so planning is
+deterministic and equal plans compare equal.
 
-A linear of M rows reads its weights once (bytes / bandwidth) and computes 2 * M * N * K operations
-(operations / rate). A GPU does both at once and takes the longer of the two; a CPU takes their sum.
+A linear layer over M rows reads its weights once (bytes / bandwidth) and computes 2 * M * N * K
+operations (operations / rate). A GPU overlaps the two and takes the longer; a CPU takes their sum.
 """
 
 from __future__ import annotations
 
 from dist_int8.partition.memory import (
-    Block,
+    BlockSizes,
     Formats,
     ModelSizes,
     block_linears,
@@ -25,7 +25,7 @@ PS_PER_MS = 10**9
 
 
 def block_ps(
-    block: Block,
+    block: BlockSizes,
     formats: Formats,
     profile: DeviceProfile,
     *,
@@ -34,12 +34,12 @@ def block_ps(
     context: int,
     index: int = 0,
 ) -> int:
-    """Picoseconds of decoder block `index` for one micro-batch.
+    """Computes the picoseconds that decoder block `index` takes for one micro-batch.
 
     Args:
-        num_rows: tokens of the micro-batch: num_sequences when they decode, more in prefill.
-        num_sequences: sequences that the rows belong to; each reads its own keys and values.
-        context: positions that every sequence attends to.
+        num_rows: number of tokens in the micro-batch: num_sequences in decode, more in prefill.
+        num_sequences: number of sequences the rows belong to; each reads its own keys and values.
+        context: number of positions that every sequence attends to.
     """
     total = round(profile.block_overhead_s * PS_PER_S)
     for linear in block_linears(block):
@@ -52,13 +52,13 @@ def block_ps(
         * context
         * kv_bytes_per_token(block, formats.float_size, int8=formats.kv_int8)
     )
-    # scores and weighted values: 2 operations each for every row, head, dimension and position
+    # scores and weighted values: 2 operations each per row, head, dimension and position
     operations = 4 * num_rows * context * block.num_heads * block.head_dim
     return total + _ps(kv_bytes, profile.float_bandwidth, operations, profile.float_ops, profile)
 
 
 def head_ps(model: ModelSizes, formats: Formats, profile: DeviceProfile, *, num_rows: int) -> int:
-    """Picoseconds of the head for `num_rows` rows, those whose next token is wanted."""
+    """Computes the picoseconds of the head for `num_rows` rows, one per token to sample."""
     num_weights = model.vocab_size * model.embedding_size
     num_bytes = head_table_bytes(model, formats)
     return _linear_ps(num_weights, num_bytes, num_rows, formats.head_int8, profile)
@@ -67,7 +67,7 @@ def head_ps(model: ModelSizes, formats: Formats, profile: DeviceProfile, *, num_
 def hop_ps(
     model: ModelSizes, formats: Formats, profile: DeviceProfile, *, num_rows: int, same_host: bool
 ) -> int:
-    """Picoseconds in which a stage passes hidden states [num_rows, hidden] to the next."""
+    """Computes the picoseconds to pass hidden states [num_rows, hidden] to the next stage."""
     num_bytes = num_rows * model.hidden_size * formats.float_size
     if same_host:
         seconds = profile.link_latency_s + num_bytes / profile.link_bandwidth

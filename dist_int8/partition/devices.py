@@ -8,10 +8,12 @@ from dist_int8.partition.gpus import Gpus, probe
 
 
 def choose_devices(settings: Settings, gpus: Gpus | None = None) -> list[str]:
-    """The device of each stage: "cpu" or "cuda:N", one a stage, in order.
+    """Chooses the device of each stage, in order: "cpu" or "cuda:N".
 
-    Without `devices` and `gpus` in the settings: one stage a GPU if there are GPUs, else the CPU.
-    Raises ValueError, naming how many GPUs are seen, when more are asked for.
+    Without `devices` and `gpus` in the settings, each GPU gets a stage; without GPUs the CPU does.
+
+    Raises:
+        ValueError: the settings need more GPUs than are visible; the message says how many are.
     """
     if settings.devices is not None and all(device == "cpu" for device in settings.devices):
         return list(settings.devices)
@@ -36,22 +38,22 @@ def choose_devices(settings: Settings, gpus: Gpus | None = None) -> list[str]:
 def connects_over_nccl(
     settings: Settings, devices: Sequence[str], hosts: Sequence[str] | None
 ) -> bool:
-    """Whether hidden states travel over NCCL between stages in processes of their own.
+    """Returns whether hidden states travel over NCCL between stages in separate processes.
 
     Args:
-        settings: `backend` and `in_process` decide.
-        devices: "cpu" or "cuda:N" of every stage.
-        hosts: machine of every stage, or whoever else has GPUs of its own; None: one has all.
+        settings: settings, of which `backend` and `in_process` decide.
+        devices: device of every stage, "cpu" or "cuda:N".
+        hosts: host of every stage, or any other name for a set of GPUs; None: one host has all.
 
     Raises:
-        ValueError: NCCL is asked for with a stage on the CPU, or meets the same GPU twice, which
-            it would fail at while connecting.
+        ValueError: NCCL is requested with a stage on the CPU, or would meet the same GPU twice,
+            which makes it fail while connecting.
     """
     on_gpus = "cpu" not in devices
     if settings.backend == "nccl" and not on_gpus:
         raise ValueError(
-            "load():backend: backend must be gloo where a stage is on the CPU, got nccl; leave it "
-            "out"
+            "load():backend: backend must be gloo where a stage is on the CPU, got nccl; "
+            "leave it out"
         )
     if settings.in_process or len(devices) == 1 or settings.backend == "gloo" or not on_gpus:
         return False

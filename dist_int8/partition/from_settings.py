@@ -1,4 +1,4 @@
-"""From settings to a plan: what `load()` and `dist-int8 plan` ask the planner, in one way."""
+"""From settings to a plan: the one way in which `load()` and `dist-int8 plan` use the planner."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,23 +20,25 @@ from dist_int8.partition.gpus import probe
 from dist_int8.partition.profiles import DEFAULT_GPU
 from dist_int8.partition.questions import DEFAULT_MAX_TOKENS
 
-# What a CUDA process takes of its budget beside tensors that the plan counts: cuBLAS workspaces,
-# the allocator's rounding, NCCL's buffers. The CUDA context itself lies outside of a nominal size:
-# a GPU sold as 40 GB (40e9 bytes) reports 39.4 GiB (42.3e9).
+# What a CUDA process takes from its budget on top of the tensors that the plan counts: cuBLAS
+# workspaces, the allocator's rounding, NCCL's buffers. The CUDA context does not count against a
+# nominal size: a GPU sold as 40 GB (40e9 bytes) reports 39.4 GiB (42.3e9).
 CUDA_RESERVE = 256 * 1024**2
-# What CUDA takes of a GPU's free memory before the first tensor.
+# What CUDA takes from a GPU's free memory before the first tensor.
 CUDA_CONTEXT_BYTES = 1024**3
 _SIXTEEN_BITS = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What `dist-int8 plan` may ask beside the settings; None: not said.
+    """What `dist-int8 plan` takes on top of the settings.
 
     Attributes:
-        num_sequences, max_tokens: what must fit.
-        like_load: what is not said is what `load()` would reserve; otherwise as much as fits.
-        choose_count: devices may stay unused.
+        num_sequences: number of sequences that must fit; None: not given.
+        max_tokens: number of tokens per sequence that must fit; None: not given.
+        like_load: whether a number that is not given is what `load()` would reserve; otherwise it
+            is as many as fit.
+        choose_count: whether devices may stay unused.
     """
 
     num_sequences: int | None = None
@@ -45,11 +47,11 @@ class PlanOptions:
     choose_count: bool = False
 
 
-def answer(settings: Settings, asked: PlanOptions, config: Any, spec: Any, source: str) -> Plan:
-    """The plan for a model's config alone: no weights, and devices that need not exist.
+def answer(settings: Settings, options: PlanOptions, config: Any, spec: Any, source: str) -> Plan:
+    """Plans from a model's config alone, without weights and for devices that need not exist.
 
     Raises:
-        ValueError: settings or a question that make no sense for this model.
+        ValueError: the settings or options make no sense for this model.
     """
     names = settings.devices
     if names is None:
@@ -65,8 +67,8 @@ def answer(settings: Settings, asked: PlanOptions, config: Any, spec: Any, sourc
             "--memory 80GB or --profile a100-80"
         )
     formats = choose_formats_for(settings, config, names)
-    num_sequences, max_tokens = asked.num_sequences, asked.max_tokens
-    if asked.like_load:
+    num_sequences, max_tokens = options.num_sequences, options.max_tokens
+    if options.like_load:
         limit = spec.max_positions or DEFAULT_MAX_TOKENS
         num_sequences = settings.max_sequences if num_sequences is None else num_sequences
         if max_tokens is None:
@@ -76,14 +78,14 @@ def answer(settings: Settings, asked: PlanOptions, config: Any, spec: Any, sourc
         max_tokens=max_tokens,
         prefill_chunk=settings.prefill_chunk,
         num_micro_batches=settings.micro_batches,
-        options=replace(_read_cut_options(settings), choose_count=asked.choose_count),
+        options=replace(_cut_options(settings), choose_count=options.choose_count),
     )
     devices = describe_devices(settings, names, budgets=budgets, source=source)
     return ask(spec, devices, formats, question)
 
 
-def saved(settings: Settings, asked: PlanOptions, plan: Plan) -> dict[str, Any]:
-    """Settings that make `load()` run this plan, as YAML keys."""
+def export_settings(settings: Settings, plan: Plan) -> dict[str, Any]:
+    """Returns the settings that make `load()` run this plan, as YAML keys."""
     assert plan.workload is not None and plan.fits
     values = settings.model_dump(mode="json", exclude_defaults=True)
     for key in ("gpus", "devices", "stages", "memory", "hosts"):
@@ -101,7 +103,7 @@ def saved(settings: Settings, asked: PlanOptions, plan: Plan) -> dict[str, Any]:
 
 
 def choose_formats(settings: Settings, float_size: int, vocab_size: int) -> Formats:
-    """How parameters are held under these settings; the sizes are bytes an element."""
+    """Returns the formats under these settings; the sizes are bytes per element."""
     formats = Formats(
         settings.int8,
         float_size,
@@ -115,9 +117,9 @@ def choose_formats(settings: Settings, float_size: int, vocab_size: int) -> Form
 
 
 def choose_formats_for(settings: Settings, config: Any, devices: Sequence[str]) -> Formats:
-    """The same from a model's config alone: its dtype is taken for that of its tensors.
+    """Returns the formats from a model's config alone, whose dtype stands for that of its tensors.
 
-    The config of an int8 checkpoint says what that has decided.
+    An int8 checkpoint's own settings, which its config records, override the user's.
     """
     written = getattr(config, "quantization_config", None)
     head_hot_columns = None
@@ -150,13 +152,13 @@ def describe_devices(
     hosts: Sequence[str] | None = None,
     source: str = "load()",
 ) -> list[Device]:
-    """The planner's devices: profile, budget, reserve and host of each name.
+    """Describes the planner's devices: profile, budget, reserve and host of each stage.
 
     Args:
-        names: "cpu" or "cuda:N" of every stage.
-        budgets: bytes of each where the settings say nothing.
-        hosts: machine of each where the settings say nothing.
-        source: what errors begin with.
+        names: device of every stage, "cpu" or "cuda:N".
+        budgets: bytes for every stage, where the settings say nothing.
+        hosts: host of every stage, where the settings say nothing.
+        source: prefix of error messages.
     """
     profiles = _one_each("profile", settings.profile, len(names), source)
     if settings.hosts is not None:
@@ -183,9 +185,9 @@ def describe_devices(
 
 
 def free_budgets(names: Sequence[str]) -> list[int | None]:
-    """Bytes for each stage on a GPU of this machine that is seen; None for the others.
+    """Computes the budget of each stage on a visible GPU of this machine; None for the others.
 
-    Its free memory less a context, or an equal share of it where stages share the GPU.
+    The budget is the GPU's free memory less a CUDA context, divided equally among its stages.
     """
     gpus = probe().gpus if any(name != "cpu" for name in names) else ()
     free = {f"cuda:{gpu.index}": gpu.free_bytes or gpu.total_bytes for gpu in gpus}
@@ -196,7 +198,7 @@ def free_budgets(names: Sequence[str]) -> list[int | None]:
 
 
 def find_profile(name: str, source: str = "load()") -> DeviceProfile:
-    """A profile of the table by its name, or a measured one from its YAML file."""
+    """Returns a built-in profile by its name, or a measured one from its YAML file."""
     if name in PROFILES:
         return PROFILES[name]
     if not name.endswith((".yaml", ".yml")):
@@ -221,13 +223,17 @@ def make_plan(
     num_sequences: int,
     max_tokens: int,
 ) -> Plan:
-    """The plan that `load()` runs; raises ValueError with the cure if it does not fit."""
+    """Makes the plan that `load()` runs.
+
+    Raises:
+        ValueError: the model does not fit; the message says what to change.
+    """
     question = Question(
         num_sequences=num_sequences,
         max_tokens=max_tokens,
         prefill_chunk=settings.prefill_chunk,
         num_micro_batches=settings.micro_batches,
-        options=_read_cut_options(settings),
+        options=_cut_options(settings),
     )
     plan = ask(model, devices, formats, question)
     if not plan.fits:
@@ -235,7 +241,7 @@ def make_plan(
     return plan
 
 
-def _read_cut_options(settings: Settings) -> CutOptions:
+def _cut_options(settings: Settings) -> CutOptions:
     return CutOptions(settings.objective, settings.pinned, prefill_ratio=settings.prefill_ratio)
 
 
@@ -248,17 +254,17 @@ def _one_each(
         return list(values) * count
     if len(values) != count:
         raise ValueError(
-            f"{source}:{key}: {key} must be one for all or one a device, {count}, got "
+            f"{source}:{key}: {key} must be one for all or one per device ({count}), got "
             f"{len(values)}; write one or {count}"
         )
     return values
 
 
 def _spread(hosts: Sequence[str], count: int, source: str) -> list[str]:
-    """Host of each of `count` stages, an equal number on each, in order."""
+    """Assigns `count` stages to hosts, the same number to each, in order."""
     if count % len(hosts):
         raise ValueError(
             f"{source}:hosts: hosts must divide the {count} stages, got {len(hosts)}; "
-            "name one host a stage where they differ"
+            "name one host per stage where they differ"
         )
     return [hosts[rank * len(hosts) // count] for rank in range(count)]

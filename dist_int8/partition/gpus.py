@@ -1,8 +1,8 @@
-"""What GPUs this machine has: the one file that talks to cuda-python.
+"""The GPUs of this machine: the one file that talks to cuda-python.
 
-The CUDA driver is asked, never the runtime, so no context is created and no GPU memory is taken;
-free memory comes from NVML, found by UUID so that CUDA_VISIBLE_DEVICES keeps its meaning.
-Without a driver every question has an answer: no GPU, and why.
+Only the CUDA driver is queried, never the runtime, so no context is created and no GPU memory is
+taken. Free memory comes from NVML, looked up by UUID so that CUDA_VISIBLE_DEVICES keeps its
+meaning. Without a driver the answer is "no GPU" and the reason.
 """
 
 import uuid
@@ -12,19 +12,34 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU as the driver numbers it (the same numbers as torch's cuda:N)."""
+    """One GPU.
+
+    Attributes:
+        index: number that the driver gives it, the N of torch's cuda:N.
+        name: name of the product.
+        compute_capability: major and minor version.
+        total_bytes: bytes of memory.
+        free_bytes: bytes of free memory; None where NVML does not say.
+        peers: indices of the GPUs whose memory this one reads directly.
+    """
 
     index: int
     name: str
     compute_capability: tuple[int, int]
     total_bytes: int
-    free_bytes: int | None  # None where NVML does not say
-    peers: tuple[int, ...]  # indices of the GPUs whose memory this one reads directly
+    free_bytes: int | None
+    peers: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Gpus:
-    """All visible GPUs; `reason` says why there is none, `driver` is e.g. "13.0"."""
+    """All visible GPUs.
+
+    Attributes:
+        gpus: GPUs, in the driver's order.
+        reason: reason why there are none; None if there are some.
+        driver: CUDA version of the driver, such as "13.0"; None without one.
+    """
 
     gpus: tuple[Gpu, ...]
     reason: str | None
@@ -32,7 +47,7 @@ class Gpus:
 
 
 def probe() -> Gpus:
-    """Asks the driver. Never raises: what goes wrong becomes the reason for an empty list."""
+    """Queries the driver. Never raises: an error becomes the reason for an empty list."""
     try:
         from cuda.bindings import driver
     except ImportError as error:
@@ -44,7 +59,7 @@ def probe() -> Gpus:
         version = _call(driver, "cuDriverGetVersion")
         count = _call(driver, "cuDeviceGetCount")
         gpus = tuple(_gpu(driver, index, count) for index in range(count))
-    except Exception as error:  # a missing library, a driver that refuses: all mean "no GPU"
+    except Exception as error:  # a missing library or a failing driver means "no GPU"
         missing = (
             type(error).__name__ == "DynamicLibNotFoundError"
         )  # cuda-pathfinder's, for libcuda
@@ -84,12 +99,12 @@ def _free_bytes(device_uuid: bytes) -> int | None:
         from cuda.core import system
 
         return int(system.Device(uuid=f"GPU-{uuid.UUID(bytes=device_uuid)}").memory_info.free)
-    except Exception:  # NVML is a convenience: absent in some containers, other under MIG
+    except Exception:  # NVML is optional: absent in some containers, different under MIG
         return None
 
 
 def _call(driver: Any, name: str, *arguments: object) -> Any:
-    """One driver call: its result without the status, or a RuntimeError that names the call."""
+    """Makes one driver call and returns its result; RuntimeError names a call that fails."""
     status, *results = getattr(driver, name)(*arguments)
     if int(status) != 0:
         raise RuntimeError(f"the CUDA driver answered {status.name} to {name}")

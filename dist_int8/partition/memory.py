@@ -1,7 +1,7 @@
 """Exact bytes of parameters and KV cache, from a spec alone. Pure; imports nothing of ours.
 
-The classes `Block` and `ModelSizes` name what is read of a spec (`models.BlockSpec` and `ModelSpec`
-have it). N output features, K input features.
+The protocols `BlockSizes` and `ModelSizes` list what is read from a spec; `models.BlockSpec` and
+`models.ModelSpec` satisfy them. N output features, K input features.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ INT32_BYTES = 4
 SIXTEEN_BITS = 2
 
 
-class Block(Protocol):
+class BlockSizes(Protocol):
     """Sizes of one decoder block."""
 
     @property
@@ -89,26 +89,27 @@ class ModelSizes(Protocol):
     def tied_head(self) -> bool: ...
 
     @property
-    def blocks(self) -> tuple[Block, ...]: ...
+    def blocks(self) -> tuple[BlockSizes, ...]: ...
 
 
 @dataclass(frozen=True)
 class Formats:
-    """How parameters are held.
+    """Formats in which parameters and the KV cache are held.
 
     Attributes:
-        int8: linear layers of blocks are int8 (1 byte a weight, 4 bytes an output feature).
-        float_size: bytes of a floating-point parameter, of hidden states and of the KV cache.
-        vocab_size: bytes of an element of the token embedding and the head, which keep a 16-bit
-            checkpoint's dtype.
-        head_int8: the head is int8 with an fp32 scale a token.
-        embedding_int8: likewise the token embedding.
-        num_hot_columns: input features of every int8 linear of a block whose weights are also kept
-            as the checkpoint has them: [N, H] weights and [H] int32 indices.
-        hot_size: bytes of one of these weights.
-        head_hot_columns: the same of an int8 head; None: as many.
-        kv_int8: the KV cache is int8 with an fp32 scale a token and head.
-        skip: names of linears that stay floating, as in the setting skip_modules.
+        int8: whether the blocks' linear layers are int8 (1 byte per weight, 4 bytes per output
+            feature).
+        float_size: bytes per element of floating-point parameters, hidden states and KV cache.
+        vocab_size: bytes per element of the token embedding and the head, which keep the dtype of
+            a 16-bit checkpoint.
+        head_int8: whether the head is int8 with one fp32 scale per token.
+        embedding_int8: whether the token embedding is int8 with one fp32 scale per token.
+        num_hot_columns: number H of input features per int8 linear of a block whose weights are
+            also kept in the checkpoint's dtype: [N, H] weights and [H] int32 indices.
+        hot_size: bytes per weight of a hot column.
+        head_hot_columns: number of hot columns of an int8 head; None: num_hot_columns.
+        kv_int8: whether the KV cache is int8 with one fp32 scale per token and head.
+        skip: names of linears that stay in floating point, as in the setting skip_modules.
     """
 
     int8: bool
@@ -123,13 +124,20 @@ class Formats:
     skip: tuple[str, ...] = ()
 
     def is_int8(self, name: str) -> bool:
-        """Whether the linear of this qualified name is int8 (the rule of `int8.convert`)."""
+        """Returns whether the linear of this qualified name is int8 (as `int8.convert` does)."""
         return self.int8 and not any(f".{skipped}." in f".{name}." for skipped in self.skip)
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear layer [N, K] of a block."""
+    """One linear layer [N, K] of a block.
+
+    Attributes:
+        name: name within the block, as in `models.DecoderBlock`.
+        num_outputs: number of output features, N.
+        num_inputs: number of input features, K.
+        bias: whether it has a bias [N].
+    """
 
     name: str
     num_outputs: int
@@ -141,8 +149,8 @@ class Linear:
         return self.num_outputs * self.num_inputs
 
 
-def block_linears(block: Block) -> tuple[Linear, ...]:
-    """The linears of a decoder block, named as in `models.DecoderBlock`."""
+def block_linears(block: BlockSizes) -> tuple[Linear, ...]:
+    """Lists the linears of a decoder block, named as in `models.DecoderBlock`."""
     hidden, inner = block.hidden_size, block.intermediate_size
     wide = ("gate_up", 2 * inner) if block.gated else ("up", inner)
     heads = block.num_heads * block.head_dim
@@ -155,7 +163,7 @@ def block_linears(block: Block) -> tuple[Linear, ...]:
 
 
 def linear_bytes(linear: Linear, formats: Formats, *, int8: bool, num_hot_columns: int = 0) -> int:
-    """Bytes of a linear: weight, bias, and in int8 the fp32 scales and the hot columns."""
+    """Computes the bytes of a linear: weight, bias, and in int8 its fp32 scales and hot columns."""
     N, H = linear.num_outputs, min(num_hot_columns, linear.num_inputs)
     bias = linear.bias * N * formats.float_size
     if not int8:
@@ -164,12 +172,12 @@ def linear_bytes(linear: Linear, formats: Formats, *, int8: bool, num_hot_column
 
 
 def norm_bytes(size: int, kind: str, formats: Formats) -> int:
-    """Bytes of a norm: a weight, and for LayerNorm a bias."""
+    """Computes the bytes of a norm: a weight, and for LayerNorm a bias."""
     return size * formats.float_size * (2 if kind == "layer" else 1)
 
 
-def block_bytes(block: Block, formats: Formats, index: int = 0) -> int:
-    """Bytes of the parameters of decoder block `index`."""
+def block_bytes(block: BlockSizes, formats: Formats, index: int = 0) -> int:
+    """Computes the bytes of the parameters of decoder block `index`."""
     linears = sum(
         linear_bytes(
             linear,
@@ -183,7 +191,7 @@ def block_bytes(block: Block, formats: Formats, index: int = 0) -> int:
 
 
 def embedding_bytes(model: ModelSizes, formats: Formats) -> int:
-    """Bytes of what the first stage holds before its blocks."""
+    """Computes the bytes of what the first stage holds in front of its blocks."""
     positions = model.num_position_rows * model.hidden_size * formats.float_size
     norm = norm_bytes(model.hidden_size, model.blocks[0].norm, formats)
     return (
@@ -195,7 +203,7 @@ def embedding_bytes(model: ModelSizes, formats: Formats) -> int:
 
 
 def head_bytes(model: ModelSizes, formats: Formats) -> int:
-    """Bytes of what the last stage holds after its blocks."""
+    """Computes the bytes of what the last stage holds after its blocks."""
     norm = norm_bytes(model.hidden_size, model.blocks[0].norm, formats)
     return (
         head_table_bytes(model, formats)
@@ -205,7 +213,7 @@ def head_bytes(model: ModelSizes, formats: Formats) -> int:
 
 
 def vocab_bytes(model: ModelSizes, formats: Formats, *, int8: bool) -> int:
-    """Bytes of the token embedding's or the head's table [V, E], in int8 with a scale a token."""
+    """Computes the bytes of the embedding's or head's table [V, E]; int8 adds a scale per token."""
     num_weights = model.vocab_size * model.embedding_size
     if int8:
         return num_weights + model.vocab_size * FLOAT32_BYTES
@@ -213,7 +221,7 @@ def vocab_bytes(model: ModelSizes, formats: Formats, *, int8: bool) -> int:
 
 
 def head_table_bytes(model: ModelSizes, formats: Formats) -> int:
-    """Bytes of the head: its table, and in int8 its hot columns."""
+    """Computes the bytes of the head: its table, and in int8 its hot columns."""
     table = vocab_bytes(model, formats, int8=formats.head_int8)
     H = min(_head_hot_columns(formats), model.embedding_size)
     return table + H * (model.vocab_size * formats.hot_size + INT32_BYTES)
@@ -227,10 +235,11 @@ def _head_hot_columns(formats: Formats) -> int:
 
 
 def shared_bytes(model: ModelSizes, formats: Formats) -> int:
-    """Bytes that one stage with both embedding and head saves: a tied table is held once.
+    """Computes the bytes saved by a stage with both embedding and head: it holds a tied table once.
 
-    Only in the same format: an int8 head cannot share the table of a 16-bit embedding, nor one with
-    hot columns, which its own int8 weights and scales leave out, that of an int8 embedding.
+    They share only a table of the same format. An int8 head cannot use a 16-bit embedding's table;
+    a head with hot columns, which its int8 weights and scales leave out, cannot use an int8
+    embedding's.
     """
     if not model.tied_head or formats.head_int8 != formats.embedding_int8:
         return 0
@@ -242,7 +251,7 @@ def shared_bytes(model: ModelSizes, formats: Formats) -> int:
 def stage_weight_bytes(
     model: ModelSizes, blocks: range, formats: Formats, *, first: bool, last: bool
 ) -> int:
-    """Bytes of the parameters of one stage."""
+    """Computes the bytes of the parameters of one stage."""
     total = sum(block_bytes(model.blocks[i], formats, i) for i in blocks)
     total += embedding_bytes(model, formats) if first else 0
     total += head_bytes(model, formats) if last else 0
@@ -250,21 +259,24 @@ def stage_weight_bytes(
 
 
 def model_bytes(model: ModelSizes, formats: Formats) -> int:
-    """Bytes of all parameters on one device: a tied table counts once."""
+    """Computes the bytes of all parameters on one device; a tied table counts once."""
     return stage_weight_bytes(model, range(len(model.blocks)), formats, first=True, last=True)
 
 
-def kv_bytes_per_token(block: Block, float_size: int, *, int8: bool = False) -> int:
-    """Bytes of one position of one sequence in the KV cache of one block.
+def kv_bytes_per_token(block: BlockSizes, float_size: int, *, int8: bool = False) -> int:
+    """Computes the bytes of one position of one sequence in the KV cache of one block.
 
-    In int8: a byte a dimension, and an fp32 scale a head.
+    An int8 cache takes one byte per dimension and one fp32 scale per head.
     """
     head = block.head_dim + FLOAT32_BYTES if int8 else block.head_dim * float_size
     return 2 * block.num_kv_heads * head
 
 
 def _projection_bytes(model: ModelSizes, formats: Formats, name: str) -> int:
-    """project_in or project_out, where the embedding is narrower than the blocks (OPT-350m)."""
+    """Computes the bytes of project_in or project_out, for embeddings narrower than the blocks.
+
+    OPT-350m has them.
+    """
     hidden, narrow = model.hidden_size, model.embedding_size
     if narrow == hidden:
         return 0

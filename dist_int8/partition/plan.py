@@ -1,4 +1,4 @@
-"""A plan: what every stage holds and how long it takes, as data, text and JSON. Pure."""
+"""The plan: what each stage holds and how long it takes, as data, text and JSON. Pure."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from dist_int8.partition.cost import PS_PER_MS
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one rank holds.
+    """What one stage holds and how long it takes.
 
     Attributes:
-        rank: rank and number of the stage.
-        host: name of its machine.
+        rank: rank, which is also the number of the stage.
+        host: name of the machine.
         device: "cpu" or "cuda:N".
-        first_block, last_block: blocks of the stage, both inclusive.
-        weight_bytes: parameters as held.
-        float_bytes: the same parameters in fp32.
-        kv_bytes: KV cache of all slots at full length.
-        activation_bytes: at their peak.
-        reserve_bytes: of the budget, left alone.
-        budget: bytes that the settings allow here; None where they say nothing.
-        ps: picoseconds of a decode step, the hop to the next stage included.
-        prefill_ps: the same of a micro-batch full of prompt tokens.
-        profile: name of the speed that its times are predicted for.
+        first_block, last_block: first and last block of the stage, both inclusive.
+        weight_bytes: bytes of the parameters in their formats.
+        float_bytes: bytes of the same parameters in fp32.
+        kv_bytes: bytes of the KV cache of all slots at full length.
+        activation_bytes: peak bytes of activations.
+        reserve_bytes: bytes of the budget that stay free.
+        budget: bytes that the stage may use; None: unlimited.
+        ps: picoseconds of a decode step, including the hop to the next stage.
+        prefill_ps: picoseconds of a micro-batch full of prompt tokens, without the hop.
+        profile: name of the device profile behind the predicted times.
     """
 
     rank: int
@@ -46,7 +46,7 @@ class StagePlan:
 
     @property
     def bytes(self) -> int:
-        """Bytes of this stage: parameters as held."""
+        """Bytes of the parameters in their formats."""
         return self.weight_bytes
 
     @property
@@ -55,22 +55,22 @@ class StagePlan:
 
     @property
     def needed_bytes(self) -> int:
-        """All that has to fit into the budget."""
+        """Bytes that have to fit into the budget."""
         return self.weight_bytes + self.kv_bytes + self.activation_bytes + self.reserve_bytes
 
     @property
     def free_bytes(self) -> int | None:
-        """What is left of the budget, negative where it is not enough; None without a budget."""
+        """Bytes left of the budget, negative if it is too small; None without a budget."""
         return None if self.budget is None else self.budget - self.needed_bytes
 
     @property
     def missing_bytes(self) -> int:
-        """What the budget lacks; 0 where the stage fits."""
+        """Bytes that the budget lacks; 0 if the stage fits."""
         return max(0, -(self.free_bytes or 0))
 
     @property
     def ms(self) -> float:
-        """Milliseconds of a decode step, the hop to the next stage included."""
+        """Milliseconds of a decode step, including the hop to the next stage."""
         return self.ps / PS_PER_MS
 
 
@@ -79,16 +79,16 @@ class Plan:
     """The stages of a model, in order.
 
     Attributes:
-        stages: one a rank.
-        num_blocks: of the model.
-        block_bytes: parameters of the largest block.
-        model_bytes: all parameters, a tied table once.
-        kv_bytes_per_token: KV cache of one token in all blocks.
-        kv_tokens: KV tokens that fit beside all else on the fullest stage, those of `workload`
-            included; None where no stage has a budget.
-        workload: what was asked, or the largest that fits.
-        suggestions: changes that would make it fit, the cheapest first; none if it fits.
-        notes: what else the user should know, a line each.
+        stages: stages, one per rank.
+        num_blocks: number of blocks of the model.
+        block_bytes: bytes of the parameters of the largest block.
+        model_bytes: bytes of all parameters, counting a tied table once.
+        kv_bytes_per_token: bytes of the KV cache of one token in all blocks.
+        kv_tokens: number of KV tokens that fit on the fullest stage, including those of
+            `workload`; None if no stage has a budget.
+        workload: requested workload, or the largest that fits.
+        suggestions: changes that would make the model fit, the cheapest first; empty if it fits.
+        notes: further remarks for the user, one line each.
     """
 
     stages: tuple[StagePlan, ...]
@@ -103,7 +103,7 @@ class Plan:
 
     @property
     def missing_bytes(self) -> int:
-        """Bytes that all budgets together lack."""
+        """Bytes that all budgets lack in total."""
         return sum(stage.missing_bytes for stage in self.stages)
 
     @property
@@ -112,25 +112,25 @@ class Plan:
 
     @property
     def ms_per_token(self) -> float:
-        """Milliseconds in which a micro-batch passes all stages in decode: a token a sequence."""
+        """Milliseconds of a decode step through all stages: one token per sequence."""
         return sum(stage.ps for stage in self.stages) / PS_PER_MS
 
     def refusal(self) -> str:
-        """One line: which stage does not fit, by how much, and what to change."""
+        """Says in one line which stage does not fit, by how much, and what to change."""
         worst = max(self.stages, key=lambda stage: stage.missing_bytes)
         assert worst.budget is not None, "a stage without a budget lacks nothing"
-        cure = "; or ".join(self.suggestions) or "use devices with more memory"
+        advice = "; or ".join(self.suggestions) or "use devices with more memory"
         return (
             f"plan: stage {worst.rank} on {worst.device} must fit {format_bytes(worst.budget)}, "
             f"got {format_bytes(worst.weight_bytes)} of weights, {format_bytes(worst.kv_bytes)} of "
             f"KV cache, {format_bytes(worst.activation_bytes)} of activations and "
             f"{format_bytes(worst.reserve_bytes)} of reserve, "
             f"{format_bytes(worst.missing_bytes)} too much "
-            f"({self.missing_bytes} bytes on all stages); {cure}"
+            f"({self.missing_bytes} bytes on all stages); {advice}"
         )
 
     def table(self) -> str:
-        """The plan as text, a line a stage."""
+        """Formats the plan as text, one line per stage."""
         columns = "stage device blocks weights kv activations reserve free ms/token ms/prefill"
         rows = [tuple(columns.split())]
         several_hosts = len({stage.host for stage in self.stages}) > 1
@@ -156,22 +156,24 @@ class Plan:
         )
 
     def summary(self) -> str:
-        """What the table leaves open, as text."""
-        asked = self.workload
+        """Formats what the table does not say: the model, the workload, and whether it fits."""
+        workload = self.workload
         lines = [
-            f"model: {format_bytes(self.model_bytes)} ({self.model_bytes} bytes), a block "
-            f"{format_bytes(self.block_bytes)}, KV cache {self.kv_bytes_per_token} bytes a token"
+            f"model: {format_bytes(self.model_bytes)} ({self.model_bytes} bytes), "
+            f"{format_bytes(self.block_bytes)} per block, "
+            f"KV cache {self.kv_bytes_per_token} bytes per token"
         ]
-        if asked is not None:
+        if workload is not None:
             lines.append(
-                f"asked: {_count(asked.num_sequences, 'sequence')} of "
-                f"{_count(asked.max_tokens, 'token')}, prompts in chunks of {asked.prefill_chunk}"
+                f"requested: {_count(workload.num_sequences, 'sequence')} of "
+                f"{_count(workload.max_tokens, 'token')}, "
+                f"prompts in chunks of {workload.prefill_chunk}"
             )
         if self.fits:
             tokens = "no budget given" if self.kv_tokens is None else str(self.kv_tokens)
             speeds = sorted({stage.profile for stage in self.stages})
             lines.append(
-                f"fits; KV tokens in all: {tokens}; predicted for {', '.join(speeds)}: "
+                f"fits; KV tokens in total: {tokens}; predicted for {', '.join(speeds)}: "
                 f"{self.ms_per_token:.2f} ms per token"
             )
         else:
@@ -185,7 +187,7 @@ class Plan:
         return "\n".join(lines)
 
     def as_dict(self, model: str) -> dict[str, Any]:
-        """What `dist-int8 plan --json` prints; `model` is the name it was asked by."""
+        """Returns what `dist-int8 plan --json` prints; `model` is the name that the user gave."""
         return {
             "fits": self.fits,
             "model": model,
@@ -222,7 +224,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def format_bytes(num_bytes: int) -> str:
-    """1610612736 as "1.50 GiB"."""
+    """Formats bytes for people: 1610612736 as "1.50 GiB"."""
     size = float(num_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:

@@ -1,10 +1,10 @@
-"""How fast devices are and how much they hold: datasheets, and what a measured profile holds. Pure.
+"""Speed and memory of devices, from datasheets; a measured profile has the same fields. Pure.
 
 Sources of the numbers (dense rates, without sparsity):
 
 - T4: NVIDIA T4 datasheet (320 GB/s, 65 fp16 TFLOPS, 130 int8 TOPS, 16 GB, PCIe 3 x16).
 - V100: NVIDIA V100 datasheet, SXM2 32 GB (900 GB/s, 125 fp16 tensor TFLOPS, NVLink 300 GB/s); its
-  tensor cores have no int8: dp4a gives four int8 products an fp32 lane, 4 * 15.7 TOPS.
+  tensor cores have no int8: dp4a gives four int8 products per fp32 lane, 4 * 15.7 TOPS.
 - A10: NVIDIA A10 datasheet (600 GB/s, 125 fp16 TFLOPS, 250 int8 TOPS, 24 GB, PCIe 4 x16).
 - A100: NVIDIA A100 datasheet, SXM (40 GB: 1,555 GB/s; 80 GB: 2,039 GB/s; 312 fp16 TFLOPS, 624 int8
   TOPS, NVLink 600 GB/s both directions).
@@ -15,9 +15,9 @@ Sources of the numbers (dense rates, without sparsity):
 - H200: NVIDIA H200 datasheet, SXM (4.8 TB/s, the rates of H100, 141 GB).
 - cpu: no datasheet; fitted to one thread, see below. Measure yours with `dist-int8 bench`.
 
-A datasheet is never reached. `ACHIEVED_BANDWIDTH` is what copies and matrix-vector products reach
-(A100: 1.7 to 1.75 of 2.04 TB/s, gpt-fast; H200: 4.3 of 4.8 TB/s), `ACHIEVED_RATE` what large
-matrix products do.
+Real code does not reach datasheet rates. `ACHIEVED_BANDWIDTH` is the fraction that copies and
+matrix-vector products reach (A100: 1.7 to 1.75 of 2.04 TB/s, gpt-fast; H200: 4.3 of 4.8 TB/s),
+`ACHIEVED_RATE` the fraction that large matrix products reach.
 """
 
 from dataclasses import dataclass
@@ -30,21 +30,21 @@ TERA = 10**12
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """What the cost model knows of one kind of device; rates are those achieved.
+    """What the cost model knows about one kind of device; rates are those achieved.
 
     Attributes:
-        name: "a100-80", or what a measured profile calls itself.
-        memory_bytes: nominal memory; what a budget is if none is set.
+        name: name, such as "a100-80", or the one that a measured profile gives itself.
+        memory_bytes: bytes of nominal memory; the budget if none is set.
         int8_bandwidth: bytes/s at which a linear of few rows reads int8 weights.
-        float_bandwidth: bytes/s at which it reads 16-bit weights.
-        int8_ops: int8 operations/s of a linear of many rows; two a weight and row.
-        float_ops: the same of a 16-bit linear.
-        overlaps: reading and computing go on at once (GPUs); otherwise one after the other (CPUs).
-        block_overhead_s: seconds a block takes beside its linears: launches, norms.
-        link_bandwidth: bytes/s to the next device of the same host, one direction.
-        link_latency_s: seconds of the smallest message there.
+        float_bandwidth: bytes/s at which a linear of few rows reads 16-bit weights.
+        int8_ops: int8 operations/s of a linear of many rows; two operations per weight and row.
+        float_ops: operations/s of a 16-bit linear of many rows.
+        overlaps: whether reading and computing overlap (GPUs) or alternate (CPUs).
+        block_overhead_s: seconds that a block takes besides its linears: launches, norms.
+        link_bandwidth: bytes/s to the next device of the same host, in one direction.
+        link_latency_s: seconds of the smallest message on that link.
         network_bandwidth: bytes/s to another host.
-        network_latency_s: seconds of the smallest message there.
+        network_latency_s: seconds of the smallest message to another host.
     """
 
     name: str
@@ -89,8 +89,9 @@ _DATASHEETS = (
     _datasheet("h100", 80, 3350, 1979, 989, 450),
     _datasheet("h200", 141, 4800, 1979, 989, 450),
 )
-# One thread of an AMD EPYC with AVX-512 VNNI on SmolLM2-135M: a block takes 0.33 to 0.59 ms for 1
-# to 8 rows and 2.9 ms for 64, the bf16 head 3.1 ms for 4; this profile says 0.32 to 0.58, 2.6, 3.1.
+# Fitted to one thread of an AMD EPYC with AVX-512 VNNI on SmolLM2-135M: a block takes 0.33 to
+# 0.59 ms for 1 to 8 rows and 2.9 ms for 64, the bf16 head 3.1 ms for 4; this profile predicts 0.32
+# to 0.58, 2.6 and 3.1.
 CPU = DeviceProfile(
     name="cpu",
     memory_bytes=16 * GB,

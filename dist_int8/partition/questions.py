@@ -1,10 +1,11 @@
-"""What a user asks: does it fit, how much of it, and if not, what would. Pure."""
+"""Answers what users ask: does it fit, how much fits, and if not, what would. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from dist_int8.partition import memory
 from dist_int8.partition.activations import Workload
@@ -12,20 +13,21 @@ from dist_int8.partition.plan import Plan, format_bytes
 from dist_int8.partition.planner import CutOptions, Device, can_plan, check_count, plan_stages
 
 DEFAULT_MAX_TOKENS = 2048
-MOST_SEQUENCES = 4096  # that a question which names none is answered with
-_MOST_BYTES = 2**50
+MAX_SEQUENCES = 4096  # limit of the answer to a question that leaves the number open
+_MAX_BYTES = 2**50
 
 
 @dataclass(frozen=True)
 class Question:
-    """How much is asked of the model; None: as much as fits.
+    """How much the model should serve.
 
     Attributes:
-        num_sequences: slots of the KV cache.
-        max_tokens: tokens of a slot; if None, at most 2048 or the model's limit.
-        prefill_chunk: prompt tokens of one micro-batch at most.
-        num_micro_batches: micro-batches that share the sequences; None: one a stage.
-        options: which cut is wanted.
+        num_sequences: number of slots in the KV cache; None: as many as fit.
+        max_tokens: number of tokens in a slot; None: as many as fit, up to 2048 and the model's
+            limit.
+        prefill_chunk: maximum number of prompt tokens in a micro-batch.
+        num_micro_batches: number of micro-batches that share the sequences; None: one per stage.
+        options: how to cut the model into stages.
     """
 
     num_sequences: int | None = None
@@ -35,22 +37,22 @@ class Question:
     options: CutOptions = field(default_factory=CutOptions)
 
     def workload(self, num_sequences: int, max_tokens: int) -> Workload:
-        """This question with its open ends settled."""
+        """Returns the workload of this question with nothing left open."""
         return Workload(num_sequences, max_tokens, self.prefill_chunk, self.num_micro_batches)
 
 
 def ask(
     model: memory.ModelSizes, devices: Sequence[Device], formats: memory.Formats, question: Question
 ) -> Plan:
-    """The plan for a question.
+    """Plans for a question.
 
-    The cut is made for what must fit: the sequences asked for, or one. Of what the question leaves
-    open the plan then takes the most that this cut has room for. A plan that does not fit carries
-    suggestions, each of them tried.
+    The model is cut for what must fit: the number of sequences in the question, or one. What the
+    question leaves open is then set to the largest value that this cut has room for. A plan that
+    does not fit carries suggestions, each of them verified.
 
     Raises:
-        ValueError: a count below 1, more tokens than the model has positions, or stages that
-            cannot be (see `plan_stages`).
+        ValueError: a count is below 1, there are more tokens than the model has positions, or the
+            stages are impossible (see `plan_stages`).
     """
     _check(model, question)
     limit = min(DEFAULT_MAX_TOKENS, model.max_positions or DEFAULT_MAX_TOKENS)
@@ -67,8 +69,8 @@ def ask(
     workload = question.workload(num_sequences, max_tokens)
     plan = plan_stages(model, devices, formats, workload, question.options)
     if not plan.fits:
-        changes = _changes(model, devices, formats, replace(question, max_tokens=max_tokens))
-        return replace(plan, suggestions=tuple(changes))
+        case = _Case(model, devices, formats, workload, question.options)
+        return replace(plan, suggestions=tuple(_suggest(case)))
     if question.num_sequences is None:
         return _with_most_sequences(model, devices, formats, question, plan, max_tokens)
     return plan
@@ -82,7 +84,7 @@ def _with_most_sequences(
     plan: Plan,
     max_tokens: int,
 ) -> Plan:
-    """The same cut for as many sequences as it has room for."""
+    """Plans the same cut for as many sequences as it has room for."""
     if plan.kv_tokens is None:
         return plan
     used = _find_devices(plan, devices)
@@ -92,18 +94,18 @@ def _with_most_sequences(
         workload = question.workload(num_sequences, max_tokens)
         return can_plan(model, used, formats, workload, options)
 
-    most = min(MOST_SEQUENCES, max(1, plan.kv_tokens // max_tokens))
+    most = min(MAX_SEQUENCES, max(1, plan.kv_tokens // max_tokens))
     num_sequences = max(1, largest(1, most, fits))
     settled = question.workload(num_sequences, max_tokens)
     settled_plan = plan_stages(model, used, formats, settled, options)
-    if num_sequences == MOST_SEQUENCES:
-        note = f"more than {MOST_SEQUENCES} sequences may fit; ask with --sequences"
+    if num_sequences == MAX_SEQUENCES:
+        note = f"more than {MAX_SEQUENCES} sequences may fit; ask with --sequences"
         return replace(settled_plan, notes=(note,))
     return settled_plan
 
 
 def _find_devices(plan: Plan, devices: Sequence[Device]) -> list[Device]:
-    """The device of each stage: its name alone does not say, several stages may share one."""
+    """Finds the device of each stage, also where several devices have the same name."""
     left = list(devices)
     used = []
     for stage in plan.stages:
@@ -119,7 +121,7 @@ def _check(model: memory.ModelSizes, question: Question) -> None:
         ("sequences", question.num_sequences, "leave it out for as many as fit"),
         ("context", question.max_tokens, "leave it out for as much as fits"),
         ("prefill_chunk", question.prefill_chunk, "512 is the default"),
-        ("micro_batches", question.num_micro_batches, "leave it out for one a stage"),
+        ("micro_batches", question.num_micro_batches, "leave it out for one per stage"),
     ):
         if value is not None and value < 1:
             raise ValueError(f"plan: {key} must be at least 1, got {value}; {hint}")
@@ -132,7 +134,7 @@ def _check(model: memory.ModelSizes, question: Question) -> None:
 
 
 def largest(least: int, most: int, fits: Callable[[int], bool]) -> int:
-    """The largest number of least..most that fits, by bisection; 0 if not even `least` does."""
+    """Finds the largest number in least..most that fits, by bisection; 0 if `least` does not."""
     if not fits(least):
         return 0
     low, high = least, most
@@ -142,31 +144,40 @@ def largest(least: int, most: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _changes(
-    model: memory.ModelSizes, devices: Sequence[Device], formats: memory.Formats, question: Question
-) -> Iterator[str]:
-    """Single changes that make it fit, the cheapest first; each one has been tried."""
-    num_sequences = question.num_sequences or 1
-    max_tokens, options = question.max_tokens or 1, question.options
-    workload = question.workload(num_sequences, max_tokens)
+@dataclass(frozen=True)
+class _Case:
+    """Everything that decides whether a plan fits."""
 
-    def fits(
-        *,
-        devices: Sequence[Device] = devices,
-        formats: memory.Formats = formats,
-        workload: Workload = workload,
-        options: CutOptions = options,
-    ) -> bool:
-        if len(devices) > len(model.blocks):
+    model: memory.ModelSizes
+    devices: Sequence[Device]
+    formats: memory.Formats
+    workload: Workload
+    options: CutOptions
+
+    def fits(self, **changes: Any) -> bool:
+        """Returns whether the case fits with some of its fields changed."""
+        case = replace(self, **changes)
+        if len(case.devices) > len(case.model.blocks):
             return False
-        return can_plan(model, devices, formats, workload, options)
+        return can_plan(case.model, case.devices, case.formats, case.workload, case.options)
 
-    free = replace(options, pinned=None)
-    if options.pinned is not None and fits(options=free):
+
+def _suggest(case: _Case) -> Iterator[str]:
+    """Suggests single changes that make a case fit, the cheapest first; each has been tried."""
+    unpinned = replace(case.options, pinned=None)
+    if case.options.pinned is not None and case.fits(options=unpinned):
         yield "let the planner choose the stages instead of pinning them"
+    yield from _suggest_formats(case)
+    yield from _suggest_workloads(case)
+    yield from _suggest_devices(case)
+    yield from _larger_budgets(case.devices, lambda changed: case.fits(devices=changed))
+
+
+def _suggest_formats(case: _Case) -> Iterator[str]:
+    formats = case.formats
     in_int8 = replace(formats, int8=True)
     in_int8 = replace(in_int8, head_int8=in_int8.is_int8("lm_head"))
-    if not formats.int8 and fits(formats=in_int8):
+    if not formats.int8 and case.fits(formats=in_int8):
         yield "keep the linear layers in int8 (int8: true)"
     head = replace(formats, head_int8=True)
     embedding = replace(formats, embedding_int8=True)
@@ -175,34 +186,42 @@ def _changes(
         (embedding, "an int8 embedding"),
         (replace(head, embedding_int8=True), "an int8 head and embedding"),
     ):
-        if changed != formats and fits(formats=changed):
+        if changed != formats and case.fits(formats=changed):
             yield f"take {what} ({_hint(changed, formats)})"
             break
-    if not formats.kv_int8 and fits(formats=replace(formats, kv_int8=True)):
+    if not formats.kv_int8 and case.fits(formats=replace(formats, kv_int8=True)):
         yield "take an int8 KV cache (--kv int8)"
-    chunk = largest(
-        1, question.prefill_chunk, lambda n: fits(workload=replace(workload, prefill_chunk=n))
-    )
-    if chunk:
-        yield f"cut prompts into chunks of {chunk} instead of {question.prefill_chunk} tokens"
-    fewer = largest(1, num_sequences, lambda n: fits(workload=question.workload(n, max_tokens)))
-    if fewer:
-        yield f"lower sequences from {num_sequences} to {fewer}"
-    shorter = largest(1, max_tokens, lambda n: fits(workload=question.workload(num_sequences, n)))
-    if shorter:
-        yield f"shorten the context from {max_tokens} to {shorter} tokens"
+
+
+def _suggest_workloads(case: _Case) -> Iterator[str]:
+    def most(field: str) -> int:
+        def fits(number: int) -> bool:
+            return case.fits(workload=replace(case.workload, **{field: number}))
+
+        return largest(1, getattr(case.workload, field), fits)
+
+    workload = case.workload
+    if chunk := most("prefill_chunk"):
+        yield f"cut prompts into chunks of {chunk} instead of {workload.prefill_chunk} tokens"
+    if fewer := most("num_sequences"):
+        yield f"lower sequences from {workload.num_sequences} to {fewer}"
+    if shorter := most("max_tokens"):
+        yield f"shorten the context from {workload.max_tokens} to {shorter} tokens"
+
+
+def _suggest_devices(case: _Case) -> Iterator[str]:
+    devices, unpinned = case.devices, replace(case.options, pinned=None)
     reserve = max(device.reserve for device in devices)
-    if reserve and fits(devices=_with_reserve(devices, 0)):
-        lower = largest(0, reserve, lambda n: fits(devices=_with_reserve(devices, n)))
+    if reserve and case.fits(devices=_with_reserve(devices, 0)):
+        lower = largest(0, reserve, lambda n: case.fits(devices=_with_reserve(devices, n)))
         yield f"lower the reserve from {format_bytes(reserve)} to {format_bytes(lower)}"
-    if not options.choose_count and fits(options=replace(free, choose_count=True)):
+    if not unpinned.choose_count and case.fits(options=replace(unpinned, choose_count=True)):
         yield "leave devices without a stage (--stages auto)"
-    for more in range(1, len(model.blocks) - len(devices) + 1):
-        if fits(devices=[*devices, *[devices[-1]] * more], options=free):
+    for more in range(1, len(case.model.blocks) - len(devices) + 1):
+        if case.fits(devices=[*devices, *[devices[-1]] * more], options=unpinned):
             noun = "device" if more == 1 else "devices"
             yield f"add {more} more {noun} like {devices[-1].name}: {len(devices) + more} in all"
             break
-    yield from _larger_budgets(devices, lambda changed: fits(devices=changed))
 
 
 def _with_reserve(devices: Sequence[Device], reserve: int) -> list[Device]:
@@ -212,13 +231,13 @@ def _with_reserve(devices: Sequence[Device], reserve: int) -> list[Device]:
 def _larger_budgets(
     devices: Sequence[Device], fits: Callable[[Sequence[Device]], bool]
 ) -> Iterator[str]:
-    """The least budget with which it fits: of the one device that is too small, or of each."""
+    """Suggests the smallest budget that fits: of the one device that is too small, or of each."""
     budgets = [device.budget for device in devices]
 
     def smallest(of: Callable[[int], Sequence[Device]]) -> int | None:
-        if not fits(of(_MOST_BYTES)):
+        if not fits(of(_MAX_BYTES)):
             return None
-        return _MOST_BYTES - largest(0, _MOST_BYTES, lambda less: fits(of(_MOST_BYTES - less)))
+        return _MAX_BYTES - largest(0, _MAX_BYTES, lambda less: fits(of(_MAX_BYTES - less)))
 
     for index, device in enumerate(devices):
         if device.budget is not None and len(set(budgets)) > 1:

@@ -1,1 +1,1 @@
-"""How fast a device is, how busy stages are, and what a schedule would bring."""
+"""Measures devices, draws how busy stages are, and simulates what a schedule would gain."""

@@ -1,7 +1,7 @@
-"""Measures what the planner wants to know of a device, with the ops that a stage runs.
+"""Measures what the planner needs to know about a device, with the ops that a stage runs.
 
-Weights are walked through in turn and exceed every cache, as in a real model: a layer that stays in
-a cache would seem several times as fast.
+Each call takes the next of several weights, which together exceed every cache as in a real model: a
+layer that stays in a cache would seem several times as fast.
 """
 
 import os
@@ -20,7 +20,7 @@ from dist_int8.int8.convert import convert
 from dist_int8.models import BlockSpec, DecoderStage, ModelSpec, StageSlice, TokenBatch
 from dist_int8.partition.profiles import DEFAULT_GPU, PROFILES
 
-NUM_FEATURES = 4096  # of the layers measured, in and out
+NUM_FEATURES = 4096  # input and output features of the measured layers
 REPEATS = 5
 CPU_WEIGHT_BYTES = 1 << 28
 CUDA_WEIGHT_BYTES = 1 << 31
@@ -34,63 +34,74 @@ def measure(
     name: str | None = None,
     num_features: int | None = None,
 ) -> dict[str, Any]:
-    """The fields of a `partition.DeviceProfile`, measured on `device` in a few seconds.
+    """Measures the fields of a `partition.DeviceProfile` on `device` in a few seconds.
 
-    Links and networks are not measured: they keep the figures of the table.
+    Links and networks are not measured: they keep the values of the built-in profile.
 
     Raises:
-        ValueError: no such device, or more threads than cores.
+        ValueError: there is no such device, or there are more threads than cores.
     """
     place = _place(device, threads)
+    on_cpu = place.type == "cpu"
+    dtype = torch.float32 if on_cpu else torch.float16
     num_features = num_features or NUM_FEATURES
-    kind = place.type
-    known = PROFILES["cpu" if kind == "cpu" else DEFAULT_GPU]
-    num_bytes = CPU_WEIGHT_BYTES if kind == "cpu" else CUDA_WEIGHT_BYTES
-    shape = (num_features, num_features)
-    many = MANY_ROWS[kind]
-    dtype = torch.float32 if kind == "cpu" else torch.float16
-    generator = torch.Generator().manual_seed(0)
-    one_row = torch.randn(1, num_features, generator=generator).to(place, dtype)
-    many_rows = torch.randn(many, num_features, generator=generator).to(place, dtype)
-    weight = torch.randn(shape, generator=generator)
     with torch.inference_mode():
-        quantized, scale = reference.quantize_weight(weight)
-        col_scale = scale.to(place)
-        int8s = _copies(quantized.to(place), num_bytes)
-        floats = _copies(weight.to(place, torch.bfloat16 if kind == "cpu" else dtype), num_bytes)
-
-        def int8(x: Tensor, w: Tensor) -> Tensor:
-            return ops.int8_linear(x, w, col_scale, **_RULE)
-
-        # a matrix-vector product reads; many rows compute on top of it
-        seconds = {
-            (kind_of, len(x)): _seconds(op, x, weights, place)
-            for kind_of, op, weights in (("int8", int8, int8s), ("float", ops.linear, floats))
-            for x in (one_row, many_rows)
-        }
+        seconds = _linear_seconds(place, dtype, num_features)
         overhead = _overhead(place, dtype)
-    num_weights = weight.numel()
-
-    def bandwidth_and_rate(kind_of: str, itemsize: int) -> tuple[float, float]:
-        one, whole = seconds[kind_of, 1], seconds[kind_of, many]
-        if kind == "cpu":  # reading and computing add up: the slope is a row's share of computing
-            a_row = max(whole - one, 0.1 * whole) / (many - 1)
-            return itemsize * num_weights / max(one - a_row, 0.1 * one), 2 * num_weights / a_row
-        return itemsize * num_weights / one, 2 * num_weights * many / whole
-
-    int8_bandwidth, int8_ops = bandwidth_and_rate("int8", 1)
-    float_bandwidth, float_ops = bandwidth_and_rate("float", 2)
+    int8_bandwidth, int8_ops = _bandwidth_and_rate(place, seconds["int8"], num_features**2, 1)
+    float_bandwidth, float_ops = _bandwidth_and_rate(place, seconds["float"], num_features**2, 2)
     return {
-        **asdict(known),
-        "name": name or (_cpu_name() if kind == "cpu" else torch.cuda.get_device_name(place)),
+        **asdict(PROFILES["cpu" if on_cpu else DEFAULT_GPU]),
+        "name": name or (_cpu_name() if on_cpu else torch.cuda.get_device_name(place)),
         "memory_bytes": _memory_bytes(place),
         "int8_bandwidth": int8_bandwidth,
         "float_bandwidth": float_bandwidth,
         "int8_ops": int8_ops,
         "float_ops": float_ops,
-        "overlaps": kind != "cpu",
+        "overlaps": not on_cpu,
         "block_overhead_s": overhead,
     }
+
+
+def _linear_seconds(
+    place: torch.device, dtype: torch.dtype, num_features: int
+) -> dict[str, tuple[float, float]]:
+    """Measures seconds of an int8 and a floating linear, each for one row and for many.
+
+    A matrix-vector product is bound by reading; many rows add computing to that.
+    """
+    num_bytes = CPU_WEIGHT_BYTES if place.type == "cpu" else CUDA_WEIGHT_BYTES
+    float_dtype = torch.bfloat16 if place.type == "cpu" else dtype
+    generator = torch.Generator().manual_seed(0)
+    one_row, many_rows = (
+        torch.randn(num_rows, num_features, generator=generator).to(place, dtype)
+        for num_rows in (1, MANY_ROWS[place.type])
+    )
+    weight = torch.randn(num_features, num_features, generator=generator)
+    quantized, scale = reference.quantize_weight(weight)
+    col_scale = scale.to(place)
+
+    def int8(x: Tensor, w: Tensor) -> Tensor:
+        return ops.int8_linear(x, w, col_scale, **_RULE)
+
+    int8s = _copies(quantized.to(place), num_bytes)
+    floats = _copies(weight.to(place, float_dtype), num_bytes)
+    return {
+        kind: (_seconds(op, one_row, weights, place), _seconds(op, many_rows, weights, place))
+        for kind, op, weights in (("int8", int8, int8s), ("float", ops.linear, floats))
+    }
+
+
+def _bandwidth_and_rate(
+    place: torch.device, seconds: tuple[float, float], num_weights: int, itemsize: int
+) -> tuple[float, float]:
+    """Computes bytes/s and operations/s from the seconds for one row and for many."""
+    one, whole = seconds
+    many = MANY_ROWS[place.type]
+    if place.type == "cpu":  # reading and computing add up: the slope is the cost of a row
+        a_row = max(whole - one, 0.1 * whole) / (many - 1)
+        return itemsize * num_weights / max(one - a_row, 0.1 * one), 2 * num_weights / a_row
+    return itemsize * num_weights / one, 2 * num_weights * many / whole
 
 
 def _place(device: str, threads: int | None) -> torch.device:
@@ -99,14 +110,14 @@ def _place(device: str, threads: int | None) -> torch.device:
     if device not in names:
         raise ValueError(
             f"dist-int8 bench:device: device must be one of {', '.join(names)}, got {device!r}; "
-            "dist-int8 doctor says which devices are seen"
+            "dist-int8 doctor lists the visible devices"
         )
     if threads is not None:
         cores = os.cpu_count() or threads
         if threads > cores:
             raise ValueError(
                 f"dist-int8 bench:threads: threads must be at most {cores}, got {threads}; "
-                "give those of one stage"
+                "give the threads of one stage"
             )
         torch.set_num_threads(threads)
     return torch.device(device)
@@ -123,7 +134,7 @@ def _seconds(
     weights: Sequence[Tensor],
     place: torch.device,
 ) -> float:
-    """Median seconds of op(x, weight), each time over a share of the weights."""
+    """Measures the median seconds of op(x, weight) over rounds through the weights."""
     some = weights if len(x) == 1 else weights[:4]
     for weight in some[:2]:
         op(x, weight)
@@ -139,7 +150,7 @@ def _seconds(
 
 
 def _overhead(place: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of a block whose linears are next to nothing, among others of its kind."""
+    """Measures the seconds of a block with tiny linears, within a stack of equal blocks."""
     size, count = 64, 20
     spec = BlockSpec(
         hidden_size=size,
@@ -165,7 +176,7 @@ def _overhead(place: torch.device, dtype: torch.dtype) -> float:
 
 
 class _OneLayer(NamedTuple):
-    """Key and value cache of every block."""
+    """Key and value cache shared by all blocks."""
 
     caches: tuple[Tensor, Tensor]
 

@@ -39,7 +39,7 @@ def run(path, *flags):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_a_cell_that_fails_hangs_or_breaks_the_context_costs_itself_alone(tmp_path):
+def test_failing_or_hanging_cell_does_not_affect_others(tmp_path):
     path = tmp_path / "results.jsonl"
     records.Records(path, "first_light").add("begin", name="step")
     hung = run(path)
@@ -56,7 +56,7 @@ def test_a_cell_that_fails_hangs_or_breaks_the_context_costs_itself_alone(tmp_pa
     }
 
 
-def test_what_counts_as_tried(tmp_path):
+def test_tried_cells(tmp_path):
     path = tmp_path / "results.jsonl"
     step, runner = records.Records(path, "step"), records.Records(path, "first_light")
 
@@ -91,7 +91,7 @@ def test_it(number):
 """
 
 
-def test_a_test_that_hangs_costs_itself_alone(tmp_path):
+def test_hanging_test_does_not_affect_others(tmp_path):
     file, path = tmp_path / "test_hang.py", tmp_path / "results.jsonl"
     file.write_text(TESTS)
     command = [sys.executable, "-m", "pytest", str(file), "-p", "pytest_records", "-q"]
@@ -111,6 +111,6 @@ def test_a_test_that_hangs_costs_itself_alone(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError("a\nb"), KeyError("x"), AssertionError()])
-def test_an_error_is_one_line(error):
+def test_errors_are_one_line(error):
     said = cells.one_line(error)
     assert "\n" not in said and said.startswith(type(error).__name__)

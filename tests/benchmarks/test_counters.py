@@ -27,7 +27,7 @@ def output(*rows):
     return "\n".join([*first, *rows])
 
 
-def test_a_record_per_kernel():
+def test_counters_have_one_record_per_kernel():
     tensor_pipe = "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed"
     small, cutlass = counters.parse(
         output(
@@ -50,7 +50,7 @@ def test_a_record_per_kernel():
     }
 
 
-def test_a_kernel_belongs_to_the_call_behind_whose_mark_it_is():
+def test_kernel_belongs_to_the_call_of_the_preceding_mark():
     launches = [SMALL, MARK, SMALL, CUTLASS, MARK, SMALL]
     rows = [row(i, name, "gpu__time_duration.sum", "1") for i, name in enumerate(launches)]
     found = counters.by_call(counters.parse(output(*rows)), ["decode", "prefill"])
@@ -75,7 +75,7 @@ def ncu(tmp_path, monkeypatch, script):
     return counters.profile(Records(tmp_path / "results.jsonl", "counters"), small=True)
 
 
-def test_what_ncu_says_decides_how_the_step_ends(tmp_path, monkeypatch):
+def test_exit_status_follows_from_ncu_messages(tmp_path, monkeypatch):
     rows = [HEADER, row(0, MARK, "dram__bytes.sum", "1"), row(1, SMALL, "dram__bytes.sum", "2")]
     csv = "\n".join(rows)
     assert ncu(tmp_path, monkeypatch, f"cat <<'E'\n{csv}\nE") == 0
@@ -86,6 +86,6 @@ def test_what_ncu_says_decides_how_the_step_ends(tmp_path, monkeypatch):
     assert ncu(tmp_path, monkeypatch, "echo '==ERROR== ERR_NVGPUCTRPERM'; exit 1") == 77
 
 
-def test_no_counters():
+def test_output_without_counters_has_no_records():
     assert counters.parse("==ERROR== ERR_NVGPUCTRPERM") == []
     assert counters.parse("") == []

@@ -55,7 +55,7 @@ def run(tmp_path, monkeypatch):
     return call
 
 
-def test_how_each_step_ends(run, tmp_path, capsys):
+def test_outcome_of_each_step_is_recorded(run, tmp_path, capsys):
     steps = [
         step("good", "print('fine')"),
         step("bad", "import sys; print('wrong'); sys.exit(1)"),
@@ -96,7 +96,7 @@ def test_the_budget_cuts_a_step_short_and_leaves_the_others_out(run, tmp_path):
     assert "s of the budget are left, it needs 3" in ends(tmp_path / "out")["next"]["last_line"]
 
 
-def test_a_step_that_hangs_leaves_the_others_their_share(run, tmp_path):
+def test_hanging_step_leaves_time_for_the_others(run, tmp_path):
     hang = "import time; time.sleep(100)"
     steps = [step(name, hang, limit_s=60) for name in ("a", "b", "c", "d")]
     assert run([*steps, step("last", "pass", least_s=1)], "--budget", "14") == 1
@@ -105,7 +105,7 @@ def test_a_step_that_hangs_leaves_the_others_their_share(run, tmp_path):
     assert ends(tmp_path / "out")["a"]["seconds"] < 9  # 2.5 fifths of 10
 
 
-def test_a_step_that_asks_for_it_is_started_again_behind_what_it_tried(run, tmp_path):
+def test_restarted_step_skips_what_it_tried(run, tmp_path):
     count = tmp_path / "count"
     code = (
         f"import pathlib, sys; p = pathlib.Path({str(count)!r}); p.open('a').write(sys.argv[1]); "
@@ -120,14 +120,14 @@ def test_a_step_that_asks_for_it_is_started_again_behind_what_it_tried(run, tmp_
     assert run([again]) == 0 and count.read_text() == "fss"
 
 
-def test_a_junit_file_that_is_torn_stops_nothing(run, tmp_path):
+def test_torn_junit_file_does_not_stop_the_run(run, tmp_path):
     code = "import sys; open(sys.argv[1], 'w').write('<testsuites><testsu')"
     torn = Step("torn", lambda _: [sys.executable, "-c", code, "{junit}"], 1, 20, 0, "a test")
     assert run([torn, step("next", "pass")]) == 0
     assert not (tmp_path / "out" / "tests.xml").exists()
 
 
-def test_nobody_needs_to_read(tmp_path):
+def test_runner_survives_a_closed_stdout(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-c", DRIVER, "--out", str(out), "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -136,7 +136,7 @@ def test_nobody_needs_to_read(tmp_path):
     assert process.wait(60) == 0 and len(ends(out)) == 6
 
 
-def test_clocks_while_a_step_runs(run, tmp_path, monkeypatch):
+def test_clocks_are_recorded_while_a_step_runs(run, tmp_path, monkeypatch):
     """From a program in the place of nvidia-smi: idle, then busy."""
     program = tmp_path / "bin" / "nvidia-smi"
     program.parent.mkdir()
@@ -162,7 +162,7 @@ def test_clocks_while_a_step_runs(run, tmp_path, monkeypatch):
 ONCE = "import pathlib; pathlib.Path('{}').open('a').write('x')"
 
 
-def test_resuming_goes_on_where_it_stopped(run, tmp_path):
+def test_resuming_continues_where_it_stopped(run, tmp_path):
     count = tmp_path / "count"
     first = step("first", ONCE.format(count))
     assert (
@@ -174,7 +174,7 @@ def test_resuming_goes_on_where_it_stopped(run, tmp_path):
     assert run(steps, "--resume") == 1
     assert count.read_text() == "x"
     assert statuses(tmp_path / "out") == {"first": "passed", "second": "failed", "third": "passed"}
-    assert run(steps, "--resume", "--only", "second") == 0  # mended, and run again
+    assert run(steps, "--resume", "--only", "second") == 0  # repaired, and run again
     assert statuses(tmp_path / "out")["second"] == "passed" and count.read_text() == "x"
     never = [step("second", "pass", 20, 999)]
     assert run(never, "--resume", "--only", "second") == 0  # there was no time: it stays as it was
@@ -213,7 +213,7 @@ def test_bad_flags_are_refused_before_anything_runs(tmp_path, monkeypatch, capsy
     assert not list(tmp_path.iterdir())
 
 
-def test_the_list_adds_up(capsys):
+def test_list_of_steps_fits_the_budget(capsys):
     assert first_light.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines[1:-1]] == [s.name for s in STEPS]
@@ -229,7 +229,7 @@ def test_every_step_is_a_file_and_every_file_of_tests_a_step():
     assert tests == {s.name for s in STEPS if s.name.startswith("test_")}
 
 
-def test_a_bundle_is_what_the_steps_see(tmp_path, monkeypatch):
+def test_environment_of_a_step_points_into_the_bundle(tmp_path, monkeypatch):
     (tmp_path / "manifest.json").write_text(json.dumps({"commit": "abc"}))
     monkeypatch.setenv("PYTHONPATH", "/mine")
     found = first_light.environment_of(tmp_path, "cuda")
@@ -262,13 +262,13 @@ def change_manifest(packed, **fields):
     (packed / "manifest.json").write_text(json.dumps({**manifest, **fields}))
 
 
-def test_a_bundle_as_it_was_packed_is_taken(packed):
+def test_intact_bundle_is_accepted(packed):
     (packed / "site" / "pydantic" / "__pycache__").mkdir()
     (packed / "site" / "pydantic" / "__pycache__" / "x.cpython-312.pyc").write_bytes(b"cache")
     assert bundle.problem(packed) is None
 
 
-def test_a_copy_is_known_by_the_bundle_that_was_packed_from_it(packed):
+def test_copy_of_a_tree_is_identified_by_its_bundle(packed):
     assert bundle.version(packed) == ("abc", True)
     change_manifest(packed, tree="0" * 64)  # something changed since
     assert bundle.version(packed) == bundle.version(None)
@@ -285,7 +285,7 @@ def test_a_copy_is_known_by_the_bundle_that_was_packed_from_it(packed):
         (lambda p: (p / "manifest.json").write_text("{}"), "must hold a manifest.json"),
     ],
 )
-def test_a_bundle_that_would_waste_the_minutes_is_refused(packed, damage, said):
+def test_damaged_bundle_is_refused(packed, damage, said):
     damage(packed)
     assert said in bundle.problem(packed)
 
@@ -309,14 +309,14 @@ def test_damaged_results_are_named(tmp_path, capsys):
     assert "results.jsonl:1: a line must be a record" in capsys.readouterr().err
 
 
-def test_a_rehearsal_is_not_gone_on_with_on_a_gpu(run, tmp_path, capsys):
+def test_rehearsal_cannot_be_resumed_on_a_gpu(run, tmp_path, capsys):
     assert run([step("first", "pass")]) == 0
     with pytest.raises(SystemExit):
         first_light.main(["--out", str(tmp_path / "out"), "--resume", "--device", "cuda"])
     assert "the same device and sizes" in capsys.readouterr().err
 
 
-def test_a_call_that_is_terminated_says_how_far_it_came(tmp_path):
+def test_terminated_run_reports_its_progress(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-c", DRIVER, "--out", str(out), "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -351,7 +351,7 @@ sys.exit(first_light.main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_kill_at_any_moment_leaves_whole_files(tmp_path, seed):
+def test_kill_at_any_moment_leaves_complete_files(tmp_path, seed):
     out = tmp_path / "out"
     command = [sys.executable, "-c", DRIVER, "--out", str(out), "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -387,7 +387,7 @@ def rehearsal(tmp_path_factory):
     return out, done, command
 
 
-def test_a_rehearsal_says_what_went_wrong_and_has_the_rest(rehearsal):
+def test_rehearsal_reports_failures_and_runs_the_rest(rehearsal):
     out, done, _ = rehearsal
     assert done.returncode == 1
     found = statuses(out)
@@ -418,13 +418,13 @@ def test_a_rehearsal_has_records_of_every_kind(rehearsal):
     assert engines == {"ours", "transformers"}
 
 
-def test_a_rehearsal_gives_no_figures(rehearsal):
+def test_rehearsal_contributes_no_figures(rehearsal):
     out, _, _ = rehearsal
     figures = report.Figures([out / "results.jsonl"])
     assert not figures.runs and report.NONE in report.linear(figures)
 
 
-def test_a_rehearsal_is_mended_and_goes_on_until_its_budget_ends(rehearsal):
+def test_rehearsal_can_be_resumed_until_its_budget_ends(rehearsal):
     """The step that crashed is run again by name; the next takes all that is left."""
     out, _, command = rehearsal
     names = ["block", "device_profile", "counters"]

@@ -38,14 +38,14 @@ def wait_until_gone(pid):
     return not is_running(pid)
 
 
-def test_what_it_prints_and_how_it_ends(tmp_path):
+def test_process_returns_output_and_exit_status(tmp_path):
     code = "import sys; print('first'); print('last', file=sys.stderr); sys.exit(3)"
     ended, log = run(tmp_path, code)
     assert ended.status == 3 and {"first", "last"} <= set(log.split())
     assert run(tmp_path, "import os; os.abort()")[0].status == -signal.SIGABRT
 
 
-def test_the_last_line_says_where_it_hung(tmp_path):
+def test_last_line_of_a_hung_process_is_reported(tmp_path):
     code = f"print('test_a PASSED')\nprint('test_b', end=' ', flush=True)\n{HANG}"
     ended, log = run(tmp_path, code, 1.5)
     assert ended.status is None and ended.seconds < 10
@@ -69,7 +69,7 @@ def test_a_process_that_ignores_everything_is_ended_with_its_children(tmp_path, 
     assert ended.status is None and wait_until_gone(int(ended.last_line))
 
 
-def test_nothing_outlives_a_call_that_is_killed(tmp_path):
+def test_killed_call_leaves_no_process(tmp_path):
     """Not what the step started either: a profiler's program would keep the GPU."""
     inner = (
         "import os, subprocess, sys; "
@@ -103,7 +103,7 @@ process.run([sys.executable, "-c", {inner!r}], 1000, os.environ, log, Path("."),
     assert not (tmp_path / "scratch").exists()
 
 
-def test_where_it_hangs_is_in_the_log(tmp_path, monkeypatch):
+def test_log_shows_where_a_process_hangs(tmp_path, monkeypatch):
     """In a call that Python cannot interrupt, as one into a driver is."""
     monkeypatch.setattr(process, "INTERRUPT_S", 0.2)
     code = (
@@ -121,7 +121,7 @@ def test_a_log_of_many_calls_is_bounded(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["x" * 60, "x" * 100_000])
-def test_a_log_keeps_the_head_and_the_tail(tmp_path, line):
+def test_long_log_keeps_head_and_tail(tmp_path, line):
     code = (
         f"print('head')\nfor i in range({20_000_000 // len(line)}): print('{line}')\nprint('tail')"
     )

@@ -6,7 +6,7 @@ import pytest
 import records
 
 
-def test_what_is_added_is_read(tmp_path):
+def test_records_round_trip(tmp_path):
     path = tmp_path / "deep" / "results.jsonl"
     written = records.Records(path, "linear")
     written.add("cell", N=3, us=1.5)
@@ -17,13 +17,13 @@ def test_what_is_added_is_read(tmp_path):
     assert records.read(tmp_path / "missing.jsonl") == []
 
 
-def test_without_a_file_nothing_is_kept():
+def test_records_without_a_file_are_dropped():
     nowhere = records.Records(None, "linear")
     nowhere.add("cell", N=3)
     assert nowhere.mine("cell") == []
 
 
-def test_records_since_the_step_was_begun(tmp_path):
+def test_records_since_the_start_of_the_step(tmp_path):
     path = tmp_path / "results.jsonl"
     runner, step = records.Records(path, "first_light"), records.Records(path, "linear")
     for number in range(3):
@@ -46,7 +46,7 @@ def test_a_torn_line_is_left_out_and_then_cut_off(tmp_path, torn):
     assert [json.loads(line)["kind"] for line in path.read_text().splitlines()] == ["a", "b"]
 
 
-def test_a_first_line_that_is_torn(tmp_path):
+def test_torn_first_line_is_cut_off(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_bytes(b'{"step"')
     assert records.read(path) == []
@@ -62,7 +62,7 @@ def test_long_texts_keep_their_end(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["[]", "{}", '{"step": 1, "kind": "a"}', "nothing"])
-def test_a_whole_line_that_is_no_record_is_refused(tmp_path, line):
+def test_complete_line_that_is_not_a_record_is_refused(tmp_path, line):
     path = tmp_path / "results.jsonl"
     path.write_text(f'{{"step": "a", "kind": "b"}}\n{line}\n')
     with pytest.raises(ValueError, match=r"results.jsonl:2: a line must be a record"):

@@ -26,7 +26,7 @@ def add_figures(path, ms=12.5):
     runner = records.Records(path, "first_light")
     for name, status in (("card", "passed"), ("test_rows", "timed out"), ("counters", "skipped")):
         runner.add("begin", name=name)
-        if name == "test_rows":  # started again behind a test that hung
+        if name == "test_rows":  # restarted after a test that hung
             tests = records.Records(path, "test_rows")
             tests.add("tests", passed=7, failed=1, skipped=2, seconds=3.5)
             tests.add("tests", passed=2, failed=1, skipped=0, seconds=1.5)
@@ -75,7 +75,7 @@ def check(tree, *flags):
     return report.main(["--root", str(tree), *flags])
 
 
-def test_the_documents_say_what_the_records_of_this_tree_say(capsys):
+def test_documents_agree_with_the_committed_records(capsys):
     assert report.main([]) == 0, capsys.readouterr().out
 
 
@@ -101,7 +101,7 @@ def test_figures_come_from_records(tree):
     assert "2 of 3 steps of first light passed; not: test_rows (timed out)." in text
 
 
-def test_a_figure_that_no_record_holds_fails(tree, capsys):
+def test_figure_without_a_record_fails(tree, capsys):
     path = tree / "benchmarks" / "README.md"
     claim = (
         "| H900 | 28672 x 4096 | 1 | few | 90.0 | 50.0 | 1.0 | 90.00 | 1.80 | 6.2 | 0.66 | 0.1 |"
@@ -132,7 +132,7 @@ def test_a_damaged_file_of_records_is_named(tree, capsys):
     assert check(tree) == 1 and "h100.jsonl:1: a line must be a record" in capsys.readouterr().out
 
 
-def test_a_card_without_nvidia_smi_is_what_torch_calls_it(tree):
+def test_gpu_without_nvidia_smi_has_the_name_from_torch(tree):
     path = tree / report.RESULTS / "h100.jsonl"
     add_run(path, card=None)
     records.Records(path, "card").add("environment", device="NVIDIA H100 PCIe")
@@ -149,7 +149,7 @@ def test_a_document_without_a_table_fails(tree, capsys):
 
 
 @pytest.mark.parametrize("run", [{"device": "cpu"}, {"small": True}])
-def test_a_rehearsal_is_no_figure(tree, run):
+def test_rehearsal_records_are_not_reported(tree, run):
     add_run(tree / report.RESULTS / "rehearsal.jsonl", **run)
     add_figures(tree / report.RESULTS / "rehearsal.jsonl")
     assert check(tree) == 0  # the documents still say that nothing ran

@@ -63,7 +63,7 @@ def test_loglikelihoods_are_those_of_the_hf_model(ours, theirs):
     assert_same(ours.loglikelihood(requests), theirs.loglikelihood(requests))
 
 
-def test_what_greedy_would_write_is_found(ours, theirs):
+def test_greedy_continuations_are_recognized(ours, theirs):
     context = "Once upon a time"
     (written,) = theirs.generate_until(
         instances("generate_until", (context, {"until": [], "max_gen_toks": 6}))
@@ -79,7 +79,7 @@ def test_rolling_loglikelihoods_are_those_of_the_hf_model(ours, theirs):
     assert found == pytest.approx(theirs.loglikelihood_rolling(requests), abs=5e-3)
 
 
-def test_answers_are_those_of_the_hf_model(ours, theirs):
+def test_answers_equal_those_of_the_hf_model(ours, theirs):
     (free,) = theirs.generate_until(
         instances("generate_until", ("Tell me", {"until": [], "max_gen_toks": 24}))
     )
@@ -114,12 +114,12 @@ def test_sampled_answers_can_be_repeated(ours):
         ({"max_gen_toks": 4, "num_beams": 4}, "got num_beams; leave it out"),
     ],
 )
-def test_what_cannot_be_asked_for_is_refused(ours, given, message):
+def test_unsupported_generation_options_are_refused(ours, given, message):
     with pytest.raises(ValueError, match=message):
         ours.generate_until(instances("generate_until", ("A", given)))
 
 
-def test_tasks_over_local_files_have_equal_scores(ours, theirs):
+def test_local_tasks_score_the_same_as_the_hf_model(ours, theirs):
     names = ["plays_cloze", "plays_next_line", "plays_write"]
     options = {"task_folder": TASKS, "limit": 6}
     mine, other = evaluate(ours, names, **options), evaluate(theirs, names, **options)
@@ -161,7 +161,7 @@ def test_int8_beside_floating_point_from_the_command_line(tiny_llama, capfd):
     assert f"{values['scores'][0]['ours']:.4f}" in line
 
 
-def test_a_table_says_how_far_apart_and_what_changed():
+def test_table_shows_distance_and_changed_documents():
     row = {"task": "a", "metric": "acc", "higher_is_better": True, "num_documents": 100}
     row |= {"ours": 0.5, "reference": 0.56, "error": 0.05, "changed": 8}
     other = row | {"metric": "perplexity", "higher_is_better": False, "error": None}
@@ -189,7 +189,7 @@ def test_the_harness_knows_our_model_by_name(tiny_llama):
     ("names", "folder", "message"),
     [
         (["plays_cloze", "no_such"], TASKS, "got no_such; it has plays_cloze, plays_next_line"),
-        ([], TASKS, "tasks must name one at least"),
+        ([], TASKS, "tasks must name at least one task"),
         (["plays_cloze"], TASKS / "none", "task_folder must be a folder of task files"),
     ],
 )
@@ -198,13 +198,13 @@ def test_unknown_tasks_are_refused_before_a_model_is_loaded(names, folder, messa
         run_tasks("no-such-model", names, task_folder=folder)
 
 
-def test_a_task_file_that_is_no_yaml_is_named(tmp_path):
+def test_invalid_task_file_is_named(tmp_path):
     (tmp_path / "mine.yaml").write_text("task: [mine\n")
     with pytest.raises(ValueError, match=r"it has none; mine.yaml cannot be read: .* line 2"):
         run_tasks("/no/such/model", ["mine"], task_folder=tmp_path)
 
 
-def test_a_missing_harness_says_what_to_install(monkeypatch):
+def test_missing_harness_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'dist_int8\[eval\]'"):
         run_tasks("any", ["plays_cloze"], task_folder=TASKS)

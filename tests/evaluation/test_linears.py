@@ -79,7 +79,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_is_its_formula(name, linear, x):
+def test_layer_matches_its_formula_in_float64(name, linear, x):
     absmax_x = torch.rand(48) + 1.0
     y = LAYERS[name](Matrix(linear, absmax_x))(x)
     right = expected(name, x.reshape(-1, 48), linear.weight, absmax_x)
@@ -92,7 +92,7 @@ def test_a_layer_is_its_formula(name, linear, x):
     torch.testing.assert_close(y.reshape(-1, 20).double(), right, rtol=0, atol=tolerance)
 
 
-def test_what_the_specification_has_too_is_the_same(linear, x):
+def test_methods_match_the_reference_implementation(linear, x):
     rows, matrix = x.reshape(-1, 48), Matrix(linear)
     bias = 0.0 if linear.bias is None else linear.bias
     for ours, theirs in (
@@ -107,7 +107,7 @@ def test_what_the_specification_has_too_is_the_same(linear, x):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_zeros_and_equal_weights(name):
+def test_zero_and_constant_weights(name):
     """Nothing to scale by: no NaN."""
     linear = nn.Linear(16, 4, bias=False).requires_grad_(False)
     linear.weight.fill_(0.5)
@@ -127,7 +127,7 @@ def test_outliers_hurt_naive_methods_and_not_llm_int8(x):
 
 
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
-def test_bitsandbytes_is_its_own_layer(threshold, linear, x):
+def test_bitsandbytes_layer_matches_the_library(threshold, linear, x):
     pytest.importorskip("bitsandbytes")
     layer = linears.bitsandbytes_linear(Matrix(linear), threshold)
     assert type(layer).__name__ == "Linear8bitLt"
@@ -140,7 +140,7 @@ def test_bitsandbytes_is_its_own_layer(threshold, linear, x):
         torch.testing.assert_close(y.reshape(-1, 20), spec, rtol=0.02, atol=0.02)
 
 
-def test_torchao_is_a_scale_a_row(linear, x):
+def test_torchao_layer_has_one_scale_per_row(linear, x):
     pytest.importorskip("torchao")
     layer = linears.torchao_linear(Matrix(linear))
     near = linears.VectorWise(Matrix(linear))(x)

@@ -78,7 +78,7 @@ def test_logits_stay_bit_for_bit_and_the_features_grow(model):
 
 
 @torch.inference_mode()
-def test_logits_in_bfloat16_stay_too(model):
+def test_logits_stay_bit_equal_in_bfloat16(model):
     model = model.to(torch.bfloat16)
     before = model(IDS).logits
     inject_outlier_features(model, seed=3)
@@ -86,7 +86,7 @@ def test_logits_in_bfloat16_stay_too(model):
 
 
 @torch.inference_mode()
-def test_naive_int8_suffers_and_two_planes_do_not(model):
+def test_outlier_features_hurt_naive_int8_but_not_two_planes(model):
     before = model(IDS).logits
 
     def error(rule: str, threshold: float) -> float:
@@ -121,7 +121,7 @@ def test_features_inside_the_mlp(family):
     assert len(norms) == 4
 
 
-def test_the_seed_decides():
+def test_seed_determines_the_features():
     features = [inject_outlier_features(a_model(CONFIGS["llama"]), seed) for seed in (0, 0, 1)]
     for name, columns in features[0].items():
         assert torch.equal(columns, features[1][name])
@@ -143,7 +143,7 @@ def test_the_seed_decides():
         ),
     ],
 )
-def test_models_without_a_place_for_them_are_refused(config, message):
+def test_unsupported_models_are_refused(config, message):
     model = AutoModelForCausalLM.from_config(config)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
@@ -151,7 +151,7 @@ def test_models_without_a_place_for_them_are_refused(config, message):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_gelu_lets_no_factor_through():
+def test_mlp_features_are_refused_with_gelu():
     for family in ("bloom", "gpt_neox"):
         with pytest.raises(ValueError, match=f"mlp must be False for {family}"):
             inject_outlier_features(a_model(CONFIGS[family]), seed=0, mlp=True)
@@ -160,5 +160,5 @@ def test_gelu_lets_no_factor_through():
         inject_outlier_features(a_model(opt), seed=0, mlp=True)
 
 
-def test_it_is_public():
+def test_inject_outlier_features_is_public():
     assert dist_int8.inject_outlier_features is inject_outlier_features

@@ -31,7 +31,7 @@ def test_every_token_but_the_first_is_predicted_once(num_tokens, window, stride)
     assert {place.end - place.begin for place in found[:-1]} <= {window}
 
 
-def test_the_picture_in_the_module():
+def test_windows_match_the_module_docstring():
     assert windows(10, 4, 2) == [
         Window(0, 4, 1), Window(2, 6, 5), Window(4, 8, 7), Window(6, 9, 9)
     ]  # fmt: skip
@@ -46,12 +46,12 @@ def test_the_picture_in_the_module():
         (9, 0, 1, "window must be at least 1"),
     ],
 )
-def test_windows_that_cannot_be(num_tokens, window, stride, part):
+def test_impossible_windows_are_refused(num_tokens, window, stride, part):
     with pytest.raises(ValueError, match=part):
         windows(num_tokens, window, stride)
 
 
-def test_scores_are_those_of_float64():
+def test_scores_match_float64():
     torch.manual_seed(0)
     logits, other = torch.randn(2, 100, 50) * 3
     targets = torch.randint(50, (100,))
@@ -83,7 +83,7 @@ def test_a_model_against_itself_has_no_divergence():
     assert scores.change_percent(scores)[0] == 0.0
 
 
-def test_a_token_that_the_reference_excludes_counts_nothing():
+def test_token_of_reference_probability_zero_adds_no_divergence():
     logits = torch.tensor([[0.0, 0.0, -math.inf]])
     scores = Scores()
     scores.add(logits, torch.tensor([0]), log_probabilities_(logits.clone()))

@@ -42,7 +42,7 @@ def trained(recipe, text):
     return model, tokenizer, ids, before
 
 
-def test_it_learns(recipe, trained):
+def test_witness_learns(recipe, trained):
     model, tokenizer, ids, before = trained
     assert before == pytest.approx(len(tokenizer), rel=0.2)  # it knew nothing
     unigram, _ = recipe.counted_perplexities(ids.tolist(), ids[:2000].tolist(), len(tokenizer))
@@ -57,7 +57,7 @@ def test_the_same_seed_gives_the_same_weights(recipe, trained):
         assert torch.equal(mine, other)
 
 
-def test_the_pipeline_runs_it(trained, tmp_path):
+def test_pipeline_runs_the_witness(trained, tmp_path):
     model, tokenizer, ids, _ = trained
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -69,7 +69,7 @@ def test_the_pipeline_runs_it(trained, tmp_path):
         assert loaded.tokenizer("Enter Ariel").input_ids == tokenizer("Enter Ariel").input_ids
 
 
-def test_what_counting_would_reach(recipe):
+def test_counted_perplexities(recipe):
     # tokens 0 1 0 1 0: 0 comes three times and 1 twice, and after each comes the other
     unigram, bigram = recipe.counted_perplexities([0, 1, 0, 1, 0], [0, 1, 0], num=2)
     p0, p1 = 4 / 7, 3 / 7

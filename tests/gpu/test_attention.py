@@ -82,7 +82,7 @@ def test_segments_on_the_gpu_and_on_the_cpu_are_the_same(device, gpu_only):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_token_does_not_depend_on_its_batch(device, gpu_only):
+def test_decode_attention_is_batch_invariant(device, gpu_only):
     case = Case(torch.bfloat16, 16, 4, 128, 2048, [2047, 5, 300, 1024], half=64)
     together = case.run(ops.attention, device)[0]
     whole, rows = case.segments, case.qkv
@@ -106,7 +106,7 @@ def test_an_invalid_segment_on_the_gpu_gives_nan(device, gpu_only, segment):
 
 
 @pytest.mark.parametrize("counts", [(5, 3), (1, 6, 1, 1)], ids=["prefill", "prefill-and-decode"])
-def test_prefill_is_plain_torch(device, counts):
+def test_prefill_equals_plain_torch(device, counts):
     case = Case(torch.float32, 4, 2, 32, 64, [0, 8, 30, 63][: len(counts)], half=16)
     case.segments[:, 2] = torch.tensor(counts)
     generator = torch.Generator().manual_seed(0)

@@ -87,7 +87,7 @@ def no_synchronisation(device):
 @pytest.mark.parametrize("batch", [1, 8, 33])
 @pytest.mark.parametrize("name", BLOCKS)
 @torch.inference_mode()
-def test_a_block_is_near_its_cpu_twin_and_never_waits(device, name, batch, dtype):
+def test_block_is_close_to_the_cpu_without_synchronisation(device, name, batch, dtype):
     case, twin = Case(name, dtype, batch, device), Case(name, dtype, batch, torch.device("cpu"))
     case.run()  # what is made once may wait
     with no_synchronisation(device):
@@ -126,7 +126,7 @@ def test_a_captured_block_replays_on_new_inputs(device, gpu_only, name, batch):
 
 
 @torch.inference_mode()
-def test_a_block_on_another_stream(device, gpu_only):
+def test_block_runs_on_another_stream(device, gpu_only):
     case = Case("bloom", torch.bfloat16, 8, device)
     want = case.run()
     torch.cuda.synchronize()

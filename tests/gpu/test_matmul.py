@@ -50,7 +50,7 @@ def test_integer_sums_are_exact(device, M, N, K, flagged):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "K"), SHAPES)
 @pytest.mark.parametrize("M", [1, 5, 16, 17, 33, 129])
-def test_everything_fused_against_the_specification(
+def test_fused_matmul_matches_the_specification(
     device, rows_with_outliers, dtype, M, N, K, num_hot
 ):
     x = rows_with_outliers(M, K, dtype)
@@ -90,7 +90,7 @@ def test_everything_fused_against_the_specification(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("N", "K"), [(4096, 512), (4104, 1040), (4224, 64)])
 @pytest.mark.parametrize("M", [513, 640, 1100])
-def test_the_tile_of_real_prefill(device, rows_with_outliers, dtype, M, N, K, parts):
+def test_prefill_tile_matches_the_specification(device, rows_with_outliers, dtype, M, N, K, parts):
     """256 x 128 outputs a thread block on 9.0: more than 512 rows, at least 4096 outputs."""
     x = rows_with_outliers(M, K, dtype)
     generator = torch.Generator().manual_seed(N)
@@ -127,7 +127,7 @@ def test_the_tile_of_real_prefill(device, rows_with_outliers, dtype, M, N, K, pa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", reference.OUTLIER_RULES)
 @pytest.mark.parametrize("M", [1, 17, 130])
-def test_int8_linear_is_near_its_cpu_twin(device, rows_with_outliers, dtype, rule, M):
+def test_int8_linear_is_close_to_the_cpu(device, rows_with_outliers, dtype, rule, M):
     x = rows_with_outliers(M, 1024, dtype)
     weight = torch.randn(768, 1024, generator=torch.Generator().manual_seed(1)) / 32
     weight_int8, col_scale = reference.quantize_weight(weight)
@@ -139,7 +139,7 @@ def test_int8_linear_is_near_its_cpu_twin(device, rows_with_outliers, dtype, rul
 
 
 @pytest.mark.parametrize("M", [1, 8, 17, 32])
-def test_a_row_does_not_depend_on_its_batch(device, rows_with_outliers, M):
+def test_int8_linear_is_batch_invariant(device, rows_with_outliers, M):
     """Bit for bit, in the kernel of few rows, also where it is run again."""
     x = rows_with_outliers(M, 2048, torch.bfloat16)
     weight_int8, col_scale = reference.quantize_weight(
@@ -188,7 +188,7 @@ class Product:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("N", [520, 4224])  # from 4096 on another tile has more than 512 rows
-def test_a_row_comes_out_of_every_kernel_the_same(device, rows_with_outliers, dtype, N):
+def test_every_kernel_gives_the_same_row(device, rows_with_outliers, dtype, N):
     """Bit for bit, on both sides of every edge of gemm_tiles.h."""
     product = Product(rows_with_outliers(600, 1040, dtype), N, device)
     whole = product.of(0, 600)
@@ -197,7 +197,7 @@ def test_a_row_comes_out_of_every_kernel_the_same(device, rows_with_outliers, dt
         assert torch.equal(product.of(600 - M, 600), whole[600 - M :]), M
 
 
-def test_blocks_of_outputs_do_not_show(device, rows_with_outliers):
+def test_result_does_not_depend_on_blocks_of_outputs(device, rows_with_outliers):
     """More sums than lie in memory at once (kMaxSumsBytes), the last block narrower."""
     M, N = 2100, 8204
     assert M * N * 4 > 64 << 20

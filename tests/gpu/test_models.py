@@ -127,7 +127,7 @@ def test_greedy_tokens_are_those_of_the_cpu(stage_device, family, name, rule):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_16_bits_lose_no_more_than_on_the_cpu(stage_device, family, name, dtype):
+def test_16_bit_error_is_no_larger_than_on_the_cpu(stage_device, family, name, dtype):
     """Against fp32 on the CPU: there every step is rounded to 16 bits, on a GPU fewer are."""
     twin = Twin(family(name), prompts(), dtype="float32")
     errors = []
@@ -138,7 +138,7 @@ def test_16_bits_lose_no_more_than_on_the_cpu(stage_device, family, name, dtype)
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom"])
-def test_an_int8_kv_cache(stage_device, family, name):
+def test_int8_kv_cache_is_close_to_the_cpu(stage_device, family, name):
     options = {"dtype": "float32", "kv": "int8", "prefill_chunk": 8, "outlier_rule": "all"}
     twin = Twin(family(name), prompts(), **options)
     with dist_int8.load(family(name), devices=[stage_device], **OPTIONS, **options) as model:
@@ -146,7 +146,7 @@ def test_an_int8_kv_cache(stage_device, family, name):
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom"])
-def test_two_threads_on_one_card_give_the_tokens_of_one(stage_device, family, name):
+def test_two_stages_in_threads_on_one_gpu_give_the_tokens_of_one(stage_device, family, name):
     options = {**OPTIONS, "dtype": "bfloat16"}
     with dist_int8.load(family(name), devices=[stage_device], **options) as model:
         expected = answers(model, prompts())
@@ -156,7 +156,7 @@ def test_two_threads_on_one_card_give_the_tokens_of_one(stage_device, family, na
         assert answers(model, prompts()) == expected
 
 
-def test_a_stage_on_the_cpu_beside_one_on_the_card(stage_device, family):
+def test_stages_on_cpu_and_gpu_work_together(stage_device, family):
     options = {"dtype": "float32", "outlier_rule": "all", **OPTIONS}
     twin = Twin(family("llama"), prompts(), dtype="float32", outlier_rule="all")
     for devices in (["cpu", stage_device], [stage_device, "cpu"]):
@@ -164,7 +164,7 @@ def test_a_stage_on_the_cpu_beside_one_on_the_card(stage_device, family):
             twin.assert_near(model, TOLERANCES["all"])
 
 
-def test_two_ranks_share_a_card_over_gloo(stage_device, family):
+def test_two_ranks_share_a_gpu_over_gloo(stage_device, family):
     options = {**OPTIONS, "dtype": "bfloat16"}
     with dist_int8.load(family("llama"), devices=[stage_device], **options) as model:
         expected = answers(model, prompts())
@@ -174,7 +174,7 @@ def test_two_ranks_share_a_card_over_gloo(stage_device, family):
         assert answers(model, prompts()) == expected
 
 
-def test_sampling(stage_device, family):
+def test_sampling_on_the_gpu_is_reproducible(stage_device, family):
     with dist_int8.load(family("llama"), devices=[stage_device], **OPTIONS) as model:
         greedy = answers(model, prompts())
         assert answers(model, prompts(), temperature=1.5, top_k=1) == greedy

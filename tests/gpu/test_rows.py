@@ -36,7 +36,7 @@ def assert_rows_are_near(got, values, dtype, rounding=0.0):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", reference.OUTLIER_RULES)
 @pytest.mark.parametrize(("M", "K"), SHAPES)
-def test_quantize_rows(device, rows_with_outliers, dtype, rule, M, K, hot):
+def test_quantize_rows_equals_the_cpu(device, rows_with_outliers, dtype, rule, M, K, hot):
     x = rows_with_outliers(M, K, dtype)
     columns = torch.arange(0, K, 37, dtype=torch.int32)[:16] if hot else None
     on_device = None if columns is None else columns.to(device)
@@ -46,7 +46,7 @@ def test_quantize_rows(device, rows_with_outliers, dtype, rule, M, K, hot):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_of_nan_and_infinity_stay_in_their_rows(device, rows_with_outliers, dtype):
+def test_nan_and_infinity_stay_in_their_rows(device, rows_with_outliers, dtype):
     x = rows_with_outliers(6, 256, dtype)
     x[1, 5], x[3, 255] = float("nan"), float("-inf")
     got = ops.quantize_rows(x.to(device), "row_rms", 4.0)
@@ -55,7 +55,7 @@ def test_rows_of_nan_and_infinity_stay_in_their_rows(device, rows_with_outliers,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_an_unaligned_view(device, rows_with_outliers, dtype):
+def test_quantize_rows_takes_an_unaligned_view(device, rows_with_outliers, dtype):
     x = rows_with_outliers(5, 1025, dtype)
     view = x.to(device).flatten()[1 : 1 + 4 * 1024].view(4, 1024)
     assert_same_rows(
@@ -67,7 +67,7 @@ def test_an_unaligned_view(device, rows_with_outliers, dtype):
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize(("M", "K"), SHAPES)
-def test_norm_and_norm_with_quantization(
+def test_norms_match_the_cpu_with_and_without_quantization(
     device, rows_with_outliers, dtype, kind, with_residual, M, K
 ):
     x = rows_with_outliers(M, K, dtype)
@@ -99,7 +99,7 @@ def test_norm_and_norm_with_quantization(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("M", "K"), [(1, 64), (7, 1001), (33, 14336)])
 @pytest.mark.parametrize("name", ["silu_mul", *ACTIVATIONS])
-def test_activations_with_quantization(device, rows_with_outliers, dtype, M, K, name):
+def test_quantized_activations_match_the_cpu(device, rows_with_outliers, dtype, M, K, name):
     x = rows_with_outliers(M, 2 * K if name == "silu_mul" else K, dtype)
     if name == "silu_mul":
         gate, up = x.double().chunk(2, dim=1)

@@ -21,7 +21,7 @@ def run(*command):
     )
 
 
-def test_the_program_runs_by_itself():
+def test_sanitized_program_runs_without_the_sanitizer():
     done = run()
     assert done.returncode == 0 and "every op ran" in done.stdout, done.stderr
 

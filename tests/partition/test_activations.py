@@ -112,7 +112,9 @@ def peak_bytes(spec, workload, segments, last, kv_int8=False):
     ("chunk", "context", "kv_int8"),
     [(512, 2048, False), (64, 512, False), (512, 512, False), (256, 1024, True)],
 )
-def test_a_step_stays_within_the_prediction(monkeypatch, name, chunk, context, last, kv_int8):
+def test_real_activations_stay_within_the_predicted_peak(
+    monkeypatch, name, chunk, context, last, kv_int8
+):
     as_kernels(monkeypatch)
     spec = describe(load_config(MODELS / name))
     spec = replace(spec, blocks=spec.blocks[:2])
@@ -127,7 +129,7 @@ def test_a_step_stays_within_the_prediction(monkeypatch, name, chunk, context, l
     assert predicted <= 1.35 * peak + sampling, (peak, predicted)
 
 
-def test_the_sums_of_a_gemm_are_as_many_as_the_library_makes():
+def test_max_sums_bytes_equals_the_librarys_constant():
     source = (ROOT / "csrc" / "cuda_ops" / "matmul.cpp").read_text()
     megabytes = re.search(r"kMaxSumsBytes = (\d+) << 20;", source)
     assert megabytes and int(megabytes[1]) << 20 == MAX_SUMS_BYTES

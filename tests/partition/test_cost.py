@@ -32,21 +32,21 @@ def seconds(formats, profile, rows, context=0, sequences=1):
     )
 
 
-def test_one_row_waits_for_the_weights():
+def test_one_row_is_bound_by_memory_bandwidth():
     # 2.47e9 bytes at 86% of 2,039 GB/s
     assert seconds(INT8, A100, 1) == pytest.approx(WEIGHTS / (0.86 * 2039e9), rel=1e-3)
     assert seconds(INT8, A100, 32) == seconds(INT8, A100, 1)  # below the knee rows are free
     assert seconds(SIXTEEN_BITS, A100, 1) == pytest.approx(2 * seconds(INT8, A100, 1), rel=1e-3)
 
 
-def test_many_rows_wait_for_the_operations():
+def test_many_rows_are_bound_by_compute():
     # 512 rows at 70% of 624 TOPS
     expected = 2 * 512 * WEIGHTS / (0.7 * 624e12)
     assert seconds(INT8, A100, 512) == pytest.approx(expected, rel=1e-6)
     assert seconds(SIXTEEN_BITS, A100, 512) == pytest.approx(2 * expected, rel=1e-6)
 
 
-def test_a_cpu_reads_and_computes_one_after_the_other():
+def test_cpu_time_is_reading_plus_computing():
     one_after_the_other = replace(A100, overlaps=False)
     reading, computing = WEIGHTS / A100.int8_bandwidth, 2 * 512 * WEIGHTS / A100.int8_ops
     found = seconds(INT8, one_after_the_other, 512)
@@ -58,7 +58,7 @@ def test_every_sequence_reads_its_own_keys_and_values():
     assert more == pytest.approx(8 * 2048 * 57_344 / A100.float_bandwidth, rel=1e-6)
 
 
-def test_head_and_hop():
+def test_times_of_head_and_hop():
     head = head_ps(BLOOM, INT8, A100, num_rows=1) / PS_PER_S
     assert head == pytest.approx(7_193_231_360 / A100.float_bandwidth, rel=1e-6)
     int8 = head_ps(BLOOM, replace(INT8, head_int8=True), A100, num_rows=1) / PS_PER_S

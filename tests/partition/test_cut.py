@@ -1,17 +1,18 @@
-"""The search against trying everything: hundreds of small random problems, solved both ways."""
+"""The search agrees with brute force on hundreds of small random problems."""
 
 import itertools
 import random
 
 import pytest
 
-from dist_int8.partition.cut import UNLIMITED, BlockRange, Problem, cut, fits, least_missing
+from dist_int8.partition.cut import cut, fits, least_missing
+from dist_int8.partition.problem import UNLIMITED, Problem, StageSpan
 
 NUM_RANDOM = 300
 
 
 def random_problem(rng, may_skip):
-    """At most 8 blocks on at most 4 devices; sizes, speeds and rooms all differ."""
+    """Draws up to 8 blocks on up to 4 devices; sizes, speeds and rooms all differ."""
     num_blocks = rng.randint(1, 8)
     num_devices = rng.randint(1, min(4, num_blocks))
     block_bytes = [rng.choice([5, 10, 10, 10, rng.randint(1, 40)]) for _ in range(num_blocks)]
@@ -46,7 +47,7 @@ def all_cuts(problem):
             for edges in itertools.combinations(range(1, problem.num_blocks), num_cuts):
                 edges = [0, *edges, problem.num_blocks]
                 yield [
-                    BlockRange(device, start, end)
+                    StageSpan(device, start, end)
                     for device, (start, end) in zip(used, itertools.pairwise(edges), strict=True)
                 ]
 
@@ -66,7 +67,7 @@ def least_tokens(problem, stages):
 
 
 def value(problem, stages, objective):
-    """What the objective asks to be small, and what decides among equals."""
+    """Returns what the objective minimizes, and the tie-breaker."""
     times = stage_times(problem, stages)
     tokens = -least_tokens(problem, stages)
     if objective == "latency":
@@ -78,7 +79,7 @@ def value(problem, stages, objective):
 
 @pytest.mark.parametrize("objective", ["throughput", "latency", "max_kv_tokens"])
 @pytest.mark.parametrize("may_skip", [False, True])
-def test_never_worse_than_trying_all(objective, may_skip):
+def test_cut_is_as_good_as_brute_force(objective, may_skip):
     rng = random.Random(f"{objective} {may_skip}")
     num_solved = 0
     for _ in range(NUM_RANDOM):
@@ -98,7 +99,7 @@ def test_never_worse_than_trying_all(objective, may_skip):
 
 
 @pytest.mark.parametrize("may_skip", [False, True])
-def test_the_least_missing_bytes(may_skip):
+def test_least_missing_agrees_with_brute_force(may_skip):
     rng = random.Random(7)
     for _ in range(NUM_RANDOM):
         problem = random_problem(rng, may_skip)
@@ -111,8 +112,8 @@ def test_the_least_missing_bytes(may_skip):
         assert missing(found) == min(missing(stages) for stages in all_cuts(problem))
 
 
-def test_a_picture():
-    """Six equal blocks, a head worth two: the last stage gets fewer, the slow device one."""
+def test_slow_device_and_heavy_head_get_fewer_blocks():
+    """Six equal blocks; the head takes as long as two, the middle device is four times slower."""
     problem = Problem(
         times=[[2] * 6, [8] * 6, [2] * 6],
         last_times=[4, 16, 4],

@@ -49,7 +49,7 @@ def probe_with(driver, **environment):
     return json.loads(answer.stdout)
 
 
-def test_what_the_driver_says(driver):
+def test_probe_reads_gpus_from_the_driver(driver):
     found = probe_with(driver)
     assert found["driver"] == "13.0" and found["reason"] is None
     first, second = found["gpus"]
@@ -61,12 +61,12 @@ def test_what_the_driver_says(driver):
     assert set(first) == {field.name for field in dataclasses.fields(Gpu)}
 
 
-def test_no_visible_gpu(driver):
+def test_probe_explains_that_no_gpu_is_visible(driver):
     found = probe_with(driver, CUDA_VISIBLE_DEVICES="")
     assert found["gpus"] == [] and "CUDA_VISIBLE_DEVICES" in found["reason"]
 
 
-def test_a_driver_that_refuses(driver):
+def test_probe_reports_a_failing_driver(driver):
     found = probe_with(driver, DRIVER_REFUSES="803")
     assert found["gpus"] == []
     assert "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH to cuInit" in found["reason"]
@@ -85,7 +85,7 @@ def test_a_driver_that_refuses(driver):
         ({}, NONE, ["cpu"]),
     ],
 )
-def test_choice(settings, found, devices):
+def test_choose_devices(settings, found, devices):
     assert choose_devices(load_settings(**settings), found) == devices
 
 
@@ -98,7 +98,7 @@ def test_choice(settings, found, devices):
         ({"stages": 3}, TWO, ["stages", "GPUs seen, 2, got 3"]),
     ],
 )
-def test_more_gpus_than_there_are(settings, found, parts):
+def test_more_gpus_than_visible_are_refused(settings, found, parts):
     with pytest.raises(ValueError) as caught:
         choose_devices(load_settings(**settings), found)
     for part in [*parts, "--device cpu"]:
@@ -118,7 +118,7 @@ def test_more_gpus_than_there_are(settings, found, parts):
         ({}, ["cuda:0"], None, False),
     ],
 )
-def test_what_carries_hidden_states(settings, devices, hosts, expected):
+def test_connects_over_nccl(settings, devices, hosts, expected):
     assert connects_over_nccl(load_settings(**settings), devices, hosts) is expected
 
 
@@ -160,6 +160,6 @@ def test_ranks_that_each_see_one_gpu_may_all_call_it_cuda_0(monkeypatch, launche
         assert connects_over_nccl(load_settings(), ["cuda:0", "cuda:0"], owners)
 
 
-def test_a_backend_says_nothing_to_stages_of_one_process():
+def test_backend_is_refused_with_in_process():
     with pytest.raises(ValueError, match="backend must be left out with in_process, got gloo"):
         load_settings(in_process=True, backend="gloo")

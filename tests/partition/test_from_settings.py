@@ -50,12 +50,12 @@ def test_one_gpu_for_two_ranks_is_refused_before_a_rank_is_started(tiny_llama, m
     assert "\n" not in str(caught.value)
 
 
-def test_the_refusal_ends_with_what_would_fit(tiny_llama):
+def test_refusal_suggests_what_would_fit(tiny_llama):
     with pytest.raises(ValueError, match=r"too much .*; cut prompts .*; or shorten the context"):
         dist_int8.load(tiny_llama, devices=["cpu"], memory=["500KB"], **OPTIONS)
 
 
-def test_a_saved_plan_runs_as_it_was_planned(tiny_llama, tmp_path, capsys):
+def test_saved_plan_runs_the_same_stages(tiny_llama, tmp_path, capsys):
     path = tmp_path / "plan.yaml"
     flags = ["--devices", "cpu,cpu", "--stages", "3,1", "--sequences", "2", "--context", "64"]
     code = app.run(
@@ -84,7 +84,7 @@ def test_a_saved_plan_runs_as_it_was_planned(tiny_llama, tmp_path, capsys):
     assert plan.workload.num_sequences == 2 and plan.workload.max_tokens == 64
 
 
-def test_devices_of_settings():
+def test_describe_devices_takes_budget_and_host_from_settings():
     settings = load_settings(
         gpus=4, memory=["1GB", "2GB", "3GB", "4GB"], hosts=["a", "b"], profile=["t4", "l4"] * 2
     )
@@ -110,7 +110,7 @@ def test_stages_share_the_free_memory_of_their_gpu(monkeypatch):
     ]
 
 
-def test_profiles_by_name():
+def test_find_profile():
     names = ["t4", "v100", "a10", "a100-40", "a100-80", "l4", "l40s", "h100", "h200", "cpu"]
     assert list(PROFILES) == names
     assert find_profile("h200").memory_bytes == 141 * 10**9

@@ -47,7 +47,7 @@ def held_bytes(stage):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_parameters_are_those_of_transformers(name):
+def test_model_bytes_equal_transformers_parameters(name):
     config = CONFIGS[name]
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
@@ -61,7 +61,7 @@ def test_parameters_are_those_of_transformers(name):
     ("int8", "skip"),
     [(True, ("lm_head",)), (True, ()), (False, ()), (True, ("lm_head", "down", "blocks.1"))],
 )
-def test_stages_hold_what_is_counted(name, int8, skip):
+def test_stage_bytes_equal_those_of_loaded_stages(name, int8, skip):
     spec = describe(CONFIGS[name])
     half = spec.num_blocks // 2
     formats = Formats(int8, 2, 2, skip=skip)
@@ -78,7 +78,7 @@ def test_stages_hold_what_is_counted(name, int8, skip):
         assert counted == held_bytes(stage)
 
 
-def test_hot_columns_are_counted():
+def test_hot_columns_count_their_weights_and_indices():
     spec = describe(CONFIGS["llama-3-8b"])
     block = spec.blocks[0]
     formats = replace(INT8, num_hot_columns=16)
@@ -103,7 +103,7 @@ def test_hot_columns_are_counted():
     assert memory.head_bytes(spec, own) == memory.head_bytes(spec, replace(INT8, head_int8=True))
 
 
-def test_bloom_176b_to_the_byte():
+def test_bloom_176b_matches_hand_computed_bytes():
     spec = describe(CONFIGS["bloom-176b"])
     assert memory.block_bytes(spec.blocks[0], INT8) == 2_467_139_584
     assert memory.model_bytes(spec, INT8) == 179_893_116_928
@@ -136,7 +136,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_shapes_are_those_published(name):
+def test_model_configs_have_published_sizes(name):
     count = memory.model_bytes(describe(CONFIGS[name]), COUNT)
     if name in PUBLISHED:
         assert count == PUBLISHED[name]

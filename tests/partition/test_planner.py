@@ -87,7 +87,7 @@ def test_bloom_is_balanced_by_what_a_step_reads(bloom, gigabytes):
     assert plan.ms_per_token == pytest.approx(read, rel=0.01)
 
 
-def test_objectives(bloom):
+def test_each_objective_is_best_at_what_it_optimizes(bloom):
     workload = Workload(num_sequences=8, max_tokens=1024)
     plans = {
         name: plan_stages(bloom, gpus(4), SIXTEEN_BITS, workload, CutOptions(name))
@@ -111,7 +111,7 @@ def test_faster_devices_get_more_blocks(bloom):
     assert plan.fits and min(counts(plan)[2:]) > max(counts(plan)[:2])
 
 
-def test_another_host_costs_a_hop(bloom):
+def test_hop_to_another_host_costs_more(bloom):
     here = plan_stages(bloom, gpus(4), SIXTEEN_BITS, ONE)
     far = [replace(d, host=f"node-{i // 2}") for i, d in enumerate(gpus(4))]
     there = plan_stages(bloom, far, SIXTEEN_BITS, ONE)
@@ -120,7 +120,7 @@ def test_another_host_costs_a_hop(bloom):
     assert more == pytest.approx((network - link) * 1e3, rel=0.2)
 
 
-def test_every_budget_holds(bloom):
+def test_every_stage_stays_within_its_budget(bloom):
     workload = Workload(num_sequences=4, max_tokens=2048)
     plan = plan_stages(bloom, gpus(4, reserve=10**9), SIXTEEN_BITS, workload)
     for stage in plan.stages:
@@ -130,7 +130,7 @@ def test_every_budget_holds(bloom):
     assert plan.kv_tokens >= 4 * 2048
 
 
-def test_what_does_not_fit_lacks_the_fewest_bytes(bloom):
+def test_plan_that_does_not_fit_lacks_the_fewest_bytes(bloom):
     plan = plan_stages(bloom, gpus(4, 40), SIXTEEN_BITS, ONE)
     assert not plan.fits and plan.kv_tokens == 0
     # every stage is over its budget, so no cut lacks less than all that is needed less all budgets
@@ -144,7 +144,7 @@ def test_what_does_not_fit_lacks_the_fewest_bytes(bloom):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("tied_head", [True, False])
-def test_budgets_to_the_byte(count, tied_head):
+def test_one_byte_less_than_planned_does_not_fit(count, tied_head):
     """What the search counts is what the plan writes down: one byte less, and it does not fit."""
     spec = make_spec(tied_head=tied_head)
     pinned = CutOptions(pinned=(6 // count,) * count)
@@ -163,12 +163,12 @@ def test_budgets_to_the_byte(count, tied_head):
         assert plan.missing_bytes == 1 and not can_plan(spec, less, INT8, ONE, pinned)
 
 
-def test_pinned_stages(bloom):
+def test_pinned_stages_are_kept_or_refused(bloom):
     pinned = CutOptions(pinned=(17, 18, 18, 17))
     assert counts(plan_stages(bloom, gpus(4), SIXTEEN_BITS, ONE, pinned)) == [17, 18, 18, 17]
     for wrong, part in (
         ((17, 18, 18, 16), "add up to the model's 70, got .* with sum 69"),
-        ((17, 18, 35), "one number of blocks a device, 4 devices, got"),
+        ((17, 18, 35), r"one number of blocks per device, 4 in total, got"),
         ((0, 35, 18, 17), "above 0"),
     ):
         with pytest.raises(ValueError, match=part):

@@ -44,7 +44,7 @@ def test_bloom_on_the_machines_of_the_int8_blog(bloom, count, gigabytes, fits):
     assert all(stage.free_bytes >= 0 for stage in plan.stages)
 
 
-def test_what_is_left_open_is_the_most_that_fits(bloom):
+def test_open_question_gets_the_most_that_fits(bloom):
     devices = gpus(3, 80)
     plan = ask(bloom, devices, FORMATS, Question())
     most, pinned = plan.workload.num_sequences, tuple(len(s.blocks) for s in plan.stages)
@@ -95,7 +95,7 @@ def test_an_int8_kv_cache_is_suggested_where_it_is_enough(bloom):
     assert ask(bloom, gpus(4, 80), replace(FORMATS, kv_int8=True), asked).fits
 
 
-def test_pinned_stages_that_do_not_fit_may_be_let_go(bloom):
+def test_unpinning_stages_is_suggested_if_it_helps(bloom):
     pinned = CutOptions(pinned=(1, 34, 34, 1))
     plan = ask(bloom, gpus(4, 80), FORMATS, Question(1, 128, options=pinned))
     assert not plan.fits and plan.suggestions[0].startswith("let the planner choose the stages")
@@ -110,7 +110,7 @@ def test_pinned_stages_that_do_not_fit_may_be_let_go(bloom):
         (Question(num_micro_batches=0), "micro_batches must be at least 1, got 0"),
     ],
 )
-def test_bad_questions_are_one_line(bloom, question, part):
+def test_counts_below_one_are_refused(bloom, question, part):
     with pytest.raises(ValueError, match=part):
         ask(bloom, gpus(4, 80), FORMATS, question)
 
@@ -152,7 +152,7 @@ def gpu(index, budget, reserve=256 * 1024**2):
         ),
     ],
 )
-def test_what_no_single_other_change_mends_has_a_budget_that_would(devices, expected):
+def test_suggested_budget_is_exactly_enough(devices, expected):
     model = describe(load_config(MODELS / "bloom-3b"))
     plan = ask(model, devices, FORMATS, Question())
     assert not plan.fits
@@ -164,7 +164,7 @@ def test_what_no_single_other_change_mends_has_a_budget_that_would(devices, expe
             assert ask(model, changed, FORMATS, Question()).fits == fits
 
 
-def test_open_questions_predict_the_time_of_what_they_settle_on(bloom):
+def test_open_question_predicts_the_time_of_its_final_workload(bloom):
     devices = gpus(4, 80)
     opened = ask(bloom, devices, FORMATS, Question())
     pinned = CutOptions(pinned=tuple(len(stage.blocks) for stage in opened.stages))

@@ -30,7 +30,7 @@ def test_the_slowest_stage_bounds_what_lanes_can_hide():
     assert full.latency_s >= 13.0
 
 
-def test_lanes_of_different_sizes_take_turns():
+def test_lanes_of_different_sizes_alternate():
     """Two lanes: the longer one's way of 4 + 5 is a round. Three: stage 1's work of 5 + 3 + 3."""
     result = simulate([[4.0, 5.0], [2.0, 3.0]])
     assert result.micro_batches_per_s == pytest.approx(2 / 9)
@@ -39,7 +39,7 @@ def test_lanes_of_different_sizes_take_turns():
     assert three.utilisation == pytest.approx((8 / 11, 1.0))
 
 
-def test_work_beside_stage_0_counts_there():
+def test_host_time_adds_to_stage_0():
     result = simulate([[4.0, 4.0]] * 3, host_s=1.0)
     assert result.micro_batches_per_s == pytest.approx(1 / 5)
     assert result.utilisation == pytest.approx((1.0, 4 / 5))
@@ -56,7 +56,7 @@ def test_stages_that_share_cores_slow_each_other():
     assert crowded.micro_batches_per_s == pytest.approx(0.8 / 4)
 
 
-def test_a_hop_may_take_longer_while_others_work():
+def test_hop_takes_longer_while_other_stages_work():
     """One lane hops while nobody works, in 1; with three, others do, and it takes 5."""
     assert simulate([[4.0, 4.0]], hop_s=(1.0, 5.0)).latency_s == pytest.approx(10)
     three = simulate([[4.0, 4.0]] * 3, hop_s=(1.0, 5.0))
@@ -74,7 +74,7 @@ def test_a_stage_turns_around_between_micro_batches():
     assert alone.micro_batches_per_s == pytest.approx(1 / 10)
     shared = simulate([[4.0, 4.0]] * 4, speeds=(1, 0.5), turnaround_s=1.0)  # two stages, one core
     assert shared.micro_batches_per_s == pytest.approx(1 / 10)
-    with pytest.raises(ValueError, match="turnaround_s must be one time, or one of each of 2"):
+    with pytest.raises(ValueError, match="turnaround_s must be one time, or one for each of 2"):
         simulate([[4.0, 4.0]], turnaround_s=(1.0, 1.0, 1.0))
 
 
@@ -96,7 +96,7 @@ def test_the_simulated_order_is_the_schedule():
         assert expected == found
 
 
-def test_the_picture_of_the_module():
+def test_draw_matches_the_module_docstring():
     simulation = simulate([[4.0, 5.0]] * 3, hop_s=1.0)
     assert draw(simulation, 0.0, 30.0, width=30).splitlines() == [
         "stage 0  00001111222200001111.2222.0000",
@@ -116,12 +116,12 @@ def test_the_picture_of_the_module():
         (([[1.0]], 0.0, 0.0, (1.0, 0.0)), "speeds must be above 0"),
     ],
 )
-def test_nonsense_is_refused(arguments, message):
+def test_invalid_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         simulate(*arguments)
 
 
-def test_the_pictures_and_figures_of_the_documentation_are_simulated():
+def test_documentation_shows_simulated_pictures_and_figures():
     text = (Path(__file__).parents[2] / "docs" / "pipelining.md").read_text()
 
     def of(num_lanes, hop):  # 4 ms to read the weights, 0.5 ms a row, 16 sequences

@@ -21,7 +21,7 @@ def trace(tmp_path):
     return tmp_path / "trace.json"
 
 
-def test_a_trace_becomes_a_picture(trace, tmp_path, capsys):
+def test_plot_draws_a_trace(trace, tmp_path, capsys):
     for name, begin in (("a.png", PNG), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF")):
         picture = tmp_path / name
         assert app.run(["bench", "--plot", str(picture), "--trace", str(trace)]) == 0
@@ -32,7 +32,7 @@ def test_a_trace_becomes_a_picture(trace, tmp_path, capsys):
     assert last.endswith("6 micro-batches in 0.00 s; stage 0 busy 70%, stage 1 busy 87%")
 
 
-def test_a_short_run_of_its_own(tiny_llama, tmp_path, capsys, monkeypatch):
+def test_plot_without_a_trace_runs_a_short_generation(tiny_llama, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "NUM_NEW_TOKENS", 4)
     picture = tmp_path / "run.png"
     command = ["bench", "--plot", picture, "--model", tiny_llama, "--stages", "1"]
@@ -51,7 +51,7 @@ def test_a_short_run_of_its_own(tiny_llama, tmp_path, capsys, monkeypatch):
         (["--plot", "a.png", "--trace", "/none"], "/none: trace must be a file of"),
     ],
 )
-def test_flags_that_do_not_go_together(flags, part, capsys):
+def test_incompatible_flags_are_refused(flags, part, capsys):
     assert app.run(["bench", *flags]) == 2
     assert part in capsys.readouterr().err
 
@@ -67,20 +67,20 @@ def test_flags_that_do_not_go_together(flags, part, capsys):
         b'{"traceEvents": [{"ph": "X", "tid": 0, "ts": 0, "dur": 1, "name": "main"}]}',
     ],
 )
-def test_a_file_that_is_no_trace(tmp_path, content, capsys):
+def test_file_that_is_not_a_trace_is_refused(tmp_path, content, capsys):
     (tmp_path / "t.json").write_bytes(content)
     command = ["bench", "--plot", tmp_path / "a.png", "--trace", tmp_path / "t.json"]
     assert app.run([str(argument) for argument in command]) == 2
     assert "trace must be a file of dist-int8 generate --trace" in capsys.readouterr().err
 
 
-def test_a_picture_that_cannot_be_written(trace, tmp_path, capsys):
+def test_unwritable_picture_is_refused(trace, tmp_path, capsys):
     for name in ("a.xyz", "no/a.png"):
         assert app.run(["bench", "--plot", str(tmp_path / name), "--trace", str(trace)]) == 2
         assert "plot must be a picture that can be written" in capsys.readouterr().err
 
 
-def test_without_matplotlib_it_says_what_to_install(trace, tmp_path, capsys, monkeypatch):
+def test_missing_matplotlib_says_what_to_install(trace, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert app.run(["bench", "--plot", str(tmp_path / "a.png"), "--trace", str(trace)]) == 2
     assert 'pip install "dist_int8[plot]"' in capsys.readouterr().err
