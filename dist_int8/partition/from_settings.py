@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dist_int8.config import ProfileSettings, Settings, read_yaml
+from dist_int8.config import DEFAULT_MAX_TOKENS, ProfileSettings, Settings, read_yaml
 from dist_int8.partition import (
     PROFILES,
     Device,
@@ -18,7 +18,6 @@ from dist_int8.partition import (
 )
 from dist_int8.partition.gpus import probe
 from dist_int8.partition.profiles import DEFAULT_GPU
-from dist_int8.partition.questions import DEFAULT_MAX_TOKENS
 
 # What a CUDA process takes of its budget beside tensors that the plan counts: cuBLAS workspaces,
 # the allocator's rounding, NCCL's buffers. The CUDA context itself lies outside of a nominal size:

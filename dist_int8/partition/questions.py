@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from dist_int8.config import DEFAULT_MAX_TOKENS
 from dist_int8.partition import memory
 from dist_int8.partition.activations import Workload
 from dist_int8.partition.plan import Plan, format_bytes
 from dist_int8.partition.planner import Device, Request, can_plan, check_count, plan_stages
 
-DEFAULT_MAX_TOKENS = 2048
 MOST_SEQUENCES = 4096  # that a question which names none is answered with
 _MOST_BYTES = 2**50
 

@@ -126,7 +126,7 @@ def test_a_config_asks_what_load_reserves(capsys):
         ("--gpus 2 --profile pin.yaml", "or a YAML file, got 'pin.yaml', which is not there"),
         ("--gpus many", "Invalid value for '--gpus'"),
         ("--gpus 2 --memory -80GB", "byte size above 0, got '-80GB'"),
-        ("--gpus 2 --memory 1GB,2GB,3GB", "memory must be one byte size a stage, 2, got 3"),
+        ("--gpus 2 --memory 1GB,2GB,3GB", "memory must be one byte size per stage, 2, got 3"),
         ("--gpus 71 --memory 80GB", "stages must be at most the model's 70 blocks, got 71"),
         (
             "--gpus 2 --memory 80GB --stages 30,30",

@@ -89,7 +89,7 @@ def test_memory_of_a_stage():
         ("memory: 79GiB\n", ["memory must be a list", "got '79GiB'"]),
         ("devices: [cpu]\ngpus: 1\n", ["gpus must be left out when devices is given"]),
         ("devices: [cpu, cpu]\nstages: 3\n", ["stages must be the number of devices, 2, got 3"]),
-        ("gpus: 2\nmemory: [79GiB]\n", ["memory must be one byte size a stage, 2, got 1"]),
+        ("gpus: 2\nmemory: [79GiB]\n", ["memory must be one byte size per stage, 2, got 1"]),
         ('devices: [cpu]\nmemory: {"cuda:0": 1GiB}\n', ["name every device, got no cpu"]),
         ("- stages\n", ["must be a mapping of settings, got list"]),
         ("stages: [2\n", ["settings.yaml:2: config must be valid YAML"]),
