@@ -9,7 +9,7 @@ import pytest
 
 import dist_int8
 from dist_int8 import RankError
-from dist_int8.cli import app, generate
+from dist_int8.cli import app, layout
 
 SMALL = ["--device", "cpu", "--max-tokens", "96", "--threads", "1"]
 
@@ -87,8 +87,8 @@ def test_flags_win_over_the_file(tmp_path, capsys):
     code, line = error_line(capsys, "generate", "--config", tmp_path / "s.yaml")
     assert code == 2 and "s.yaml:foo: foo must be a known setting" in line
     (tmp_path / "s.yaml").write_text("devices: [cpu, cpu, cpu]\n")
-    layout = generate._layout("generate", tmp_path / "s.yaml", "cpu", 2, None, None)
-    assert layout == {"devices": ["cpu", "cpu"]}
+    chosen = layout.choose_layout("generate", tmp_path / "s.yaml", "cpu", {"stages": 2})
+    assert chosen == {"stages": None, "gpus": None, "devices": ["cpu", "cpu"]}
 
 
 @pytest.mark.parametrize(
@@ -102,8 +102,8 @@ def test_device_cpu_takes_the_number_of_stages_from_where_it_is(
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if world_size is not None:
         monkeypatch.setenv("WORLD_SIZE", world_size)
-    layout = generate._layout("generate", tmp_path / "s.yaml", "cpu", None, None, None)
-    assert layout == {"devices": ["cpu"] * num_stages}
+    chosen = layout.choose_layout("generate", tmp_path / "s.yaml", "cpu", {})
+    assert chosen["devices"] == ["cpu"] * num_stages
 
 
 @pytest.mark.parametrize(
