@@ -1,4 +1,4 @@
-"""Settings: what is accepted, and that every mistake is one line that names file, key and cure."""
+"""Settings: what is accepted, and that every mistake is one line with file, key and advice."""
 
 import runpy
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_byte_sizes(text, num_bytes):
 
 
 @pytest.mark.parametrize("text", ["79GiBs", "GiB", "-1GiB", "0GB", 0, True, None, "79 gib", 1.5])
-def test_what_is_no_byte_size(text):
+def test_other_text_is_refused_as_a_byte_size(text):
     assert repr(text) in error_of(parse_byte_size, text)
 
 
@@ -131,7 +131,7 @@ def test_every_setting_has_a_sentence_and_an_example_that_holds(settings):
 
 
 def test_the_page_of_settings_is_true():
-    page = runpy.run_path(str(ROOT / "docs/settings.py"))["page"]()
+    page = runpy.run_path(str(ROOT / "docs/settings.py"))["make_page"]()
     assert (ROOT / "docs/settings.md").read_text() == page, "run python docs/settings.py"
 
 
