@@ -12,7 +12,6 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dist_int8.api.load import load
@@ -22,6 +21,7 @@ from dist_int8.evaluation.layers import LayerReport, MakeLayer, runtime_layer, w
 from dist_int8.evaluation.methods import METHODS, REFERENCES
 from dist_int8.evaluation.outlier_features import inject_outlier_features
 from dist_int8.evaluation.perplexity import Scores, Window, log_probabilities_, windows
+from dist_int8.evaluation.progress import Progress
 from dist_int8.models import describe, load_config
 
 DEFAULT_WINDOW = 1024
@@ -86,7 +86,7 @@ def evaluate(
         methods: names out of `METHODS`.
         asked: how.
         calibration: other text for methods that look at activations first, int64 [tokens].
-        progress: show a bar on stderr.
+        progress: show on stderr how far it is.
 
     Raises:
         ValueError: a text shorter than a window, a window longer than the model's, or as `load`.
@@ -111,21 +111,17 @@ def evaluate(
         if asked.reference != "none":
             reference = stack.enter_context(load(**reference_settings(settings, asked)))
         num_passes = len(methods) + len(groups) * len(names)
-        bar = stack.enter_context(
-            tqdm(
-                total=num_passes * sum(place.num_targets for place in places),
-                unit="token",
-                disable=None if progress else True,
-                leave=False,
-            )
-        )
+        total = num_passes * sum(place.num_targets for place in places)
+        bar = stack.enter_context(Progress(total, "token", progress))
         for index, group in enumerate(groups):
             with contextlib.ExitStack() as loaded:
+                bar.start("loading")
                 subjects = {name: _open(loaded, settings, asked, host, name) for name in group}
                 base = found.base if index == 0 else None
                 for chunk in _batches(places, asked.batch):
                     _measure(tokens, chunk, reference, base, subjects, found, bar)
             if host is not None and asked.layer_tokens:
+                bar.start("errors of layers")
                 makers = {name: _maker(host, settings, spec, name) for name in group}
                 ids = tokens[: min(asked.layer_tokens, asked.window)]
                 seen = watch_layers(host, ids, makers)
@@ -228,7 +224,7 @@ def _measure(
     base: Scores | None,
     subjects: dict[str, Subject],
     found: Evaluation,
-    bar: tqdm[Any],
+    bar: Progress,
 ) -> None:
     """One batch of windows through the reference and every method. `base`: where it is noted."""
     input_ids = torch.stack([tokens[place.begin : place.end] for place in chunk])
@@ -237,7 +233,7 @@ def _measure(
     wanted = [slice(place.first - 1 - place.begin, None) for place in chunk]
     expected: list[Tensor | None] = [None] * len(chunk)
     if reference is not None:
-        bar.set_description(found.asked.reference, refresh=False)
+        bar.start(found.asked.reference)
         logits, seconds = _timed(reference, input_ids)
         for i, rows in enumerate(wanted):
             if base is not None:
@@ -245,16 +241,16 @@ def _measure(
             expected[i] = log_probabilities_(logits[i, rows])
         if base is not None:
             base.seconds += seconds
-        bar.update(num_targets)
+        bar.add(num_targets)
     for name, subject in subjects.items():
-        bar.set_description(name, refresh=False)
+        bar.start(name)
         logits, seconds = _timed(subject, input_ids)
         scores = found.scores[name]
         for i, rows in enumerate(wanted):
             scores.add(logits[i, rows], targets[i], expected[i])
         scores.seconds += seconds
         del logits
-        bar.update(num_targets)
+        bar.add(num_targets)
 
 
 def _timed(subject: Subject, input_ids: Tensor) -> tuple[Tensor, float]:
