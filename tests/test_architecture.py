@@ -90,7 +90,7 @@ OWNERS = {  # outside dependency -> the only files or rooms that import it
     "safetensors": {"checkpoint"},
     "torch.distributed": {"distributed/rendezvous", "pipeline/transport"},
     "torchao": {"evaluation/linears"},
-    "tqdm": {"cli/checkpoint", "cli/answers", "cli/demo_model", "evaluation", "api/stages"},
+    "tqdm": {"cli/batch", "cli/checkpoint", "cli/demo_model", "evaluation", "api/stages"},
     "transformers": {
         "models",
         "engine/sampling",

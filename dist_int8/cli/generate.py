@@ -138,7 +138,8 @@ def generate(options: GenerateOptions, given: Given) -> None:
         decisive = {"chat": options.chat, **_select_numerics(settings)}
         items = read_items(options.input, given.generation, decisive)
     with take_stdout() as stdout:
-        from dist_int8.cli.answers import Display, answer, answer_file
+        from dist_int8.cli.answers import Display, answer
+        from dist_int8.cli.batch import answer_file
 
         display = Display(
             as_json=options.json,

@@ -103,16 +103,17 @@ def evaluate(
     names = [] if asked.reference == "none" else [asked.reference]
     found.scores = {name: Scores() for name in (*names, *methods)}
     groups = [methods[i : i + asked.at_once] for i in range(0, len(methods), asked.at_once)] or [[]]
+    num_passes = len(methods) + len(groups) * len(names)
+    total = num_passes * sum(place.num_targets for place in places)
     with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(Progress(total, "token", progress))
+        bar.start("loading")
         host = None
         if asked.layer_tokens or not all(METHODS[name].in_runtime for name in methods):
             host = Host(settings.model, calibration)
         reference = None
         if asked.reference != "none":
             reference = stack.enter_context(load(**reference_settings(settings, asked)))
-        num_passes = len(methods) + len(groups) * len(names)
-        total = num_passes * sum(place.num_targets for place in places)
-        bar = stack.enter_context(Progress(total, "token", progress))
         for index, group in enumerate(groups):
             with contextlib.ExitStack() as loaded:
                 bar.start("loading")
