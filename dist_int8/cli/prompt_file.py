@@ -1,9 +1,9 @@
-"""Prompts from a file of JSON lines, answers into another that may be killed at any time.
+"""Reads prompts from a file of JSON lines and writes answers to another, through kills.
 
 A line of the input is an object with one of `prompt`, `token_ids` or `messages` (for the chat
-template), perhaps an `id`, and fields of `GenerationSettings` that hold for it alone. A line of the
+template), optionally an `id`, and fields of `GenerationSettings` for this line alone. A line of the
 output has the same id and either `text`, `token_ids` and `finish_reason`, or `error`. Its `request`
-is a fingerprint of all that decides the answer: by it a later run knows what is done already, and
+is a fingerprint of everything that decides the answer: by it a later run knows what is done, and
 refuses an output that was made from something else.
 """
 
@@ -28,13 +28,13 @@ class Item:
     """One line of the input.
 
     Attributes:
-        index: its place among the lines that are not empty.
-        id: its `id`, or the number of its line.
+        index: position among the lines that are not empty.
+        id: the `id` of the line, or its number.
         kind: "prompt", "token_ids" or "messages".
-        content: what stands there.
-        settings: of this answer.
-        fingerprint: of everything that decides the answer.
-        error: why it cannot be answered; kind, content and settings mean nothing then.
+        content: value of the key that `kind` names.
+        settings: settings of this answer.
+        fingerprint: hash of everything that decides the answer.
+        error: why the line cannot be answered; then kind, content and settings mean nothing.
         place: file and line, for errors that show later.
     """
 
@@ -49,15 +49,15 @@ class Item:
 
 
 def read_items(path: Path, settings: Mapping[str, Any], same: Mapping[str, Any]) -> list[Item]:
-    """The lines of `path`; one that makes no sense has an error and stops no other.
+    """Reads the lines of `path`; a malformed one becomes an item with an error.
 
     Args:
-        path: JSON lines, UTF-8. Empty lines are passed over.
-        settings: values of `GenerationSettings` where a line says nothing else.
+        path: JSON lines in UTF-8. Empty lines are skipped.
+        settings: values of `GenerationSettings` that a line may override.
         same: what else decides an answer (the model, its numerics), for the fingerprints.
 
     Raises:
-        ValueError: no such file, nothing in it, or the same id twice.
+        ValueError: no such file, no lines in it, or the same id twice.
     """
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -70,7 +70,7 @@ def read_items(path: Path, settings: Mapping[str, Any], same: Mapping[str, Any])
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        item = _item(line, number, len(items), f"{path}:{number}", settings, same)
+        item = _read_item(line, number, len(items), f"{path}:{number}", settings, same)
         if item.id in seen:
             raise ValueError(
                 f"{path}:{number}: id must differ from every other, got {item.id!r} as in line "
@@ -80,12 +80,12 @@ def read_items(path: Path, settings: Mapping[str, Any], same: Mapping[str, Any])
         items.append(item)
     if not items:
         raise ValueError(
-            f'{path}: input must have a line at least, got none; write {{"prompt": "..."}}'
+            f'{path}: input must have at least one line, got none; write {{"prompt": "..."}}'
         )
     return items
 
 
-def _item(
+def _read_item(
     line: bytes,
     number: int,
     index: int,
@@ -96,24 +96,24 @@ def _item(
     chosen = GenerationSettings.from_values(settings, place)
     name: str | int = number
     try:
-        given = _parsed(line, place)
-        name = _id(given, number, place)
-        kind = _kind(given, place)
+        given = _parse_line(line, place)
+        name = _read_id(given, number, place)
+        kind = _find_kind(given, place)
         fields = {key: value for key, value in given.items() if key not in ("id", kind)}
         chosen = GenerationSettings.from_values({**settings, **fields}, place)
     except ValueError as error:
-        return Item(index, name, "", None, chosen, _fingerprint(line.decode("latin-1")), str(error))
+        return Item(index, name, "", None, chosen, _hash(line.decode("latin-1")), str(error))
     decides = [kind, given[kind], chosen.model_dump(mode="json"), index, dict(same)]
-    return Item(index, name, kind, given[kind], chosen, _fingerprint(decides), place=place)
+    return Item(index, name, kind, given[kind], chosen, _hash(decides), place=place)
 
 
-def _parsed(line: bytes, place: str) -> dict[str, Any]:
+def _parse_line(line: bytes, place: str) -> dict[str, Any]:
     try:
         given = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"{place}: line must be JSON in UTF-8, got {reason}; write one object a line"
+            f"{place}: line must be JSON in UTF-8, got {reason}; write one object per line"
         ) from None
     if not isinstance(given, dict):
         raise ValueError(
@@ -123,7 +123,7 @@ def _parsed(line: bytes, place: str) -> dict[str, Any]:
     return given
 
 
-def _id(given: dict[str, Any], number: int, place: str) -> str | int:
+def _read_id(given: dict[str, Any], number: int, place: str) -> str | int:
     name = given.get("id", number)
     if isinstance(name, bool) or not isinstance(name, str | int):
         raise ValueError(
@@ -134,8 +134,8 @@ def _id(given: dict[str, Any], number: int, place: str) -> str | int:
     return name
 
 
-def _kind(given: dict[str, Any], place: str) -> str:
-    """Which of the three the line has, its shape checked."""
+def _find_kind(given: dict[str, Any], place: str) -> str:
+    """Finds which of the three the line has and checks the type of its value."""
     found = [kind for kind in KINDS if kind in given]
     if len(found) != 1:
         raise ValueError(
@@ -169,23 +169,23 @@ def _check_text(text: str, what: str) -> None:
         ) from None
 
 
-def _fingerprint(values: Any) -> str:
+def _hash(values: Any) -> str:
     text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Answers:
-    """The output: a line an item, appended and flushed as it is done.
+    """The output file, with one line per item, appended and flushed when it is done.
 
-    What is there already counts as done, unless it is an error, which is tried again. A last line
-    without its end, from a run that was killed, is dropped.
+    Lines that are there already count as done, except errors, which are tried again. A torn last
+    line, from a run that was killed, is dropped.
 
     Args:
-        path: of the file; it is made if it is not there.
-        items: of the input.
+        path: the file; it is created if missing.
+        items: items of the input.
 
     Raises:
-        ValueError: the file holds something else than answers to these items, or another run
+        ValueError: the file holds something other than answers to these items, or another run
             writes to it.
     """
 
@@ -206,12 +206,12 @@ class Answers:
             self._replace(kept)
 
     def add(self, item: Item, **values: Any) -> None:
-        """Appends the item's line: its answer, or `error`."""
-        self._file.write(_line({"id": item.id, **values, "request": item.fingerprint}))
+        """Appends the line of the item, with its answer or `error`."""
+        self._file.write(_format_line({"id": item.id, **values, "request": item.fingerprint}))
         self._file.flush()
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Closes the file."""
         self._file.close()
 
     def __enter__(self) -> Answers:
@@ -231,7 +231,7 @@ class Answers:
             ) from None
 
     def _read(self, content: bytes, items: dict[str | int, Item]) -> tuple[bytes, set[str | int]]:
-        """The lines that stay, and the ids that they answer."""
+        """Returns the lines to keep, and the ids that they answer."""
         kept, done = [], set()
         *lines, _torn = content.split(b"\n")
         for number, line in enumerate(lines, start=1):
@@ -245,7 +245,7 @@ class Answers:
             if failed:
                 continue
             if item is None:
-                self._refuse(number, f"id {name!r}, which the input has not")
+                self._refuse(number, f"id {name!r}, which is not in the input")
             if fingerprint != item.fingerprint:
                 self._refuse(number, f"another prompt or other settings of id {name!r}")
             kept.append(line + b"\n")
@@ -260,17 +260,17 @@ class Answers:
         )
 
     def _replace(self, content: bytes) -> None:
-        """Writes aside and renames: a kill leaves the old file or the new one."""
-        aside = self.path.with_name(self.path.name + ".tmp")
-        file = aside.open("wb")
+        """Writes a copy and renames it, so that a kill leaves the old file or the new one."""
+        copy = self.path.with_name(self.path.name + ".tmp")
+        file = copy.open("wb")
         self._lock(file)
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-        os.replace(aside, self.path)
+        os.replace(copy, self.path)
         self._file.close()
         self._file = file
 
 
-def _line(values: Mapping[str, Any]) -> bytes:
+def _format_line(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, ensure_ascii=False) + "\n").encode(errors="replace")

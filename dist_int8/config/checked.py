@@ -14,14 +14,14 @@ Count = Annotated[int, Field(ge=1)]
 
 
 def listed(value: object) -> object:
-    """One string stands for a list of one; tuples are lists."""
+    """Turns one string into a list of one, and a tuple into a list."""
     if isinstance(value, str):
         return [value]
     return list(value) if isinstance(value, tuple) else value
 
 
 class Checked(BaseModel):
-    """Strict types, no unknown keys, frozen, and one-line errors through `from_values`."""
+    """A frozen model with strict types, no unknown keys and, by `from_values`, one-line errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
 
@@ -36,7 +36,7 @@ class Checked(BaseModel):
 
 
 def _one_line(cls: type[BaseModel], source: str, detail: Any) -> str:
-    """One pydantic error as one line of ours."""
+    """Words a pydantic error as one line of ours."""
     message = detail["msg"].removeprefix("Value error, ")
     if not detail["loc"]:
         return f"{source}:{message}"

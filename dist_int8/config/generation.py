@@ -7,41 +7,43 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from dist_int8.config.checked import Checked, Count, NonEmpty, listed
 
-LEAST_TEMPERATURE = 1e-3  # below, logits overflow when divided by it
+MIN_TEMPERATURE = 1e-3  # logits divided by less overflow
 
 
 class GenerationSettings(Checked):
-    """How tokens are chosen. Greedy unless `temperature` is above 0 or `do_sample` is true."""
+    """Describes how tokens are chosen: greedily, unless `temperature` > 0 or `do_sample`."""
 
     max_new_tokens: Count = Field(
         default=64,
-        description="New tokens of an answer at most.",
+        description="Maximum number of tokens in an answer.",
         examples=[64],
     )
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         default=None,
-        description="Divides the logits before sampling; 0, the default, is greedy "
-        "(with do_sample the default is 1.0).",
+        description="Divisor of the logits before sampling; 0, the default, is greedy (with "
+        "do_sample the default is 1.0).",
         examples=[0.7],
     )
     do_sample: bool | None = Field(
         default=None,
-        description="Sample instead of taking the likeliest token; by default if temperature > 0.",
+        description="Sample instead of taking the most probable token; by default if temperature "
+        "> 0.",
         examples=[True],
     )
     top_k: Annotated[int, Field(ge=0)] | None = Field(
         default=None,
-        description="Sample among the k likeliest tokens; 0, the default: among all.",
+        description="Sample among the k most probable tokens; 0, the default, is all of them.",
         examples=[50],
     )
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
         default=None,
-        description="Sample among the likeliest tokens that make up this probability.",
+        description="Sample among the most probable tokens that together reach this probability.",
         examples=[0.9],
     )
     repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         default=1.0,
-        description="Divides the positive logits of tokens seen before (multiplies negative ones).",
+        description="Divisor of the positive logits of tokens seen before, and factor of the "
+        "negative ones.",
         examples=[1.1],
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(
@@ -51,7 +53,7 @@ class GenerationSettings(Checked):
     )
     stop: Annotated[list[NonEmpty], BeforeValidator(listed)] = Field(
         default=[],
-        description="Strings that end an answer; they are not part of it.",
+        description="String that ends an answer and is not part of it; several may be given.",
         examples=[["\n\n"]],
     )
 
@@ -62,16 +64,16 @@ class GenerationSettings(Checked):
                 "temperature: temperature must be above 0 when do_sample is true, got 0; "
                 "raise it or leave do_sample out"
             )
-        if self.temperature and self.temperature < LEAST_TEMPERATURE:
+        if self.temperature and self.temperature < MIN_TEMPERATURE:
             raise ValueError(
-                f"temperature: temperature must be 0 or at least {LEAST_TEMPERATURE}, got "
-                f"{self.temperature}; 0 takes the likeliest token"
+                f"temperature: temperature must be 0 or at least {MIN_TEMPERATURE}, got "
+                f"{self.temperature}; 0 takes the most probable token"
             )
         return self
 
     @property
     def sampling(self) -> bool:
-        """True when tokens are drawn at random, False when the likeliest is taken."""
+        """Whether tokens are drawn at random instead of taking the most probable one."""
         return self.do_sample if self.do_sample is not None else bool(self.temperature)
 
     @property
@@ -93,7 +95,7 @@ class GenerationSettings(Checked):
                 if given.get(name) not in harmless:
                     raise ValueError(
                         f"{source}:{name}: {name} must be left out, got {given[name]!r}; "
-                        "only greedy decoding and sampling are offered"
+                        "only greedy decoding and sampling are supported"
                     )
             values = {
                 name: given[name]

@@ -11,45 +11,46 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class ProfileSettings(Checked):
-    """How fast one device is, as measured; rates per second."""
+    """Describes how fast one device is, as measured; rates are per second."""
 
-    name: NonEmpty = Field(description="What the plan calls it.", examples=["my-cpu"])
+    name: NonEmpty = Field(description="Name of the device in the plan.", examples=["my-cpu"])
     memory_bytes: Count = Field(
-        description="Memory of the device; the budget of a stage where none is set.",
+        description="Memory of the device, which is the budget of a stage if none is set.",
         examples=[80000000000],
     )
     int8_bandwidth: Rate = Field(
-        description="Bytes of int8 weights that a linear of one row reads in a second.",
+        description="Bytes of int8 weights that a linear reads per second for one row.",
         examples=[1.75e12],
     )
     float_bandwidth: Rate = Field(
-        description="Bytes of 16-bit weights that a linear of one row reads in a second.",
+        description="Bytes of 16-bit weights that a linear reads per second for one row.",
         examples=[1.75e12],
     )
     int8_ops: Rate = Field(
-        description="int8 operations a second of a linear of many rows, two a weight and row.",
+        description="int8 operations per second of a linear with many rows, two per weight and "
+        "row.",
         examples=[4.0e14],
     )
     float_ops: Rate = Field(
-        description="The same of a 16-bit linear.",
+        description="Operations per second of a 16-bit linear with many rows.",
         examples=[2.0e14],
     )
     overlaps: bool = Field(
-        description="Reading and computing go on at once (GPUs) or add up (CPUs).",
+        description="Whether reading and computing overlap (GPUs) or add up (CPUs).",
         examples=[True],
     )
     block_overhead_s: Seconds = Field(
-        description="Seconds a block takes beside its linears.", examples=[2.0e-05]
+        description="Seconds that a block takes besides its linears.", examples=[2.0e-05]
     )
     link_bandwidth: Rate = Field(
-        description="Bytes a second to the next device of the same machine.", examples=[2.5e11]
+        description="Bytes per second to the next device of the same machine.", examples=[2.5e11]
     )
     link_latency_s: Seconds = Field(
-        description="Seconds of the smallest message there.", examples=[1.5e-05]
+        description="Seconds of the smallest message to that device.", examples=[1.5e-05]
     )
     network_bandwidth: Rate = Field(
-        description="Bytes a second to another machine.", examples=[1.25e10]
+        description="Bytes per second to another machine.", examples=[1.25e10]
     )
     network_latency_s: Seconds = Field(
-        description="Seconds of the smallest message there.", examples=[4.0e-05]
+        description="Seconds of the smallest message to that machine.", examples=[4.0e-05]
     )

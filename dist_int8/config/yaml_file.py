@@ -26,7 +26,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Duplicate keys, bad syntax and other roots are ValueErrors."""
+    """Reads the mapping in a YAML file.
+
+    Raises:
+        ValueError: no such file, bad syntax, a duplicate key, or a root that is no mapping.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -59,7 +63,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def write_yaml(path: str | Path, values: Mapping[str, Any], comment: str) -> None:
-    """Writes values, in their order, under a comment; a file that cannot be is a ValueError."""
+    """Writes values, in their order, under a comment.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
     head = "".join(f"# {line}".rstrip() + "\n" for line in comment.splitlines())
     body = yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=None, width=100)
     try:
@@ -76,7 +84,7 @@ def _flat(error: BaseException) -> str:
 
 
 def syntax_error(path: Path) -> str | None:
-    """What is wrong with a YAML file of any content and tags, in one line; None: nothing."""
+    """Says in one line what is wrong with a YAML file of any content and tags; None if nothing."""
     try:
         for _ in yaml.parse(path.read_text(encoding="utf-8")):
             pass

@@ -12,7 +12,6 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from dist_int8.api.load import load
@@ -22,6 +21,7 @@ from dist_int8.evaluation.layers import LayerReport, MakeLayer, runtime_layer, w
 from dist_int8.evaluation.methods import METHODS, REFERENCES
 from dist_int8.evaluation.outlier_features import inject_outlier_features
 from dist_int8.evaluation.perplexity import Scores, Window, log_probabilities_, windows
+from dist_int8.evaluation.progress import Progress
 from dist_int8.models import ModelSpec, describe, load_config
 from dist_int8.models.tokenizer import load_tokenizer
 
@@ -95,7 +95,7 @@ def evaluate(
         methods: names from `METHODS`.
         asked: how to measure.
         calibration: token ids of another text, int64 [tokens], for methods that need activations.
-        progress: whether to show a bar on stderr.
+        progress: whether to show progress on stderr.
 
     Raises:
         ValueError: the text is shorter than a window, the window is longer than the model allows,
@@ -109,16 +109,16 @@ def evaluate(
     found = Evaluation(asked, len(tokens), {name: Scores() for name in (*names, *methods)})
     groups = [methods[i : i + asked.at_once] for i in range(0, len(methods), asked.at_once)] or [[]]
     num_passes = len(methods) + len(groups) * len(names)
-    num_targets = num_passes * sum(place.num_targets for place in places)
+    total = num_passes * sum(place.num_targets for place in places)
     with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(Progress(total, "token", progress))
+        bar.start("loading")
         host = reference = None
         if asked.layer_tokens or not all(METHODS[name].in_runtime for name in methods):
             host = Host(settings.model, calibration)
         if asked.reference != "none":
             reference = stack.enter_context(load(**reference_settings(settings, asked)))
-        disable = None if progress else True
-        bar = tqdm(total=num_targets, unit="token", disable=disable, leave=False)
-        run = _Run(settings, spec, tokens, found, host, reference, stack.enter_context(bar))
+        run = _Run(settings, spec, tokens, found, host, reference, bar)
         for index, group in enumerate(groups):
             run.measure_group(group, places, found.base if index == 0 else None)
     return found
@@ -143,7 +143,7 @@ class _Run:
         found: results so far.
         host: transformers' model; None if nothing needs it.
         reference: floating-point model in the runtime; None without one.
-        bar: progress bar, in predicted tokens.
+        bar: progress, in predicted tokens.
     """
 
     settings: Settings
@@ -152,7 +152,7 @@ class _Run:
     found: Evaluation
     host: Host | None
     reference: Subject | None
-    bar: tqdm[Any]
+    bar: Progress
 
     def measure_group(
         self, group: Sequence[str], places: Sequence[Window], base: Scores | None
@@ -160,6 +160,7 @@ class _Run:
         """Measures methods that are in memory together; `base` takes the reference's scores."""
         asked = self.found.asked
         with contextlib.ExitStack() as loaded:
+            self.bar.start("loading")
             subjects = {
                 name: _open(loaded, self.settings, asked, self.host, name) for name in group
             }
@@ -181,7 +182,7 @@ class _Run:
         wanted = [slice(place.first - 1 - place.begin, None) for place in chunk]
         expected: list[Tensor | None] = [None] * len(chunk)
         if self.reference is not None:
-            self.bar.set_description(self.found.asked.reference, refresh=False)
+            self.bar.start(self.found.asked.reference)
             logits, seconds = _timed(self.reference, input_ids)
             for i, rows in enumerate(wanted):
                 if base is not None:
@@ -189,20 +190,21 @@ class _Run:
                 expected[i] = log_probabilities_(logits[i, rows])
             if base is not None:
                 base.seconds += seconds
-            self.bar.update(num_targets)
+            self.bar.add(num_targets)
         for name, subject in subjects.items():
-            self.bar.set_description(name, refresh=False)
+            self.bar.start(name)
             logits, seconds = _timed(subject, input_ids)
             scores = self.found.scores[name]
             for i, rows in enumerate(wanted):
                 scores.add(logits[i, rows], targets[i], expected[i])
             scores.seconds += seconds
             del logits
-            self.bar.update(num_targets)
+            self.bar.add(num_targets)
 
     def _measure_layers(self, host: Host, group: Sequence[str]) -> None:
         """Measures the errors of the group's layers on the start of the text."""
         asked, found = self.found.asked, self.found
+        self.bar.start("errors of layers")
         makers = {name: _maker(host, self.settings, self.spec, name) for name in group}
         seen = watch_layers(host, self.tokens[: min(asked.layer_tokens, asked.window)], makers)
         found.layers = found.layers or seen

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dist_int8.config import ProfileSettings, Settings, read_yaml
+from dist_int8.config import DEFAULT_MAX_TOKENS, ProfileSettings, Settings, read_yaml
 from dist_int8.partition import (
     PROFILES,
     CutOptions,
@@ -18,7 +18,6 @@ from dist_int8.partition import (
 )
 from dist_int8.partition.gpus import probe
 from dist_int8.partition.profiles import DEFAULT_GPU
-from dist_int8.partition.questions import DEFAULT_MAX_TOKENS
 
 # What a CUDA process takes from its budget on top of the tensors that the plan counts: cuBLAS
 # workspaces, the allocator's rounding, NCCL's buffers. The CUDA context does not count against a
@@ -30,7 +29,7 @@ _SIXTEEN_BITS = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True)
-class PlanOptions:
+class PlanRequest:
     """What `dist-int8 plan` takes on top of the settings.
 
     Attributes:
@@ -47,7 +46,7 @@ class PlanOptions:
     choose_count: bool = False
 
 
-def answer(settings: Settings, options: PlanOptions, config: Any, spec: Any, source: str) -> Plan:
+def answer(settings: Settings, options: PlanRequest, config: Any, spec: Any, source: str) -> Plan:
     """Plans from a model's config alone, without weights and for devices that need not exist.
 
     Raises:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from dist_int8.config import DEFAULT_MAX_TOKENS
 from dist_int8.partition import memory
 from dist_int8.partition.activations import Workload
 from dist_int8.partition.plan import Plan, format_bytes
 from dist_int8.partition.planner import CutOptions, Device, can_plan, check_count, plan_stages
 
-DEFAULT_MAX_TOKENS = 2048
 MAX_SEQUENCES = 4096  # limit of the answer to a question that leaves the number open
 _MAX_BYTES = 2**50
 

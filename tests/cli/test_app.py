@@ -9,7 +9,7 @@ import pytest
 
 import dist_int8
 from dist_int8 import RankError
-from dist_int8.cli import app, generate
+from dist_int8.cli import app, layout
 
 SMALL = ["--device", "cpu", "--max-tokens", "96", "--threads", "1"]
 
@@ -82,28 +82,28 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, part, capsys):
     assert code == 2 and part in line
 
 
-def test_flags_win_over_the_file(tmp_path, capsys):
+def test_the_layout_of_flags_replaces_that_of_the_file(tmp_path, capsys):
     (tmp_path / "s.yaml").write_text("foo: 1\n")
     code, line = error_line(capsys, "generate", "--config", tmp_path / "s.yaml")
     assert code == 2 and "s.yaml:foo: foo must be a known setting" in line
     (tmp_path / "s.yaml").write_text("devices: [cpu, cpu, cpu]\n")
-    layout = generate._layout("generate", tmp_path / "s.yaml", "cpu", 2, None, None)
-    assert layout == {"devices": ["cpu", "cpu"]}
+    chosen = layout.choose_layout("generate", tmp_path / "s.yaml", "cpu", {"stages": 2})
+    assert chosen == {"stages": None, "gpus": None, "devices": ["cpu", "cpu"]}
 
 
 @pytest.mark.parametrize(
     ("text", "world_size", "num_stages"),
     [("stages: 3\n", None, 3), ("devices: [cpu, cpu]\n", None, 2), ("", "4", 4), ("", None, 1)],
 )
-def test_device_cpu_takes_the_number_of_stages_from_where_it_is(
+def test_device_cpu_takes_the_number_of_stages_from_file_or_launcher(
     tmp_path, monkeypatch, text, world_size, num_stages
 ):
     (tmp_path / "s.yaml").write_text(text)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if world_size is not None:
         monkeypatch.setenv("WORLD_SIZE", world_size)
-    layout = generate._layout("generate", tmp_path / "s.yaml", "cpu", None, None, None)
-    assert layout == {"devices": ["cpu"] * num_stages}
+    chosen = layout.choose_layout("generate", tmp_path / "s.yaml", "cpu", {})
+    assert chosen["devices"] == ["cpu"] * num_stages
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_exit_codes_of_errors(error, code, line, capsys):
     assert capsys.readouterr().err == line
 
 
-def test_a_bug_keeps_its_traceback():
+def test_an_assertion_keeps_its_traceback():
     with pytest.raises(AssertionError):
         app._report(AssertionError("ours"))
 
@@ -130,14 +130,14 @@ def test_debug_keeps_the_traceback():
     assert answer.returncode == 1 and "Traceback" in answer.stderr
 
 
-def test_gpus_where_none_are(tiny_llama):
+def test_gpus_on_a_machine_without_any(tiny_llama):
     answer = run("generate", "-m", tiny_llama, "-p", "x", "--gpus", "4", CUDA_VISIBLE_DEVICES="")
     assert answer.returncode == 2 and answer.stdout == ""
     (line,) = answer.stderr.splitlines()
     assert "gpus must be at most the number of GPUs seen, 0 (" in line and "--device cpu" in line
 
 
-def test_model_folder_that_is_not_there(tmp_path):
+def test_missing_model_folder(tmp_path):
     answer = run("generate", "--model", tmp_path / "none", "--prompt", "x", *SMALL)
     assert answer.returncode == 2 and answer.stdout == ""
     (line,) = answer.stderr.splitlines()
@@ -152,7 +152,7 @@ def as_json(tiny_llama):
     return run("generate", "--model", tiny_llama, *prompts, *flags)
 
 
-def test_json_is_one_object_a_prompt_and_nothing_else(as_json):
+def test_json_is_one_object_per_prompt_and_nothing_else(as_json):
     assert as_json.returncode == 0, as_json.stderr
     first, second = map(json.loads, as_json.stdout.splitlines())
     assert first["prompt"] == "The capital of France is" and second["prompt"] == "Größe"
@@ -181,19 +181,19 @@ def test_text_is_streamed_to_stdout_and_the_rest_to_stderr(tiny_llama, as_json):
     assert json.loads(one_object.stdout)["text"] == expected
 
 
-def test_a_model_without_chat_template(tiny_llama):
+def test_chat_needs_a_chat_template(tiny_llama):
     answer = run("generate", "-m", tiny_llama, "-p", "x", "--chat", "--quiet", *SMALL)
     assert answer.returncode == 2 and "must have a chat template" in answer.stderr
 
 
 @pytest.mark.parametrize(
-    "text, cure",
+    "text, advice",
     [
         ("rank 1 (process 7) died with signal SIGKILL", "; start again, or set `recover"),
         ("rank 1 failed: x must be 1, got 2; change x", "; change x"),
     ],
 )
-def test_a_lost_rank_comes_with_a_cure(text, cure, monkeypatch, capsys):
+def test_a_lost_rank_comes_with_advice(text, advice, monkeypatch, capsys):
     def lose_it(**_):
         raise RankError(text, 1)
 
@@ -201,4 +201,4 @@ def test_a_lost_rank_comes_with_a_cure(text, cure, monkeypatch, capsys):
     assert app.run(["generate"]) == app.FAILED
     said = capsys.readouterr().err
     assert said.startswith(f"error: {text.partition(';')[0]}") and said.count(";") == 1
-    assert cure in said and said.count("\n") == 1
+    assert advice in said and said.count("\n") == 1

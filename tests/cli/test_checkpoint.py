@@ -1,4 +1,4 @@
-"""`dist-int8 quantize`, `dequantize`, `verify`: answers, exit codes, a model that runs."""
+"""`dist-int8 quantize`, `dequantize` and `verify`: output, exit codes, and a model that runs."""
 
 import json
 
@@ -14,7 +14,7 @@ def run(capsys, *arguments):
     return code, captured.out, captured.err
 
 
-def test_there_and_back(tiny_llama, tmp_path, capsys):
+def test_quantize_and_dequantize_round_trip(tiny_llama, tmp_path, capsys):
     int8, bnb, again = tmp_path / "int8", tmp_path / "bnb", tmp_path / "again"
     code, out, _ = run(capsys, "quantize", tiny_llama, int8, "--shard-size", "100KB", "--verify")
     assert code == 0 and "files are as they were written" in out
@@ -69,7 +69,7 @@ def test_a_full_disk_is_exit_code_1(tiny_llama, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
     code, _, err = run(capsys, "quantize", tiny_llama, tmp_path / "out")
     assert code == 1 and "bytes free, got 10" in err
-    # with the same arguments and room it goes on
+    # with room on the disk, the same arguments continue
     monkeypatch.undo()
     assert run(capsys, "quantize", tiny_llama, tmp_path / "out")[0] == 0
 

@@ -1,4 +1,4 @@
-"""The demo model: fetched once, converted faithfully, never half there."""
+"""The demo model: it is fetched once, converted faithfully, and never incomplete."""
 
 import json
 import os
@@ -85,7 +85,7 @@ def test_weights_equal_those_in_the_package(folder, tmp_path):
         assert torch.equal(reader.read(ours), values.to(torch.bfloat16)), ours
 
 
-def test_second_call_only_prints_the_folder(folder):
+def test_a_second_call_only_prints_the_folder(folder):
     answer = run(folder.parent, PIP_INDEX_URL="http://127.0.0.1:9")
     assert answer.returncode == 0 and answer.stdout == f"{folder}\n" and answer.stderr == ""
 
@@ -125,7 +125,7 @@ def test_interrupted_conversion_leaves_no_model(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_conversion_left_is_removed(tmp_path, monkeypatch):
+def test_leftovers_of_a_killed_conversion_are_removed(tmp_path, monkeypatch):
     for name, age in (("old", 2 * demo_model._ABANDONED_AFTER_SECONDS), ("new", 0)):
         aside = tmp_path / f".{demo_model.FOLDER}-{name}"
         (aside / "model").mkdir(parents=True)

@@ -145,12 +145,14 @@ def test_a_table_and_a_picture(capfd, tiny_llama, text, tmp_path):
         (["--inject-outliers", 2**70], "inject_outliers must be a seed in 0..2^63-1"),
     ],
 )
-def test_flags_that_cannot_be(capfd, tiny_llama, flags, part):
+def test_contradicting_flags_are_refused(capfd, tiny_llama, flags, part):
     code, shown = run(capfd, "-m", tiny_llama, *flags)
     assert code == 2 and part in shown.err and shown.err.count("\n") == 1
 
 
-def test_without_matplotlib_it_says_so_first(capfd, tiny_llama, text, tmp_path, monkeypatch):
+def test_missing_matplotlib_is_reported_before_measuring(
+    capfd, tiny_llama, text, tmp_path, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, shown = run(capfd, "-m", tiny_llama, "--text", text, "--plot", tmp_path / "x.png")
     assert code == 2 and "matplotlib must be installed" in shown.err
@@ -199,7 +201,7 @@ def test_an_int8_checkpoint_is_for_the_runtime_alone(capfd, tiny_llama, text, tm
     assert abs(found["methods"]["ours"]["change_percent"]) < 5
 
 
-def test_nan_agrees_with_nothing(capfd, tiny_llama, text, tmp_path):
+def test_logits_that_are_not_finite(capfd, tiny_llama, text, tmp_path):
     model = LlamaForCausalLM.from_pretrained(tiny_llama)
     with torch.no_grad():
         model.model.norm.weight[3] = 3e38  # times 1.2 it leaves fp32
@@ -216,14 +218,14 @@ def test_nan_agrees_with_nothing(capfd, tiny_llama, text, tmp_path):
     assert code == 0 and "not finite" in shown.out and picture.stat().st_size
 
 
-def test_quiet_is_quiet(capfd, tiny_llama, text):
+def test_quiet_shows_no_progress(capfd, tiny_llama, text):
     options = ["--text", text, "--window", 128, "--methods", "ours,vector-wise", "-q"]
     code, shown = run(capfd, "-m", tiny_llama, *options, "--inject-outliers", 0, "--kv", "int8")
     assert code == 0 and "vector-wise" in shown.out
     assert not any(bar in shown.err for bar in ("it/s", "Loading weights", "Writing"))
 
 
-def test_no_model_and_no_package(capfd, monkeypatch):
+def test_missing_model_and_missing_package(capfd, monkeypatch):
     code, shown = run(capfd)
     assert code == 2 and "model must be a folder or a hub id" in shown.err
     found = {"torchao": None}
@@ -234,12 +236,12 @@ def test_no_model_and_no_package(capfd, monkeypatch):
     assert set(DEFAULT) <= set(METHODS)
 
 
-def test_the_methods_are_named(capfd):
+def test_list_methods(capfd):
     code, shown = run(capfd, "--list-methods")
     assert code == 0 and [line.split()[0] for line in shown.out.splitlines()] == list(METHODS)
 
 
-def test_other_text_is_not_the_help_topics():
+def test_calibration_text_shares_no_line_with_the_default_text():
     topics, docstrings = read_text(None)[0], calibration_text(None)[0]
     assert len(docstrings) > 50_000
     lines = {line.strip() for line in topics.splitlines() if len(line.strip()) > 50}
@@ -247,7 +249,7 @@ def test_other_text_is_not_the_help_topics():
     assert not shared
 
 
-def test_hot_columns_have_their_linears_names(tiny_llama):
+def test_hot_columns_are_found_under_the_names_of_linears(tiny_llama):
     settings = load_settings(None, model=str(tiny_llama), calibrate="random")
     spec = describe(load_config(tiny_llama))
     host = Host(tiny_llama)

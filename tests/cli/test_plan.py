@@ -1,4 +1,4 @@
-"""`dist-int8 plan` and `bench` as a user calls them: JSON, exit codes, saved plans, errors."""
+"""`dist-int8 plan` and `bench`: JSON, exit codes, saved plans, errors."""
 
 import json
 from pathlib import Path
@@ -105,7 +105,7 @@ def test_a_saved_plan_is_settings_that_give_the_same_plan(capsys, tmp_path):
     assert code == 0 and again == found
 
 
-def test_a_config_asks_what_load_reserves(capsys):
+def test_a_config_plans_what_load_reserves(capsys):
     path = ROOT / "configs" / "bloom-176b-4xa100-80gb.yaml"
     code, found = as_json(capsys, "--config", path, "-m", BLOOM)
     blocks = [stage["blocks"][1] - stage["blocks"][0] + 1 for stage in found["stages"]]
@@ -126,7 +126,7 @@ def test_a_config_asks_what_load_reserves(capsys):
         ("--gpus 2 --profile pin.yaml", "or a YAML file, got 'pin.yaml', which is not there"),
         ("--gpus many", "Invalid value for '--gpus'"),
         ("--gpus 2 --memory -80GB", "byte size above 0, got '-80GB'"),
-        ("--gpus 2 --memory 1GB,2GB,3GB", "memory must be one byte size a stage, 2, got 3"),
+        ("--gpus 2 --memory 1GB,2GB,3GB", "memory must be one byte size per stage, 2, got 3"),
         ("--gpus 71 --memory 80GB", "stages must be at most the model's 70 blocks, got 71"),
         (
             "--gpus 2 --memory 80GB --stages 30,30",
@@ -197,7 +197,7 @@ def test_a_measured_profile_is_one_that_plan_reads(capsys, tmp_path, monkeypatch
     assert code == 0 and found["ms_per_token"] > 0 and found["kv_tokens"] > 1000
 
 
-def test_bench_refuses_what_is_not_there(capsys, tmp_path):
+def test_bench_and_save_refuse_missing_devices_and_folders(capsys, tmp_path):
     assert app.run(["bench", "--profile", str(tmp_path / "x.yaml"), "--device", "cuda:7"]) == 2
     assert "device must be one of cpu" in capsys.readouterr().err
     missing = tmp_path / "no" / "x.yaml"

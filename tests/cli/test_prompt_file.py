@@ -1,4 +1,4 @@
-"""A file of prompts and the file of its answers: what is read, kept, dropped and refused."""
+"""Files of prompts and of answers: what is read, kept, dropped and refused."""
 
 import json
 
@@ -18,7 +18,7 @@ def items_of(tmp_path, *lines, **settings):
     return read_items(write(tmp_path / "in.jsonl", *lines), settings, SAME)
 
 
-def test_three_kinds_of_prompts_and_settings_of_their_own(tmp_path):
+def test_lines_have_three_kinds_of_prompts_and_their_own_settings(tmp_path):
     text, ids, chat = items_of(
         tmp_path,
         '\ufeff{"prompt": "Größe", "max_new_tokens": 3, "stop": "\\n"}',
@@ -56,16 +56,16 @@ def test_three_kinds_of_prompts_and_settings_of_their_own(tmp_path):
         ('{"prompt": "x", "temprature": 1}', "did you mean temperature?"),
     ],
 )
-def test_a_bad_line_has_its_error_and_stops_no_other(tmp_path, line, part):
+def test_a_bad_line_gets_an_error_and_the_others_are_read(tmp_path, line, part):
     first, bad, last = items_of(tmp_path, '{"prompt": "a"}', line, '{"prompt": "b"}')
     assert first.error is None and last.error is None
     assert part in bad.error and "in.jsonl:2" in bad.error and bad.error.count("\n") == 0
 
 
-def test_files_that_are_refused_as_a_whole(tmp_path):
+def test_missing_and_empty_files_and_repeated_ids_are_refused(tmp_path):
     with pytest.raises(ValueError, match="input must be a file of JSON lines, got No such file"):
         read_items(tmp_path / "none", {}, SAME)
-    with pytest.raises(ValueError, match="input must have a line at least"):
+    with pytest.raises(ValueError, match="input must have at least one line"):
         items_of(tmp_path, "", "  ")
     with pytest.raises(ValueError, match=r"in.jsonl:3: id must differ .*, got 'a' as in line 1"):
         items_of(tmp_path, *(f'{{"prompt": "x", "id": "{name}"}}' for name in "aba"))
@@ -75,7 +75,7 @@ def answered(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_second_run_goes_on_where_the_first_was_killed(tmp_path):
+def test_a_second_run_continues_after_a_kill(tmp_path):
     items = items_of(tmp_path, *(f'{{"prompt": "{i}", "id": "{i}"}}' for i in range(4)))
     path = tmp_path / "out.jsonl"
     with Answers(path, items) as answers:
@@ -134,7 +134,7 @@ def test_answers_to_something_else_are_refused(tmp_path, changed, settings, same
 
 
 @pytest.mark.parametrize("line", ["hello", "[]", "3", "{}", '{"id": [], "request": "x"}'])
-def test_a_file_of_something_else_is_refused_and_kept(tmp_path, line):
+def test_a_file_without_answers_is_refused_and_kept(tmp_path, line):
     items = items_of(tmp_path, '{"prompt": "a"}')
     path = write(tmp_path / "out.jsonl", line)
     with pytest.raises(ValueError, match=r"out.jsonl:1: output must hold answers .* something"):
@@ -142,14 +142,14 @@ def test_a_file_of_something_else_is_refused_and_kept(tmp_path, line):
     assert path.read_text() == line + "\n"
 
 
-def test_an_id_that_the_input_has_not(tmp_path):
+def test_an_answer_to_an_unknown_id_is_refused(tmp_path):
     items = items_of(tmp_path, '{"prompt": "a"}')
     path = write(tmp_path / "out.jsonl", '{"id": "z", "text": "", "request": "x"}')
-    with pytest.raises(ValueError, match="got id 'z', which the input has not"):
+    with pytest.raises(ValueError, match="got id 'z', which is not in the input"):
         Answers(path, items)
 
 
-def test_two_runs_do_not_write_one_file(tmp_path):
+def test_a_second_run_cannot_write_to_the_same_file(tmp_path):
     items = items_of(tmp_path, '{"prompt": "a"}')
     path = tmp_path / "out.jsonl"
     path.write_text("torn")  # so that the first run replaces the file

@@ -7,7 +7,7 @@ from transformers import BloomConfig
 
 from dist_int8.config import load_settings
 from dist_int8.models import describe, load_config
-from dist_int8.partition.from_settings import PlanOptions, answer
+from dist_int8.partition.from_settings import PlanRequest, answer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHAPES = {
@@ -25,7 +25,7 @@ DEPLOYMENTS = {
 def plan(name, **changes):
     settings = load_settings(CONFIGS / name, **changes)
     config = load_config(CONFIGS / "models" / DEPLOYMENTS[name])
-    return answer(settings, PlanOptions(like_load=True), config, describe(config), "test")
+    return answer(settings, PlanRequest(like_load=True), config, describe(config), "test")
 
 
 def test_the_deployments_of_the_int8_blog_are_there():

@@ -1,4 +1,4 @@
-"""Settings: what is accepted, and that every mistake is one line that names file, key and cure."""
+"""Settings: what is accepted, and that every mistake is one line with file, key and advice."""
 
 import runpy
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_byte_sizes(text, num_bytes):
 
 
 @pytest.mark.parametrize("text", ["79GiBs", "GiB", "-1GiB", "0GB", 0, True, None, "79 gib", 1.5])
-def test_what_is_no_byte_size(text):
+def test_other_text_is_refused_as_a_byte_size(text):
     assert repr(text) in error_of(parse_byte_size, text)
 
 
@@ -89,7 +89,7 @@ def test_memory_of_a_stage():
         ("memory: 79GiB\n", ["memory must be a list", "got '79GiB'"]),
         ("devices: [cpu]\ngpus: 1\n", ["gpus must be left out when devices is given"]),
         ("devices: [cpu, cpu]\nstages: 3\n", ["stages must be the number of devices, 2, got 3"]),
-        ("gpus: 2\nmemory: [79GiB]\n", ["memory must be one byte size a stage, 2, got 1"]),
+        ("gpus: 2\nmemory: [79GiB]\n", ["memory must be one byte size per stage, 2, got 1"]),
         ('devices: [cpu]\nmemory: {"cuda:0": 1GiB}\n', ["name every device, got no cpu"]),
         ("- stages\n", ["must be a mapping of settings, got list"]),
         ("stages: [2\n", ["settings.yaml:2: config must be valid YAML"]),
@@ -131,7 +131,7 @@ def test_every_setting_has_a_sentence_and_an_example_that_holds(settings):
 
 
 def test_the_page_of_settings_is_true():
-    page = runpy.run_path(str(ROOT / "docs/settings.py"))["page"]()
+    page = runpy.run_path(str(ROOT / "docs/settings.py"))["make_page"]()
     assert (ROOT / "docs/settings.md").read_text() == page, "run python docs/settings.py"
 
 

@@ -1,0 +1,167 @@
+"""Answers a file of prompts into another file, for `dist-int8 generate --input`."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from dist_int8.api.model import Model
+from dist_int8.cli.answers import Display, apply_chat_template, load_model, make_prompt
+from dist_int8.cli.prompt_file import Answers, Item
+from dist_int8.config import Settings
+from dist_int8.engine import Request, Token
+
+
+def answer_file(
+    settings: Settings,
+    items: Sequence[Item],
+    output: Path,
+    chat: bool,
+    display: Display,
+    stdout: TextIO,
+) -> bool:
+    """Loads the model and answers a file of prompts into `output`, each when it is done.
+
+    Ranks above 0 only serve their stage.
+
+    Returns:
+        Whether every line has an answer.
+    """
+    with contextlib.ExitStack() as stack:
+        answers = stack.enter_context(Answers(output, items)) if items else None
+        if len(answers.done if answers else ()) == len(items) and "RANK" not in os.environ:
+            print(f"{output} has all {len(items)} answers already", file=sys.stderr, flush=True)
+            return True
+        model = stack.enter_context(load_model(settings, display))
+        assert answers is not None, "rank 0 has the items, and no other rank comes here"
+        batch = Batch(model, items, answers, chat)
+        batch.run(display.quiet)
+        figures = batch.count()
+        if display.trace is not None:
+            model.trace.save(display.trace)
+    if display.as_json:
+        stdout.write(json.dumps(figures) + "\n")
+        stdout.flush()
+    if not display.quiet:
+        print(_format_figures(figures), file=sys.stderr, flush=True)
+    if figures["errors"]:
+        print(
+            f"{figures['errors']} of {figures['requests']} lines have no answer; see `error` in "
+            f"{output}, and run again to retry them",
+            file=sys.stderr,
+            flush=True,
+        )
+    return not figures["errors"]
+
+
+class Batch:
+    """One run over the items of a file that have no answer yet.
+
+    Args:
+        model: the model that answers.
+        items: all items of the file.
+        answers: the output, which knows what is answered already.
+        chat: whether to put prompts into the chat template.
+    """
+
+    def __init__(self, model: Model, items: Sequence[Item], answers: Answers, chat: bool) -> None:
+        self._model, self._items, self._answers, self._chat = model, items, answers, chat
+        self._left = [item for item in items if item.id not in answers.done]
+        self._running: dict[int, tuple[Item, Request]] = {}
+        self._num_prompt_tokens = self._num_tokens = self._num_errors = 0
+        self._begin, self._seconds = 0.0, 0.0
+        self._bar: tqdm[Any]
+
+    def run(self, quiet: bool) -> None:
+        """Answers the items, with a bar on stderr unless `quiet`."""
+        num_items = len(self._items)
+        self._bar = tqdm(
+            total=num_items,
+            initial=num_items - len(self._left),
+            unit="prompt",
+            disable=quiet,
+            leave=False,
+        )
+        self._begin = time.perf_counter()
+        with self._bar:
+            for token in self._model.run(self._make_requests(), keep_going=True):
+                self._num_tokens += 1
+                if token.finish_reason is not None:
+                    self._finish(token)
+            for item, request in self._running.values():  # those ended without a last token
+                self._fail(item, request.error or "it was cancelled")
+        self._seconds = time.perf_counter() - self._begin
+
+    def count(self) -> dict[str, Any]:
+        """Returns the figures of the run."""
+        return {
+            "requests": len(self._items),
+            "answered_before": len(self._items) - len(self._left),
+            "errors": self._num_errors,
+            "prompt_tokens": self._num_prompt_tokens,
+            "tokens": self._num_tokens,
+            "seconds": self._seconds,
+            "tokens_per_s": self._num_tokens / self._seconds,
+            "utilisation": self._model.trace.utilisation(),
+            "num_stages": len(self._model.plan.stages),
+            "num_micro_batches": self._model.num_micro_batches,
+            "stages": self._model.stages,
+        }
+
+    def _make_requests(self) -> Iterator[Request]:
+        for item in self._left:
+            if item.error is not None:
+                self._fail(item, item.error)
+                continue
+            try:
+                prompt = self._make_prompt(item)
+                request = self._model.request(prompt, item.settings, item.index)
+            except ValueError as error:
+                self._fail(item, f"{item.place}: {error}")
+                continue
+            self._running[item.index] = (item, request)
+            yield request
+
+    def _make_prompt(self, item: Item) -> Any:
+        if item.kind == "messages":
+            return apply_chat_template(self._model, item.content)
+        if item.kind == "prompt":
+            return make_prompt(self._model, item.content, self._chat)
+        return item.content
+
+    def _finish(self, token: Token) -> None:
+        item, request = self._running.pop(token.index)
+        self._num_prompt_tokens += len(request.prompt_ids)
+        self._answers.add(
+            item,
+            text=request.text.text,
+            token_ids=request.token_ids,
+            finish_reason=token.finish_reason,
+        )
+        seconds = time.perf_counter() - self._begin
+        self._bar.set_postfix_str(f"{self._num_tokens / seconds:.1f} tokens/s", refresh=False)
+        self._bar.update()
+
+    def _fail(self, item: Item, error: object) -> None:
+        self._num_errors += 1
+        self._answers.add(item, error=str(error))
+        self._bar.update()
+
+
+def _format_figures(figures: dict[str, Any]) -> str:
+    """Formats the speed and how busy each stage was as one line."""
+    before = f" ({figures['answered_before']} before)" if figures["answered_before"] else ""
+    shares = ", ".join(
+        f"stage {rank} busy {share:.0%}" for rank, share in enumerate(figures["utilisation"])
+    )
+    return (
+        f"{figures['requests']} prompts{before}: {figures['prompt_tokens']} tokens read, "
+        f"{figures['tokens']} written in {figures['seconds']:.1f} s, "
+        f"{figures['tokens_per_s']:.1f} tokens/s; {shares or 'nothing to do'}"
+    )
