@@ -27,7 +27,7 @@ DTYPE = torch.bfloat16
 TOLERANCE = 2e-2  # of a row's norm: bf16 has 8 bits, and some ops round twice
 RULE: Any = {"outlier_rule": "row_rms", "outlier_threshold": 4.0}
 SETTINGS = tuple(RULE.values())
-# M, N, K of one product for each kernel of compute capability 9.0 (csrc/cuda/gemm_tiles.h)
+# M, N, K of one product for each kernel of compute capability 9.0 (gemm_tiles.h in csrc)
 PRODUCTS = {
     "small": (4, 512, 1024),
     "tiled": (64, 512, 1024),

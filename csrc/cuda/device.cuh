@@ -1,6 +1,6 @@
 // The one seam between kernels and what runs them. A kernel body (csrc/cuda/NAME.cuh) uses only
 // these names. nvcc turns them into intrinsics and PTX; a host compiler takes the same names from
-// tests/csrc/emulator.h, so that tests run the same body without a GPU. See csrc/cuda/README.md.
+// tests/csrc/emulator.h, so that tests run the same body without a GPU. See csrc/README.md.
 //
 // A thread block is one-dimensional and a multiple of 32 threads. Warp functions are called by all
 // 32 lanes together. All shared memory is dynamic.

@@ -145,7 +145,7 @@ def int8_matmul(
     The result and residual [M, N] (added last, in fp32) have the dtype of rows.x_hot; hot_weight
     [N, H] belongs to its columns. See `reference.int8_matmul`, which this equals on CPU as
     `int8_linear` does. On a GPU the kernels for few rows equal it likewise; where a row count picks
-    a CUTLASS kernel (csrc/cuda/gemm_tiles.h), outliers, hot columns, bias and residual are rounded
+    a CUTLASS kernel (gemm_tiles.h in csrc), outliers, hot columns, bias and residual are rounded
     to the result's dtype once before they meet the product of x_int8, as a layer in 16 bits rounds
     before its residual is added. Raises ValueError for shapes, dtypes, and K > 131072.
     """

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-CUDA = Path(__file__).parents[2] / "csrc/cuda"
+CSRC = Path(__file__).parents[2] / "csrc"
 TILES = re.findall(
-    r"^  k(Small|Tiled|Sm\d+_\w+),", (CUDA / "gemm_tiles.h").read_text(), re.MULTILINE
+    r"^  k(Small|Tiled|Sm\d+_\w+),",
+    (CSRC / "include/dist_int8/gemm_tiles.h").read_text(),
+    re.MULTILINE,
 )
 # Shared memory a thread block may have, KiB (CUDA C++ Programming Guide, table of technical
 # specifications per compute capability); one for 8.6 and 8.9 too, which run the kernels of 8.0.
@@ -83,7 +85,9 @@ def test_what_is_too_deep_for_the_tiled_kernels_goes_through_the_small_one(tile)
 
 @pytest.mark.parametrize("architecture", ["80", "90"])
 def test_every_tile_is_compiled_and_fits_shared_memory(architecture):
-    source = (CUDA / f"int8_gemm_sm{architecture}{'a' * (architecture == '90')}.cu").read_text()
+    source = (
+        CSRC / f"cuda/cutlass/int8_gemm_sm{architecture}{'a' * (architecture == '90')}.cu"
+    ).read_text()
     for name in TILES:
         if not name.startswith(f"Sm{architecture}_"):
             continue

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-REPORT = Path(__file__).parents[2] / "csrc/report"
+REPORT = Path(__file__).parents[2] / "csrc/tools"
 
 
 def module(name):
@@ -89,7 +89,7 @@ def test_serialized_wgmma_is_a_problem():
 )
 def test_a_cutlass_kernel_is_named_by_its_tile(symbol, tile):
     log = LOG.replace(OURS, "_Z4name")
-    path = "CMakeFiles/int8_gemm_sm80.dir/csrc/cuda/int8_gemm_sm80.cu.o.log"
+    path = "CMakeFiles/int8_gemm_sm80.dir/csrc/cuda/cutlass/int8_gemm_sm80.cu.o.log"
     kernel, _ = report.parse(log, path, {"_Z4name": symbol})
     assert kernel.is_cutlass and kernel.name == f"int8_gemm {tile}"
 
@@ -111,7 +111,7 @@ def test_the_table_has_a_line_a_kernel():
 
 def test_figures_are_recorded_for_every_compiled_tile():
     figures = json.loads((REPORT / "figures.json").read_text())
-    tiles = (REPORT.parent / "cuda/gemm_tiles.h").read_text()
+    tiles = (REPORT.parent / "include/dist_int8/gemm_tiles.h").read_text()
     for number, architecture in (("80", "sm_80"), ("90", "sm_90a")):
         names = set(figures["kernels"][architecture])
         compiled = re.findall(rf"^  kSm{number}_(\w+),", tiles, re.MULTILINE)

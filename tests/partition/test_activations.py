@@ -129,6 +129,6 @@ def test_a_step_stays_within_the_prediction(monkeypatch, name, chunk, context, l
 
 
 def test_the_sums_of_a_gemm_are_as_many_as_the_library_makes():
-    source = (ROOT / "csrc" / "cuda_ops" / "matmul.cpp").read_text()
+    source = (ROOT / "csrc" / "ops" / "matmul_cuda.cpp").read_text()
     megabytes = re.search(r"kMaxSumsBytes = (\d+) << 20;", source)
     assert megabytes and int(megabytes[1]) << 20 == MAX_SUMS_BYTES

@@ -1,7 +1,7 @@
 // What a CUDA kernel takes. Streams are void* so that this header needs no CUDA header.
 #pragma once
 
-#include "cuda/gemm_tiles.h"
+#include "dist_int8/gemm_tiles.h"
 #include "dist_int8/layouts.h"
 #include "dist_int8/numeric.h"
 

@@ -1,5 +1,5 @@
 // What kernels need from torch: threads and scratch memory.
-#include "cpu_ops/runtime.h"
+#include "ops/runtime_cpu.h"
 
 #include <cstdlib>
 #include <new>

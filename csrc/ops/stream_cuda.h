@@ -1,7 +1,7 @@
 // Where a CUDA kernel is launched.
 #pragma once
 
-#include "checks.h"
+#include "ops/tensor.h"
 
 namespace dist_int8 {
 

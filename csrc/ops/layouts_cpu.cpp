@@ -1,6 +1,6 @@
 // transform_layout on CPUs.
-#include "cpu_ops/runtime.h"
-#include "layout_checks.h"
+#include "ops/layouts_checks.h"
+#include "ops/runtime_cpu.h"
 
 namespace dist_int8 {
 namespace {

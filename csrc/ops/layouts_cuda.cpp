@@ -1,7 +1,7 @@
 // transform_layout on a GPU.
-#include "cuda_ops/stream.h"
 #include "dist_int8/cuda_kernels.h"
-#include "layout_checks.h"
+#include "ops/layouts_checks.h"
+#include "ops/stream_cuda.h"
 
 namespace dist_int8 {
 namespace {

@@ -1,7 +1,7 @@
 // Attention of decoding on a GPU: checks, outputs, the current stream, and the launch.
-#include "attention_checks.h"
-#include "cuda_ops/stream.h"
 #include "dist_int8/cuda_kernels.h"
+#include "ops/attention_checks.h"
+#include "ops/stream_cuda.h"
 
 namespace dist_int8 {
 namespace {

@@ -1,7 +1,7 @@
 // The arguments of int8_matmul, checked once for the CPU and for CUDA.
 #pragma once
 
-#include "checks.h"
+#include "ops/tensor.h"
 
 namespace dist_int8 {
 

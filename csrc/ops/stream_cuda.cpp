@@ -1,4 +1,4 @@
-#include "cuda_ops/stream.h"
+#include "ops/stream_cuda.h"
 
 #include <dlfcn.h>
 

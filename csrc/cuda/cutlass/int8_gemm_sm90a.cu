@@ -8,7 +8,7 @@
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
-#include "cuda/gemm_launch.h"
+#include "cuda/cutlass/gemm_launch.h"
 
 namespace dist_int8 {
 namespace {

@@ -1,9 +1,9 @@
-// Every op's schema, declared once. The kernels behind them are registered in cpu_ops/ and
-// cuda_ops/; shapes, units and errors are documented in dist_int8/int8/ops.py.
+// Every op's schema, declared once. The kernels behind them are registered beside this
+// file; shapes, units and errors are documented in dist_int8/int8/ops.py.
 //
 // outlier_rule is an index into reference.OUTLIER_RULES, norm_kind is 0 (rms) or 1 (layer),
 // activation is an index into the names of activations.ACTIVATIONS.
-#include "checks.h"
+#include "ops/tensor.h"
 
 // x_int8, x_high, row_scale, high_tiles, x_hot: reference.QuantizedRows.
 #define QUANTIZED_ROWS "(Tensor, Tensor, Tensor, Tensor, Tensor)"

@@ -1,8 +1,8 @@
 // What the CPU implementations of the ops share: the kernels' services and a few checks.
 #pragma once
 
-#include "checks.h"
 #include "dist_int8/cpu_kernels.h"
+#include "ops/tensor.h"
 
 namespace dist_int8 {
 

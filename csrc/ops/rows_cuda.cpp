@@ -1,8 +1,8 @@
 // Ops that work row by row on a GPU: checks, outputs, the current stream, and the launch.
-#include "cuda_ops/rows.h"
+#include "ops/rows_cuda.h"
 
-#include "cuda_ops/stream.h"
 #include "dist_int8/cuda_kernels.h"
+#include "ops/stream_cuda.h"
 
 namespace dist_int8 {
 namespace {

@@ -1,6 +1,6 @@
 // Ops that work row by row on the CPU: checks, outputs, and the call of the chosen instruction set.
-#include "cpu_ops/ops.h"
-#include "cpu_ops/runtime.h"
+#include "ops/ops_cpu.h"
+#include "ops/runtime_cpu.h"
 
 namespace dist_int8 {
 namespace {

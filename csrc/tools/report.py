@@ -1,7 +1,7 @@
 """Registers, stack and spills of every CUDA kernel in a build folder, against recorded figures.
 
-    python csrc/report/report.py build             print the report, exit 1 where a kernel is worse
-    python csrc/report/report.py build --record    write figures.json from this build
+    python csrc/tools/report.py build             print the report, exit 1 where a kernel is worse
+    python csrc/tools/report.py build --record    write figures.json from this build
 
 Reads the logs that record.py keeps beside the objects. A kernel of ours may not spill a register. A
 CUTLASS kernel may not need more registers, stack or spills than figures.json says, and none may let

@@ -3,7 +3,7 @@
 
 #include <utility>
 
-#include "checks.h"
+#include "ops/tensor.h"
 
 namespace dist_int8 {
 

@@ -2,7 +2,7 @@
 // Python and the dispatcher between the ops, which take up to a fifth of the time of a few tokens.
 #include <vector>
 
-#include "cpu_ops/ops.h"
+#include "ops/ops_cpu.h"
 
 namespace dist_int8 {
 namespace {

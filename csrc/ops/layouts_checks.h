@@ -1,8 +1,8 @@
 // The checks of transform_layout, the same on every device.
 #pragma once
 
-#include "checks.h"
 #include "dist_int8/layouts.h"
+#include "ops/tensor.h"
 
 namespace dist_int8 {
 

@@ -1,9 +1,9 @@
 // Attention on the CPU: checks, outputs, and the call of the chosen instruction set.
 #include <vector>
 
-#include "attention_checks.h"
-#include "cpu_ops/ops.h"
-#include "cpu_ops/runtime.h"
+#include "ops/attention_checks.h"
+#include "ops/ops_cpu.h"
+#include "ops/runtime_cpu.h"
 
 namespace dist_int8 {
 namespace {

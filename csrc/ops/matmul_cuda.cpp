@@ -6,10 +6,10 @@
 
 #include <vector>
 
-#include "cuda_ops/rows.h"
-#include "cuda_ops/stream.h"
 #include "dist_int8/cuda_kernels.h"
-#include "matmul_checks.h"
+#include "ops/matmul_checks.h"
+#include "ops/rows_cuda.h"
+#include "ops/stream_cuda.h"
 
 namespace dist_int8 {
 namespace {

@@ -1,7 +1,7 @@
 // Linear layers on the CPU: checks, outputs, and the call of the chosen instruction set.
-#include "cpu_ops/ops.h"
-#include "cpu_ops/runtime.h"
-#include "matmul_checks.h"
+#include "ops/matmul_checks.h"
+#include "ops/ops_cpu.h"
+#include "ops/runtime_cpu.h"
 
 namespace dist_int8 {
 

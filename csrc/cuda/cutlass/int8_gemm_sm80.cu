@@ -6,7 +6,7 @@
 
 #include <cutlass/epilogue/threadblock/fusion/visitors.hpp>
 
-#include "cuda/gemm_launch.h"
+#include "cuda/cutlass/gemm_launch.h"
 
 namespace dist_int8 {
 namespace {
