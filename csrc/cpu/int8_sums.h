@@ -11,7 +11,7 @@ constexpr int64_t kTileCols = 4;  // weight rows in a register tile
 
 // A plane of x against 4 weight rows.
 struct Operand {
-  const int8_t* x;  // [rows, ld], zeros behind `depth` up to a multiple of kStep
+  const int8_t* x;  // [rows, ld], zeros after `depth` up to a multiple of kStep
   int64_t ld;
   const int8_t* weight[kTileCols];  // each [depth]
   int64_t depth;

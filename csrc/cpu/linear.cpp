@@ -17,7 +17,7 @@ constexpr int64_t kBlockBytes = 384 * 1024;  // of x in a block of rows: most of
 
 enum Slot { kRows = 1, kBias };
 
-// y[i][j] = sum over k of x[i][k] * weight[j][k]. x has zeros behind K up to a multiple of kLanes.
+// y[i][j] = sum over k of x[i][k] * weight[j][k]. x has zeros after K up to a multiple of kLanes.
 template <int kCount, bool kPrefetch, typename W>
 static void tile(const float* x, int64_t ld, const W* const (&weight)[kTileCols], int64_t K,
                  Vec4* y) {

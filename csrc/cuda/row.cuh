@@ -42,7 +42,7 @@ DIST_INT8_DEVICE bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
-// Columns [k, k + kCount) of a row of K, k a multiple of 8; zeros behind K.
+// Columns [k, k + kCount) of a row of K, k a multiple of 8; zeros after K.
 template <typename T, int kCount>
 DIST_INT8_DEVICE void load_columns(const T* row, int K, int k, T (&values)[kCount]) {
   constexpr int kPerVector = 16 / sizeof(T);

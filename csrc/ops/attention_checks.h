@@ -1,49 +1,77 @@
-// The arguments of attention, checked once for the CPU and for CUDA (segments apart).
+// The arguments of attention and int8_kv_attention, checked alike for CPUs and GPUs (but for the
+// segments).
 #pragma once
 
 #include <utility>
 
+#include "dist_int8/arguments.h"
 #include "ops/tensor.h"
 
 namespace dist_int8 {
 
-struct AttentionShape {
-  DataType type;          // of qkv
-  int64_t num_rows;       // T
-  int64_t num_slots;      // S
-  int64_t head_dim;       // D
-  int64_t max_tokens;     // L
-  int64_t rotary_half;    // R / 2
-  int64_t num_positions;  // positions below it exist in the caches and the tables
+// What all blocks of a model share: dist_int8.int8.attention_args.AttentionArgs.
+struct AttentionSettings {
+  int64_t num_heads;
+  int64_t num_kv_heads;
+  double scale;
+  const std::optional<Tensor>& cos;
+  const std::optional<Tensor>& sin;
+  const std::optional<Tensor>& alibi_slopes;
+  int64_t window;
 };
 
-inline AttentionShape check_attention(const char* op, const Tensor& qkv, const Tensor& key_cache,
-                                      const Tensor& value_cache, ScalarType cache_type,
-                                      int64_t num_heads, int64_t num_kv_heads,
-                                      const std::optional<Tensor>& cos,
-                                      const std::optional<Tensor>& sin,
-                                      const std::optional<Tensor>& alibi_slopes, int64_t window) {
-  if (num_heads < 1 || num_kv_heads < 1 || num_heads % num_kv_heads != 0) {
-    fail(op, "num_heads must be a multiple of num_kv_heads, got " + std::to_string(num_heads) +
-                 " and " + std::to_string(num_kv_heads) + "; check the model's config");
+struct AttentionInputs {
+  const Tensor& qkv;
+  const Tensor& key_cache;
+  const Tensor& value_cache;
+  const Tensor* key_scale;    // of caches in int8, else null
+  const Tensor* value_scale;  // likewise
+  const Tensor& segments;
+  const AttentionSettings& settings;
+};
+
+inline void check_heads(const char* op, const AttentionSettings& settings) {
+  const int64_t H = settings.num_heads, KV = settings.num_kv_heads;
+  if (H < 1 || KV < 1 || H % KV != 0) {
+    fail(op, "num_heads must be a multiple of num_kv_heads, got " + std::to_string(H) + " and " +
+                 std::to_string(KV) + "; check the model's config");
   }
-  if (window < 0) {
-    fail(op, "window must be >= 0, got " + std::to_string(window) + "; 0 means no window");
+  if (settings.window < 0) {
+    fail(op, "window must be >= 0, got " + std::to_string(settings.window) + "; 0 means no window");
   }
-  AttentionShape shape{};
-  shape.type = data_type(op, "qkv", qkv);
-  check_dtype(op, "key_cache", key_cache, cache_type);
-  check_dtype(op, "value_cache", value_cache, cache_type);
-  check_same_device(op, "key_cache", key_cache, qkv);
-  check_same_device(op, "value_cache", value_cache, qkv);
-  check_shape(op, "key_cache", key_cache, {{"S", -1}, {"KV", num_kv_heads}, {"D", -1}, {"L", -1}});
-  const int64_t S = shape.num_slots = key_cache.size(0);
-  const int64_t D = shape.head_dim = key_cache.size(2);
-  const int64_t L = shape.max_tokens = key_cache.size(3);
-  check_shape(op, "value_cache", value_cache, {{"S", S}, {"KV", num_kv_heads}, {"L", L}, {"D", D}});
-  check_shape(op, "qkv", qkv, {{"T", -1}, {"(H+2*KV)*D", (num_heads + 2 * num_kv_heads) * D}});
-  shape.num_rows = qkv.size(0);
-  shape.num_positions = L;
+}
+
+inline void check_caches(const char* op, const AttentionInputs& inputs, AttentionArgs* args) {
+  const Tensor &qkv = inputs.qkv, &keys = inputs.key_cache, &values = inputs.value_cache;
+  const int64_t KV = args->num_kv_heads;
+  const ScalarType type = inputs.key_scale != nullptr ? ScalarType::Char : qkv.scalar_type();
+  check_dtype(op, "key_cache", keys, type);
+  check_dtype(op, "value_cache", values, type);
+  check_same_device(op, "key_cache", keys, qkv);
+  check_same_device(op, "value_cache", values, qkv);
+  check_shape(op, "key_cache", keys, {{"S", -1}, {"KV", KV}, {"D", -1}, {"L", -1}});
+  const int64_t S = args->num_slots = keys.size(0);
+  const int64_t D = args->head_dim = keys.size(2);
+  const int64_t L = args->max_tokens = keys.size(3);
+  check_shape(op, "value_cache", values, {{"S", S}, {"KV", KV}, {"L", L}, {"D", D}});
+  args->key_cache = keys.mutable_data_ptr();
+  args->value_cache = values.mutable_data_ptr();
+  if (inputs.key_scale == nullptr) return;
+  for (const auto& [name, scale] :
+       {std::pair<const char*, const Tensor&>{"key_scale", *inputs.key_scale},
+        {"value_scale", *inputs.value_scale}}) {
+    check_dtype(op, name, scale, ScalarType::Float);
+    check_same_device(op, name, scale, qkv);
+    check_shape(op, name, scale, {{"S", S}, {"KV", KV}, {"L", L}});
+  }
+  args->key_scale = static_cast<float*>(inputs.key_scale->mutable_data_ptr());
+  args->value_scale = static_cast<float*>(inputs.value_scale->mutable_data_ptr());
+}
+
+inline void check_positions(const char* op, const AttentionInputs& inputs, AttentionArgs* args) {
+  const std::optional<Tensor>&cos = inputs.settings.cos, &sin = inputs.settings.sin;
+  const std::optional<Tensor>& slopes = inputs.settings.alibi_slopes;
+  args->num_positions = args->max_tokens;
   if (cos.has_value() != sin.has_value()) {
     fail(op, "cos and sin must be given together, got one; give both or neither");
   }
@@ -53,25 +81,42 @@ inline AttentionShape check_attention(const char* op, const Tensor& qkv, const T
     for (const auto& [name, table] :
          {std::pair<const char*, const Tensor&>{"cos", *cos}, {"sin", *sin}}) {
       check_dtype(op, name, table, ScalarType::Float);
-      check_same_device(op, name, table, qkv);
+      check_same_device(op, name, table, inputs.qkv);
     }
-    shape.rotary_half = cos->size(1);
-    if (2 * shape.rotary_half > D) {
-      fail(op, "cos must be [P, R/2] with R <= D=" + std::to_string(D) + ", got " + shape_of(*cos) +
-                   "; check the rotary dimension");
+    args->rotary_half = cos->size(1);
+    if (2 * args->rotary_half > args->head_dim) {
+      fail(op, "cos must be [P, R/2] with R <= D=" + std::to_string(args->head_dim) + ", got " +
+                   shape_of(*cos) + "; check the rotary dimension");
     }
-    if (cos->size(0) < L) shape.num_positions = cos->size(0);
+    if (cos->size(0) < args->max_tokens) args->num_positions = cos->size(0);
   }
-  if (alibi_slopes.has_value()) {
-    check_dtype(op, "alibi_slopes", *alibi_slopes, ScalarType::Float);
-    check_shape(op, "alibi_slopes", *alibi_slopes, {{"H", num_heads}});
-    check_same_device(op, "alibi_slopes", *alibi_slopes, qkv);
+  if (slopes.has_value()) {
+    check_dtype(op, "alibi_slopes", *slopes, ScalarType::Float);
+    check_shape(op, "alibi_slopes", *slopes, {{"H", args->num_heads}});
+    check_same_device(op, "alibi_slopes", *slopes, inputs.qkv);
   }
-  return shape;
+  args->cos = float_pointer(cos);
+  args->sin = float_pointer(sin);
+  args->alibi_slopes = float_pointer(slopes);
 }
 
-inline const float* float_pointer(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr<float>() : nullptr;
+// Everything but the segments and `out`.
+inline AttentionArgs check_attention(const char* op, const AttentionInputs& inputs) {
+  const AttentionSettings& settings = inputs.settings;
+  check_heads(op, settings);
+  AttentionArgs args{};
+  args.type = data_type(op, "qkv", inputs.qkv);
+  args.num_heads = settings.num_heads;
+  args.num_kv_heads = settings.num_kv_heads;
+  args.window = settings.window;
+  args.scale = static_cast<float>(settings.scale);
+  check_caches(op, inputs, &args);
+  const int64_t width = (args.num_heads + 2 * args.num_kv_heads) * args.head_dim;
+  check_shape(op, "qkv", inputs.qkv, {{"T", -1}, {"(H+2*KV)*D", width}});
+  args.num_rows = inputs.qkv.size(0);
+  args.qkv = inputs.qkv.const_data_ptr();
+  check_positions(op, inputs, &args);
+  return args;
 }
 
 }  // namespace dist_int8

@@ -30,10 +30,7 @@ constexpr size_t kLinearTensors = 20;  // weight_int8, col_scale, bias, hot_colu
 struct Settings {
   const Tensor& segments;
   bool int8_kv;
-  int64_t num_heads, num_kv_heads;
-  double scale;
-  const std::optional<Tensor>&cos, &sin, &alibi_slopes;
-  int64_t window;
+  AttentionSettings attention;
   double eps;
   int64_t kind, rule;
   double threshold;
@@ -59,20 +56,17 @@ struct Block {
                        present(parts[3]), present(parts[4]));
   }
 
-  Tensor attend(const Tensor& qkv) const {
+  Tensor attention_of(const Tensor& qkv) const {
     if (s.int8_kv) {
-      return int8_kv_attention(qkv, caches[0], caches[1], caches[2], caches[3], s.segments,
-                               s.num_heads, s.num_kv_heads, s.scale, s.cos, s.sin, s.alibi_slopes,
-                               s.window);
+      return attend({qkv, caches[0], caches[2], &caches[1], &caches[3], s.segments, s.attention});
     }
-    return attention(qkv, caches[0], caches[1], s.segments, s.num_heads, s.num_kv_heads, s.scale,
-                     s.cos, s.sin, s.alibi_slopes, s.window);
+    return attend({qkv, caches[0], caches[1], nullptr, nullptr, s.segments, s.attention});
   }
 
   // Temporaries live as long as they do in Python, which the plan counts on.
   std::tuple<Tensor, Tensor> run(const Tensor& x, const std::optional<Tensor>& residual) const {
     auto [rows, total] = norm_at(0, x, residual);
-    const Tensor attended = linear_at(1, attend(linear_at(0, rows)));
+    const Tensor attended = linear_at(1, attention_of(linear_at(0, rows)));
     std::tie(rows, total) = norm_at(1, attended, total);
     return {linear_at(3, silu_mul(linear_at(2, rows))), total};
   }
@@ -90,8 +84,10 @@ std::tuple<Tensor, Tensor> decoder_blocks(
   check_count("norms", norms, num_blocks * kNormTensors);
   check_count("linears", linears, num_blocks * kLinearTensors);
   check_count("caches", caches, num_blocks * cache_tensors);
-  const Settings settings{segments,     int8_kv, num_heads, num_kv_heads, scale, cos,      sin,
-                          alibi_slopes, window,  eps,       kind,         rule,  threshold};
+  const Settings settings{
+      segments, int8_kv, {num_heads, num_kv_heads, scale, cos, sin, alibi_slopes, window},
+      eps,      kind,    rule,
+      threshold};
 
   Tensor hidden = x;
   std::optional<Tensor> rest = residual;

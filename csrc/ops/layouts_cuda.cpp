@@ -10,10 +10,8 @@ Tensor transform_layout(const Tensor& x, int64_t source, int64_t target, int64_t
                         int64_t cols) {
   TransformLayoutArgs args{};
   Tensor out = checked_transform(x, source, target, rows, cols, &args);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  if (const char* error = cuda_transform_layout(args, current_stream(x))) {
-    throw std::runtime_error(std::string("transform_layout: launch failed: ") + error);
-  }
+  launch_on("transform_layout", x,
+            [&](void* stream) { return cuda_transform_layout(args, stream); });
   return out;
 }
 

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "ops/tensor.h"
+#include "ops/attention_checks.h"
 
 namespace dist_int8 {
 
@@ -20,16 +20,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight_int8, const Tensor& col
                    const std::optional<Tensor>& hot_columns,
                    const std::optional<Tensor>& hot_weight);
 
-Tensor attention(const Tensor& qkv, const Tensor& key_cache, const Tensor& value_cache,
-                 const Tensor& segments, int64_t num_heads, int64_t num_kv_heads, double scale,
-                 const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-                 const std::optional<Tensor>& alibi_slopes, int64_t window);
-
-Tensor int8_kv_attention(const Tensor& qkv, const Tensor& key_cache, const Tensor& key_scale,
-                         const Tensor& value_cache, const Tensor& value_scale,
-                         const Tensor& segments, int64_t num_heads, int64_t num_kv_heads,
-                         double scale, const std::optional<Tensor>& cos,
-                         const std::optional<Tensor>& sin,
-                         const std::optional<Tensor>& alibi_slopes, int64_t window);
+// attention, or int8_kv_attention where the caches have scales; errors carry that name.
+Tensor attend(const AttentionInputs& inputs);
 
 }  // namespace dist_int8

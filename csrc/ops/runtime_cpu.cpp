@@ -1,4 +1,3 @@
-// What kernels need from torch: threads and scratch memory.
 #include "ops/runtime_cpu.h"
 
 #include <cstdlib>
@@ -36,18 +35,5 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_
 }  // namespace
 
 Runtime runtime() { return Runtime{parallel_for, scratch, torch::stable::get_num_threads()}; }
-
-void check_hot_columns(const char* op, const Tensor& hot_columns, int64_t K) {
-  check_shape(op, "hot_columns", hot_columns, {{"H", -1}});
-  check_dtype(op, "hot_columns", hot_columns, ScalarType::Int);
-  check_cpu(op, "hot_columns", hot_columns);
-  const int32_t* columns = hot_columns.const_data_ptr<int32_t>();
-  for (int64_t h = 0; h < hot_columns.size(0); ++h) {
-    if (columns[h] < 0 || columns[h] >= K) {
-      fail(op, "hot_columns must be in 0..K-1=" + std::to_string(K - 1) + ", got " +
-                   std::to_string(columns[h]) + "; check the layer's hot columns");
-    }
-  }
-}
 
 }  // namespace dist_int8

@@ -1,4 +1,4 @@
-// What the CPU implementations of the ops share: the kernels' services and a few checks.
+// What CPU kernels need from torch: threads, and scratch memory of the calling thread.
 #pragma once
 
 #include "dist_int8/cpu_kernels.h"
@@ -6,14 +6,6 @@
 
 namespace dist_int8 {
 
-// torch's threads, and scratch memory of the calling thread.
 Runtime runtime();
-
-inline const void* pointer(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
-}
-
-// int32 [H] in 0..K-1, on the CPU.
-void check_hot_columns(const char* op, const Tensor& hot_columns, int64_t K);
 
 }  // namespace dist_int8

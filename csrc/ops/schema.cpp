@@ -1,5 +1,5 @@
-// Every op's schema, declared once. The kernels behind them are registered beside this
-// file; shapes, units and errors are documented in dist_int8/int8/ops.py.
+// Every op's schema, declared once. NAME_cpu.cpp and NAME_cuda.cpp register what implements them;
+// shapes, units and errors are documented at the functions that dist_int8/int8/ops.py exports.
 //
 // outlier_rule is an index into reference.OUTLIER_RULES, norm_kind is 0 (rms) or 1 (layer),
 // activation is an index into the names of activations.ACTIVATIONS.

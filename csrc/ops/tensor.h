@@ -87,7 +87,7 @@ struct Dimension {
   int64_t size;  // -1: any
 };
 
-// Shape, device and contiguity. `names` reads like "[M, K=576]" in the error.
+// Shape and contiguity. The names of `expected` read like "[M, K=576]" in the error.
 inline void check_shape(const char* op, const char* argument, const Tensor& tensor,
                         std::initializer_list<Dimension> expected) {
   bool matches = tensor.dim() == static_cast<int64_t>(expected.size());
@@ -113,11 +113,10 @@ inline void check_shape(const char* op, const char* argument, const Tensor& tens
 
 inline void check_cpu(const char* op, const char* argument, const Tensor& tensor) {
   if (!tensor.is_cpu()) {
-    fail(op, std::string(argument) + " must be on the CPU like x, got another device; move it");
+    fail(op, std::string(argument) + " must be on the CPU, got another device; move it");
   }
 }
 
-// A tensor that a kernel on a GPU reads next to x.
 inline void check_same_device(const char* op, const char* argument, const Tensor& tensor,
                               const Tensor& x) {
   if (tensor.is_cpu() != x.is_cpu() || tensor.get_device_index() != x.get_device_index()) {
@@ -152,18 +151,12 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const
   return Tensor(handle);
 }
 
-inline OutlierRule outlier_rule(const char* op, int64_t rule, double threshold) {
-  if (rule < 0 || rule > 3) {
-    fail(op, "outlier_rule must be 0 (none), 1 (absolute), 2 (row_rms) or 3 (all), got " +
-                 std::to_string(rule) + "; call it through dist_int8.int8.ops");
-  }
-  if (!(threshold >= 0) || threshold - threshold != 0) {
-    fail(op, "outlier_threshold must be a finite number >= 0, got " + std::to_string(threshold) +
-                 "; 0 turns the decomposition off");
-  }
-  const OutlierRule chosen = static_cast<OutlierRule>(rule);
-  const bool has_threshold = chosen == OutlierRule::kAbsolute || chosen == OutlierRule::kRowRms;
-  return has_threshold && threshold == 0 ? OutlierRule::kNone : chosen;
+inline const void* pointer(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
+}
+
+inline const float* float_pointer(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr<float>() : nullptr;
 }
 
 }  // namespace dist_int8

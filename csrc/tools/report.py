@@ -40,8 +40,8 @@ class Kernel:
     name: str
     is_cutlass: bool
     registers: int = 0
-    stack: int = 0  # bytes a thread, spills included
-    spills: int = 0  # bytes a thread, stores and loads
+    stack: int = 0  # bytes per thread, spills included
+    spills: int = 0  # bytes per thread, stores and loads
     remark: str = ""  # number of a remark that costs speed, such as C7510
 
     @property

@@ -35,7 +35,7 @@ struct Gemm80 {
       cutlass::arch::OpMultiplyAddSaturate, kEpilogueStages>::GemmKernel;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
-  static const char* launch(const CudaInt8GemmArgs& args, cudaStream_t stream) {
+  static const char* launch(const Int8GemmArgs& args, cudaStream_t stream) {
     const int M = static_cast<int>(args.M), N = static_cast<int>(args.N),
               K = static_cast<int>(args.K);
     const RowStride stride{args.N, _1{}, 0};
@@ -53,7 +53,7 @@ using Shape = cutlass::gemm::GemmShape<kRows, kCols, kFeatures>;
 
 }  // namespace
 
-const char* cuda_int8_gemm_sm80(const CudaInt8GemmArgs& args, void* on) {
+const char* cuda_int8_gemm_sm80(const Int8GemmArgs& args, void* on) {
   const cudaStream_t stream = static_cast<cudaStream_t>(on);
   switch (args.tile) {
     case GemmTile::kSm80_128x128x64:

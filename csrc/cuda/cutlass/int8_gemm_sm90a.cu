@@ -29,7 +29,7 @@ struct Pingpong {
 template <int kRows, int kCols, int kFeatures, typename Cluster, typename Schedule>
 struct Gemm90 {
   using Tile = cute::Shape<Int<kRows>, Int<kCols>, Int<kFeatures>>;
-  // The sums as they are: no scale, and no operand to load beside them (void).
+  // The sums unchanged: no scale, and no other operand to load (void).
   using AsTheyAre = cutlass::epilogue::fusion::Sm90EVT<cutlass::epilogue::fusion::Sm90AccFetch>;
   using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
@@ -49,7 +49,7 @@ struct Gemm90 {
                                            CollectiveEpilogue, cutlass::gemm::PersistentScheduler>;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
-  static const char* launch(const CudaInt8GemmArgs& args, cudaStream_t stream) {
+  static const char* launch(const Int8GemmArgs& args, cudaStream_t stream) {
     const int M = static_cast<int>(args.M), N = static_cast<int>(args.N),
               K = static_cast<int>(args.K);
     const cute::Stride<int64_t, _1, int64_t> of_features{args.K, _1{}, 0};
@@ -69,7 +69,7 @@ using Cluster = cute::Shape<Int<kRows>, Int<kCols>, _1>;
 
 }  // namespace
 
-const char* cuda_int8_gemm_sm90a(const CudaInt8GemmArgs& args, void* on) {
+const char* cuda_int8_gemm_sm90a(const Int8GemmArgs& args, void* on) {
   const cudaStream_t stream = static_cast<cudaStream_t>(on);
   switch (args.tile) {
     case GemmTile::kSm90_128x128x128:
