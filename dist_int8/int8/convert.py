@@ -16,7 +16,7 @@ def convert(
     skip: Collection[str] = ("lm_head",),
     hot_columns: Mapping[str, Sequence[int]] | None = None,
 ) -> nn.Module:
-    """Swaps every `nn.Linear` inside `module` for an `Int8Linear`, in place; returns `module`.
+    """Swap every `nn.Linear` inside `module` for an `Int8Linear`, in place; return `module`.
 
     Left alone are the linears whose qualified name has `skip` in it as one or several whole
     components ("lm_head"; "mlp.down"; "layers.0"), and subclasses of `nn.Linear`, which may do more
@@ -48,7 +48,7 @@ def is_skipped(qualified_name: str, skip: Collection[str]) -> bool:
 
 
 def _places(module: nn.Module, skip: Collection[str]) -> list[list[str]]:
-    """For every linear to swap, the qualified names it stands at.
+    """List, for every linear to swap, the qualified names that it has.
 
     It does not hold the linears themselves: that would keep all their weights alive to the end.
     """

@@ -53,19 +53,19 @@ def test_edges_of_the_buckets(tile, architecture, N):
     assert tile(*shapes) == want
 
 
-def test_cards_of_8_6_and_8_9_run_the_kernels_of_8_0(tile):
+def test_compute_capability_8_6_and_8_9_run_the_kernels_of_8_0(tile):
     for M in (33, 512, 513, 2048):
         for N in (4096, 14336):
             assert len(set(tile(*[(a, M, N, 4096) for a in (80, 86, 89)]))) == 1
 
 
-def test_cards_without_a_kernel_of_their_own(tile):
+def test_gpus_without_a_kernel_of_their_own(tile):
     assert tile((75, 2048, 4096, 4096), (70, 2048, 4096, 4096)) == ["Tiled"] * 2
     later = tile((100, 2048, 4096, 4096), (120, 2048, 4096, 4096))
     assert all(name.startswith("Sm80_") for name in later)
 
 
-def test_what_16_byte_accesses_cannot_take_goes_to_our_own_kernel(tile):
+def test_unaligned_shapes_go_to_our_own_kernel(tile):
     for architecture in (80, 90):
         (name,) = tile((architecture, 2048, 4096, 4096))
         assert name.startswith(("Sm80_", "Sm90_"))
@@ -77,7 +77,7 @@ def test_what_16_byte_accesses_cannot_take_goes_to_our_own_kernel(tile):
         assert tile((architecture, 2048, 4092, 4112)) != ["Tiled"]
 
 
-def test_what_is_too_deep_for_the_tiled_kernels_goes_through_the_small_one(tile):
+def test_k_beyond_the_tiled_kernels_goes_to_the_small_one(tile):
     for architecture in (75, 80, 90):
         assert tile((architecture, 2048, 4096, 65536)) == ["Small"]
         assert tile((architecture, 2048, 4096, 65520)) != ["Small"]

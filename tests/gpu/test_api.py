@@ -17,7 +17,7 @@ def test_stages_on_every_gpu_give_the_tokens_of_one(gpu_only, tiny_llama):
         assert [a.token_ids for a in model.generate(PROMPTS, max_new_tokens=8)] == expected
 
 
-def test_nccl_is_not_asked_to_take_a_card_twice(gpu_only, tiny_llama):
+def test_nccl_never_gets_the_same_gpu_twice(gpu_only, tiny_llama):
     with pytest.raises(ValueError, match="each GPU once where NCCL connects the stages") as caught:
         dist_int8.load(tiny_llama, devices=["cuda:0", "cuda:0"], **OPTIONS)
     assert "\n" not in str(caught.value)

@@ -43,7 +43,8 @@ class Case:
 
         keys, values = self.keys.clone().to(device), self.values.clone().to(device)
         settings = {name: to(value) for name, value in self.settings.items()}
-        out = attention(self.qkv.to(device), keys, values, self.segments, **settings)
+        args = ops.AttentionArgs(**settings)
+        out = attention(self.qkv.to(device), keys, values, self.segments, args)
         return out.cpu(), keys.cpu(), values.cpu()
 
 
@@ -82,7 +83,7 @@ def test_segments_on_the_gpu_and_on_the_cpu_are_the_same(device, gpu_only):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_token_does_not_depend_on_its_batch(device, gpu_only):
+def test_tokens_are_batch_invariant(device, gpu_only):
     case = Case(torch.bfloat16, 16, 4, 128, 2048, [2047, 5, 300, 1024], half=64)
     together = case.run(ops.attention, device)[0]
     whole, rows = case.segments, case.qkv

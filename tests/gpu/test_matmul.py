@@ -139,7 +139,7 @@ def test_int8_linear_is_near_its_cpu_twin(device, rows_with_outliers, dtype, rul
 
 
 @pytest.mark.parametrize("M", [1, 8, 17, 32])
-def test_a_row_does_not_depend_on_its_batch(device, rows_with_outliers, M):
+def test_rows_are_batch_invariant(device, rows_with_outliers, M):
     """Bit for bit, in the kernel of few rows, also where it is run again."""
     x = rows_with_outliers(M, 2048, torch.bfloat16)
     weight_int8, col_scale = reference.quantize_weight(
@@ -188,7 +188,7 @@ class Product:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("N", [520, 4224])  # from 4096 on another tile has more than 512 rows
-def test_a_row_comes_out_of_every_kernel_the_same(device, rows_with_outliers, dtype, N):
+def test_every_kernel_gives_a_row_the_same_bits(device, rows_with_outliers, dtype, N):
     """Bit for bit, on both sides of every edge of gemm_tiles.h."""
     product = Product(rows_with_outliers(600, 1040, dtype), N, device)
     whole = product.of(0, 600)
@@ -197,7 +197,7 @@ def test_a_row_comes_out_of_every_kernel_the_same(device, rows_with_outliers, dt
         assert torch.equal(product.of(600 - M, 600), whole[600 - M :]), M
 
 
-def test_blocks_of_outputs_do_not_show(device, rows_with_outliers):
+def test_blocks_of_outputs_give_the_same_bits(device, rows_with_outliers):
     """More sums than lie in memory at once (kMaxSumsBytes), the last block narrower."""
     M, N = 2100, 8204
     assert M * N * 4 > 64 << 20
