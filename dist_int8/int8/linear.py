@@ -144,7 +144,7 @@ class Int8Linear(Int8Module):
         return self
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the floating weight [N, K], within col_scale / 2 of the original; hot columns exact."""
+        """Return the floating weight [N, K], within col_scale / 2; hot columns are exact."""
         weight = reference.dequantize_weight(self.weight_int8, self.col_scale, dtype)
         if self.hot_columns is not None and self.hot_weight is not None:
             weight[:, self.hot_columns.long()] = self.hot_weight.to(dtype)
