@@ -2,7 +2,7 @@
 //
 // The sum over k has one order for every M, N and thread count: lane l of a vector adds the
 // products of k = l, l + kLanes, ... by fma, and the lanes are added by a fixed tree. A register
-// tile is kTileRows rows of x by 4 weight rows (see int8_linear.cpp for the picture).
+// tile is kTileRows rows of x by 4 weight rows (see int8_matmul.cpp for the picture).
 #include "cpu/simd.h"
 
 namespace dist_int8::DIST_INT8_ISA {

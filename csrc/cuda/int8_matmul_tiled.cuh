@@ -2,7 +2,7 @@
 // (int8_finish): tensor-core tiles with both planes, hot columns, bias and residual fused.
 //
 // A block computes kBlockRows rows of x times kBlockOutputs output features, in tiles of 64 columns
-// of K that pass through a ring of kStages in shared memory, one barrier a tile:
+// of K that pass through a ring of kStages in shared memory, one barrier per tile:
 //
 //   first   the tiles that high_tiles flags for one of the block's rows: sums of x_high
 //   then    every tile: sums of x_int8, in the same registers
@@ -169,7 +169,7 @@ DIST_INT8_DEVICE void multiply_plane(const Int8MatmulArgs& args, const int8_t* p
     slot = slot == Shape::kStages - 1 ? 0 : slot + 1;
   }
   copy_async_wait<0>();
-  block_sync();  // the ring may be filled anew
+  block_sync();  // the ring may be refilled
 }
 
 // Adds the sums of x_int8 that a GEMM left in memory, int32 [M, N].

@@ -49,7 +49,7 @@ DIST_INT8_DEVICE uint32_t pack(int a, int b, int c, int d) {
   return device::permute_bytes(ab, cd, 0x5410);
 }
 
-// Zeros and the hot columns' bits; a barrier must come before anybody reads them.
+// Zeros and the hot columns' bits; a barrier must come before any thread reads them.
 template <typename T, typename Element>
 DIST_INT8_DEVICE void begin_row(const QuantizedRowsArgs& out, int64_t m, int K,
                                 const Shared& shared, const Element& element) {

@@ -11,8 +11,6 @@
 namespace dist_int8 {
 namespace {
 
-static_assert(kSmallRows == kMaxSmallRows && kMostTiledFeatures == kMaxTiledFeatures);
-
 using Gemm = const char* (*)(const Int8GemmArgs&, void*);
 
 // The entry point of a CUTLASS tile, or null where this library was built without it.
@@ -43,9 +41,9 @@ const void* shifted(const void* pointer, int64_t bytes) {
 const char* run_small(const Int8MatmulArgs& args, const DeviceLimits& limits, void* stream) {
   const int64_t bytes = size_of(args.type);
   const int64_t num_words = (args.num_features + 2047) / 2048;
-  for (int64_t m = 0; m < args.num_rows; m += kSmallRows) {
+  for (int64_t m = 0; m < args.num_rows; m += kMaxSmallRows) {
     Int8MatmulArgs block = args;
-    block.num_rows = args.num_rows - m < kSmallRows ? args.num_rows - m : kSmallRows;
+    block.num_rows = args.num_rows - m < kMaxSmallRows ? args.num_rows - m : kMaxSmallRows;
     block.x_int8 += m * args.num_features;
     block.x_high += m * args.num_features;
     block.row_scale += m;

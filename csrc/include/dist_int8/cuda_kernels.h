@@ -55,14 +55,12 @@ struct DeviceLimits {
   int32_t max_shared_bytes;  // a block can ask for: cudaDevAttrMaxSharedMemoryPerBlockOptin
 };
 
-constexpr int64_t kMaxSmallRows = 32;
-// M of 1 to kMaxSmallRows: decode, at the speed at which the weight is read.
+// M of 1 to kMaxSmallRows (gemm_tiles.h): decode, at the speed at which the weight is read.
 const char* cuda_int8_matmul_small(const Int8MatmulArgs& args, const DeviceLimits& limits,
                                    void* stream);
 
 // Any M: the portable tensor-core kernel, bit for bit equal to the one above. K up to
 // kMaxTiledFeatures.
-constexpr int64_t kMaxTiledFeatures = 65535;
 const char* cuda_int8_matmul_tiled(const Int8MatmulArgs& args, const DeviceLimits& limits,
                                    void* stream);
 

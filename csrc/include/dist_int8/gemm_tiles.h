@@ -1,7 +1,7 @@
 // Which int8 GEMM kernel takes a product of M rows by N outputs by K features. Data and one
-// look-up, without CUDA: tests/csrc/gemm_tiles.cpp walks every edge.
+// lookup, without CUDA: tests/csrc/gemm_tiles.cpp walks every edge.
 //
-// By M, the first choice of a card:
+// The first choice of a GPU, by M:
 //
 //   M     1 .. 32              33 .. 128            129 .. 512            513 ..
 //   9.0   int8_matmul_small    int8_matmul_tiled    wgmma, 128 x 128      wgmma, 256 x 128
@@ -19,8 +19,8 @@
 namespace dist_int8 {
 
 enum class GemmTile : int32_t {
-  kSmall,  // int8_matmul_small: at most kSmallRows rows at a time, any shape
-  kTiled,  // int8_matmul_tiled: any shape, K up to kMostTiledFeatures
+  kSmall,  // int8_matmul_small: at most kMaxSmallRows rows at a time, any shape
+  kTiled,  // int8_matmul_tiled: any shape, K up to kMaxTiledFeatures
   // rows x outputs x features of a thread block
   kSm80_128x128x64,
   kSm80_128x256x64,
@@ -28,8 +28,8 @@ enum class GemmTile : int32_t {
   kSm90_256x128x128,
 };
 
-constexpr int64_t kSmallRows = 32;
-constexpr int64_t kMostTiledFeatures = 65535;
+constexpr int64_t kMaxSmallRows = 32;
+constexpr int64_t kMaxTiledFeatures = 65535;
 
 struct GemmShape {
   int32_t architecture;  // 75, 80, 86, 89, 90: ten times the compute capability
@@ -42,7 +42,7 @@ struct GemmRule {
   int32_t min_architecture;
   int32_t max_architecture;
   int64_t max_rows;     // the rule holds up to this M
-  int64_t min_outputs;  // and from this N
+  int64_t min_outputs;  // and from this N on
   GemmTile tile;
 };
 
@@ -50,7 +50,7 @@ constexpr int64_t kAnyRows = INT64_MAX;
 
 // The first rule that holds. Compute capability 9.0 alone has wgmma kernels; the mma kernels of 8.0
 // also run on 8.6, 8.9 and, from their PTX, on what came after Hopper. A wide tile leaves
-// multiprocessors idle where N is small, so it has a least N.
+// multiprocessors idle where N is small, so it needs a minimum N.
 constexpr GemmRule kGemmRules[] = {
     // architecture, M up to, N from, tile
     {90, 90, 128, 0, GemmTile::kTiled},
@@ -74,7 +74,7 @@ constexpr bool holds(const GemmRule& rule, const GemmShape& shape) {
 }
 
 constexpr GemmTile gemm_tile(const GemmShape& shape) {
-  if (shape.M <= kSmallRows || shape.K > kMostTiledFeatures) return GemmTile::kSmall;
+  if (shape.M <= kMaxSmallRows || shape.K > kMaxTiledFeatures) return GemmTile::kSmall;
   if (!is_aligned_for_tiles(shape)) return GemmTile::kTiled;
   for (const GemmRule& rule : kGemmRules) {
     if (holds(rule, shape)) return rule.tile;
