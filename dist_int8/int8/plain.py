@@ -141,6 +141,23 @@ def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
     return flat.view(x.shape), scale.view(x.shape[:2])
 
 
+def _write_int8(
+    key: Tensor, value: Tensor, caches: tuple[Tensor, Tensor, Tensor, Tensor], rows: list[list[int]]
+) -> None:
+    """Round key and value fp32 [T, KV, D] of the segments `rows` into int8 caches."""
+    key_cache, key_scale, value_cache, value_scale = caches
+    new_keys, new_key_scale = quantize_heads(key)
+    new_values, new_value_scale = quantize_heads(value)
+    first = 0
+    for slot, start, count in rows:
+        tokens, places = slice(first, first + count), slice(start, start + count)
+        key_cache[slot, :, :, places] = new_keys[tokens].permute(1, 2, 0)
+        key_scale[slot, :, places] = new_key_scale[tokens].transpose(0, 1)
+        value_cache[slot, :, places] = new_values[tokens].transpose(0, 1)
+        value_scale[slot, :, places] = new_value_scale[tokens].transpose(0, 1)
+        first += count
+
+
 def int8_kv_attention(
     qkv: Tensor,
     key_cache: Tensor,
@@ -162,17 +179,7 @@ def int8_kv_attention(
     check_cover(rows, num_tokens, op)
     check_segments(rows, key_cache, args.cos, op)
     query, key, value = _split_heads(qkv, head_dim, rows, args)
-    new_keys, new_key_scale = quantize_heads(key)
-    new_values, new_value_scale = quantize_heads(value)
-    first = 0
-    for slot, start, count in rows:
-        tokens, places = slice(first, first + count), slice(start, start + count)
-        key_cache[slot, :, :, places] = new_keys[tokens].permute(1, 2, 0)
-        key_scale[slot, :, places] = new_key_scale[tokens].transpose(0, 1)
-        value_cache[slot, :, places] = new_values[tokens].transpose(0, 1)
-        value_scale[slot, :, places] = new_value_scale[tokens].transpose(0, 1)
-        first += count
-
+    _write_int8(key, value, (key_cache, key_scale, value_cache, value_scale), rows)
     out = torch.empty((num_tokens, args.num_heads * head_dim), dtype=qkv.dtype, device=qkv.device)
     rotated = args._replace(cos=None, sin=None)
     first = 0

@@ -1,4 +1,4 @@
-"""Runs the blocks of a stage, neighbours in one call where `int8/decoder_blocks.py` has them."""
+"""Run the blocks of a stage, neighbours in one call where `int8/decoder_blocks.py` has them."""
 
 from collections.abc import Callable, Iterable
 from itertools import groupby
@@ -29,7 +29,7 @@ def run_blocks(
     caches_of: Callable[[int], tuple[Cache, Cache]],
     tables: PositionTables,
 ) -> Hidden:
-    """x [T, hidden] through blocks, whose caches are `caches_of(0)` and so on -> (x, residual)."""
+    """Run x [T, hidden] through blocks, whose caches are `caches_of(0)`, ... -> (x, residual)."""
     residual: Tensor | None = None
     numbered = [(block, *caches_of(index)) for index, block in enumerate(blocks)]
     if numbered and isinstance(numbered[0][1], Tensor):  # once for all blocks

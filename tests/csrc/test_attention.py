@@ -23,7 +23,7 @@ def as_bytes(tensor):
 
 
 class Case:
-    """Random queries, keys, values and caches full of numbers that nobody may see."""
+    """Random queries, keys, values and caches full of numbers that no kernel may use."""
 
     def __init__(self, dtype, places, H, KV, D, L, half=0, slopes=False, window=0, slots=3):
         generator = torch.Generator().manual_seed(H * D + L)

@@ -108,7 +108,7 @@ class Case:
 
 
 def hot_product(x_hot, hot_weight):
-    """16 columns a step on tensor cores (exact, then rounded), else one fma after the other."""
+    """16 columns per step on tensor cores (exact, then rounded), else one fma after the other."""
     step = 16 if x_hot.dtype == hot_weight.dtype != torch.float32 else 1
     total = torch.zeros(len(x_hot), len(hot_weight))
     for h in range(0, x_hot.shape[1], step):

@@ -1,4 +1,4 @@
-"""Attention over an int8 KV cache: that of the specification on rounded keys, whatever the cut."""
+"""Attention over an int8 KV cache: the specification's on rounded keys, for any chunking."""
 
 import os
 import subprocess
@@ -352,7 +352,7 @@ def test_bad_arguments(change, message):
 
 @pytest.mark.parametrize("instruction_set", ["avx2", "generic"])
 def test_other_instruction_sets(instruction_set):
-    """This file again, with the kernel that lesser machines get."""
+    """This file again, with the kernels of other instruction sets."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     command += ["-k", "not instruction_sets and not compiles and not bad_arguments"]
     environment = os.environ | {"DIST_INT8_CPU_ISA": instruction_set}

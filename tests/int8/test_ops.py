@@ -660,7 +660,7 @@ def test_bad_arguments_of_other_ops(call, message):
 
 @pytest.mark.parametrize("instruction_set", ["avx2", "generic"])
 def test_other_instruction_sets(instruction_set):
-    """This file again, with the kernels that lesser machines get."""
+    """This file again, with the kernels of other instruction sets."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     command += ["-k", "not instruction_sets and not opcheck and not compiles and not bad_arguments"]
     environment = os.environ | {"DIST_INT8_CPU_ISA": instruction_set}
