@@ -15,7 +15,7 @@ MAX_NEW_TOKENS ?= 64
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := $(shell find csrc -type f -not -path "*/report/*" -not -name "*.md" -not -path "*__pycache__*" 2>/dev/null) $(wildcard CMakeLists.txt)
+SOURCES := $(shell find csrc -type f -not -path "*/tools/*" -not -name "*.md" -not -path "*__pycache__*" 2>/dev/null) $(wildcard CMakeLists.txt)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 RESULTS := benchmarks/results
 
@@ -122,7 +122,7 @@ kernels: $(VENV)/.stamp-cutlass ## Compile the kernels again
 	$(BIN)/dist-int8 doctor
 
 kernels-report: install ## Print registers and spills of the CUDA kernels, fail where one got worse
-	$(BIN)/python csrc/report/report.py build
+	$(BIN)/python csrc/tools/report.py build
 
 lint: install ## Check style, types and formatting, change nothing
 	$(BIN)/ruff check .

@@ -99,18 +99,15 @@ class Step:
         block, spec = self.block, self.block.spec
         rows, _ = block.attention_norm.before(block.qkv, self.x, self.residual)
         qkv = block.qkv(rows)
-        heads = {"num_heads": spec.num_heads, "num_kv_heads": spec.num_kv_heads}
+        args = ops.AttentionArgs(
+            spec.num_heads,
+            spec.num_kv_heads,
+            block.scale,
+            alibi_slopes=self.tables.alibi_slopes,
+        )
 
         def attend() -> torch.Tensor:
-            return ops.attention(
-                qkv,
-                self.keys,
-                self.values,
-                self.segments,
-                **heads,
-                scale=block.scale,
-                alibi_slopes=self.tables.alibi_slopes,
-            )
+            return ops.attention(qkv, self.keys, self.values, self.segments, args)
 
         context = attend()
         inner = block.up(block.mlp_norm.before(block.up, self.x, self.residual)[0])

@@ -27,14 +27,14 @@ DTYPE = torch.bfloat16
 TOLERANCE = 2e-2  # of a row's norm: bf16 has 8 bits, and some ops round twice
 RULE: Any = {"outlier_rule": "row_rms", "outlier_threshold": 4.0}
 SETTINGS = tuple(RULE.values())
-# M, N, K of one product for each kernel of compute capability 9.0 (csrc/cuda/gemm_tiles.h)
+# M, N, K of one product for each kernel of compute capability 9.0 (gemm_tiles.h in csrc)
 PRODUCTS = {
     "small": (4, 512, 1024),
     "tiled": (64, 512, 1024),
     "wgmma 128": (256, 512, 1024),
     "wgmma 256": (640, 4096, 1024),
 }
-HEADS: Any = {"num_heads": 8, "num_kv_heads": 2, "scale": 64**-0.5}
+HEADS = ops.AttentionArgs(num_heads=8, num_kv_heads=2, scale=64**-0.5)
 # what the other steps import; a bundle brings the first two
 NEEDED = ("pydantic", "bitsandbytes", "transformers", "safetensors", "typer", "cuda.bindings")
 ON_CPU_ALONE = {"decoder_blocks"}  # a call for CPUs
@@ -103,7 +103,7 @@ def segments_of(counts: tuple[int, ...]) -> Tensor:
 
 def attend(qkv: Tensor, counts: tuple[int, ...]) -> Tensor:
     keys, cache = random(2, 2, 64, 96).to(qkv), random(2, 2, 96, 64, seed=1).to(qkv)
-    return ops.attention(qkv, keys, cache, segments_of(counts), **HEADS)
+    return ops.attention(qkv, keys, cache, segments_of(counts), HEADS)
 
 
 def attend_int8(qkv: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -113,7 +113,7 @@ def attend_int8(qkv: Tensor, counts: tuple[int, ...]) -> Tensor:
         int8 = torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
         return Int8KV(int8.to(qkv.device), torch.full((2, 2, 96), 0.01, device=qkv.device))
 
-    return kv.attention(qkv, cache(2, 2, 64, 96), cache(2, 2, 96, 64), segments_of(counts), **HEADS)
+    return kv.attention(qkv, cache(2, 2, 64, 96), cache(2, 2, 96, 64), segments_of(counts), HEADS)
 
 
 def moved(value: Any, device: torch.device) -> Any:

@@ -56,8 +56,8 @@ def calls(sizes: dict[str, int], device: torch.device) -> Iterator[tuple[str, Ca
     qkv = torch.randn(batch, 48 * D, device=device).to(dtype)
     places = torch.tensor([(slot, context - 1, 1) for slot in range(batch)], dtype=torch.int32)
     segments = ops.decode_segments(places, keys)
-    heads = {"num_heads": 32, "num_kv_heads": 8, "scale": D**-0.5}
-    yield "decode attention", lambda: ops.attention(qkv, keys, values, segments, **heads)
+    heads = ops.AttentionArgs(num_heads=32, num_kv_heads=8, scale=D**-0.5)
+    yield "decode attention", lambda: ops.attention(qkv, keys, values, segments, heads)
 
 
 @torch.inference_mode()

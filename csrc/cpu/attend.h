@@ -1,5 +1,5 @@
 // Causal attention of a few queries over one key-value head of one slot, whose cache is of floats,
-// or of int8 with a scale a token:
+// or of int8 with one scale per token:
 //
 //   scores   keys lie transposed, [D, L]: kLanes neighbouring keys are a vector, and a score is a
 //            chain of fma over d = 0, 1, ...; in int8 times the key's scale
@@ -42,7 +42,7 @@ constexpr bool has_scales() {
   return std::is_same<Element, int8_t>::value;
 }
 
-// p[0..kLanes) of [L] at j; the lanes behind L are 0.
+// p[0..kLanes) of [L] at j; the lanes beyond L are 0.
 template <typename T>
 DIST_INT8_INLINE Vec load_keys(const T* p, int64_t part) {
   return part != 0 ? load_part(p, part) : load(p);

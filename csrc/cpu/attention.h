@@ -56,7 +56,8 @@ static void attend_block(const AttentionArgs& args, const Runtime& runtime, cons
     attend_some(count, queries, cache, base);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t t = (begin + i) / group, h = kv_head * group + (begin + i) % group;
-      memcpy(args.out + ((block.first_row + t) * H + h) * D, queries[i].out, D * sizeof(float));
+      memcpy(static_cast<float*>(args.out) + ((block.first_row + t) * H + h) * D, queries[i].out,
+             D * sizeof(float));
     }
   }
 }
@@ -83,7 +84,7 @@ static void attend_tokens(const AttentionArgs& args, const Runtime& runtime, con
       const TokenBlock& block = args.blocks[b];
       for (int64_t t = 0; t < block.count; ++t) {
         const int64_t row = block.first_row + t, position = block.first_position + t;
-        const float* x = args.qkv + row * (H + 2 * KV) * D;
+        const float* x = static_cast<const float*>(args.qkv) + row * (H + 2 * KV) * D;
         const float* cos = half == 0 ? nullptr : args.cos + position * half;
         const float* sin = half == 0 ? nullptr : args.sin + position * half;
         for (int64_t h = 0; h < H; ++h) {

@@ -1,6 +1,6 @@
-// int8_kv_attention: attention with keys and values rounded to int8, a scale a token and head.
+// int8_kv_attention: attention with keys and values rounded to int8, one scale per token and head.
 //
-// Keys are rounded behind the rotary embedding, and a token attends to its own rounded key and
+// Keys are rounded after the rotary embedding, and a token attends to its own rounded key and
 // value: what it sees does not depend on how a prompt was cut.
 #include "cpu/attention.h"
 
@@ -38,22 +38,23 @@ static float quantize_head(const float* x, int64_t D, float* row, int8_t* out, i
   return finite ? step : __builtin_nanf("");
 }
 
-void int8_kv_attention(const Int8KVAttentionArgs& all, const Runtime& runtime) {
-  const AttentionArgs& args = all.attention;
+void int8_kv_attention(const AttentionArgs& args, const Runtime& runtime) {
   const int64_t L = args.max_tokens, D = args.head_dim;
+  int8_t* key_cache = static_cast<int8_t*>(args.key_cache);
+  int8_t* value_cache = static_cast<int8_t*>(args.value_cache);
   attend_tokens(
       args, runtime,
       [&](int64_t head, int64_t position, const float* key, const float* value, float* row) {
         const int64_t token = head * L + position;
-        int8_t* keys = all.key_cache + head * D * L + position;
-        all.key_scale[token] = quantize_head(key, D, row, keys, L);
-        all.value_scale[token] = quantize_head(value, D, row, all.value_cache + token * D, 1);
+        int8_t* keys = key_cache + head * D * L + position;
+        args.key_scale[token] = quantize_head(key, D, row, keys, L);
+        args.value_scale[token] = quantize_head(value, D, row, value_cache + token * D, 1);
       },
       [&](int64_t head) {
-        return HeadCache<int8_t>{all.key_cache + head * D * L,
-                                 all.value_cache + head * L * D,
-                                 all.key_scale + head * L,
-                                 all.value_scale + head * L,
+        return HeadCache<int8_t>{key_cache + head * D * L,
+                                 value_cache + head * L * D,
+                                 args.key_scale + head * L,
+                                 args.value_scale + head * L,
                                  L,
                                  D};
       });

@@ -1,43 +1,39 @@
 // int8_linear: quantize_rows into padded planes, then int8_matmul, which has the picture.
 #include "cpu/int8_rows.h"
+#include "cpu/quantize_rows.h"
 
 namespace dist_int8::DIST_INT8_ISA {
 
 void int8_linear(const Int8LinearArgs& args, const Runtime& runtime) {
   const int64_t M = args.rows.num_rows, K = args.rows.num_features;
-  const int64_t H = args.rows.num_hot, hot_ld = padded_hot(H);
+  const int64_t H = args.rows.out.num_hot, hot_ld = padded_hot(H);
   if (M == 0 || args.num_outputs == 0) return;
 
   const int64_t ld = padded_features(K);
   int8_t* low_plane = static_cast<int8_t*>(runtime.scratch(kLowPlane, M * ld));
   int8_t* high_plane = static_cast<int8_t*>(
-      args.rows.rule == OutlierRule::kNone ? nullptr : runtime.scratch(kHighPlane, M * ld));
+      args.rows.out.rule == OutlierRule::kNone ? nullptr : runtime.scratch(kHighPlane, M * ld));
   float* scale = static_cast<float*>(runtime.scratch(kRowState, (4 * M + M * hot_ld) * 4));
   int32_t* sum_low = reinterpret_cast<int32_t*>(scale + M);
   int32_t *sum_high = sum_low + M, *num_high = sum_high + M;
   float* hot_x = scale + 4 * M;
 
   QuantizeRowsArgs rows = args.rows;
-  rows.x_int8 = low_plane;
-  rows.x_high = high_plane;
-  rows.ld = ld;
-  rows.high_is_sparse = true;
-  rows.row_scale = scale;
-  rows.sum_low = sum_low;
-  rows.sum_high = sum_high;
-  rows.num_high = num_high;
+  rows.out.x_int8 = low_plane;
+  rows.out.x_high = high_plane;
+  rows.out.row_scale = scale;
   if (H != 0) {
     memset(hot_x, 0, M * hot_ld * 4);
     with_type(rows.x_type, [&](auto tag) {
       const auto* x = static_cast<const decltype(tag)*>(rows.x);
       for (int64_t m = 0; m < M; ++m) {
         for (int64_t h = 0; h < H; ++h) {
-          hot_x[m * hot_ld + h] = widen(x[m * K + rows.hot_columns[h]]);
+          hot_x[m * hot_ld + h] = widen(x[m * K + rows.out.hot_columns[h]]);
         }
       }
     });
   }
-  quantize_rows(rows, runtime);
+  quantize_rows_padded(rows, PaddedPlanes{ld, true, sum_low, sum_high, num_high}, runtime);
 
   Int8MatmulArgs product{};
   product.weight = args.weight;
@@ -48,7 +44,8 @@ void int8_linear(const Int8LinearArgs& args, const Runtime& runtime) {
   product.hot_type = args.hot_type;
   product.num_hot = H;
   product.out = args.out;
-  product.out_type = args.rows.x_type;
+  product.out_stride = args.num_outputs;
+  product.type = args.rows.x_type;
   product.num_rows = M;
   product.num_features = K;
   product.num_outputs = args.num_outputs;

@@ -152,12 +152,13 @@ struct Epilogue {
   const float* row_scale;
   const float* col_scale;   // [N]
   const float* bias;        // [N], or null
-  const T* residual;        // [M, N], or null
+  const T* residual;        // [M, stride], or null
   const float* hot_x;       // [M, hot_ld]
-  const float* hot_weight;  // [4][hot_ld] of the current weight rows; zeros behind H in both
+  const float* hot_weight;  // [4][hot_ld] of the current weight rows; zeros after H in both
   int64_t hot_ld;           // 0: no hot columns
-  T* out;                   // [M, N]
+  T* out;                   // [M, stride]
   int64_t N;
+  int64_t stride;
 
   void operator()(int64_t m, int64_t n, Vec4 total) const {
     const int64_t count = min64(kTileCols, N - n);
@@ -184,9 +185,9 @@ struct Epilogue {
     }
     if (bias != nullptr) y += offset;
     if (residual != nullptr) {
-      for (int64_t j = 0; j < count; ++j) y[j] += widen(residual[m * N + n + j]);
+      for (int64_t j = 0; j < count; ++j) y[j] += widen(residual[m * stride + n + j]);
     }
-    T* p = out + m * N + n;
+    T* p = out + m * stride + n;
     if constexpr (sizeof(T) == 4) {
       if (count == kTileCols) {
         memcpy(p, &y, sizeof(y));
@@ -213,14 +214,14 @@ static void multiply(const Int8MatmulArgs& args, const Runtime& runtime,
     memset(hot_weight, 0, kTileCols * hot_ld * 4);
     Epilogue<T> epilogue{rows.scale, args.col_scale, bias,   static_cast<const T*>(args.residual),
                          rows.hot_x, hot_weight,     hot_ld, static_cast<T*>(args.out),
-                         N};
+                         N,          args.out_stride};
     for (int64_t b = 0; b < num_blocks; ++b) {
       const RowBlock& block = blocks[b];
       for (int64_t group = begin; group < end; ++group) {
         const int64_t n = group * kTileCols;
         Operand low{rows.low + block.first * ld, ld, {}, K};
         Operand high = block.high;
-        // Behind the last weight row the tile repeats it; the epilogue drops the result.
+        // Beyond the last weight row the tile repeats it; the epilogue drops the result.
         for (int64_t j = 0; j < kTileCols; ++j) {
           low.weight[j] = args.weight + min64(n + j, N - 1) * K;
         }
@@ -285,7 +286,7 @@ void multiply_rows(const Int8MatmulArgs& args, const Runtime& runtime,
     gather_outliers(rows.high, ld, K, rows, &blocks[b], columns + b * ld,
                     narrow_plane + b * block_rows * ld, seen);
   }
-  with_type(args.out_type, [&](auto tag) {
+  with_type(args.type, [&](auto tag) {
     multiply<decltype(tag)>(args, runtime, rows, blocks, num_blocks, bias);
   });
 }
@@ -318,7 +319,7 @@ void int8_matmul(const Int8MatmulArgs& args, const Runtime& runtime) {
   });
   memset(hot_x, 0, M * hot_ld * 4);
   for (int64_t m = 0; m < M && H != 0; ++m) {
-    widen_row(args.out_type, args.x_hot, m * H, hot_x + m * hot_ld, H);
+    widen_row(args.type, args.x_hot, m * H, hot_x + m * hot_ld, H);
   }
   multiply_rows(args, runtime, {low, high, ld, args.row_scale, sum_low, sum_high, num_high, hot_x});
 }

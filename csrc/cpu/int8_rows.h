@@ -9,14 +9,14 @@ namespace dist_int8::DIST_INT8_ISA {
 enum Slot { kLowPlane = 1, kHighPlane, kRowState, kColumns, kNarrowPlane, kWeights, kHot, kBias };
 
 struct QuantizedPlanes {
-  const int8_t* low;   // [M, ld], zeros behind K
+  const int8_t* low;   // [M, ld], zeros after K
   const int8_t* high;  // [M, ld]; rows without outliers may be anything
   int64_t ld;
   const float* scale;       // [M]
   const int32_t* sum_low;   // [M] sum of a row of `low`
   const int32_t* sum_high;  // [M]
   const int32_t* num_high;  // [M] how many are not 0
-  const float* hot_x;       // [M, padded_hot(H)], zeros behind H
+  const float* hot_x;       // [M, padded_hot(H)], zeros after H
 };
 
 DIST_INT8_INLINE int64_t padded_hot(int64_t H) { return round_up(H, kLanes); }

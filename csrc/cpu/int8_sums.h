@@ -1,4 +1,4 @@
-// Exact int32 sums of int8 products, one version an instruction set: rows of x by kTileCols weight
+// Exact int32 sums of int8 products, one version per instruction set: rows of x by kTileCols weight
 // rows, both read along K. Used by int8_matmul.cpp, which has the picture.
 #pragma once
 
@@ -6,12 +6,12 @@
 
 namespace dist_int8::DIST_INT8_ISA {
 
-constexpr int64_t kStep = 64;  // bytes of K a step of the main loop takes; planes are padded to it
+constexpr int64_t kStep = 64;     // bytes of K per step of the main loop; planes are padded to it
 constexpr int64_t kTileCols = 4;  // weight rows in a register tile
 
 // A plane of x against 4 weight rows.
 struct Operand {
-  const int8_t* x;  // [rows, ld], zeros behind `depth` up to a multiple of kStep
+  const int8_t* x;  // [rows, ld], zeros after `depth` up to a multiple of kStep
   int64_t ld;
   const int8_t* weight[kTileCols];  // each [depth]
   int64_t depth;

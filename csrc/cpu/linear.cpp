@@ -2,7 +2,7 @@
 //
 // The sum over k has one order for every M, N and thread count: lane l of a vector adds the
 // products of k = l, l + kLanes, ... by fma, and the lanes are added by a fixed tree. A register
-// tile is kTileRows rows of x by 4 weight rows (see int8_linear.cpp for the picture).
+// tile is kTileRows rows of x by 4 weight rows (see int8_matmul.cpp for the picture).
 #include "cpu/simd.h"
 
 namespace dist_int8::DIST_INT8_ISA {
@@ -17,7 +17,7 @@ constexpr int64_t kBlockBytes = 384 * 1024;  // of x in a block of rows: most of
 
 enum Slot { kRows = 1, kBias };
 
-// y[i][j] = sum over k of x[i][k] * weight[j][k]. x has zeros behind K up to a multiple of kLanes.
+// y[i][j] = sum over k of x[i][k] * weight[j][k]. x has zeros after K up to a multiple of kLanes.
 template <int kCount, bool kPrefetch, typename W>
 static void tile(const float* x, int64_t ld, const W* const (&weight)[kTileCols], int64_t K,
                  Vec4* y) {

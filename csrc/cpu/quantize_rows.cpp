@@ -1,5 +1,5 @@
-// quantize_rows: x [M, K] -> two int8 planes and a scale a row. One row never looks at another.
-#include "cpu/simd.h"
+// quantize_rows: x [M, K] -> two int8 planes and a scale per row. One row never looks at another.
+#include "cpu/quantize_rows.h"
 
 namespace dist_int8::DIST_INT8_ISA {
 
@@ -10,7 +10,7 @@ struct RowFacts {
   double sum_squares;
 };
 
-// x[0..padded) holds the row as float, zeros behind K; padded is a multiple of kLanes.
+// x[0..padded) holds the row as float, zeros after K; padded is a multiple of kLanes.
 static RowFacts measure(const float* x, int64_t padded, OutlierRule rule, float limit) {
   Vec absmax{}, inliers{};
   // x - x is 0 unless x is infinite or NaN, which a maximum could lose.
@@ -71,11 +71,11 @@ DIST_INT8_INLINE bool any(IntVec mask) {
 }
 
 // row: the row as float in scratch memory, padded to kLanes, hot columns zeroed.
-static void quantize_row(const QuantizeRowsArgs& args, int64_t m, const float* row) {
-  const int64_t K = args.num_features;
+static void quantize_row(const QuantizedRowsArgs& args, const PaddedPlanes& planes, int64_t K,
+                         int64_t m, const float* row) {
   const int64_t padded = round_up(K, kLanes);
-  int8_t* low_out = args.x_int8 + m * args.ld;
-  int8_t* high_out = args.x_high == nullptr ? nullptr : args.x_high + m * args.ld;
+  int8_t* low_out = args.x_int8 + m * planes.ld;
+  int8_t* high_out = args.x_high == nullptr ? nullptr : args.x_high + m * planes.ld;
   uint32_t* tiles = nullptr;
   if (args.high_tiles != nullptr) {
     const int64_t num_words = (K + kHighWordColumns - 1) / kHighWordColumns;
@@ -109,7 +109,7 @@ static void quantize_row(const QuantizeRowsArgs& args, int64_t m, const float* r
       IntVec low = q;
       if (__builtin_expect(any(spills), 0)) {
         if (!wrote_high) {
-          memset(high_out, 0, args.ld);
+          memset(high_out, 0, planes.ld);
           wrote_high = true;
         }
         // |q| > 127 means that high is not 0, and the lanes of a vector share a tile.
@@ -123,31 +123,33 @@ static void quantize_row(const QuantizeRowsArgs& args, int64_t m, const float* r
         num_high -= (IntVec)(high != 0);
         int8_t bytes[kLanes];
         store_int8(bytes, high);
-        memcpy(high_out + k, bytes, min64(kLanes, args.ld - k));
+        memcpy(high_out + k, bytes, min64(kLanes, planes.ld - k));
       }
       sum_low += low;
-      if (k + kLanes <= args.ld) {
+      if (k + kLanes <= planes.ld) {
         store_int8(low_out + k, low);
       } else {
         int8_t bytes[kLanes];
         store_int8(bytes, low);
-        memcpy(low_out + k, bytes, args.ld - k);
+        memcpy(low_out + k, bytes, planes.ld - k);
       }
     }
-    if (padded < args.ld) memset(low_out + padded, 0, args.ld - padded);
+    if (padded < planes.ld) memset(low_out + padded, 0, planes.ld - padded);
   } else {
-    memset(low_out, 0, args.ld);
+    memset(low_out, 0, planes.ld);
   }
-  if (!wrote_high && !args.high_is_sparse) memset(high_out, 0, args.ld);
-  if (args.sum_low != nullptr) args.sum_low[m] = sum_int(sum_low);
-  if (args.sum_high != nullptr) args.sum_high[m] = sum_int(sum_high);
-  if (args.num_high != nullptr) args.num_high[m] = sum_int(num_high);
+  if (!wrote_high && !planes.high_is_sparse) memset(high_out, 0, planes.ld);
+  if (planes.sum_low != nullptr) planes.sum_low[m] = sum_int(sum_low);
+  if (planes.sum_high != nullptr) planes.sum_high[m] = sum_int(sum_high);
+  if (planes.num_high != nullptr) planes.num_high[m] = sum_int(num_high);
 }
 
-void quantize_rows(const QuantizeRowsArgs& args, const Runtime& runtime) {
+void quantize_rows_padded(const QuantizeRowsArgs& args, const PaddedPlanes& planes,
+                          const Runtime& runtime) {
   const int64_t K = args.num_features;
+  const QuantizedRowsArgs& out = args.out;
   if (K == 0) {
-    for (int64_t m = 0; m < args.num_rows; ++m) args.row_scale[m] = 0.0f;
+    for (int64_t m = 0; m < args.num_rows; ++m) out.row_scale[m] = 0.0f;
     return;
   }
   const int64_t padded = round_up(K, kLanes);
@@ -157,10 +159,30 @@ void quantize_rows(const QuantizeRowsArgs& args, const Runtime& runtime) {
     for (int64_t m = begin; m < end; ++m) {
       widen_row(args.x_type, args.x, m * K, row, K);
       for (int64_t k = K; k < padded; ++k) row[k] = 0.0f;
-      for (int64_t h = 0; h < args.num_hot; ++h) row[args.hot_columns[h]] = 0.0f;
-      quantize_row(args, m, row);
+      for (int64_t h = 0; h < out.num_hot; ++h) row[out.hot_columns[h]] = 0.0f;
+      quantize_row(out, planes, K, m, row);
     }
   });
+}
+
+// Hot columns leave as they came, in x's dtype.
+static void gather_hot(const QuantizeRowsArgs& args) {
+  const int64_t H = args.out.num_hot;
+  with_type(args.x_type, [&](auto tag) {
+    const auto* x = static_cast<const decltype(tag)*>(args.x);
+    auto* x_hot = static_cast<decltype(tag)*>(args.out.x_hot);
+    for (int64_t m = 0; m < args.num_rows; ++m) {
+      for (int64_t h = 0; h < H; ++h) {
+        x_hot[m * H + h] = x[m * args.num_features + args.out.hot_columns[h]];
+      }
+    }
+  });
+}
+
+void quantize_rows(const QuantizeRowsArgs& args, const Runtime& runtime) {
+  gather_hot(args);
+  quantize_rows_padded(args, PaddedPlanes{args.num_features, false, nullptr, nullptr, nullptr},
+                       runtime);
 }
 
 }  // namespace dist_int8::DIST_INT8_ISA

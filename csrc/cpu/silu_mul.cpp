@@ -9,7 +9,7 @@ static void silu_mul_rows(const SiluMulArgs& args, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
     const T* gate = static_cast<const T*>(args.gate_up) + t * 2 * I;
     const T* up = gate + I;
-    T* out = static_cast<T*>(args.out) + t * I;
+    T* out = static_cast<T*>(args.product) + t * I;
     int64_t i = 0;
     for (; i + kLanes <= I; i += kLanes) store(out + i, silu(load(gate + i)) * load(up + i));
     if (i < I) {

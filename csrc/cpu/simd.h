@@ -13,7 +13,7 @@
 #include <immintrin.h>
 #endif
 
-// Behind a lambda's parameters.
+// Goes after a lambda's parameters.
 #define DIST_INT8_FORCED __attribute__((always_inline))
 
 namespace dist_int8::DIST_INT8_ISA {
@@ -314,7 +314,7 @@ void linear(const LinearArgs& args, const Runtime& runtime);
 void add_norm(const AddNormArgs& args, const Runtime& runtime);
 void silu_mul(const SiluMulArgs& args, const Runtime& runtime);
 void attention(const AttentionArgs& args, const Runtime& runtime);
-void int8_kv_attention(const Int8KVAttentionArgs& args, const Runtime& runtime);
+void int8_kv_attention(const AttentionArgs& args, const Runtime& runtime);
 void transform_layout(const TransformLayoutArgs& args, const Runtime& runtime);
 
 }  // namespace dist_int8::DIST_INT8_ISA

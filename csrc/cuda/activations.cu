@@ -8,25 +8,25 @@ constexpr int kSiluMulThreads = 256;
 
 template <typename T>
 __global__ void __launch_bounds__(kSiluMulThreads)
-    silu_mul_kernel(const __grid_constant__ CudaSiluMulArgs args) {
+    silu_mul_kernel(const __grid_constant__ SiluMulArgs args) {
   rows::silu_mul_body<T>(args);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(rows::kMaxThreads, 1)
-    silu_mul_quantize_kernel(const __grid_constant__ CudaSiluMulArgs args, int num_kept) {
+    silu_mul_quantize_kernel(const __grid_constant__ SiluMulArgs args, int num_kept) {
   rows::silu_mul_quantize_body<T>(args, num_kept);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(rows::kMaxThreads, 1)
-    activation_quantize_kernel(const __grid_constant__ CudaActivationArgs args, int num_kept) {
+    activation_quantize_kernel(const __grid_constant__ ActivationArgs args, int num_kept) {
   rows::activation_quantize_body<T>(args, num_kept);
 }
 
 }  // namespace
 
-const char* cuda_silu_mul(const CudaSiluMulArgs& args, void* stream) {
+const char* cuda_silu_mul(const SiluMulArgs& args, void* stream) {
   const int64_t num_chunks = (args.num_features + rows::kChunk - 1) / rows::kChunk;
   const int64_t num_blocks = (args.num_rows * num_chunks + kSiluMulThreads - 1) / kSiluMulThreads;
   if (num_blocks == 0) return nullptr;
@@ -37,7 +37,7 @@ const char* cuda_silu_mul(const CudaSiluMulArgs& args, void* stream) {
   });
 }
 
-const char* cuda_silu_mul_quantize(const CudaSiluMulArgs& args, void* stream) {
+const char* cuda_silu_mul_quantize(const SiluMulArgs& args, void* stream) {
   return rows::with_type(args.type, [&](auto tag) {
     using T = decltype(tag);
     return rows::launch_rows(silu_mul_quantize_kernel<T>, args, sizeof(T), args.out.num_hot,
@@ -45,7 +45,7 @@ const char* cuda_silu_mul_quantize(const CudaSiluMulArgs& args, void* stream) {
   });
 }
 
-const char* cuda_activation_quantize(const CudaActivationArgs& args, void* stream) {
+const char* cuda_activation_quantize(const ActivationArgs& args, void* stream) {
   return rows::with_type(args.x_type, [&](auto tag) {
     using T = decltype(tag);
     return rows::launch_rows(activation_quantize_kernel<T>, args, sizeof(T), args.out.num_hot,

@@ -41,7 +41,7 @@ DIST_INT8_DEVICE void silu_mul_chunk(const T* gate_row, int I, int c, T (&values
 }
 
 template <typename T>
-DIST_INT8_DEVICE void silu_mul_body(const CudaSiluMulArgs& args) {
+DIST_INT8_DEVICE void silu_mul_body(const SiluMulArgs& args) {
   const int I = static_cast<int>(args.num_features);
   const int num_chunks = (I + kChunk - 1) / kChunk;
   const int64_t index = device::block_x() * device::num_threads() + device::thread_index();
@@ -54,7 +54,7 @@ DIST_INT8_DEVICE void silu_mul_body(const CudaSiluMulArgs& args) {
 }
 
 template <typename T>
-DIST_INT8_DEVICE void silu_mul_quantize_body(const CudaSiluMulArgs& args, int num_kept) {
+DIST_INT8_DEVICE void silu_mul_quantize_body(const SiluMulArgs& args, int num_kept) {
   const int I = static_cast<int>(args.num_features);
   const int64_t m = device::block_x();
   const T* row = static_cast<const T*>(args.gate_up) + m * 2 * I;
@@ -65,7 +65,7 @@ DIST_INT8_DEVICE void silu_mul_quantize_body(const CudaSiluMulArgs& args, int nu
 }
 
 template <typename T>
-DIST_INT8_DEVICE void activation_quantize_body(const CudaActivationArgs& args, int num_kept) {
+DIST_INT8_DEVICE void activation_quantize_body(const ActivationArgs& args, int num_kept) {
   const int K = static_cast<int>(args.num_features);
   const int64_t m = device::block_x();
   const T* row = static_cast<const T*>(args.x) + m * K;

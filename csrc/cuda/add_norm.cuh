@@ -8,7 +8,7 @@ namespace dist_int8 {
 namespace rows {
 
 template <typename T, bool kQuantizes>
-DIST_INT8_DEVICE void add_norm_body(const CudaAddNormArgs& args, int num_kept) {
+DIST_INT8_DEVICE void add_norm_body(const AddNormArgs& args, int num_kept) {
   const int K = static_cast<int>(args.num_features);
   const int num_chunks = (K + kChunk - 1) / kChunk;
   const int64_t m = device::block_x();

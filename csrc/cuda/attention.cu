@@ -15,24 +15,24 @@ constexpr int blocks_per_multiprocessor() {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    place_kernel(const __grid_constant__ CudaAttentionArgs args, int64_t blocks_per_token) {
+    place_kernel(const __grid_constant__ AttentionArgs args, int64_t blocks_per_token) {
   place<T>(args, blocks_per_token);
 }
 
 template <typename T, int kQueries, bool kAligned>
 __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor<T, kQueries, kAligned>())
-    attend_kernel(const __grid_constant__ CudaAttentionArgs args, int64_t chunks, int64_t items) {
+    attend_kernel(const __grid_constant__ AttentionArgs args, int64_t chunks, int64_t items) {
   attend<T, kQueries, kAligned>(args, chunks, items);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kCombineThreads)
-    combine_kernel(const __grid_constant__ CudaAttentionArgs args) {
+    combine_kernel(const __grid_constant__ AttentionArgs args) {
   combine<T>(args);
 }
 
 template <typename T, int kQueries, bool kAligned>
-const char* launch_attend(const CudaAttentionArgs& args, void* stream) {
+const char* launch_attend(const AttentionArgs& args, void* stream) {
   int device = 0, multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
@@ -48,7 +48,7 @@ const char* launch_attend(const CudaAttentionArgs& args, void* stream) {
 }
 
 template <typename T, bool kAligned>
-const char* launch_attend(const CudaAttentionArgs& args, void* stream) {
+const char* launch_attend(const AttentionArgs& args, void* stream) {
   switch (queries_per_block(args.num_heads / args.num_kv_heads)) {
     case 1:
       return launch_attend<T, 1, kAligned>(args, stream);
@@ -60,7 +60,7 @@ const char* launch_attend(const CudaAttentionArgs& args, void* stream) {
 }
 
 template <typename T>
-const char* launch_all(const CudaAttentionArgs& args, void* stream) {
+const char* launch_all(const AttentionArgs& args, void* stream) {
   const int64_t per_token = place_blocks_per_token(args);
   const dim3 place_grid(static_cast<unsigned>(args.num_rows * per_token));
   if (const char* error =
@@ -78,7 +78,7 @@ const char* launch_all(const CudaAttentionArgs& args, void* stream) {
 
 }  // namespace
 
-const char* cuda_attention(const CudaAttentionArgs& args, void* stream) {
+const char* cuda_attention(const AttentionArgs& args, void* stream) {
   if (args.num_rows == 0) return nullptr;
   switch (args.type) {
     case DataType::kFloat32:

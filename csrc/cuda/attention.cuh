@@ -1,4 +1,4 @@
-// attention for decoding: one new token a segment, in three kernels.
+// attention for decoding: one new token per segment, in three kernels.
 //
 //   place    rotates the new keys and writes keys and values to the caches
 //   attend   a block takes one key-value head of one segment and one split of its context, and
@@ -26,7 +26,7 @@ namespace attention {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kTile = 256;  // positions; one a thread
+constexpr int kTile = 256;  // positions; one per thread
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxQueries = 4;
 constexpr int kPlacePerThread = 4;
@@ -35,16 +35,16 @@ constexpr int kCombineThreads = 128;
 // Heads that one block serves.
 inline int queries_per_block(int64_t group) { return group >= 3 ? 4 : static_cast<int>(group); }
 
-inline int64_t num_chunks(const CudaAttentionArgs& args, int queries) {
+inline int64_t num_chunks(const AttentionArgs& args, int queries) {
   const int64_t group = args.num_heads / args.num_kv_heads;
   return (group + queries - 1) / queries;
 }
 
-inline int64_t num_items(const CudaAttentionArgs& args, int queries) {
+inline int64_t num_items(const AttentionArgs& args, int queries) {
   return args.num_rows * args.num_kv_heads * num_chunks(args, queries) * args.num_splits;
 }
 
-inline int64_t place_blocks_per_token(const CudaAttentionArgs& args) {
+inline int64_t place_blocks_per_token(const AttentionArgs& args) {
   const int64_t elements = args.num_kv_heads * args.head_dim;
   return (elements + kThreads * kPlacePerThread - 1) / (kThreads * kPlacePerThread);
 }
@@ -56,7 +56,7 @@ inline int shared_bytes(int64_t head_dim, int queries) {
 }
 
 // Vector accesses need every row of the caches to start at a multiple of 16 bytes.
-inline bool is_aligned(const CudaAttentionArgs& args) {
+inline bool is_aligned(const AttentionArgs& args) {
   const int64_t vec = args.type == DataType::kFloat32 ? 4 : 8;
   return args.max_tokens % vec == 0 && args.head_dim % vec == 0 &&
          reinterpret_cast<uintptr_t>(args.key_cache) % 16 == 0 &&
@@ -70,7 +70,7 @@ struct Token {
   bool valid;
 };
 
-DIST_INT8_DEVICE Token token_of(const CudaAttentionArgs& args, int64_t b) {
+DIST_INT8_DEVICE Token token_of(const AttentionArgs& args, int64_t b) {
   Token token;
   token.slot = args.segments[3 * b];
   token.position = args.segments[3 * b + 1];
@@ -83,7 +83,7 @@ DIST_INT8_DEVICE Token token_of(const CudaAttentionArgs& args, int64_t b) {
 
 // Element d of a head, turned by the angles of a position ("rotate_half").
 template <typename T>
-DIST_INT8_DEVICE float rotated(const CudaAttentionArgs& args, const T* head, int64_t position,
+DIST_INT8_DEVICE float rotated(const AttentionArgs& args, const T* head, int64_t position,
                                int64_t d) {
   const int64_t half = args.rotary_half;
   const float x = widen(head[d]);
@@ -94,14 +94,14 @@ DIST_INT8_DEVICE float rotated(const CudaAttentionArgs& args, const T* head, int
 }
 
 template <typename T>
-DIST_INT8_DEVICE const T* qkv_head(const CudaAttentionArgs& args, int64_t b, int64_t head) {
+DIST_INT8_DEVICE const T* qkv_head(const AttentionArgs& args, int64_t b, int64_t head) {
   const int64_t width = args.num_heads + 2 * args.num_kv_heads;
   return static_cast<const T*>(args.qkv) + (b * width + head) * args.head_dim;
 }
 
 // Grid: num_rows * place_blocks_per_token blocks.
 template <typename T>
-DIST_INT8_DEVICE void place(const CudaAttentionArgs& args, int64_t blocks_per_token) {
+DIST_INT8_DEVICE void place(const AttentionArgs& args, int64_t blocks_per_token) {
   using namespace device;
   const int64_t H = args.num_heads, KV = args.num_kv_heads, D = args.head_dim;
   const int64_t L = args.max_tokens, b = block_x() / blocks_per_token;
@@ -158,7 +158,7 @@ DIST_INT8_DEVICE void exchange_halves(float (&sums)[kCount][kQueries]) {
 
 // This thread's position of a tile, and the scores of kQueries heads for it.
 template <typename T, int kQueries, bool kAligned>
-DIST_INT8_DEVICE int score_tile(const CudaAttentionArgs& args, const T* keys,
+DIST_INT8_DEVICE int score_tile(const AttentionArgs& args, const T* keys,
                                 const Floats<kQueries>* query, int64_t tile, int64_t start,
                                 int64_t end, float (&scores)[kQueries]) {
   using namespace device;
@@ -201,7 +201,7 @@ DIST_INT8_DEVICE int score_tile(const CudaAttentionArgs& args, const T* keys,
 
 // Grid: any number of blocks; each takes every num_blocks_x()-th item.
 template <typename T, int kQueries, bool kAligned>
-DIST_INT8_DEVICE void attend(const CudaAttentionArgs& args, int64_t chunks, int64_t items) {
+DIST_INT8_DEVICE void attend(const AttentionArgs& args, int64_t chunks, int64_t items) {
   using namespace device;
   constexpr int kValueVec = kAligned ? 16 / sizeof(T) : 1;
   constexpr int kBatch = 4;
@@ -219,7 +219,7 @@ DIST_INT8_DEVICE void attend(const CudaAttentionArgs& args, int64_t chunks, int6
   const int vector = t % vectors, thread_row = t / vectors;
 
   for (int64_t item = block_x(); item < items; item += num_blocks_x()) {
-    // Splits are the slowest: those behind the end of a context come last and cost next to nothing.
+    // Splits are the slowest: those beyond the end of a context come last and cost next to nothing.
     const int64_t chunk = item % chunks, h = item / chunks % KV;
     const int64_t b = item / (chunks * KV) % args.num_rows;
     const int64_t split = item / (chunks * KV * args.num_rows);
@@ -349,7 +349,7 @@ DIST_INT8_DEVICE void attend(const CudaAttentionArgs& args, int64_t chunks, int6
 // A warp takes one head of one token. Segments that are not valid get NaN here, whatever the number
 // of splits.
 template <typename T>
-DIST_INT8_DEVICE void combine(const CudaAttentionArgs& args) {
+DIST_INT8_DEVICE void combine(const AttentionArgs& args) {
   using namespace device;
   const int64_t D = args.head_dim;
   const int64_t head = block_x() * (kCombineThreads / 32) + warp_index();

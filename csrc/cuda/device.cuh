@@ -1,6 +1,6 @@
 // The one seam between kernels and what runs them. A kernel body (csrc/cuda/NAME.cuh) uses only
 // these names. nvcc turns them into intrinsics and PTX; a host compiler takes the same names from
-// tests/csrc/emulator.h, so that tests run the same body without a GPU. See csrc/cuda/README.md.
+// tests/csrc/emulator.h, so that tests run the same body without a GPU. See csrc/README.md.
 //
 // A thread block is one-dimensional and a multiple of 32 threads. Warp functions are called by all
 // 32 lanes together. All shared memory is dynamic.
@@ -105,7 +105,7 @@ DIST_INT8_DEVICE uint32_t shared_address(const void* in_shared) {
 // Asynchronous copy of 16 bytes from global to shared memory, both aligned to 16; zeros instead
 // where `valid` is false (`global` is not read then, but must be a pointer). The bytes of `shared`
 // are undefined from here until copy_async_wait has covered the copy's group; other threads may
-// read them only after a barrier behind that. Before sm_80 a plain copy.
+// read them only after a barrier that follows. Before sm_80 a plain copy.
 //
 // Without a cache policy: for sm_90 ptxas 12.9 and 13.0 encode cp.async with .L2::cache_hint and a
 // shared address in a uniform register as an illegal instruction.

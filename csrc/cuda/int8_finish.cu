@@ -7,12 +7,12 @@ namespace {
 
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 2)
-    int8_finish_kernel(const __grid_constant__ CudaInt8FinishArgs args) {
+    int8_finish_kernel(const __grid_constant__ Int8FinishArgs args) {
   int8_finish_body<Shape>(args);
 }
 
 struct FinishLauncher {
-  const CudaInt8FinishArgs& args;
+  const Int8FinishArgs& args;
   void* stream;
 
   template <typename Shape>
@@ -25,10 +25,10 @@ struct FinishLauncher {
 
 }  // namespace
 
-const char* cuda_int8_finish(const CudaInt8FinishArgs& args, void* stream) {
+const char* cuda_int8_finish(const Int8FinishArgs& args, const DeviceLimits& limits, void* stream) {
   if (args.matmul.num_features > kMaxTiledFeatures) return "K is too large for int8_finish";
   if (args.matmul.num_rows == 0 || args.matmul.num_outputs == 0) return nullptr;
-  return dispatch_int8_matmul_tiled(args.matmul, FinishLauncher{args, stream});
+  return dispatch_int8_matmul_tiled(args.matmul, limits, FinishLauncher{args, stream});
 }
 
 }  // namespace dist_int8

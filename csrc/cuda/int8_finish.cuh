@@ -9,7 +9,7 @@
 namespace dist_int8 {
 
 template <typename Shape>
-DIST_INT8_DEVICE void int8_finish_body(const CudaInt8FinishArgs& args) {
+DIST_INT8_DEVICE void int8_finish_body(const Int8FinishArgs& args) {
   int8_matmul_tiled_body<Shape>(args.matmul, args.sums);
 }
 

@@ -7,12 +7,12 @@ namespace {
 
 template <typename Shape>
 __global__ void __launch_bounds__(256, Shape::kMinBlocks)
-    int8_matmul_small_kernel(const __grid_constant__ CudaInt8MatmulArgs args) {
+    int8_matmul_small_kernel(const __grid_constant__ Int8MatmulArgs args) {
   int8_matmul_small_body<Shape>(args);
 }
 
 struct SmallLauncher {
-  const CudaInt8MatmulArgs& args;
+  const Int8MatmulArgs& args;
   void* stream;
 
   template <typename Shape>
@@ -24,9 +24,10 @@ struct SmallLauncher {
 
 }  // namespace
 
-const char* cuda_int8_matmul_small(const CudaInt8MatmulArgs& args, void* stream) {
+const char* cuda_int8_matmul_small(const Int8MatmulArgs& args, const DeviceLimits& limits,
+                                   void* stream) {
   if (args.num_rows == 0 || args.num_outputs == 0) return nullptr;
-  return dispatch_int8_matmul_small(args, SmallLauncher{args, stream});
+  return dispatch_int8_matmul_small(args, limits, SmallLauncher{args, stream});
 }
 
 }  // namespace dist_int8

@@ -74,7 +74,7 @@ DIST_INT8_DEVICE void fill_small_rows(unsigned char* tile, int to_row, const int
 }
 
 template <typename Shape>
-DIST_INT8_DEVICE void fill_small_tile(const CudaInt8MatmulArgs& args, unsigned char* tile,
+DIST_INT8_DEVICE void fill_small_tile(const Int8MatmulArgs& args, unsigned char* tile,
                                       int64_t first_row, int64_t k) {
   fill_small_rows<Shape::kAligned, Shape::kRows>(tile, 0, args.weight, first_row, args.num_outputs,
                                                  k, args.num_features);
@@ -84,7 +84,7 @@ DIST_INT8_DEVICE void fill_small_tile(const CudaInt8MatmulArgs& args, unsigned c
 
 // The part of x_high that goes with one lane's 16 bytes of a 64-wide tile.
 template <typename Shape>
-DIST_INT8_DEVICE device::Vector16 load_high(const CudaInt8MatmulArgs& args, int64_t m, int64_t k) {
+DIST_INT8_DEVICE device::Vector16 load_high(const Int8MatmulArgs& args, int64_t m, int64_t k) {
   const int64_t K = args.num_features;
   if (m >= args.num_rows || k >= K) return {{0, 0, 0, 0}};
   if (!Shape::kAligned) return load16_bytes(args.x_high + m * K, k, K);
@@ -93,7 +93,7 @@ DIST_INT8_DEVICE device::Vector16 load_high(const CudaInt8MatmulArgs& args, int6
 
 template <typename Shape>
 DIST_INT8_DEVICE void multiply_small_tile(
-    const CudaInt8MatmulArgs& args, const unsigned char* tile, int64_t k, uint32_t flags,
+    const Int8MatmulArgs& args, const unsigned char* tile, int64_t k, uint32_t flags,
     int32_t (&low)[Shape::kRowTiles][Shape::kTokenTiles][4],
     int32_t (&high)[Shape::kRowTiles][Shape::kTokenTiles][4]) {
   using namespace device;
@@ -136,7 +136,7 @@ DIST_INT8_DEVICE void multiply_small_tile(
 
 // Grid: ceil(N / kRows) blocks of a power of two warps; shared_bytes(num_warps) of shared memory.
 template <typename Shape>
-DIST_INT8_DEVICE void int8_matmul_small_body(const CudaInt8MatmulArgs& args) {
+DIST_INT8_DEVICE void int8_matmul_small_body(const Int8MatmulArgs& args) {
   using namespace device;
   constexpr int kRows = Shape::kRows, kTokens = Shape::kTokens, kStages = Shape::kStages;
   const int warp = warp_index(), lane = lane_index(), warps = num_warps();
@@ -239,23 +239,24 @@ DIST_INT8_DEVICE void int8_matmul_small_body(const CudaInt8MatmulArgs& args) {
 // Calls launcher.template run<Shape>(num_blocks, num_warps, shared_bytes) with the shape for these
 // sizes; returns what it returns.
 template <typename Launcher>
-auto dispatch_int8_matmul_small(const CudaInt8MatmulArgs& args, const Launcher& launcher) {
+auto dispatch_int8_matmul_small(const Int8MatmulArgs& args, const DeviceLimits& limits,
+                                const Launcher& launcher) {
   const auto aligned = [](const void* pointer) {
     return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
   };
   const bool is_aligned = args.num_features % 16 == 0 && aligned(args.x_int8) &&
                           aligned(args.x_high) && aligned(args.weight);
-  // Blocks for every multiprocessor: x is read once a block, so more rows a block is better, as
-  // long as all multiprocessors stay busy (within a tenth: 128 blocks are well on 132 of them).
+  // Blocks for every multiprocessor: x is read once per block, so more rows per block are better,
+  // as long as all multiprocessors stay busy (within a tenth: 128 blocks are well on 132 of them).
   const auto fills = [&](int rows, int blocks_each) {
     return args.num_outputs * 10 >=
-           static_cast<int64_t>(rows) * blocks_each * args.num_multiprocessors * 9;
+           static_cast<int64_t>(rows) * blocks_each * limits.num_multiprocessors * 9;
   };
   const auto run = [&](auto shape) {
     using Shape = decltype(shape);
     const int64_t blocks = (args.num_outputs + Shape::kRows - 1) / Shape::kRows;
     int warps = 8;
-    while (warps > 1 && Shape::shared_bytes(warps) > args.max_shared_bytes) warps /= 2;
+    while (warps > 1 && Shape::shared_bytes(warps) > limits.max_shared_bytes) warps /= 2;
     return launcher.template run<Shape>(blocks, warps, Shape::shared_bytes(warps));
   };
   if (args.num_rows <= 8) {

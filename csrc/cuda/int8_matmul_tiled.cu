@@ -7,12 +7,12 @@ namespace {
 
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 2)
-    int8_matmul_tiled_kernel(const __grid_constant__ CudaInt8MatmulArgs args) {
+    int8_matmul_tiled_kernel(const __grid_constant__ Int8MatmulArgs args) {
   int8_matmul_tiled_body<Shape>(args, nullptr);
 }
 
 struct TiledLauncher {
-  const CudaInt8MatmulArgs& args;
+  const Int8MatmulArgs& args;
   void* stream;
 
   template <typename Shape>
@@ -25,10 +25,11 @@ struct TiledLauncher {
 
 }  // namespace
 
-const char* cuda_int8_matmul_tiled(const CudaInt8MatmulArgs& args, void* stream) {
+const char* cuda_int8_matmul_tiled(const Int8MatmulArgs& args, const DeviceLimits& limits,
+                                   void* stream) {
   if (args.num_features > kMaxTiledFeatures) return "K is too large for int8_matmul_tiled";
   if (args.num_rows == 0 || args.num_outputs == 0) return nullptr;
-  return dispatch_int8_matmul_tiled(args, TiledLauncher{args, stream});
+  return dispatch_int8_matmul_tiled(args, limits, TiledLauncher{args, stream});
 }
 
 }  // namespace dist_int8

@@ -1,8 +1,8 @@
-// int8_matmul for any number of rows, portable from sm_75 on, and what is left of it behind a GEMM
+// int8_matmul for any number of rows, portable from sm_75 on, and what is left of it after a GEMM
 // (int8_finish): tensor-core tiles with both planes, hot columns, bias and residual fused.
 //
 // A block computes kBlockRows rows of x times kBlockOutputs output features, in tiles of 64 columns
-// of K that pass through a ring of kStages in shared memory, one barrier a tile:
+// of K that pass through a ring of kStages in shared memory, one barrier per tile:
 //
 //   first   the tiles that high_tiles flags for one of the block's rows: sums of x_high
 //   then    every tile: sums of x_int8, in the same registers
@@ -132,7 +132,7 @@ DIST_INT8_DEVICE void multiply_tile(const unsigned char* tile,
 
 // Adds the products of one plane of x over all tiles, or over those in `flags` where it is given.
 template <typename Shape>
-DIST_INT8_DEVICE void multiply_plane(const CudaInt8MatmulArgs& args, const int8_t* plane,
+DIST_INT8_DEVICE void multiply_plane(const Int8MatmulArgs& args, const int8_t* plane,
                                      const uint32_t* flags, unsigned char* ring, int64_t first_row,
                                      int64_t first_output,
                                      int32_t (&sums)[Shape::kRowTiles][Shape::kOutputTiles][4]) {
@@ -169,12 +169,12 @@ DIST_INT8_DEVICE void multiply_plane(const CudaInt8MatmulArgs& args, const int8_
     slot = slot == Shape::kStages - 1 ? 0 : slot + 1;
   }
   copy_async_wait<0>();
-  block_sync();  // the ring may be filled anew
+  block_sync();  // the ring may be refilled
 }
 
 // Adds the sums of x_int8 that a GEMM left in memory, int32 [M, N].
 template <typename Shape>
-DIST_INT8_DEVICE void add_sums(const CudaInt8MatmulArgs& args, const int32_t* from, int64_t first_m,
+DIST_INT8_DEVICE void add_sums(const Int8MatmulArgs& args, const int32_t* from, int64_t first_m,
                                int64_t first_n,
                                int32_t (&sums)[Shape::kRowTiles][Shape::kOutputTiles][4]) {
   using namespace device;
@@ -198,8 +198,7 @@ DIST_INT8_DEVICE void add_sums(const CudaInt8MatmulArgs& args, const int32_t* fr
 // Grid: ceil(M / kBlockRows) by ceil(N / kBlockOutputs); kThreads threads, kSharedBytes of shared
 // memory. low_sums: int32 [M, N] of x_int8, or null where they are computed here.
 template <typename Shape>
-DIST_INT8_DEVICE void int8_matmul_tiled_body(const CudaInt8MatmulArgs& args,
-                                             const int32_t* low_sums) {
+DIST_INT8_DEVICE void int8_matmul_tiled_body(const Int8MatmulArgs& args, const int32_t* low_sums) {
   using namespace device;
   const int64_t first_row = block_x() * Shape::kBlockRows;
   const int64_t first_output = block_y() * Shape::kBlockOutputs;
@@ -257,7 +256,7 @@ DIST_INT8_DEVICE void int8_matmul_tiled_body(const CudaInt8MatmulArgs& args,
   }
 
   // The totals go through shared memory, each thread to bytes of its own, so that what follows is
-  // a loop over tiles and not so many copies of it.
+  // a loop over tiles instead of many copies of it.
   DIST_INT8_UNROLL
   for (int r = 0; r < Shape::kRowTiles; ++r) {
     DIST_INT8_UNROLL
@@ -302,7 +301,8 @@ DIST_INT8_DEVICE void int8_matmul_tiled_body(const CudaInt8MatmulArgs& args,
 // Calls launcher.template run<Shape>(blocks along M, blocks along N) with the shape for these
 // sizes; returns what it returns.
 template <typename Launcher>
-auto dispatch_int8_matmul_tiled(const CudaInt8MatmulArgs& args, const Launcher& launcher) {
+auto dispatch_int8_matmul_tiled(const Int8MatmulArgs& args, const DeviceLimits& limits,
+                                const Launcher& launcher) {
   const auto aligned = [](const void* pointer) {
     return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
   };
@@ -319,11 +319,11 @@ auto dispatch_int8_matmul_tiled(const CudaInt8MatmulArgs& args, const Launcher& 
   const int64_t large_blocks =
       (args.num_rows + Large::kBlockRows - 1) / Large::kBlockRows *
       ((args.num_outputs + Large::kBlockOutputs - 1) / Large::kBlockOutputs);
-  if (Large::kSharedBytes > args.max_shared_bytes) {  // sm_75
+  if (Large::kSharedBytes > limits.max_shared_bytes) {  // sm_75
     return run(TiledMatmulShape<1, 4, 64, 32, 3, true>{});
   }
-  // Few rows or few blocks: half the rows a block, so that more multiprocessors have work.
-  if (args.num_rows <= 64 || large_blocks < args.num_multiprocessors) {
+  // Few rows or few blocks: half the rows per block, so that more multiprocessors have work.
+  if (args.num_rows <= 64 || large_blocks < limits.num_multiprocessors) {
     return run(TiledMatmulShape<1, 4, 64, 32, 4, true>{});
   }
   return run(Large{});

@@ -9,7 +9,7 @@ namespace {
 
 template <typename Shape, typename T>
 __global__ void __launch_bounds__(Shape::kWarps * 32, 2)
-    int8_weight_linear_kernel(const __grid_constant__ CudaInt8WeightLinearArgs args) {
+    int8_weight_linear_kernel(const __grid_constant__ Int8WeightLinearArgs args) {
 #if __CUDA_ARCH__ < 800
   // No bf16 tensor cores: the op refuses it there, and what stands in for them needs more registers
   // than there are.
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(Shape::kWarps * 32, 2)
 }
 
 struct WeightLinearLauncher {
-  const CudaInt8WeightLinearArgs& args;
+  const Int8WeightLinearArgs& args;
   void* stream;
 
   template <typename Shape>
@@ -35,10 +35,11 @@ struct WeightLinearLauncher {
 
 }  // namespace
 
-const char* cuda_int8_weight_linear(const CudaInt8WeightLinearArgs& args, void* stream) {
+const char* cuda_int8_weight_linear(const Int8WeightLinearArgs& args, const DeviceLimits& limits,
+                                    void* stream) {
   if (args.type == DataType::kFloat32) return "int8_weight_linear takes 16-bit activations only";
   if (args.num_rows == 0 || args.num_outputs == 0) return nullptr;
-  return dispatch_int8_weight_linear(args, WeightLinearLauncher{args, stream});
+  return dispatch_int8_weight_linear(args, limits, WeightLinearLauncher{args, stream});
 }
 
 }  // namespace dist_int8

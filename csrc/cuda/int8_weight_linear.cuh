@@ -5,8 +5,8 @@
 // Built like int8_matmul_small: warps split K, each with a ring of tiles of its own. A tile is
 // kRows rows of 128 bytes of the weight and kTokens rows of 256 bytes of x. Of the 16 weights that
 // a lane reads at once, each word of 4 makes the two pairs of one m16n8k16; the k they stand for
-// are those of the 4 values of x beside them. Sums are fp32: 4 warps for every shape and the warps'
-// sums added in their order keep a row's bits the same whatever M is.
+// are those of the 4 values of x next to them. Sums are fp32: 4 warps for every shape and the
+// warps' sums added in their order keep a row's bits the same whatever M is.
 #pragma once
 
 #include "cuda/int8_matmul_small.cuh"
@@ -32,9 +32,8 @@ struct WeightLinearShape {
 DIST_INT8_DEVICE int x_offset(int row, int piece) { return row * 256 + (piece ^ row % 2) * 16; }
 
 template <typename Shape>
-DIST_INT8_DEVICE void fill_weight_linear_tile(const CudaInt8WeightLinearArgs& args,
-                                              unsigned char* tile, int64_t first_row,
-                                              int64_t first_token, int64_t k) {
+DIST_INT8_DEVICE void fill_weight_linear_tile(const Int8WeightLinearArgs& args, unsigned char* tile,
+                                              int64_t first_row, int64_t first_token, int64_t k) {
   using namespace device;
   const int64_t K = args.num_features;
   fill_small_rows<Shape::kAligned, Shape::kRows>(tile, 0, args.weight, first_row, args.num_outputs,
@@ -116,7 +115,7 @@ DIST_INT8_DEVICE void multiply_weight_linear_tile(
 
 // Grid: ceil(N / kRows) by ceil(M / kTokens); kWarps warps, kSharedBytes of shared memory.
 template <typename Shape, typename T>
-DIST_INT8_DEVICE void int8_weight_linear_body(const CudaInt8WeightLinearArgs& args) {
+DIST_INT8_DEVICE void int8_weight_linear_body(const Int8WeightLinearArgs& args) {
   using namespace device;
   constexpr int kStages = Shape::kStages, kTokens = Shape::kTokens, kWarps = Shape::kWarps;
   const int warp = warp_index();
@@ -178,7 +177,8 @@ DIST_INT8_DEVICE void int8_weight_linear_body(const CudaInt8WeightLinearArgs& ar
 // Calls launcher.template run<Shape>(blocks along N, blocks along M) with the shape for these
 // sizes; returns what it returns.
 template <typename Launcher>
-auto dispatch_int8_weight_linear(const CudaInt8WeightLinearArgs& args, const Launcher& launcher) {
+auto dispatch_int8_weight_linear(const Int8WeightLinearArgs& args, const DeviceLimits& limits,
+                                 const Launcher& launcher) {
   const auto run = [&](auto shape) {
     using Shape = decltype(shape);
     return launcher.template run<Shape>((args.num_outputs + Shape::kRows - 1) / Shape::kRows,
@@ -188,8 +188,8 @@ auto dispatch_int8_weight_linear(const CudaInt8WeightLinearArgs& args, const Lau
   const auto suits = [&](auto shape, int blocks_each) {
     using Shape = decltype(shape);
     return args.num_outputs * 10 >=
-               static_cast<int64_t>(Shape::kRows) * blocks_each * args.num_multiprocessors * 9 &&
-           Shape::kSharedBytes <= args.max_shared_bytes;
+               static_cast<int64_t>(Shape::kRows) * blocks_each * limits.num_multiprocessors * 9 &&
+           Shape::kSharedBytes <= limits.max_shared_bytes;
   };
   const bool is_aligned =
       args.num_features % 16 == 0 &&

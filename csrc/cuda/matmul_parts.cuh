@@ -40,8 +40,8 @@ DIST_INT8_DEVICE float total_sum(int32_t low, int64_t high) {
 // ------------------------------------------------------------------------------------ hot columns
 
 // 16-bit activations and hot weights of the same type are multiplied on the tensor cores, 16 hot
-// columns a step; other types one product after the other.
-DIST_INT8_DEVICE bool hot_on_tensor_cores(const CudaInt8MatmulArgs& args) {
+// columns per step; other types one product after the other.
+DIST_INT8_DEVICE bool hot_on_tensor_cores(const Int8MatmulArgs& args) {
   return args.type != DataType::kFloat32 && args.hot_type == args.type;
 }
 
@@ -78,7 +78,7 @@ DIST_INT8_DEVICE void hot_sums(float (&sums)[4], const void* left, int64_t row,
   }
 }
 
-DIST_INT8_DEVICE float hot_sum(const CudaInt8MatmulArgs& args, int64_t m, int64_t n) {
+DIST_INT8_DEVICE float hot_sum(const Int8MatmulArgs& args, int64_t m, int64_t n) {
   float sum = 0.0f;
   for (int64_t h = 0; h < args.num_hot; ++h) {
     sum = fmaf(load_float(args.x_hot, args.type, m * args.num_hot + h),
@@ -90,8 +90,8 @@ DIST_INT8_DEVICE float hot_sum(const CudaInt8MatmulArgs& args, int64_t m, int64_
 // ------------------------------------------------------------------------------------- last steps
 
 // Adds the rest to y = total * (row_scale * col_scale) and stores it. `bias` is 0 without one.
-DIST_INT8_DEVICE void finish(const CudaInt8MatmulArgs& args, float y, float hot, float bias,
-                             int64_t m, int64_t n) {
+DIST_INT8_DEVICE void finish(const Int8MatmulArgs& args, float y, float hot, float bias, int64_t m,
+                             int64_t n) {
   const int64_t at = m * args.out_stride + n;
   if (args.num_hot != 0) y += hot;
   if (args.bias != nullptr) y += bias;
@@ -99,7 +99,7 @@ DIST_INT8_DEVICE void finish(const CudaInt8MatmulArgs& args, float y, float hot,
   store_float(y, args.out, args.type, at);
 }
 
-DIST_INT8_DEVICE float load_bias(const CudaInt8MatmulArgs& args, int64_t n) {
+DIST_INT8_DEVICE float load_bias(const Int8MatmulArgs& args, int64_t n) {
   return args.bias == nullptr ? 0.0f : load_float(args.bias, args.bias_type, n);
 }
 

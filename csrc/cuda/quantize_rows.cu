@@ -6,13 +6,13 @@ namespace {
 
 template <typename T>
 __global__ void __launch_bounds__(rows::kMaxThreads, 1)
-    quantize_rows_kernel(const __grid_constant__ CudaQuantizeRowsArgs args, int num_kept) {
+    quantize_rows_kernel(const __grid_constant__ QuantizeRowsArgs args, int num_kept) {
   rows::quantize_rows_body<T>(args, num_kept);
 }
 
 }  // namespace
 
-const char* cuda_quantize_rows(const CudaQuantizeRowsArgs& args, void* stream) {
+const char* cuda_quantize_rows(const QuantizeRowsArgs& args, void* stream) {
   return rows::with_type(args.x_type, [&](auto tag) {
     using T = decltype(tag);
     return rows::launch_rows(quantize_rows_kernel<T>, args, sizeof(T), args.out.num_hot, stream);

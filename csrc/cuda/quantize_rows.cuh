@@ -49,9 +49,9 @@ DIST_INT8_DEVICE uint32_t pack(int a, int b, int c, int d) {
   return device::permute_bytes(ab, cd, 0x5410);
 }
 
-// Zeros and the hot columns' bits; a barrier must come before anybody reads them.
+// Zeros and the hot columns' bits; a barrier must come before any thread reads them.
 template <typename T, typename Element>
-DIST_INT8_DEVICE void begin_row(const CudaQuantizedRows& out, int64_t m, int K,
+DIST_INT8_DEVICE void begin_row(const QuantizedRowsArgs& out, int64_t m, int K,
                                 const Shared& shared, const Element& element) {
   const int thread = device::thread_index();
   for (int w = thread; w < shared.num_words; w += device::num_threads()) shared.high_tiles[w] = 0;
@@ -78,7 +78,7 @@ DIST_INT8_DEVICE void clear_hot(const Shared& shared, int c, T (&values)[kChunk]
 
 // Writes a chunk's two planes; returns whether the high one is not all zero.
 template <typename T>
-DIST_INT8_DEVICE bool write_planes(const CudaQuantizedRows& out, int64_t m, int K, int c,
+DIST_INT8_DEVICE bool write_planes(const QuantizedRowsArgs& out, int64_t m, int K, int c,
                                    const Divisor& divisor, const T (&values)[kChunk]) {
   int low[kChunk];
   bool spills = false;
@@ -114,13 +114,13 @@ DIST_INT8_DEVICE bool write_planes(const CudaQuantizedRows& out, int64_t m, int 
   return spills;
 }
 
-// Quantizes row m. produce(c, values) computes chunk c, zeros behind K; element(k) computes one
+// Quantizes row m. produce(c, values) computes chunk c, zeros after K; element(k) computes one
 // column of it, with the same bits. The chunks that fit stay in shared memory.
 //
 // Three passes: facts of the row, absmax of its inliers, planes. They share one loop because
 // `produce` can be long.
 template <typename T, typename Produce, typename Element>
-DIST_INT8_DEVICE void quantize_row(const CudaQuantizedRows& out, int64_t m, int K,
+DIST_INT8_DEVICE void quantize_row(const QuantizedRowsArgs& out, int64_t m, int K,
                                    const Shared& shared, const Produce& produce,
                                    const Element& element) {
   enum Pass { kFacts, kInliers, kPlanes };
@@ -221,7 +221,7 @@ DIST_INT8_DEVICE void quantize_row(const CudaQuantizedRows& out, int64_t m, int 
 }
 
 template <typename T>
-DIST_INT8_DEVICE void quantize_rows_body(const CudaQuantizeRowsArgs& args, int num_kept) {
+DIST_INT8_DEVICE void quantize_rows_body(const QuantizeRowsArgs& args, int num_kept) {
   const int K = static_cast<int>(args.num_features);
   const int64_t m = device::block_x();
   const T* row = static_cast<const T*>(args.x) + m * K;

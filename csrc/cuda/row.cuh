@@ -5,7 +5,7 @@
 // shared memory, so that they need no barrier. Columns that do not fit are computed again from
 // global memory in each pass.
 //
-//   shared memory: [32 x 8 bytes for reductions][high tiles][hot columns, a bit each][chunks]
+//   shared memory: [32 x 8 bytes for reductions][high tiles][hot columns, one bit each][chunks]
 #pragma once
 
 #include "cuda/device.cuh"
@@ -14,7 +14,7 @@ namespace dist_int8 {
 namespace rows {
 
 constexpr int kChunk = 16;
-constexpr int kMaxThreads = 768;  // leaves 80 registers to a thread
+constexpr int kMaxThreads = 768;  // leaves 80 registers per thread
 constexpr int kReductionBytes = 32 * 8;
 
 struct Geometry {
@@ -42,7 +42,7 @@ DIST_INT8_DEVICE bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
-// Columns [k, k + kCount) of a row of K, k a multiple of 8; zeros behind K.
+// Columns [k, k + kCount) of a row of K, k a multiple of 8; zeros after K.
 template <typename T, int kCount>
 DIST_INT8_DEVICE void load_columns(const T* row, int K, int k, T (&values)[kCount]) {
   constexpr int kPerVector = 16 / sizeof(T);

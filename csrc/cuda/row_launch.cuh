@@ -1,4 +1,4 @@
-// Launching kernels of one thread block a row. For .cu files only.
+// Launching kernels of one thread block per row. For .cu files only.
 #pragma once
 
 #include "cuda/launch.cuh"
@@ -20,7 +20,7 @@ const char* with_type(DataType type, const With& with) {
   }
 }
 
-// Starts kernel(args, num_kept), a thread block for each row.
+// Starts kernel(args, num_kept), one thread block per row.
 template <typename Args>
 const char* launch_rows(void (*kernel)(Args, int), const Args& args, int element_bytes,
                         int64_t num_hot, void* stream) {

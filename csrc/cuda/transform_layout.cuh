@@ -51,7 +51,7 @@ DIST_INT8_DEVICE void body(const TransformLayoutArgs& args) {
       const int8_t* from = args.x + stored_offset(args.source, r, c, args.rows, args.cols);
       if (source_words) {
         word = *reinterpret_cast<const uint32_t*>(from);
-        const int64_t columns = args.cols - c;  // what lies behind them is padding
+        const int64_t columns = args.cols - c;  // what lies beyond them is padding
         if (columns < 4) word = columns <= 0 ? 0 : word & ((1u << (columns * 8)) - 1);
       } else {
         for (int64_t j = 0; j < 4 && c + j < args.cols; ++j) {

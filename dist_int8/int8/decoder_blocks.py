@@ -1,8 +1,8 @@
 """Neighbouring decoder blocks in one call on CPUs, where a token's work is short.
 
-Eight ops a block, called one by one from Python, take about 0.05 ms more than their work: 6 to 20%
-of a decoding step of SmolLM2-135M. The compiled op runs the same kernels in the same order, so its
-result is the same, bit for bit.
+The eight ops of a block, called one by one from Python, take about 0.05 ms longer than their work:
+6 to 20% of a decoding step of SmolLM2-135M. The compiled op runs the same kernels in the same
+order, so its result is the same, bit for bit.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dist_int8.int8 import ops
+from dist_int8.int8.attention_args import AttentionArgs
 from dist_int8.int8.library import load
 from dist_int8.int8.registry import has_kernel
 
@@ -42,23 +43,24 @@ def runs(x: Tensor) -> bool:
     return _decoder_blocks is not None and x.is_cpu and x.dtype == torch.float32
 
 
+class BlockSettings(NamedTuple):
+    """What the blocks of one call have in common."""
+
+    norm_eps: float
+    norm_kind: str
+    """As of `ops.add_norm`, of all norms."""
+    outlier_rule: str
+    outlier_threshold: float
+    """Of all linears."""
+    attention: AttentionArgs
+
+
 def decoder_blocks(
     x: Tensor,
     residual: Tensor | None,
     segments: Tensor,
     blocks: Sequence[BlockTensors],
-    *,
-    norm_eps: float,
-    norm_kind: str,
-    outlier_rule: str,
-    outlier_threshold: float,
-    num_heads: int,
-    num_kv_heads: int,
-    scale: float,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    alibi_slopes: Tensor | None,
-    window: int,
+    settings: BlockSettings,
 ) -> tuple[Tensor, Tensor]:
     """x + residual [T, hidden] through blocks with gated MLPs -> the next (x, residual).
 
@@ -70,9 +72,7 @@ def decoder_blocks(
         residual: fp32 [T, hidden], or None.
         segments: as of `ops.attention`.
         blocks: one or more, of the same sizes and kind of cache.
-        norm_eps, norm_kind: of all norms, as of `ops.add_norm`.
-        outlier_rule, outlier_threshold: of all linears.
-        num_heads, num_kv_heads, scale, cos, sin, alibi_slopes, window: as of `ops.attention`.
+        settings: of all of them.
 
     Raises ValueError as the ops do, the name of the op first. Call it where `runs(x)`.
     """
@@ -86,15 +86,9 @@ def decoder_blocks(
         [_NONE if tensor is None else tensor for tensor in linears],
         caches,
         len(caches) == 4 * len(blocks),
-        num_heads,
-        num_kv_heads,
-        scale,
-        cos,
-        sin,
-        alibi_slopes,
-        window,
-        norm_eps,
-        ops.norm_kind_index("decoder_blocks", norm_kind),
-        ops.rule_index(outlier_rule, outlier_threshold),
-        outlier_threshold,
+        *settings.attention,
+        settings.norm_eps,
+        ops.norm_kind_index("decoder_blocks", settings.norm_kind),
+        ops.rule_index(settings.outlier_rule, settings.outlier_threshold),
+        settings.outlier_threshold,
     )

@@ -9,7 +9,7 @@ from dist_int8.int8.module import Int8Module
 class Int8Embedding(Int8Module):
     """Rows of weight_int8 * col_scale.
 
-    Buffers: `weight_int8` int8 [V, E] and `col_scale` fp32 [V], one scale a token: what an
+    Buffers: `weight_int8` int8 [V, E] and `col_scale` fp32 [V], one scale per token: what an
     `Int8Linear` of a tied head has too, so that the two share their memory. Made directly it is all
     zeros (or on the meta device, without storage).
     """

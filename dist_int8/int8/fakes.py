@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_int8.int8.attention_args import AttentionArgs
 from dist_int8.int8.registry import has_op
 
 Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # the fields of reference.QuantizedRows
@@ -139,19 +140,9 @@ def _silu_mul(gate_up: Tensor) -> Tensor:
 
 @_fake("attention")
 def _attention(
-    qkv: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    segments: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    scale: float,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    alibi_slopes: Tensor | None,
-    window: int,
+    qkv: Tensor, key_cache: Tensor, value_cache: Tensor, segments: Tensor, *args: Any
 ) -> Tensor:
-    return qkv.new_empty(qkv.shape[0], num_heads * key_cache.shape[2])
+    return qkv.new_empty(qkv.shape[0], AttentionArgs(*args).num_heads * key_cache.shape[2])
 
 
 @_fake("int8_kv_attention")
@@ -162,15 +153,9 @@ def _int8_kv_attention(
     value_cache: Tensor,
     value_scale: Tensor,
     segments: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    scale: float,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    alibi_slopes: Tensor | None,
-    window: int,
+    *args: Any,
 ) -> Tensor:
-    return qkv.new_empty(qkv.shape[0], num_heads * key_cache.shape[2])
+    return qkv.new_empty(qkv.shape[0], AttentionArgs(*args).num_heads * key_cache.shape[2])
 
 
 @_fake("decoder_blocks")

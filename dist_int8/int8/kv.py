@@ -1,8 +1,8 @@
-"""Attention over keys and values that are kept in int8, with a scale a token and head.
+"""Attention over keys and values that are kept in int8, with one scale per token and head.
 
-Keys are rounded as they are attended to, behind the rotary embedding, and a token attends to its
-own rounded key too: what it sees does not depend on how a prompt was cut. On CPUs in fp32 it is one
-compiled op, which reads int8; elsewhere plain torch widens one sequence after the other.
+Keys are rounded after the rotary embedding, and a token attends to its own rounded key too, so what
+it sees does not depend on how a prompt was split into chunks. On CPUs in fp32 it is one compiled
+op, which reads int8; elsewhere plain torch widens one sequence after the other.
 """
 
 from typing import NamedTuple
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_int8.int8 import plain
+from dist_int8.int8.attention_args import AttentionArgs
 from dist_int8.int8.library import load
 from dist_int8.int8.registry import has_kernel
 
@@ -29,38 +30,15 @@ class Int8KV(NamedTuple):
 
 
 def attention(
-    qkv: Tensor,
-    key_cache: Int8KV,
-    value_cache: Int8KV,
-    segments: Tensor,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    scale: float,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    window: int = 0,
+    qkv: Tensor, key_cache: Int8KV, value_cache: Int8KV, segments: Tensor, args: AttentionArgs
 ) -> Tensor:
     """`ops.attention` with caches in int8; the same arguments and errors.
 
     New keys and values are rounded by `plain.quantize_heads`, bit for bit. segments are on the CPU.
-    For qkv in 16 bits or on a GPU plain torch takes memory for the widened keys and values of one
+    For qkv in 16 bits or on a GPU, plain torch takes memory for the widened keys and values of one
     slot; the compiled op takes none.
     """
-    attend = plain.int8_kv_attention
+    tensors = qkv.contiguous(), *key_cache, *value_cache, segments
     if _attention is not None and qkv.is_cpu and qkv.dtype == torch.float32:
-        attend = _attention
-    return attend(
-        qkv.contiguous(),
-        *key_cache,
-        *value_cache,
-        segments,
-        num_heads,
-        num_kv_heads,
-        scale,
-        cos,
-        sin,
-        alibi_slopes,
-        window,
-    )
+        return _attention(*tensors, *args)
+    return plain.int8_kv_attention(*tensors, args)

@@ -20,7 +20,7 @@ _error: str | None = None
 
 
 def load() -> bool:
-    """Load the library if it is there and describe its ops to torch.compile; is it loaded?
+    """Load the library if there is one and describe its ops to torch.compile; tell if it is loaded.
 
     Raises:
         ImportError: the library that DIST_INT8_LIBRARY names is not there or does not load.
@@ -47,7 +47,7 @@ def load() -> bool:
 
 
 def _built() -> str | None:
-    """The library that was built with this package."""
+    """Path of the library that was built with this package, or None."""
     spec = importlib.util.find_spec("dist_int8._ops")
     return spec.origin if spec is not None else None
 
@@ -62,7 +62,7 @@ def _named(path: str) -> str:
 
 
 def library_info() -> dict[str, Any]:
-    """What was loaded, for `dist-int8 doctor`.
+    """Describe what was loaded, for `dist-int8 doctor`.
 
     path: of the library, or None. error: why it is not loaded, or None. cpu_instruction_set:
     "avx512_vnni", "avx2" or "generic", chosen at run time (None without a library). cpu_ops,

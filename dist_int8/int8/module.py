@@ -1,4 +1,4 @@
-"""What int8 layers have in common."""
+"""The base class of int8 layers."""
 
 from collections.abc import Callable
 from typing import Self

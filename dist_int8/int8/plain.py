@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dist_int8.int8 import reference
+from dist_int8.int8.attention_args import AttentionArgs
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -70,61 +71,68 @@ def check_cover(rows: list[list[int]], num_tokens: int, op: str = "attention") -
 
 
 def attention(
-    qkv: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    segments: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    scale: float,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    alibi_slopes: Tensor | None,
-    window: int,
+    qkv: Tensor, key_cache: Tensor, value_cache: Tensor, segments: Tensor, args: AttentionArgs
 ) -> Tensor:
+    """Documented in `dist_int8.int8.attention`. Scores of one segment after the other."""
     head_dim = key_cache.shape[2]
     num_tokens = qkv.shape[0]
-    heads = qkv.view(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
-    query, key, value = heads.float().split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-    out = torch.empty_like(query)
     rows = segments.tolist()
     check_cover(rows, num_tokens)
-    check_segments(rows, key_cache, cos)
+    check_segments(rows, key_cache, args.cos)
+    query, key, value = _split_heads(qkv, head_dim, rows, args)
 
     # Every write comes before the first read: a slot may appear in more than one segment.
     first = 0
-    rotated = query
-    if cos is not None and sin is not None:
-        positions = torch.cat([torch.arange(start, start + count) for _, start, count in rows]).to(
-            qkv.device
-        )
-        rotated = rotate(query, cos[positions], sin[positions])
-        key = rotate(key, cos[positions], sin[positions])
     for slot, start, count in rows:
         tokens = slice(first, first + count)
         key_cache[slot, :, :, start : start + count] = key[tokens].permute(1, 2, 0).to(qkv.dtype)
         value_cache[slot, :, start : start + count] = value[tokens].transpose(0, 1).to(qkv.dtype)
         first += count
 
+    out = torch.empty_like(query)
     first = 0
     for slot, start, count in rows:
-        tokens = slice(first, first + count)
-        end = start + count
-        grouped = rotated[tokens].view(count, num_kv_heads, num_heads // num_kv_heads, head_dim)
-        grouped = grouped.permute(1, 2, 0, 3)
-        scores = (grouped * scale) @ key_cache[slot, :, None, :, :end].float()
-        key_positions = torch.arange(end, device=qkv.device)
-        if alibi_slopes is not None:
-            scores = scores + alibi_slopes.view(num_kv_heads, -1, 1, 1) * key_positions
-        ages = torch.arange(start, end, device=qkv.device)[:, None] - key_positions
-        hidden = ages < 0
-        if window:
-            hidden = hidden | (ages >= window)
-        weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
-        attended = weights @ value_cache[slot, :, None, :end].float()
-        out[tokens] = attended.permute(2, 0, 1, 3).reshape(count, num_heads, head_dim)
+        tokens, end = slice(first, first + count), start + count
+        keys, values = key_cache[slot, :, :, :end], value_cache[slot, :, :end]
+        out[tokens] = _attend(query[tokens], keys, values, start, args)
         first += count
-    return out.to(qkv.dtype).reshape(num_tokens, num_heads * head_dim)
+    return out.to(qkv.dtype).reshape(num_tokens, args.num_heads * head_dim)
+
+
+def _split_heads(
+    qkv: Tensor, head_dim: int, rows: list[list[int]], args: AttentionArgs
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv of the segments `rows` -> query [T, H, D], key and value [T, KV, D] in fp32, rotated."""
+    H, KV = args.num_heads, args.num_kv_heads
+    heads = qkv.view(qkv.shape[0], H + 2 * KV, head_dim).float()
+    query, key, value = heads.split([H, KV, KV], dim=1)
+    if args.cos is not None and args.sin is not None:
+        positions = [p for _, start, count in rows for p in range(start, start + count)]
+        at = torch.tensor(positions, dtype=torch.long, device=qkv.device)
+        query, key = (rotate(x, args.cos[at], args.sin[at]) for x in (query, key))
+    return query, key, value
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, start: int, args: AttentionArgs) -> Tensor:
+    """query fp32 [n, H, D] at positions start.., over keys [KV, D, start + n] and values.
+
+    values [KV, start + n, D]. Returns fp32 [n, H, D].
+    """
+    count, num_heads, head_dim = query.shape
+    end = start + count
+    grouped = query.view(count, args.num_kv_heads, num_heads // args.num_kv_heads, head_dim)
+    grouped = grouped.permute(1, 2, 0, 3)
+    scores = (grouped * args.scale) @ keys[:, None].float()
+    key_positions = torch.arange(end, device=query.device)
+    if args.alibi_slopes is not None:
+        scores = scores + args.alibi_slopes.view(args.num_kv_heads, -1, 1, 1) * key_positions
+    ages = torch.arange(start, end, device=query.device)[:, None] - key_positions
+    hidden = ages < 0
+    if args.window:
+        hidden = hidden | (ages >= args.window)
+    weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
+    attended = weights @ values[:, None].float()
+    return attended.permute(2, 0, 1, 3).reshape(count, num_heads, head_dim)
 
 
 def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,38 +141,11 @@ def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
     return flat.view(x.shape), scale.view(x.shape[:2])
 
 
-def int8_kv_attention(
-    qkv: Tensor,
-    key_cache: Tensor,
-    key_scale: Tensor,
-    value_cache: Tensor,
-    value_scale: Tensor,
-    segments: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    scale: float,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    alibi_slopes: Tensor | None,
-    window: int,
-) -> Tensor:
-    """`attention` over the rounded keys and values, those of the new tokens included.
-
-    key_cache int8 [S, KV, D, L], value_cache int8 [S, KV, L, D], their scales fp32 [S, KV, L].
-    Documented in `dist_int8.int8.kv`. Widens one slot after the other.
-    """
-    op = "int8_kv_attention"
-    head_dim = key_cache.shape[2]
-    num_tokens = qkv.shape[0]
-    rows = segments.tolist()
-    check_cover(rows, num_tokens, op)
-    check_segments(rows, key_cache, cos, op)
-    heads = qkv.view(num_tokens, num_heads + 2 * num_kv_heads, head_dim).float()
-    query, key, value = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-    if cos is not None and sin is not None:
-        positions = [p for _, start, count in rows for p in range(start, start + count)]
-        at = torch.tensor(positions, device=qkv.device)
-        query, key = (rotate(x, cos[at], sin[at]) for x in (query, key))
+def _write_int8(
+    key: Tensor, value: Tensor, caches: tuple[Tensor, Tensor, Tensor, Tensor], rows: list[list[int]]
+) -> None:
+    """Round key and value fp32 [T, KV, D] of the segments `rows` into int8 caches."""
+    key_cache, key_scale, value_cache, value_scale = caches
     new_keys, new_key_scale = quantize_heads(key)
     new_values, new_value_scale = quantize_heads(value)
     first = 0
@@ -176,7 +157,31 @@ def int8_kv_attention(
         value_scale[slot, :, places] = new_value_scale[tokens].transpose(0, 1)
         first += count
 
-    out = torch.empty((num_tokens, num_heads * head_dim), dtype=qkv.dtype, device=qkv.device)
+
+def int8_kv_attention(
+    qkv: Tensor,
+    key_cache: Tensor,
+    key_scale: Tensor,
+    value_cache: Tensor,
+    value_scale: Tensor,
+    segments: Tensor,
+    args: AttentionArgs,
+) -> Tensor:
+    """`attention` over the rounded keys and values, those of the new tokens included.
+
+    key_cache int8 [S, KV, D, L], value_cache int8 [S, KV, L, D], their scales fp32 [S, KV, L].
+    Documented in `dist_int8.int8.kv`. Widens one slot after the other.
+    """
+    op = "int8_kv_attention"
+    head_dim = key_cache.shape[2]
+    num_tokens = qkv.shape[0]
+    rows = segments.tolist()
+    check_cover(rows, num_tokens, op)
+    check_segments(rows, key_cache, args.cos, op)
+    query, key, value = _split_heads(qkv, head_dim, rows, args)
+    _write_int8(key, value, (key_cache, key_scale, value_cache, value_scale), rows)
+    out = torch.empty((num_tokens, args.num_heads * head_dim), dtype=qkv.dtype, device=qkv.device)
+    rotated = args._replace(cos=None, sin=None)
     first = 0
     for slot, start, count in rows:
         tokens, end = slice(first, first + count), start + count
@@ -189,13 +194,7 @@ def int8_kv_attention(
             keys[None],
             values[None],
             torch.tensor([[0, start, count]], dtype=torch.int32),
-            num_heads,
-            num_kv_heads,
-            scale,
-            None,
-            None,
-            alibi_slopes,
-            window,
+            rotated,
         )
         first += count
     return out

@@ -11,8 +11,8 @@ on the first plane alone. Outliers, too large for that scale, keep the same step
 spill over onto the second plane, 15 bits in all. Which elements are outliers is decided in each row
 by that row alone, so no result depends on what else is in the batch.
 
-The methods that the LLM.int8() paper (Dettmers et al. 2022, arXiv:2208.07339) compares are at the
-end.
+The methods that the LLM.int8() paper (Dettmers et al. 2022, arXiv:2208.07339) compares are in
+`paper_methods`.
 """
 
 import math
@@ -87,14 +87,14 @@ def outlier_mask(x: Tensor, outlier_rule: str, outlier_threshold: float) -> Tens
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weight [N, K] (floating) -> weight_int8 int8 [N, K], col_scale fp32 [N].
 
-    One scale an output feature (vector-wise quantization, section 3.1 of the paper):
+    One scale per output feature (vector-wise quantization, section 3.1 of the paper):
     col_scale = absmax / 127 and weight_int8 = round_half_even(weight / col_scale), both in fp32.
     An all-zero row gives zeros and scale 0; a row with NaN or Inf gives zeros and scale NaN, so
     that what it computes is NaN.
     """
-    _check_matrix("quantize_weight", "weight", weight)
+    check_matrix("quantize_weight", "weight", weight)
     values = weight.float()
-    col_scale = _divide(_row_absmax(values), PLANE_MAX)  # a NaN or an Inf in a row comes through
+    col_scale = _divide(row_absmax(values), PLANE_MAX)  # keeps a NaN or an Inf of a row
     col_scale = torch.where(col_scale < SMALLEST_SCALE, 0.0, col_scale)
     col_scale = torch.where(col_scale.isfinite(), col_scale, math.nan)
     q = torch.where(col_scale[:, None] > 0, values / col_scale[:, None], 0.0).round()
@@ -128,7 +128,7 @@ def quantize_rows(
     gives zeros and scale 0. A row with NaN or Inf outside the hot columns gives zeros and scale
     NaN. Neither touches another row.
     """
-    _check_matrix("quantize_rows", "x", x)
+    check_matrix("quantize_rows", "x", x)
     values = x.float()
     if hot_columns is not None:
         values = values.index_fill(1, hot_columns.long(), 0.0)
@@ -136,9 +136,9 @@ def quantize_rows(
     values = torch.where(finite[:, None], values, 0.0)
 
     outliers = outlier_mask(values, outlier_rule, outlier_threshold)
-    row_scale = _divide(_row_absmax(values.masked_fill(outliers, 0.0)), PLANE_MAX)
+    row_scale = _divide(row_absmax(values.masked_fill(outliers, 0.0)), PLANE_MAX)
     if check_outlier_rule(outlier_rule, outlier_threshold) != "none":
-        row_scale = torch.maximum(row_scale, _divide(_row_absmax(values), TWO_PLANES_MAX))
+        row_scale = torch.maximum(row_scale, _divide(row_absmax(values), TWO_PLANES_MAX))
     row_scale = torch.where(row_scale >= SMALLEST_SCALE, row_scale, 0.0)
 
     q = torch.where(row_scale[:, None] > 0, values / row_scale[:, None], 0.0).round()
@@ -154,9 +154,9 @@ def quantize_rows(
 
 
 def high_tiles(x_high: Tensor) -> Tensor:
-    """x_high [M, K] -> int32 [M, ceil(K / 2048)], a bit for every tile of 64 columns not all zero.
+    """x_high [M, K] -> int32 [M, ceil(K / 2048)], one bit per tile of 64 columns.
 
-    Bit (k / 64) % 32 of word k / 2048 belongs to column k.
+    Bit (k / 64) % 32 of word k / 2048 is set where the tile of column k is not all zero.
     """
     num_rows, num_features = x_high.shape
     num_words = -(-num_features // (TILE * TILES_PER_WORD))
@@ -188,7 +188,7 @@ def int8_linear(
     matter: they only ever meet zeros. Their product is summed in fp64 here; a kernel may sum it in
     fp32, in an order of its own that is the same for every row.
     """
-    _check_matrix("int8_linear", "x", x)
+    check_matrix("int8_linear", "x", x)
     _check_weight("int8_linear", weight_int8, x.shape[1])
     if (hot_columns is None) != (hot_weight is None):
         raise ValueError(
@@ -241,10 +241,10 @@ def int8_weight_linear(
     """x [M, K] times weights in int8, activations as they are -> y [M, N] in x's dtype.
 
     y = sum_k x * weight_int8, here in fp64 and rounded to fp32 once; then in fp32 y *= col_scale,
-    y += bias, y += residual [M, N]; last the cast. Outliers are no matter to it: the only error is
-    that of the weights. A kernel may sum in fp32.
+    y += bias, y += residual [M, N]; last the cast. Outliers need no treatment: the only
+    error is that of the weights. A kernel may sum in fp32.
     """
-    _check_matrix("int8_weight_linear", "x", x)
+    check_matrix("int8_weight_linear", "x", x)
     _check_weight("int8_weight_linear", weight_int8, x.shape[1])
     M, N = x.shape[0], weight_int8.shape[0]
     for argument, value, shape in (
@@ -274,7 +274,7 @@ def integer_product(x_int8: Tensor, x_high: Tensor, weight_int8: Tensor) -> Tens
     return (x_int8.double() + 128 * x_high.double()) @ weight_int8.double().T
 
 
-def _row_absmax(x: Tensor) -> Tensor:
+def row_absmax(x: Tensor) -> Tensor:
     """Largest magnitude of each row of x [M, K] -> [M]; 0 where K is 0."""
     return x.abs().amax(dim=1) if x.shape[1] else x.new_zeros(x.shape[0])
 
@@ -284,7 +284,8 @@ def _divide(values: Tensor, by: int) -> Tensor:
     return values / values.new_full((), by)
 
 
-def _check_matrix(op: str, argument: str, value: Tensor) -> None:
+def check_matrix(op: str, argument: str, value: Tensor) -> None:
+    """Raise ValueError unless `value` is a floating matrix."""
     if value.dim() != 2:
         raise ValueError(
             f"{op}: {argument} must be a matrix, got shape {list(value.shape)}; "
@@ -307,85 +308,3 @@ def _check_weight(op: str, weight_int8: Tensor, num_features: int) -> None:
             f"{op}: weight_int8 must be int8 [N, K={num_features}], "
             f"got {weight_int8.dtype} {list(weight_int8.shape)}; make it with quantize_weight"
         )
-
-
-# --------------------------------------------------------------------------------------------------
-# The paper's methods, for comparison. x [M, K] and weight [N, K] floating -> y [M, N] in x's dtype.
-
-
-def absmax_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Absmax quantization (section 2.1): one scale for all of x, one for all of weight."""
-    x_float, weight_float = x.float(), weight.float()
-    return _scaled_linear(
-        x, x_float.abs().amax() / PLANE_MAX, weight_float, weight_float.abs().amax() / PLANE_MAX
-    )
-
-
-def row_wise_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Row-wise quantization (Table 1): one scale a row of x, one for all of weight."""
-    weight_float = weight.float()
-    return _scaled_linear(
-        x,
-        _row_absmax(x.float())[:, None] / PLANE_MAX,
-        weight_float,
-        weight_float.abs().amax() / PLANE_MAX,
-    )
-
-
-def vector_wise_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Vector-wise quantization (section 3.1), naive W8A8: a scale for each row of x and weight."""
-    weight_int8, col_scale = quantize_weight(weight)
-    return int8_linear(x, weight_int8, col_scale, outlier_rule="none", outlier_threshold=0.0)
-
-
-def zeropoint_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Zero-point quantization (section 2.1): one scale and one offset for x, the same for weight.
-
-    max - min is spread over 254 steps; the offsets are added back before the product, which is
-    algebraically the paper's product of shifted integers.
-    """
-    return (_zeropoint_round(x.float()).double() @ _zeropoint_round(weight.float()).double().T).to(
-        x.dtype
-    )
-
-
-def llm_int8_linear(
-    x: Tensor, weight: Tensor, threshold: float = 6.0, union_of_columns: bool = False
-) -> Tensor:
-    """LLM.int8() (section 3.2): outliers |x| >= threshold in floating point, the rest in int8.
-
-    union_of_columns False: each row has its own outliers, multiplied by the original weights.
-    union_of_columns True: what bitsandbytes computes. A feature with an outlier in any row goes to
-    floating point for every row, so a result depends on its neighbours; its other elements still
-    count in their rows' scales; and its weights are the dequantized int8 ones.
-    """
-    _check_matrix("llm_int8_linear", "x", x)
-    weight_int8, col_scale = quantize_weight(weight)
-    values = x.float()
-    outliers = outlier_mask(values, "absolute", threshold)
-    scale = _row_absmax(values.masked_fill(outliers, 0.0))[:, None] / PLANE_MAX
-    kept_out = outliers.any(dim=0).expand_as(outliers) if union_of_columns else outliers
-    q = torch.where(scale > 0, values.masked_fill(kept_out, 0.0) / scale, 0.0).round()
-    outlier_weight = (
-        dequantize_weight(weight_int8, col_scale) if union_of_columns else weight.float()
-    )
-    y = (q.double() @ weight_int8.double().T).float() * (scale * col_scale)
-    return (y + values.masked_fill(~kept_out, 0.0) @ outlier_weight.T).to(x.dtype)
-
-
-def _scaled_linear(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """round(x / x_scale) @ round(weight / weight_scale).T times both scales, or zeros."""
-    x_q = torch.where(x_scale > 0, x.float() / x_scale, 0.0).round()
-    weight_q = torch.where(weight_scale > 0, weight / weight_scale, 0.0).round()
-    return ((x_q.double() @ weight_q.double().T).float() * (x_scale * weight_scale)).to(x.dtype)
-
-
-def _zeropoint_round(x: Tensor) -> Tensor:
-    """x rounded to the 255 levels between its smallest and largest element (dequantized, fp32)."""
-    low, high = torch.aminmax(x)
-    step = (high - low) / (2 * PLANE_MAX)
-    if step == 0:
-        return x
-    zero_point = (low / step).round() + PLANE_MAX
-    q = ((x / step).round() - zero_point).clamp(-PLANE_MAX, PLANE_MAX)
-    return (q + zero_point) * step

@@ -6,7 +6,7 @@ add_norm, qkv, attention, attention_output, add_norm, gate_up, silu_mul, down.
 
 On a GPU, a norm or an activation in front of an `Int8Linear` also quantizes its rows, so that they
 never travel through memory in floating point. On CPUs `int8_linear` quantizes inside, and blocks
-like Llama's run in one call (`blocks.py`), with the same result.
+like Llama's run in one call (`run_blocks.py`), with the same result.
 """
 
 from typing import Any, NamedTuple, TypeGuard
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from dist_int8.int8 import kv, ops
 from dist_int8.int8.activations import ACTIVATIONS
+from dist_int8.int8.attention_args import AttentionArgs
 from dist_int8.int8.linear import Int8Linear
 from dist_int8.models.spec import BlockSpec, NormKind
 
-# Types of devices where norms and activations quantize for the linear behind them.
+# Types of devices where norms and activations quantize for the linear after them.
 FUSED_DEVICES = {"cuda"}
 
 Input = Tensor | ops.QuantizedRows  # of a linear: QuantizedRows only for an Int8Linear
@@ -51,14 +52,14 @@ class Norm(nn.Module):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(norm(x + residual), x + residual), both [T, hidden]."""
+        """Return (norm(x + residual), x + residual), both [T, hidden]."""
         # Not self.weight and self.bias: nn.Module.__getattr__ costs about 1 us for each.
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         assert weight is not None
         return ops.add_norm(x, residual, weight, bias, self.eps, self.kind)
 
     def before(self, linear: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[Input, Tensor]:
-        """(norm(x + residual) as `linear` takes it, x + residual [T, hidden])."""
+        """Return (norm(x + residual) as `linear` takes it, x + residual [T, hidden])."""
         if not _takes_rows(linear, x):
             return self(x, residual)
         weight, bias = self._parameters["weight"], self._parameters["bias"]
@@ -107,20 +108,11 @@ class DecoderBlock(nn.Module):
         tables: PositionTables,
     ) -> Tensor:
         spec = self.spec
-        attend: Any = kv.attention if isinstance(key_cache, kv.Int8KV) else ops.attention
-        context: Tensor = attend(
-            self.qkv(x),
-            key_cache,
-            value_cache,
-            segments,
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            scale=self.scale,
-            cos=tables.cos,
-            sin=tables.sin,
-            alibi_slopes=tables.alibi_slopes,
-            window=spec.window,
+        args = AttentionArgs(
+            spec.num_heads, spec.num_kv_heads, self.scale, *tables, window=spec.window
         )
+        attend: Any = kv.attention if isinstance(key_cache, kv.Int8KV) else ops.attention
+        context: Tensor = attend(self.qkv(x), key_cache, value_cache, segments, args)
         return self.attention_output(context)
 
     @property

@@ -1,4 +1,4 @@
-"""Runs the blocks of a stage, neighbours in one call where `int8/decoder_blocks.py` has them."""
+"""Run the blocks of a stage, neighbours in one call where `int8/decoder_blocks.py` has them."""
 
 from collections.abc import Callable, Iterable
 from itertools import groupby
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from dist_int8.int8 import kv, ops
-from dist_int8.int8.decoder_blocks import BlockTensors, decoder_blocks, runs
+from dist_int8.int8.attention_args import AttentionArgs
+from dist_int8.int8.decoder_blocks import BlockSettings, BlockTensors, decoder_blocks, runs
 from dist_int8.int8.linear import Int8Linear
 from dist_int8.models.block import Cache, DecoderBlock, Norm, PositionTables
 
@@ -28,7 +29,7 @@ def run_blocks(
     caches_of: Callable[[int], tuple[Cache, Cache]],
     tables: PositionTables,
 ) -> Hidden:
-    """x [T, hidden] through blocks, whose caches are `caches_of(0)` and so on -> (x, residual)."""
+    """Run x [T, hidden] through blocks, whose caches are `caches_of(0)`, ... -> (x, residual)."""
     residual: Tensor | None = None
     numbered = [(block, *caches_of(index)) for index, block in enumerate(blocks)]
     if numbered and isinstance(numbered[0][1], Tensor):  # once for all blocks
@@ -60,9 +61,9 @@ def _one_by_one(
 def _rule_in_one_call(block: DecoderBlock) -> tuple[Any, ...] | None:
     """What blocks of one call have in common; None where a block has to run op by op.
 
-    It has to where its arrangement is not that of `decoder_blocks`, a part is not of our own kind
-    or the two norms or four linears differ in their rule, or somebody watches: whoever hooks a
-    module wants to see it called.
+    It has to where its arrangement is not that of `decoder_blocks`, where a part is not one of our
+    own classes, where its two norms or four linears differ in their rule, and where a module has
+    hooks, which expect it to be called.
     """
     spec = block.spec
     if not spec.gated or spec.norm_after or spec.residual_from_norm or spec.parallel_residual:
@@ -101,23 +102,10 @@ def _in_one_call(
     tables: PositionTables,
 ) -> Hidden:
     spec, scale, norm_kind, norm_eps, outlier_rule, outlier_threshold = rule
-    return decoder_blocks(
-        x,
-        residual,
-        segments,
-        [_collect_tensors(*item) for item in group],
-        norm_eps=norm_eps,
-        norm_kind=norm_kind,
-        outlier_rule=outlier_rule,
-        outlier_threshold=outlier_threshold,
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
-        scale=scale,
-        cos=tables.cos,
-        sin=tables.sin,
-        alibi_slopes=tables.alibi_slopes,
-        window=spec.window,
-    )
+    attention = AttentionArgs(spec.num_heads, spec.num_kv_heads, scale, *tables, window=spec.window)
+    tensors = [_collect_tensors(*item) for item in group]
+    settings = BlockSettings(norm_eps, norm_kind, outlier_rule, outlier_threshold, attention)
+    return decoder_blocks(x, residual, segments, tensors, settings)
 
 
 def _collect_tensors(block: DecoderBlock, key_cache: Cache, value_cache: Cache) -> BlockTensors:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dist_int8.partition.memory import FLOAT32_BYTES, INT32_BYTES, BlockSizes, Formats, ModelSizes
 
 INT64_BYTES = 8
-MAX_SUMS_BYTES = 64 << 20  # limit of a GEMM's int32 sums held on a GPU (csrc's CUDA matmul)
+MAX_SUMS_BYTES = 64 << 20  # int32 sums of a GEMM on a GPU at once (csrc/ops/matmul_cuda.cpp)
 
 
 @dataclass(frozen=True)

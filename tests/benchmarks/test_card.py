@@ -18,7 +18,7 @@ def test_every_op_of_the_library_is_tried():
 
 
 def test_products_cover_every_kernel_of_the_gpu():
-    """Their sizes, by csrc/cuda/gemm_tiles.h: at most 32, 128, 512 rows, and more with N 4096."""
+    """Their sizes, by gemm_tiles.h: at most 32, 128, 512 rows, and more with N 4096."""
     rows = {name: M for name, (M, N, K) in card.PRODUCTS.items()}
     assert rows["small"] <= 32 < rows["tiled"] <= 128 < rows["wgmma 128"] <= 512 < rows["wgmma 256"]
     assert card.PRODUCTS["wgmma 256"][1] >= 4096

@@ -27,7 +27,7 @@ void write(const std::vector<T>& values) {
 }
 
 template <typename T, int kQueries>
-void launch_attend(const CudaAttentionArgs& args, const Options& options) {
+void launch_attend(const AttentionArgs& args, const Options& options) {
   const int64_t items = attention::num_items(args, kQueries);
   const int64_t chunks = attention::num_chunks(args, kQueries);
   const int64_t blocks = items < 5 ? items : 5;  // so that blocks take several items
@@ -42,7 +42,7 @@ void launch_attend(const CudaAttentionArgs& args, const Options& options) {
 }
 
 template <typename T>
-int run(CudaAttentionArgs args, bool has_slopes, int64_t split) {
+int run(AttentionArgs args, bool has_slopes, int64_t split) {
   const int64_t H = args.num_heads, KV = args.num_kv_heads, D = args.head_dim;
   const int64_t cache = args.num_slots * KV * D * args.max_tokens;
   auto qkv = read<T>(args.num_rows * (H + 2 * KV) * D);
@@ -119,7 +119,7 @@ int main(int argc, char** argv) {
   }
   int64_t numbers[9];
   for (int i = 0; i < 9; ++i) numbers[i] = std::stoll(argv[i + 2]);
-  CudaAttentionArgs args{};
+  AttentionArgs args{};
   args.type = static_cast<DataType>(std::stoi(argv[1]));
   args.num_rows = numbers[0];
   args.num_heads = numbers[1];

@@ -1,4 +1,4 @@
-"""Programs of this folder, compiled once a session."""
+"""Programs of this folder, compiled once per session."""
 
 import os
 import subprocess

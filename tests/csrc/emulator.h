@@ -1,6 +1,6 @@
 // Runs a kernel body on the host: every thread of a block is a fiber, and the names of
 // csrc/cuda/device.cuh are implemented here. Include it in one source file of a program, through
-// device.cuh. See csrc/cuda/README.md.
+// device.cuh. See csrc/README.md.
 //
 // What it is strict about, because hardware punishes it only sometimes:
 // - Between two points where threads meet, they run one after the other, in an order that is an

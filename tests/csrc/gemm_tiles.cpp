@@ -1,6 +1,6 @@
 // gemm_tiles: reads lines "architecture M N K", prints the number of the tile of each.
 // gemm_tiles rules: checks the table on itself.
-#include "cuda/gemm_tiles.h"
+#include "dist_int8/gemm_tiles.h"
 
 #include <cstdio>
 #include <cstring>

@@ -19,7 +19,7 @@ struct Case {
   int64_t order, seed, early_copies;
 };
 
-// Exactly as many bytes as asked for, from `offset` behind an aligned address on.
+// Exactly as many bytes as asked for, starting `offset` bytes past an aligned address.
 class Array {
  public:
   Array(int64_t bytes, int64_t offset = 0) : offset_(offset) {
@@ -47,7 +47,7 @@ void read_exactly(void* to, int64_t bytes) {
 int64_t size_of(int64_t type) { return type == 0 ? 4 : 2; }
 
 struct SmallLauncher {
-  const CudaInt8MatmulArgs& args;
+  const Int8MatmulArgs& args;
   emulator::Options options;
 
   template <typename Shape>
@@ -59,7 +59,7 @@ struct SmallLauncher {
 };
 
 struct TiledLauncher {
-  const CudaInt8FinishArgs& args;
+  const Int8FinishArgs& args;
   emulator::Options options;
 
   template <typename Shape>
@@ -107,7 +107,7 @@ void run(const Case& c) {
   const Array out(num_out * size_of(c.type));
   std::memset(out.get(), 0xa5, num_out * size_of(c.type));
 
-  CudaInt8MatmulArgs args{};
+  Int8MatmulArgs args{};
   args.x_int8 = x_int8->as<int8_t>();
   args.x_high = x_high->as<int8_t>();
   args.row_scale = row_scale->as<float>();
@@ -127,17 +127,17 @@ void run(const Case& c) {
   args.num_features = c.K;
   args.num_outputs = c.N;
   args.num_hot = c.H;
-  args.num_multiprocessors = static_cast<int32_t>(c.num_multiprocessors);
-  args.max_shared_bytes = static_cast<int32_t>(c.max_shared_bytes);
+  const DeviceLimits limits{static_cast<int32_t>(c.num_multiprocessors),
+                            static_cast<int32_t>(c.max_shared_bytes)};
   const emulator::Options options{static_cast<emulator::Order>(c.order),
                                   static_cast<uint64_t>(c.seed), c.early_copies != 0};
   if (c.kernel == 0) {
-    dispatch_int8_matmul_small(args, SmallLauncher{args, options});
+    dispatch_int8_matmul_small(args, limits, SmallLauncher{args, options});
   } else {
     std::vector<int32_t> sums;
     if (c.kernel == 2) sums = low_sums(c, args.x_int8, args.weight);
-    const CudaInt8FinishArgs finish{args, c.kernel == 2 ? sums.data() : nullptr};
-    dispatch_int8_matmul_tiled(args, TiledLauncher{finish, options});
+    const Int8FinishArgs finish{args, c.kernel == 2 ? sums.data() : nullptr};
+    dispatch_int8_matmul_tiled(args, limits, TiledLauncher{finish, options});
   }
   std::fwrite(out.get(), 1, num_out * size_of(c.type), stdout);
 }

@@ -13,7 +13,7 @@ struct Case {
   int64_t order, seed, early_copies;
 };
 
-// As many bytes as are read, for AddressSanitizer, `offset` behind an aligned address.
+// As many bytes as are read, for AddressSanitizer, `offset` bytes past an aligned address.
 struct Array {
   Array(int64_t bytes, int64_t offset, bool from_input) {
     if (posix_memalign(&memory, 128, bytes + offset) != 0) emulator::fail("out of memory");
@@ -31,7 +31,7 @@ struct Array {
 };
 
 struct Launcher {
-  const CudaInt8WeightLinearArgs& args;
+  const Int8WeightLinearArgs& args;
   emulator::Options options;
 
   template <typename Shape>
@@ -54,7 +54,7 @@ void run(const Case& c) {
   const Array bias(c.bias_type < 0 ? 0 : c.N * (c.bias_type == 0 ? 4 : 2), 0, true);
   const Array residual(c.has_residual ? c.M * c.N * 2 : 0, 0, true);
   const Array out(c.M * c.N * 2, 0, false);
-  CudaInt8WeightLinearArgs args{};
+  Int8WeightLinearArgs args{};
   args.x = x.data;
   args.type = static_cast<DataType>(c.type);
   args.weight = reinterpret_cast<const int8_t*>(weight.data);
@@ -66,11 +66,11 @@ void run(const Case& c) {
   args.num_rows = c.M;
   args.num_features = c.K;
   args.num_outputs = c.N;
-  args.num_multiprocessors = static_cast<int32_t>(c.num_multiprocessors);
-  args.max_shared_bytes = static_cast<int32_t>(c.max_shared_bytes);
+  const DeviceLimits limits{static_cast<int32_t>(c.num_multiprocessors),
+                            static_cast<int32_t>(c.max_shared_bytes)};
   const emulator::Options options{static_cast<emulator::Order>(c.order),
                                   static_cast<uint64_t>(c.seed), c.early_copies != 0};
-  dispatch_int8_weight_linear(args, Launcher{args, options});
+  dispatch_int8_weight_linear(args, limits, Launcher{args, options});
   std::fwrite(out.data, 1, c.M * c.N * 2, stdout);
 }
 

@@ -33,8 +33,8 @@ std::vector<unsigned char> read(int64_t bytes) {
   return data;
 }
 
-// Exactly as long as the array, so that AddressSanitizer sees what is read behind it; it starts
-// `shift` bytes behind an aligned address.
+// Exactly as long as the array, so that AddressSanitizer sees what is read past its end; it starts
+// `shift` bytes past an aligned address.
 class Array {
  public:
   Array(int64_t bytes, int64_t shift) : bytes_(bytes), shift_(shift) {
@@ -76,7 +76,7 @@ void run(const Case& c) {
   const int64_t num_words = quantizes ? (K + 2047) / 2048 : 0, planes = quantizes ? M * K : 0;
   Array low(planes, 0), high(planes, 0), scale(quantizes ? M * 4 : 0, 0);
   Array tiles(M * num_words * 4, 0), x_hot(M * c.num_hot * sizeof(T), 0);
-  const CudaQuantizedRows out{static_cast<OutlierRule>(c.rule),
+  const QuantizedRowsArgs out{static_cast<OutlierRule>(c.rule),
                               c.threshold,
                               c.num_hot == 0 ? nullptr : hot.as<int32_t>(),
                               c.num_hot,
@@ -86,23 +86,22 @@ void run(const Case& c) {
                               tiles.as<uint32_t>(),
                               x_hot.data()};
   const DataType type = static_cast<DataType>(c.type);
-  const CudaQuantizeRowsArgs quantize{x.data(), type, M, K, out};
-  const CudaAddNormArgs norm{x.data(),
-                             c.has_residual ? residual.data() : nullptr,
-                             type,
-                             weight.data(),
-                             c.has_bias ? bias.data() : nullptr,
-                             static_cast<DataType>(c.weight_type),
-                             static_cast<float>(c.eps),
-                             static_cast<NormKind>(c.kind),
-                             c.has_residual ? total.data() : nullptr,
-                             plain.data(),
-                             M,
-                             K,
-                             out};
-  const CudaSiluMulArgs silu{x.data(), type, M, K, plain.data(), out};
-  const CudaActivationArgs activation{x.data(), type, static_cast<Activation>(c.activation),
-                                      M,        K,    out};
+  const QuantizeRowsArgs quantize{x.data(), type, M, K, out};
+  const AddNormArgs norm{x.data(),
+                         c.has_residual ? residual.data() : nullptr,
+                         type,
+                         weight.data(),
+                         c.has_bias ? bias.data() : nullptr,
+                         static_cast<DataType>(c.weight_type),
+                         static_cast<float>(c.eps),
+                         static_cast<NormKind>(c.kind),
+                         c.has_residual ? total.data() : nullptr,
+                         plain.data(),
+                         M,
+                         K,
+                         out};
+  const SiluMulArgs silu{x.data(), type, M, K, plain.data(), out};
+  const ActivationArgs activation{x.data(), type, static_cast<Activation>(c.activation), M, K, out};
 
   const rows::Geometry g =
       rows::geometry(K, sizeof(T), quantizes ? c.num_hot : 0, c.max_shared_bytes);

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dist_int8.int8 import plain
+from dist_int8.int8.attention_args import AttentionArgs
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -22,7 +23,7 @@ def as_bytes(tensor):
 
 
 class Case:
-    """Random queries, keys, values and caches full of numbers that nobody may see."""
+    """Random queries, keys, values and caches full of numbers that no kernel may use."""
 
     def __init__(self, dtype, places, H, KV, D, L, half=0, slopes=False, window=0, slots=3):
         generator = torch.Generator().manual_seed(H * D + L)
@@ -36,7 +37,7 @@ class Case:
         self.qkv = random(len(places), (H + 2 * KV) * D)
         self.key_cache = random(slots, KV, D, L)
         self.value_cache = random(slots, KV, L, D)
-        for slot, position in places:  # stale entries behind the end of a sequence
+        for slot, position in places:  # stale entries past the end of a sequence
             if 0 <= slot < slots and 0 <= position < L:
                 self.key_cache[slot, :, :, position:] = torch.nan
                 self.value_cache[slot, :, position:] = torch.nan
@@ -46,9 +47,9 @@ class Case:
 
     def expected(self):
         keys, values = self.key_cache.clone(), self.value_cache.clone()
-        heads = (self.H, self.KV, self.scale)
         tables = (self.cos, self.sin, self.slopes, self.window)
-        out = plain.attention(self.qkv, keys, values, self.segments, *heads, *tables)
+        args = AttentionArgs(self.H, self.KV, self.scale, *tables)
+        out = plain.attention(self.qkv, keys, values, self.segments, args)
         return out, keys, values
 
     def run(self, program, split=0):
@@ -121,7 +122,7 @@ def test_a_slot_in_two_segments_sees_its_older_token(program):
     case.check(program)
 
 
-def test_a_token_does_not_depend_on_its_batch(program):
+def test_tokens_are_batch_invariant(program):
     case = Case(torch.float16, [(0, 280), (1, 17), (2, 299)], 4, 2, 32, L=304, half=8)
     together = case.run(program)[0]
     for row in range(3):

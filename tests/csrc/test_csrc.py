@@ -1,6 +1,7 @@
 """The C++ of the kernels without torch: the shared number formats, and that no torch is needed."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -70,8 +71,22 @@ def test_device_code_and_headers_know_no_torch():
             assert "#include <torch" not in path.read_text(), path
 
 
+def test_no_include_runs_upwards():
+    """ops -> cpu_kernels.h, cuda_kernels.h -> the rest of the contract; kernels know no op."""
+    allowed = {
+        "include": {"dist_int8"},
+        "cpu": {"dist_int8", "cpu"},
+        "cuda": {"dist_int8", "cuda", "emulator.h"},
+        "ops": {"dist_int8", "ops"},
+    }
+    for folder, rooms in allowed.items():
+        for path in (CSRC / folder).rglob("*.*"):
+            for included in re.findall(r'^#include "([^"/]+)', path.read_text(), re.MULTILINE):
+                assert included in rooms, f"{path} includes {included}"
+
+
 def test_every_op_has_one_schema_and_one_source():
-    schemas = (CSRC / "bindings.cpp").read_text()
+    schemas = (CSRC / "ops/schema.cpp").read_text()
     for path in (CSRC / "cpu").glob("*.cpp"):
         if path.stem not in ("dispatch", "table"):
             assert schemas.count(f'"{path.stem}(') == 1, path.stem

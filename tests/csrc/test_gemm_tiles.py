@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-CUDA = Path(__file__).parents[2] / "csrc/cuda"
+CSRC = Path(__file__).parents[2] / "csrc"
 TILES = re.findall(
-    r"^  k(Small|Tiled|Sm\d+_\w+),", (CUDA / "gemm_tiles.h").read_text(), re.MULTILINE
+    r"^  k(Small|Tiled|Sm\d+_\w+),",
+    (CSRC / "include/dist_int8/gemm_tiles.h").read_text(),
+    re.MULTILINE,
 )
 # Shared memory a thread block may have, KiB (CUDA C++ Programming Guide, table of technical
 # specifications per compute capability); one for 8.6 and 8.9 too, which run the kernels of 8.0.
@@ -51,19 +53,19 @@ def test_edges_of_the_buckets(tile, architecture, N):
     assert tile(*shapes) == want
 
 
-def test_cards_of_8_6_and_8_9_run_the_kernels_of_8_0(tile):
+def test_compute_capability_8_6_and_8_9_run_the_kernels_of_8_0(tile):
     for M in (33, 512, 513, 2048):
         for N in (4096, 14336):
             assert len(set(tile(*[(a, M, N, 4096) for a in (80, 86, 89)]))) == 1
 
 
-def test_cards_without_a_kernel_of_their_own(tile):
+def test_gpus_without_a_kernel_of_their_own(tile):
     assert tile((75, 2048, 4096, 4096), (70, 2048, 4096, 4096)) == ["Tiled"] * 2
     later = tile((100, 2048, 4096, 4096), (120, 2048, 4096, 4096))
     assert all(name.startswith("Sm80_") for name in later)
 
 
-def test_what_16_byte_accesses_cannot_take_goes_to_our_own_kernel(tile):
+def test_unaligned_shapes_go_to_our_own_kernel(tile):
     for architecture in (80, 90):
         (name,) = tile((architecture, 2048, 4096, 4096))
         assert name.startswith(("Sm80_", "Sm90_"))
@@ -75,7 +77,7 @@ def test_what_16_byte_accesses_cannot_take_goes_to_our_own_kernel(tile):
         assert tile((architecture, 2048, 4092, 4112)) != ["Tiled"]
 
 
-def test_what_is_too_deep_for_the_tiled_kernels_goes_through_the_small_one(tile):
+def test_k_beyond_the_tiled_kernels_goes_to_the_small_one(tile):
     for architecture in (75, 80, 90):
         assert tile((architecture, 2048, 4096, 65536)) == ["Small"]
         assert tile((architecture, 2048, 4096, 65520)) != ["Small"]
@@ -83,7 +85,9 @@ def test_what_is_too_deep_for_the_tiled_kernels_goes_through_the_small_one(tile)
 
 @pytest.mark.parametrize("architecture", ["80", "90"])
 def test_every_tile_is_compiled_and_fits_shared_memory(architecture):
-    source = (CUDA / f"int8_gemm_sm{architecture}{'a' * (architecture == '90')}.cu").read_text()
+    source = (
+        CSRC / f"cuda/cutlass/int8_gemm_sm{architecture}{'a' * (architecture == '90')}.cu"
+    ).read_text()
     for name in TILES:
         if not name.startswith(f"Sm{architecture}_"):
             continue

@@ -108,7 +108,7 @@ class Case:
 
 
 def hot_product(x_hot, hot_weight):
-    """16 columns a step on tensor cores (exact, then rounded), else one fma after the other."""
+    """16 columns per step on tensor cores (exact, then rounded), else one fma after the other."""
     step = 16 if x_hot.dtype == hot_weight.dtype != torch.float32 else 1
     total = torch.zeros(len(x_hot), len(hot_weight))
     for h in range(0, x_hot.shape[1], step):
@@ -197,7 +197,7 @@ def test_many_rows(program, kernel, M):
 
 @pytest.mark.parametrize("gpu", [A100, T4, (1, 227 * 1024), (1, 99 * 1024), (4, 99 * 1024)])
 def test_small_on_other_gpus(program, gpu):
-    """More rows a block where there are enough blocks, fewer warps where memory is small."""
+    """More rows per block where there are enough blocks, fewer warps where memory is small."""
     run(program, [everything("small", M, 150, 528, M, gpu=gpu) for M in (1, 8, 9, 16, 17, 32)])
 
 
@@ -235,7 +235,7 @@ def test_blocks_of_outputs(program, kernel):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_order_of_threads_does_not_show(program, kernel, order):
+def test_results_are_independent_of_the_thread_order(program, kernel, order):
     cases = [Case(kernel, 20, 70, 1344, num_hot=16, has_residual=True, order=order)]
     cases += [Case(kernel, 3, 70, 1344, rule="all", order=order)]
     run(program, cases)

@@ -70,7 +70,7 @@ def test_edges_and_memory_that_is_not_aligned(program, i, size):
     check(multiply(program, *parts, offset=i % 2), *parts)
 
 
-def test_a_row_does_not_depend_on_its_neighbours_or_on_the_order_of_threads(program):
+def test_rows_are_independent_of_neighbours_and_of_the_thread_order(program):
     x, weight, col_scale, bias, residual = draw(32, 70, 1344, 5)
     whole = multiply(program, x, weight, col_scale, bias, residual)
     for M, gpu, order in [(1, A100, 1), (8, (1, 227 * 1024), 2), (16, T4, 3), (24, A10, 0)]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-REPORT = Path(__file__).parents[2] / "csrc/report"
+REPORT = Path(__file__).parents[2] / "csrc/tools"
 
 
 def module(name):
@@ -24,7 +24,7 @@ def module(name):
 
 report = module("report")
 
-OURS = "_ZN9dist_int812_GLOBAL__N_120quantize_rows_kernelIfEEvNS_21CudaQuantizeRowsArgsE"
+OURS = "_ZN9dist_int812_GLOBAL__N_120quantize_rows_kernelIfEEvNS_16QuantizeRowsArgsE"
 LOG = f"""\
 ptxas info    : 11 bytes gmem
 ptxas info    : Compiling entry function '{OURS}' for 'sm_80'
@@ -43,7 +43,7 @@ SERIAL = (
 )
 READABLE = {
     OURS: "void dist_int8::(anonymous namespace)::quantize_rows_kernel<float>"
-    "(dist_int8::CudaQuantizeRowsArgs)"
+    "(dist_int8::QuantizeRowsArgs)"
 }
 GEMM = report.Kernel("sm_80", "int8_gemm 128x128x64", True, 200, 0, 0)
 
@@ -89,7 +89,7 @@ def test_serialized_wgmma_is_a_problem():
 )
 def test_a_cutlass_kernel_is_named_by_its_tile(symbol, tile):
     log = LOG.replace(OURS, "_Z4name")
-    path = "CMakeFiles/int8_gemm_sm80.dir/csrc/cuda/int8_gemm_sm80.cu.o.log"
+    path = "CMakeFiles/int8_gemm_sm80.dir/csrc/cuda/cutlass/int8_gemm_sm80.cu.o.log"
     kernel, _ = report.parse(log, path, {"_Z4name": symbol})
     assert kernel.is_cutlass and kernel.name == f"int8_gemm {tile}"
 
@@ -104,21 +104,21 @@ def test_a_cutlass_kernel_may_not_grow():
     assert "has no recorded figure" in problem
 
 
-def test_the_table_has_a_line_a_kernel():
+def test_the_table_has_one_line_per_kernel():
     lines = report.table([GEMM, replace(GEMM, architecture="sm_90a")]).splitlines()
     assert len(lines) == 3 and lines[1].split() == ["sm_80", "200", "0", "0", *GEMM.name.split()]
 
 
 def test_figures_are_recorded_for_every_compiled_tile():
     figures = json.loads((REPORT / "figures.json").read_text())
-    tiles = (REPORT.parent / "cuda/gemm_tiles.h").read_text()
+    tiles = (REPORT.parent / "include/dist_int8/gemm_tiles.h").read_text()
     for number, architecture in (("80", "sm_80"), ("90", "sm_90a")):
         names = set(figures["kernels"][architecture])
         compiled = re.findall(rf"^  kSm{number}_(\w+),", tiles, re.MULTILINE)
         assert {f"int8_gemm {tile}" for tile in compiled} == names
 
 
-def test_a_compiler_s_words_are_kept_beside_the_object(tmp_path):
+def test_the_compiler_output_is_kept_beside_the_object(tmp_path):
     target = tmp_path / "x.cu.o"
     command = [sys.executable, "-c", "print('ptxas info'); print('a warning')", "-o", str(target)]
     done = subprocess.run(
@@ -129,7 +129,7 @@ def test_a_compiler_s_words_are_kept_beside_the_object(tmp_path):
     assert re.fullmatch(r"\d+\.\d seconds", first) and rest == ["ptxas info", "a warning"]
 
 
-def test_a_compiler_that_fails_is_heard(tmp_path):
+def test_the_output_of_a_failing_compiler_is_printed(tmp_path):
     command = [sys.executable, "-c", "print('error: no'); raise SystemExit(3)", "-o", "x.o"]
     done = subprocess.run(
         [sys.executable, str(REPORT / "record.py"), *command],

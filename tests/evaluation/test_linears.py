@@ -6,7 +6,7 @@ from torch import nn
 
 from dist_int8.evaluation import linears
 from dist_int8.evaluation.linears import Matrix
-from dist_int8.int8 import reference
+from dist_int8.int8 import paper_methods
 
 
 @pytest.fixture(params=[True, False], ids=["bias", "no-bias"])
@@ -96,10 +96,10 @@ def test_methods_match_the_reference_implementation(linear, x):
     rows, matrix = x.reshape(-1, 48), Matrix(linear)
     bias = 0.0 if linear.bias is None else linear.bias
     for ours, theirs in (
-        (linears.Absmax, reference.absmax_linear),
-        (linears.RowWise, reference.row_wise_linear),
-        (linears.VectorWise, reference.vector_wise_linear),
-        (linears.ZeroPoint, reference.zeropoint_linear),
+        (linears.Absmax, paper_methods.absmax_linear),
+        (linears.RowWise, paper_methods.row_wise_linear),
+        (linears.VectorWise, paper_methods.vector_wise_linear),
+        (linears.ZeroPoint, paper_methods.zeropoint_linear),
     ):
         torch.testing.assert_close(
             ours(matrix)(rows), theirs(rows, linear.weight) + bias, rtol=1e-5, atol=1e-5
@@ -135,7 +135,7 @@ def test_bitsandbytes_layer_matches_the_library(threshold, linear, x):
     assert 0 < (y - right).norm() / right.norm() < 0.1
     if threshold:
         rows = x.reshape(-1, 48)
-        spec = reference.llm_int8_linear(rows, linear.weight, 6.0, union_of_columns=True)
+        spec = paper_methods.llm_int8_linear(rows, linear.weight, 6.0, union_of_columns=True)
         spec = spec if linear.bias is None else spec + linear.bias
         torch.testing.assert_close(y.reshape(-1, 20), spec, rtol=0.02, atol=0.02)
 

@@ -51,7 +51,7 @@ def main() -> None:
             values = torch.zeros(3, 2, L, D, device=DEVICE, dtype=dtype)
             qkv = torch.randn(2, 10 * D, device=DEVICE, dtype=dtype)
             segments = torch.tensor([(2, L - 1, 1), (0, 3, 1)], dtype=torch.int32)
-            ops.attention(qkv, keys, values, segments, num_heads=6, num_kv_heads=2, scale=D**-0.5)
+            ops.attention(qkv, keys, values, segments, ops.AttentionArgs(6, 2, D**-0.5))
     for layout in LAYOUTS:
         x = torch.randint(-127, 128, (65, 259), dtype=torch.int8, device=DEVICE)
         stored = transform_layout(x, "row", layout)

@@ -43,7 +43,8 @@ class Case:
 
         keys, values = self.keys.clone().to(device), self.values.clone().to(device)
         settings = {name: to(value) for name, value in self.settings.items()}
-        out = attention(self.qkv.to(device), keys, values, self.segments, **settings)
+        args = ops.AttentionArgs(**settings)
+        out = attention(self.qkv.to(device), keys, values, self.segments, args)
         return out.cpu(), keys.cpu(), values.cpu()
 
 

@@ -3,23 +3,18 @@
 import pytest
 import torch
 
-from dist_int8.int8 import decoder_blocks, reference
-from dist_int8.int8.decoder_blocks import BlockTensors
+from dist_int8.int8 import reference
+from dist_int8.int8.attention_args import AttentionArgs
+from dist_int8.int8.decoder_blocks import BlockSettings, BlockTensors, decoder_blocks
 
 HIDDEN, INNER, HEAD_DIM, TOKENS = 32, 24, 16, 8
-SETTINGS = {
-    "norm_eps": 1e-5,
-    "norm_kind": "rms",
-    "outlier_rule": "row_rms",
-    "outlier_threshold": 4.0,
-    "num_heads": 2,
-    "num_kv_heads": 1,
-    "scale": 0.25,
-    "cos": None,
-    "sin": None,
-    "alibi_slopes": None,
-    "window": 0,
-}
+SETTINGS = BlockSettings(
+    norm_eps=1e-5,
+    norm_kind="rms",
+    outlier_rule="row_rms",
+    outlier_threshold=4.0,
+    attention=AttentionArgs(num_heads=2, num_kv_heads=1, scale=0.25),
+)
 
 
 def tensors(**changes):
@@ -39,7 +34,7 @@ def tensors(**changes):
 def run(*blocks, x=None, residual=None, segments=((0, 0, 3),), **changes):
     x = torch.randn(3, HIDDEN) if x is None else x
     where = torch.tensor(segments, dtype=torch.int32)
-    return decoder_blocks.decoder_blocks(x, residual, where, blocks, **(SETTINGS | changes))
+    return decoder_blocks(x, residual, where, blocks, SETTINGS._replace(**changes))
 
 
 def test_a_residual_counts_as_if_it_had_been_added():

@@ -1,4 +1,4 @@
-"""Attention over an int8 KV cache: that of the specification on rounded keys, whatever the cut."""
+"""Attention over an int8 KV cache: the specification's on rounded keys, for any chunking."""
 
 import os
 import subprocess
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dist_int8.int8 import kv, ops, plain, reference
+from dist_int8.int8.attention_args import AttentionArgs
 
 # num_heads, num_kv_heads, head_dim, max_tokens, rotary dimensions, ALiBi, window.
 SHAPES = [
@@ -57,12 +58,12 @@ class Case:
 
     def run(self, qkv, segments, caches):
         segments = torch.tensor(segments, dtype=torch.int32)
-        return kv.attention(qkv, *caches, segments, **self.settings)
+        return kv.attention(qkv, *caches, segments, AttentionArgs(**self.settings))
 
     def plain(self, qkv, segments, caches):
         segments = torch.tensor(segments, dtype=torch.int32)
         tensors = (*caches[0], *caches[1])
-        return plain.int8_kv_attention(qkv, *tensors, segments, *self.settings.values())
+        return plain.int8_kv_attention(qkv, *tensors, segments, AttentionArgs(**self.settings))
 
     def new_heads(self, qkv, segments):
         """Rotated query, rotated key and value [T, heads, D] of the tokens of the segments."""
@@ -83,9 +84,9 @@ class Case:
         new_keys = torch.cat([keys[slot, :, :, at].permute(2, 0, 1) for slot, at in rows])
         new_values = torch.cat([values[slot, :, at].transpose(0, 1) for slot, at in rows])
         whole = torch.cat([query, new_keys, new_values], dim=1).flatten(1)
-        settings = self.settings | {"cos": None, "sin": None}
+        args = AttentionArgs(**self.settings | {"cos": None, "sin": None})
         segments = torch.tensor(segments, dtype=torch.int32)
-        return ops.attention(whole, keys, values, segments, **settings)
+        return ops.attention(whole, keys, values, segments, args)
 
 
 def same_caches(one, two, slot=slice(None)):
@@ -100,7 +101,7 @@ def test_it_is_compiled():
     assert "int8_kv_attention" in ops.library_info()["cpu_ops"]
 
 
-def test_a_token_and_head_has_its_scale():
+def test_every_token_and_head_has_its_own_scale():
     x = torch.randn(5, 2, 16) * torch.tensor([1e-3, 1.0, 50.0, 0.0, 1.0])[:, None, None]
     values, scale = plain.quantize_heads(x)
     assert values.shape == x.shape and scale.shape == (5, 2)
@@ -145,7 +146,7 @@ def test_the_plain_version_agrees(shape):
 
 
 @EACH_SHAPE
-def test_cuts_and_company_change_no_bit(shape):
+def test_results_are_the_same_bits_for_any_chunking_and_batch(shape):
     case = Case(*shape)
     last = case.max_tokens - 1
     a, b = case.qkv(last + 1), case.qkv(last + 1, seed=1)
@@ -168,7 +169,7 @@ def test_cuts_and_company_change_no_bit(shape):
 
 
 @EACH_SHAPE
-def test_threads_change_no_bit(shape):
+def test_the_number_of_threads_changes_no_bit(shape):
     case = Case(*shape)
     before = torch.get_num_threads()
     results = []
@@ -186,7 +187,7 @@ def test_threads_change_no_bit(shape):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("part", ["query", "key", "value"])
-def test_what_is_not_finite_stays_with_those_who_see_it(part, bad):
+def test_non_finite_values_reach_only_tokens_that_attend_to_them(part, bad):
     case = Case(6, 2, 20, 40, 0, False, 4)
     first = {"query": 1, "key": 6, "value": 8}[part] * case.head_dim
     qkv = case.qkv(12)
@@ -228,7 +229,7 @@ def test_halves_are_rounded_to_even():
     assert caches[0].values[0, 0, :, 0].tolist() == caches[1].values[0, 0, 0].tolist() == expected
 
 
-def test_next_to_halves_it_rounds_as_the_specification():
+def test_values_near_halves_round_as_specified():
     """Where a product with 1 / scale, or another scale, would round to another integer."""
     case = Case(3, 3, 64, 33, 0, False, 0)
     seeded = torch.Generator().manual_seed(0)
@@ -263,7 +264,8 @@ def test_it_compiles_without_graph_breaks():
     segments = torch.tensor([[0, 0, 5]], dtype=torch.int32)
 
     def attend(qkv, key_cache, value_cache):
-        return kv.attention(qkv, key_cache, value_cache, segments, **case.settings) + 1
+        args = AttentionArgs(**case.settings)
+        return kv.attention(qkv, key_cache, value_cache, segments, args) + 1
 
     eager = attend(case.qkv(5), *case.caches())
     compiled = torch.compile(attend, fullgraph=True, backend="eager")
@@ -343,13 +345,14 @@ def test_bad_arguments(change, message):
     }
     keys = kv.Int8KV(given.pop("key_cache"), given.pop("key_scale"))
     values = kv.Int8KV(given.pop("value_cache"), given.pop("value_scale"))
+    args = AttentionArgs(**{name: given[name] for name in AttentionArgs._fields})
     with pytest.raises(ValueError, match=f"^int8_kv_attention: {message}"):
-        kv.attention(key_cache=keys, value_cache=values, **given)
+        kv.attention(given["qkv"], keys, values, given["segments"], args)
 
 
 @pytest.mark.parametrize("instruction_set", ["avx2", "generic"])
 def test_other_instruction_sets(instruction_set):
-    """This file again, with the kernel that lesser machines get."""
+    """This file again, with the kernels of other instruction sets."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     command += ["-k", "not instruction_sets and not compiles and not bad_arguments"]
     environment = os.environ | {"DIST_INT8_CPU_ISA": instruction_set}

@@ -134,7 +134,7 @@ def test_state_dict_round_trip(hot, bias, tmp_path):
     assert set(layer.state_dict()) == names
     safetensors.torch.save_file(layer.state_dict(), tmp_path / "layer.safetensors")
     state = safetensors.torch.load_file(tmp_path / "layer.safetensors")
-    # Into a layer that knows of no hot columns; by copy, by assignment, and into the meta device.
+    # Into a layer without hot columns; by copy, by assignment, and into the meta device.
     copied = Int8Linear(96, 56, bias)
     copied.load_state_dict(state)
     assigned = Int8Linear(96, 56, bias, device="meta")

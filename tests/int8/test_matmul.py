@@ -84,7 +84,7 @@ def test_a_row_that_is_not_finite_is_nan_alone():
     assert got.isnan().all(dim=1).tolist() == [i == 2 for i in range(6)]
 
 
-def test_a_row_does_not_depend_on_its_batch():
+def test_rows_are_batch_invariant():
     x, hot_columns, arguments = layer(130, 577, 33, num_hot=16)
     rows = ops.quantize_rows(x, "row_rms", 3.0, hot_columns)
     whole = ops.int8_matmul(rows, **arguments)

@@ -10,7 +10,9 @@ from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 from dist_int8.int8 import ops, plain, reference
+from dist_int8.int8 import rows as rows_module
 from dist_int8.int8.activations import ACTIVATIONS
+from dist_int8.int8.attention_args import AttentionArgs
 from dist_int8.int8.registry import OPS
 
 RULES = [("none", 0.0), ("absolute", 6.0), ("absolute", 2.0), ("row_rms", 4.0), ("row_rms", 1.5)]
@@ -265,9 +267,9 @@ class TestFusedWithQuantizeRows:
         x, weight = torch.randn(3, 40), torch.randn(40)
         for name in ("add_norm", "quantize_rows", "silu_mul"):
             for op in (f"_{name}", f"_{name}_quantize"):
-                if hasattr(ops, op):
-                    monkeypatch.setattr(ops, op, None)
-        monkeypatch.setattr(ops, "_activation_quantize", None)
+                if hasattr(rows_module, op):
+                    monkeypatch.setattr(rows_module, op, None)
+        monkeypatch.setattr(rows_module, "_activation_quantize", None)
         rule = ("row_rms", 4.0)
         rows, total = ops.add_norm_quantize(x, x, weight, None, 1e-5, "rms", *rule)
         normed = plain.norm(x + x, weight, None, 1e-5, "rms")
@@ -333,7 +335,7 @@ class Case:
     def run(self, qkv, segments, caches=None):
         keys, values = caches or (self.key_cache, self.value_cache)
         segments = torch.tensor(segments, dtype=torch.int32)
-        return ops.attention(qkv, keys, values, segments, **self.settings)
+        return ops.attention(qkv, keys, values, segments, AttentionArgs(**self.settings))
 
     def oracle(self, qkv):
         """One whole sequence by transformers' rotary embedding and torch's SDPA."""
@@ -397,8 +399,9 @@ class TestAttention:
         segments = torch.tensor([[2, 0, 7], [0, 3, 5]], dtype=torch.int32)
         caches = [torch.zeros_like(case.key_cache), torch.zeros_like(case.value_cache)]
         copies = [cache.clone() for cache in caches]
-        got = ops.attention(qkv, *caches, segments, **case.settings)
-        want = plain.attention(qkv, *copies, segments, **case.settings)
+        args = AttentionArgs(**case.settings)
+        got = ops.attention(qkv, *caches, segments, args)
+        want = plain.attention(qkv, *copies, segments, args)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
         for ours, theirs in zip(caches, copies, strict=True):
             torch.testing.assert_close(ours, theirs)
@@ -465,7 +468,7 @@ def row_ops(M):
     yield "silu_mul", ops.silu_mul, torch.randn(M, 2 * 75)
 
 
-def test_a_row_does_not_depend_on_its_batch():
+def test_rows_are_batch_invariant():
     for name, op, x in row_ops(37):
         whole = op(x)
         for rows in (slice(0, 1), slice(2, 3), slice(30, 37), slice(5, 14)):
@@ -578,7 +581,8 @@ def test_compiles_without_graph_breaks():
             normed, weight_int8, col_scale, bias, outlier_rule="row_rms", outlier_threshold=4.0
         )
         qkv = ops.linear(ops.silu_mul(wide), project)
-        return total + ops.attention(qkv, key_cache, value_cache, segments, **case.settings)
+        args = AttentionArgs(**case.settings)
+        return total + ops.attention(qkv, key_cache, value_cache, segments, args)
 
     caches, others = case.empty_caches(), case.empty_caches()
     eager = block(x, *caches)
@@ -642,6 +646,10 @@ def test_bad_arguments_of_int8_linear(change, message):
             ),
             r"add_norm: residual must be \[T=2, K=3\], got \[2, 4\]",
         ),
+        (
+            lambda: ops.add_norm(torch.ones(2, 3), None, torch.ones(4), None, 1e-5, "rms"),
+            r"^norm: weight must be \[K=3\], got \[4\]",
+        ),
         (lambda: ops.silu_mul(torch.ones(2, 3)), r"silu_mul: gate_up must be \[T, 2\*I\], got"),
     ],
 )
@@ -652,7 +660,7 @@ def test_bad_arguments_of_other_ops(call, message):
 
 @pytest.mark.parametrize("instruction_set", ["avx2", "generic"])
 def test_other_instruction_sets(instruction_set):
-    """This file again, with the kernels that lesser machines get."""
+    """This file again, with the kernels of other instruction sets."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     command += ["-k", "not instruction_sets and not opcheck and not compiles and not bad_arguments"]
     environment = os.environ | {"DIST_INT8_CPU_ISA": instruction_set}

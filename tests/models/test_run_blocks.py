@@ -56,9 +56,9 @@ def calls(monkeypatch):
     numbers = []
     op = decoder_blocks.decoder_blocks
 
-    def counting(x, residual, segments, blocks, **settings):
+    def counting(x, residual, segments, blocks, settings):
         numbers.append(len(blocks))
-        return op(x, residual, segments, blocks, **settings)
+        return op(x, residual, segments, blocks, settings)
 
     monkeypatch.setattr(blocks_module, "decoder_blocks", counting)
     return numbers

@@ -130,6 +130,6 @@ def test_real_activations_stay_within_the_predicted_peak(
 
 
 def test_max_sums_bytes_equals_the_librarys_constant():
-    source = (ROOT / "csrc" / "cuda_ops" / "matmul.cpp").read_text()
+    source = (ROOT / "csrc" / "ops" / "matmul_cuda.cpp").read_text()
     megabytes = re.search(r"kMaxSumsBytes = (\d+) << 20;", source)
     assert megabytes and int(megabytes[1]) << 20 == MAX_SUMS_BYTES

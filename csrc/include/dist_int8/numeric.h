@@ -30,7 +30,7 @@ constexpr float kBothMax = 16256.0f;
 // |x_int8 . weight_int8| <= 128 * 127 * K must stay below 2^31.
 constexpr int64_t kMaxInputFeatures = 131072;
 
-// A bit of high_tiles stands for 64 columns of x_high; a word for 2048.
+// Columns of x_high per bit and per word of high_tiles.
 constexpr int64_t kHighTileColumns = 64;
 constexpr int64_t kHighWordColumns = 2048;
 

@@ -1,0 +1,60 @@
+// int8 matrix products on a CPU: outputs, and the call of the chosen instruction set.
+#include "ops/matmul_checks.h"
+#include "ops/ops_cpu.h"
+#include "ops/runtime_cpu.h"
+
+namespace dist_int8 {
+
+Tensor int8_linear(const Tensor& x, const Tensor& weight_int8, const Tensor& col_scale,
+                   const std::optional<Tensor>& bias, int64_t rule, double threshold,
+                   const std::optional<Tensor>& hot_columns,
+                   const std::optional<Tensor>& hot_weight) {
+  constexpr const char* op = "int8_linear";
+  Int8LinearArgs args{};
+  args.rows = check_rows(op, x);
+  const int64_t M = args.rows.num_rows, K = args.rows.num_features;
+  const int64_t N = check_weight(op, x, K, weight_int8, col_scale, bias);
+  if (bias.has_value()) args.bias_type = data_type(op, "bias", *bias);
+  check_hot_pair(op, hot_columns, hot_weight);
+  QuantizedRowsArgs& rows = args.rows.out;
+  if (hot_columns.has_value()) {
+    check_hot_columns(op, *hot_columns, K, x);
+    rows.num_hot = hot_columns->size(0);
+    rows.hot_columns = hot_columns->const_data_ptr<int32_t>();
+    args.hot_type = check_hot_weight(op, x, *hot_weight, N, rows.num_hot);
+    args.hot_weight = hot_weight->const_data_ptr();
+  }
+  rows.rule = outlier_rule(op, rule, threshold);
+  rows.threshold = threshold;
+  Tensor out = empty({M, N}, x.scalar_type(), x);
+  args.weight = weight_int8.const_data_ptr<int8_t>();
+  args.col_scale = col_scale.const_data_ptr<float>();
+  args.bias = pointer(bias);
+  args.num_outputs = N;
+  args.out = out.mutable_data_ptr();
+  cpu_kernels().int8_linear(args, runtime());
+  return out;
+}
+
+namespace {
+
+Tensor int8_matmul(const Tensor& x_int8, const Tensor& x_high, const Tensor& row_scale,
+                   const Tensor& high_tiles, const Tensor& x_hot, const Tensor& weight_int8,
+                   const Tensor& col_scale, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& hot_weight, const std::optional<Tensor>& residual) {
+  Int8MatmulArgs args =
+      check_matmul("int8_matmul", {x_int8, x_high, row_scale, high_tiles, x_hot, weight_int8,
+                                   col_scale, bias, hot_weight, residual});
+  Tensor out = empty({args.num_rows, args.num_outputs}, x_hot.scalar_type(), x_int8);
+  args.out = out.mutable_data_ptr();
+  cpu_kernels().int8_matmul(args, runtime());
+  return out;
+}
+
+}  // namespace
+}  // namespace dist_int8
+
+STABLE_TORCH_LIBRARY_IMPL(dist_int8, CPU, m) {
+  m.impl("int8_linear", TORCH_BOX(&dist_int8::int8_linear));
+  m.impl("int8_matmul", TORCH_BOX(&dist_int8::int8_matmul));
+}
