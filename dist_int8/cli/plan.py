@@ -10,7 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-from dist_int8.config import Settings, load_settings, parse_byte_size, write_yaml
+from dist_int8.config import (
+    Settings,
+    find_shipped,
+    load_settings,
+    parse_byte_size,
+    write_yaml,
+)
 
 DOES_NOT_FIT = 2
 _WHAT, _LAYOUT, _ASKED, _OUTPUT = "What to plan", "Where it runs", "What is asked", "What is shown"
@@ -155,7 +161,7 @@ def plan(
         like_load=config is not None,
         choose_count=stages == "auto",
     )
-    model_config = load_config(settings.model)
+    model_config = load_config(find_shipped(settings.model))
     spec = describe(model_config)
     if hot_columns is not None and hot_columns > spec.hidden_size:
         raise ValueError(

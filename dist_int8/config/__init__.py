@@ -7,12 +7,14 @@ in milliseconds.
 from dist_int8.config.generation import GenerationSettings
 from dist_int8.config.profile import ProfileSettings
 from dist_int8.config.settings import Settings, load_settings, parse_byte_size
+from dist_int8.config.shipped import find_shipped
 from dist_int8.config.yaml_file import read_yaml, syntax_error, write_yaml
 
 __all__ = [
     "GenerationSettings",
     "ProfileSettings",
     "Settings",
+    "find_shipped",
     "load_settings",
     "parse_byte_size",
     "read_yaml",
