@@ -66,9 +66,13 @@ $(VENV)/.stamp-torch: $(VENV)/.stamp-venv
 	$(PIP) install "$(TORCH)"
 	touch $@
 
-# deepspeed is a source package; here pip builds it in isolation, below it would not.
 $(VENV)/.stamp-tools: $(VENV)/.stamp-torch
-	$(PIP) install "scikit-build-core>=0.11" cmake ninja "$(DEEPSPEED)"
+	$(PIP) install "scikit-build-core>=0.11" cmake ninja
+	touch $@
+
+# deepspeed is a source package; here pip builds it in isolation, below it would not.
+$(VENV)/.stamp-deepspeed: $(VENV)/.stamp-torch
+	$(PIP) install "$(DEEPSPEED)"
 	touch $@
 
 # Only its headers are wanted, so nothing that it depends on.
@@ -76,7 +80,7 @@ $(VENV)/.stamp-cutlass: $(VENV)/.stamp-tools
 	$(PIP) install --no-deps "$(CUTLASS)"
 	touch $@
 
-$(VENV)/.stamp-package: $(VENV)/.stamp-tools $(if $(COMPILES_CUDA),$(VENV)/.stamp-cutlass) pyproject.toml $(SOURCES)
+$(VENV)/.stamp-package: $(VENV)/.stamp-tools $(VENV)/.stamp-deepspeed $(if $(COMPILES_CUDA),$(VENV)/.stamp-cutlass) pyproject.toml $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --no-build-isolation -e ".[dev,demo]"
 	touch $@
 
