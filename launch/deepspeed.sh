@@ -17,7 +17,8 @@ CONFIG="${CONFIG:-}"                      # a YAML file of settings, see configs
 MASTER_PORT="${MASTER_PORT:-29500}"
 DRY_RUN="${DRY_RUN:-0}"
 
-command=(deepspeed --num_gpus "$NUM_STAGES" --master_addr 127.0.0.1 --master_port "$MASTER_PORT"
+# deepspeed logs to stdout, where the answer goes.
+command=(deepspeed --quiet --num_gpus "$NUM_STAGES" --master_addr 127.0.0.1 --master_port "$MASTER_PORT"
     launch/generate.py --model "$MODEL" --device "$DEVICE"
     --prompt "$PROMPT" --max-new-tokens "$MAX_NEW_TOKENS")
 if [[ -n "$CONFIG" ]]; then command+=(--config "$CONFIG"); fi
@@ -26,4 +27,6 @@ command+=("$@")
 printf '%q ' "${command[@]}" >&2
 printf '\n' >&2
 if [[ "$DRY_RUN" == 1 ]]; then exit 0; fi
+# Otherwise deepspeed warns on stdout where there is no GPU.
+if [[ "$DEVICE" == cpu ]]; then export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"; fi
 exec "${command[@]}"

@@ -27,7 +27,8 @@ DRY_RUN="${DRY_RUN:-0}"
 # The first machine of the file hosts the meeting point unless MASTER_ADDR says otherwise.
 MASTER_ADDR="${MASTER_ADDR:-$(awk '!/^[[:space:]]*(#|$)/ {print $1; exit}' "$HOSTFILE")}"
 
-command=(deepspeed --hostfile "$HOSTFILE" --master_addr "$MASTER_ADDR"
+# deepspeed logs to stdout, where the answer goes.
+command=(deepspeed --quiet --hostfile "$HOSTFILE" --master_addr "$MASTER_ADDR"
     --master_port "$MASTER_PORT")
 if [[ -n "$INCLUDE" ]]; then command+=(--include "$INCLUDE"); fi
 if [[ "$NO_SSH" == 1 ]]; then
@@ -44,4 +45,6 @@ command+=("$@")
 printf '%q ' "${command[@]}" >&2
 printf '\n' >&2
 if [[ "$DRY_RUN" == 1 ]]; then exit 0; fi
+# Otherwise deepspeed warns on stdout where there is no GPU.
+if [[ "$DEVICE" == cpu ]]; then export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"; fi
 exec "${command[@]}"

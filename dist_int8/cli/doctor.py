@@ -1,4 +1,4 @@
-"""What this machine can do: versions, kernels, CPU, GPUs, and what is missing or broken."""
+"""Tell what this machine can do: versions, kernels, CPU, GPUs, and what is missing or broken."""
 
 import importlib
 import importlib.metadata
@@ -15,7 +15,7 @@ from rich.table import Table
 
 from dist_int8.partition.gpus import Gpus, probe
 
-# The dependencies in pyproject.toml, with the least version that works (None: any).
+# The dependencies in pyproject.toml that are always imported, with the minimum version (None: any).
 REQUIRED = {
     "torch": "2.10",
     "transformers": "5",
@@ -26,10 +26,10 @@ REQUIRED = {
     "rich": None,
     "tqdm": None,
     "typer": None,
-    "cuda-bindings": None,  # what cuda-python installs and `devices` imports
 }
-# What else there is a use for, with the least version, and that use.
+# The other packages, with their minimum version and what needs them.
 OPTIONAL = {
+    "cuda-bindings": (None, "GPUs"),  # installed by cuda-python, imported by partition/gpus
     "deepspeed": ("0.19.6", "the deepspeed launcher"),
     "gguf": (None, "dist-int8 demo-model"),
 }
@@ -40,9 +40,9 @@ Verdict = Literal["ok", "missing", "broken"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, how it is, and what to do about it.
+    """One line of the report: what was examined, what was found, and what to do about it.
 
-    "missing" is something optional that is not there; "broken" is something required.
+    "missing": something optional is absent. "broken": something required does not work.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """All findings and, for programs, the facts behind them."""
+    """All findings and, for programs that read the JSON, the facts behind them."""
 
     findings: tuple[Finding, ...]
     gpus: Gpus
@@ -76,17 +76,25 @@ class Report:
 
 
 def examine() -> Report:
-    """Looks at everything; raises nothing, since telling what is broken is the point."""
-    packages = [_package(name, least) for name, least in REQUIRED.items()]
-    packages += [_package(name, least, purpose) for name, (least, purpose) in OPTIONAL.items()]
-    library, compiled = _library()
+    """Examine everything. Never raises: what fails becomes a finding."""
+    packages = [_examine_package(name, minimum) for name, minimum in REQUIRED.items()]
+    for name, (minimum, user) in OPTIONAL.items():
+        needed = name == "cuda-bindings" and _torch_sees_gpu()
+        packages.append(_examine_package(name, minimum, None if needed else user))
+    library, compiled = _examine_library()
     gpus = probe()
-    findings = [_python(), *packages, *compiled, _cpu(library), *_gpus(gpus, library)]
+    findings = [
+        _examine_python(),
+        *packages,
+        *compiled,
+        _examine_cpu(library),
+        *_examine_gpus(gpus),
+    ]
     return Report(tuple(findings), gpus, library)
 
 
 def as_table(report: Report) -> str:
-    """The findings as text, and a last line that says whether dist_int8 can run."""
+    """Format the findings as text; the last line says whether dist_int8 can run."""
     table = Table(box=None, pad_edge=False)
     for heading in ("", "what", "found"):
         table.add_column(heading, overflow="fold")
@@ -103,26 +111,38 @@ def as_table(report: Report) -> str:
     return "\n".join([*lines, verdict])
 
 
-def _python() -> Finding:
+def _examine_python() -> Finding:
     return Finding("python", "ok", f"{platform.python_version()} ({sys.executable})")
 
 
-def _package(name: str, least: str | None, purpose: str | None = None) -> Finding:
-    """`purpose` is what an optional package is for; without it the package is required."""
-    verdict: Verdict = "missing" if purpose else "broken"
-    use = f" ({purpose} needs it)" if purpose else ""
+def _examine_package(name: str, minimum: str | None, user: str | None = None) -> Finding:
+    """Compare the installed version with the minimum.
+
+    `user` is what needs an optional package; without it the package is required.
+    """
+    verdict: Verdict = "missing" if user else "broken"
+    use = f" (needed only for {user})" if user else ""
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return Finding(name, verdict, f"not installed{use}", f"pip install {name}")
-    if least is not None and _numbers(version) < _numbers(least):
-        wanted = f"pip install '{name}>={least}'"
-        return Finding(name, verdict, f"{version}, older than {least}{use}", wanted)
+    if minimum is not None and _parse_version(version) < _parse_version(minimum):
+        wanted = f"pip install '{name}>={minimum}'"
+        return Finding(name, verdict, f"{version}, older than {minimum}{use}", wanted)
     return Finding(name, "ok", version)
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    """2.13.0+cpu as (2, 13, 0)."""
+def _torch_sees_gpu() -> bool:
+    try:
+        import torch
+
+        return torch.cuda.is_available()
+    except Exception:  # reported as a broken package
+        return False
+
+
+def _parse_version(version: str) -> tuple[int, ...]:
+    """Turn 2.13.0+cpu into (2, 13, 0)."""
     numbers = []
     for part in version.split("+")[0].split("."):
         if not part.isdigit():
@@ -131,8 +151,8 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _library() -> tuple[dict[str, Any], list[Finding]]:
-    """What `ops` says about the compiled library. A library that is there must load."""
+def _examine_library() -> tuple[dict[str, Any], list[Finding]]:
+    """Ask `ops` about the compiled library. A library that exists must load."""
     try:
         ops = importlib.import_module("dist_int8.int8.ops")
     except Exception as error:
@@ -141,7 +161,7 @@ def _library() -> tuple[dict[str, Any], list[Finding]]:
     library: dict[str, Any] = ops.library_info()
     if library["path"] is None:
         if importlib.util.find_spec("dist_int8._ops") is None:
-            slow = "not built; plain torch runs instead, slowly"
+            slow = "not compiled; plain torch runs instead, slowly"
             return library, [Finding("kernels", "missing", slow, "make kernels")]
         return library, [Finding("kernels", "broken", _flat(library["error"]), "make kernels")]
     cpu, cuda = library["cpu_ops"], library["cuda_ops"]
@@ -153,12 +173,12 @@ def _library() -> tuple[dict[str, Any], list[Finding]]:
         architectures = ", ".join(library["cuda_architectures"])
         findings.append(Finding("CUDA kernels", "ok", f"{', '.join(cuda)} for {architectures}"))
     else:
-        advice = "make kernels where nvcc is"
-        findings.append(Finding("CUDA kernels", "missing", "none built", advice))
+        advice = "GPUs need them: run make kernels in a checkout, with nvcc"
+        findings.append(Finding("CUDA kernels", "missing", "not compiled", advice))
     return library, findings
 
 
-def _cpu(library: dict[str, Any]) -> Finding:
+def _examine_cpu(library: dict[str, Any]) -> Finding:
     num_cores = len(os.sched_getaffinity(0))
     instructions = library.get("cpu_instruction_set")
     value = f"{num_cores} cores, {platform.machine()}"
@@ -166,12 +186,12 @@ def _cpu(library: dict[str, Any]) -> Finding:
         import torch
 
         value += f", torch uses {torch.get_num_threads()} threads"
-    except Exception:  # said already, as a broken package
+    except Exception:  # reported as a broken package
         pass
     return Finding("CPU", "ok", f"{value}, kernels use {instructions}" if instructions else value)
 
 
-def _gpus(gpus: Gpus, library: dict[str, Any]) -> list[Finding]:
+def _examine_gpus(gpus: Gpus) -> list[Finding]:
     if not gpus.gpus:
         return [Finding("GPUs", "missing", f"0 ({gpus.reason})", "use --device cpu")]
     findings = [Finding("GPUs", "ok", f"{len(gpus.gpus)}, driver for CUDA {gpus.driver}")]
@@ -193,7 +213,7 @@ def _gpus(gpus: Gpus, library: dict[str, Any]) -> list[Finding]:
         if not torch.cuda.is_available():
             seen = f"torch {torch.__version__} cannot use them"
             findings.append(Finding("torch CUDA", "missing", seen, "install a CUDA build of torch"))
-    except Exception:  # said already, as a broken package
+    except Exception:  # reported as a broken package
         pass
     return findings
 

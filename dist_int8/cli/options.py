@@ -4,8 +4,8 @@ A command is a function of two arguments: a dataclass of its own options, whose 
 with `option`, and `Given`, what was given for the settings. `takes` turns it into the function with
 one parameter per flag that typer reads:
 
-    @takes(PlanRequest, settings_flags("Where it runs", "gpus", "devices"))
-    def plan(options: PlanRequest, given: Given) -> None: ...
+    @takes(PlanOptions, settings_flags("Where it runs", "gpus", "devices"))
+    def plan(options: PlanOptions, given: Given) -> None: ...
 """
 
 import dataclasses

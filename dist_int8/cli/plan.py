@@ -21,7 +21,7 @@ from dist_int8.cli.options import (
     settings_flags,
     takes,
 )
-from dist_int8.config import Settings, load_settings, write_yaml
+from dist_int8.config import Settings, find_shipped, load_settings, write_yaml
 
 COMMAND = "dist-int8 plan"
 WHAT, LAYOUT, ASKED, OUTPUT = PANELS = (
@@ -130,7 +130,7 @@ def plan(options: PlanOptions, given: Given) -> None:
         like_load=given.config is not None,
         choose_count=given.settings.get("stages") == "auto",
     )
-    model_config = load_config(settings.model)
+    model_config = load_config(find_shipped(settings.model))
     spec = describe(model_config)
     if hot_columns is not None and hot_columns > spec.hidden_size:
         raise ValueError(

@@ -8,6 +8,7 @@ from dist_int8.config.byte_size import parse_byte_size
 from dist_int8.config.generation import GenerationSettings
 from dist_int8.config.profile import ProfileSettings
 from dist_int8.config.settings import DEFAULT_MAX_TOKENS, Settings, load_settings
+from dist_int8.config.shipped import find_shipped
 from dist_int8.config.yaml_file import read_yaml, syntax_error, write_yaml
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "GenerationSettings",
     "ProfileSettings",
     "Settings",
+    "find_shipped",
     "load_settings",
     "parse_byte_size",
     "read_yaml",

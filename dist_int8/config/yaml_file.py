@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from dist_int8.config.shipped import find_shipped
+
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML's safe loader, which by itself lets the last of two equal keys win silently."""
@@ -32,7 +34,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ValueError: no such file, bad syntax, a duplicate key, or a root that is no mapping.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(find_shipped(path)).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(
             f"{path}: config must be a YAML file, got no such file; check the path"

@@ -1,4 +1,4 @@
-"""doctor: tells what is there, and exits 1 only when something required is broken."""
+"""`dist-int8 doctor`: what it reports, and exit status 1 only when something required is broken."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_doctor(*flags, before=""):
-    """doctor in a process of its own, after running some code in it."""
+    """Run doctor in its own process, after the code in `before`."""
     code = f"{before}\nfrom dist_int8.cli.app import main\nmain(['doctor', *{list(flags)!r}])"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
@@ -28,7 +28,7 @@ def test_table_of_a_working_installation():
     assert answer.stderr == ""
 
 
-def test_json_says_the_same():
+def test_json_reports_the_same_findings():
     answer = run_doctor("--json")
     report = json.loads(answer.stdout)
     assert report["ok"] is True
@@ -51,7 +51,7 @@ def version(name):
     return real(name)
 importlib.metadata.version = version
 """
-# A library file that is not one, found before the real one.
+# A file that is no library is found instead of the real one.
 DAMAGED_LIBRARY = """
 import importlib.util, importlib.machinery, pathlib, tempfile
 file = pathlib.Path(tempfile.mkdtemp()) / "_ops.so"
@@ -79,14 +79,14 @@ importlib.util.find_spec = lambda name, *rest: (
         (DAMAGED_LIBRARY, "kernels", "_ops.so did not load"),
     ],
 )
-def test_what_is_broken_is_named_and_exits_1(before, name, said):
+def test_broken_requirement_is_named_and_exits_1(before, name, said):
     answer = run_doctor(before=before)
     assert answer.returncode == 1, answer.stdout + answer.stderr
     assert answer.stdout.splitlines()[-1] == f"broken: {name}"
     assert said in " ".join(answer.stdout.split())
 
 
-def test_no_library_is_slow_but_not_broken():
+def test_missing_library_is_not_broken():
     answer = run_doctor("--json", before=NO_LIBRARY)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     findings = {finding["name"]: finding for finding in json.loads(answer.stdout)["findings"]}
@@ -94,26 +94,47 @@ def test_no_library_is_slow_but_not_broken():
     assert "plain torch" in findings["kernels"]["value"]
 
 
-def test_packages_are_those_of_pyproject():
-    """cuda-python is there for cuda-bindings, which is imported; deepspeed is only a launcher."""
+def test_examined_packages_are_those_of_pyproject():
+    """cuda-python stands for cuda-bindings, the part of it that is imported."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    looked_at = {**doctor.REQUIRED, "deepspeed": doctor.OPTIONAL["deepspeed"][0]}
-    found = {name if least is None else f"{name}>={least}" for name, least in looked_at.items()}
+    examined = {name: minimum for name, (minimum, _) in doctor.OPTIONAL.items() if name != "gguf"}
+    examined |= doctor.REQUIRED
+    found = {name if least is None else f"{name}>={least}" for name, least in examined.items()}
     assert found - {"cuda-bindings"} == set(project["dependencies"]) - {"cuda-python"}
 
 
-NO_LAUNCHER = """
-import importlib.metadata
+# Neither import nor metadata finds deepspeed and cuda-python, with everything it installs.
+WITHOUT_DEEPSPEED_AND_CUDA_PYTHON = """
+import importlib.metadata, sys
+class Blocker:
+    def find_spec(self, name, *rest):
+        if name.split(".")[0] in ("cuda", "deepspeed"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocker())
 real = importlib.metadata.version
 def version(name):
-    if name in ("deepspeed", "cuda-python"):
+    if name.split("-")[0] in ("cuda", "deepspeed"):
         raise importlib.metadata.PackageNotFoundError(name)
     return real(name)
 importlib.metadata.version = version
 """
+TORCH_SEES_A_GPU = """
+import torch
+torch.cuda.is_available = lambda: True
+"""
 
 
-def test_what_is_not_imported_stops_nothing():
-    answer = run_doctor(before=NO_LAUNCHER)
+def test_missing_deepspeed_and_cuda_python_are_not_broken():
+    answer = run_doctor("--json", before=WITHOUT_DEEPSPEED_AND_CUDA_PYTHON)
     assert answer.returncode == 0, answer.stdout
-    assert "the deepspeed launcher needs it" in " ".join(answer.stdout.split())
+    findings = {finding["name"]: finding for finding in json.loads(answer.stdout)["findings"]}
+    for name, user in {"deepspeed": "the deepspeed launcher", "cuda-bindings": "GPUs"}.items():
+        assert findings[name]["verdict"] == "missing"
+        assert findings[name]["value"] == f"not installed (needed only for {user})"
+        assert findings[name]["advice"] == f"pip install {name}"
+
+
+def test_missing_cuda_bindings_are_broken_where_there_is_a_gpu():
+    answer = run_doctor(before=WITHOUT_DEEPSPEED_AND_CUDA_PYTHON + TORCH_SEES_A_GPU)
+    assert answer.returncode == 1, answer.stdout
+    assert answer.stdout.splitlines()[-1] == "broken: cuda-bindings"
