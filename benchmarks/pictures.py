@@ -3,8 +3,8 @@
     python benchmarks/pictures.py [--out docs/images/perplexity.svg]
 
 One row per method: the change of perplexity against fp32 with the model as published, and with
-outlier features like those of large models injected (the mean of the seeds). Read from results/accuracy.json
-and results/accuracy_features.json, which accuracy.py writes.
+outlier features like those of large models injected (the mean of the seeds). The figures come from
+results/accuracy.json and results/accuracy_features.json, which accuracy.py writes.
 """
 
 import argparse
@@ -38,7 +38,7 @@ STYLE = {
 
 
 def read_changes() -> dict[str, tuple[float, float]]:
-    """Change of perplexity in percent, by method: as published, and the mean over injected seeds."""
+    """Change of perplexity in percent: as published, and with features (the mean of seeds)."""
     plain = json.loads((RESULTS / "accuracy.json").read_text())["runs"]["plain"]["methods"]
     runs = json.loads((RESULTS / "accuracy_features.json").read_text())["runs"].values()
     return {
