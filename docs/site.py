@@ -19,7 +19,7 @@ PAGES = {
     "SECURITY.md": "security.md",
     "benchmarks/README.md": "benchmarks.md",
 }
-_LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
+_LINK = re.compile(r"\[([^\[\]]*)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -36,17 +36,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     folder = (ROOT / at).parent
 
     def rewrite(match: re.Match[str]) -> str:
-        target = (folder / match[1]).resolve().relative_to(ROOT.resolve()).as_posix()
-        anchor = match[2] or ""
+        label, path, anchor = match[1], match[2], match[3] or ""
+        target = (folder / path).resolve().relative_to(ROOT.resolve()).as_posix()
         if target == "README.md":
-            return f"](index.md{anchor})"
+            return f"[{label}](index.md{anchor})"
         if target in PAGES:
-            return f"]({PAGES[target]}{anchor})"
+            return f"[{label}]({PAGES[target]}{anchor})"
         if target.startswith("docs/"):
-            return f"]({target.removeprefix('docs/')}{anchor})"
-        assert (ROOT / target).exists(), f"{name}: link to {match[1]}, which does not exist"
-        return "]"
+            return f"[{label}]({target.removeprefix('docs/')}{anchor})"
+        assert (ROOT / target).exists(), f"{name}: link to {path}, which does not exist"
+        return label
 
-    text = _LINK.sub(rewrite, markdown)
-    # what lost its target is text again: [label] -> label
-    return re.sub(r"(?<!!)\[([^\[\]]+)\](?![(\[:])", r"\1", text) if "](" in markdown else text
+    return _LINK.sub(rewrite, markdown)
