@@ -12,7 +12,7 @@ from dist_int8.evaluation.layers import Inputs, LayerReport
 from dist_int8.evaluation.methods import METHODS
 
 _OURS, _OTHERS, _REFERENCE = "#2f6db3", "#b4b4b4", "#303030"
-_STYLE = {
+_STYLE: Any = {
     "font.size": 13,
     "figure.titlesize": 17,
     "figure.titleweight": "bold",

@@ -8,7 +8,7 @@ from typing import Any
 
 MAX_SLICES = 300  # per stage; more would be thinner than a pixel
 COLOURS = ("#2f6db3", "#ee8a2c", "#3a9d6b", "#c8504e", "#7d68b5", "#8c6b4f")
-_STYLE = {
+_STYLE: Any = {
     "font.size": 14,
     "axes.titlesize": 17,
     "axes.titleweight": "bold",
