@@ -1,10 +1,10 @@
 """Draws the picture at the top of the README from the recorded results; measures nothing.
 
-    python benchmarks/pictures.py [--out docs/images/perplexity.svg]
+    python docs/pictures.py [--out docs/images/perplexity.svg]
 
 One row per method: the change of perplexity against fp32 with the model as published, and with
 outlier features like those of large models injected (the mean of the seeds). The figures come from
-results/accuracy.json and results/accuracy_features.json, which accuracy.py writes.
+benchmarks/results/accuracy.json and accuracy_features.json, which benchmarks/accuracy.py writes.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-RESULTS = Path(__file__).parent / "results"
-OUT = Path(__file__).parent.parent / "docs" / "images" / "perplexity.svg"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+OUT = Path(__file__).parent / "images" / "perplexity.svg"
 # method of the records, name in the picture
 METHODS = {
     "ours": "dist_int8",
