@@ -109,7 +109,7 @@ def main() -> None:
             seconds = time.perf_counter() - begin
             path = args.parts / f"{time.time_ns()}.json"
             part = {"question": [*question, seed], "seconds": seconds, "figures": figures}
-            write_result("accuracy", part, path)
+            write_result("accuracy", part, path, raw=True)
             print(f"{path.name}: {seconds:.0f} s\n{table(figures)}\n", flush=True)
         values = merged(measured_so(args.parts, question, seed))
         columns.append((heading, {k: v for k, v in values.items() if k not in TOO_LONG}))
@@ -120,6 +120,7 @@ def main() -> None:
             "runs": dict(columns),
         },
         args.json,
+        args.raw,
     )
     print(f"{markdown(columns)}\n\n{path}")
 

@@ -130,6 +130,7 @@ def main() -> None:
         "batch_invariance",
         {"tokens": args.tokens, "subjects": subjects, "threads": args.threads, "methods": found},
         args.json,
+        args.raw,
     )
     print(f"\n{path}")
 

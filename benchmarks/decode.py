@@ -87,7 +87,7 @@ def main():
                 flush=True,
             )
     setting = {"threads": args.threads, "tokens": args.tokens, "agreement": agree}
-    write_result("decode", {**setting, "batches": figures}, args.json)
+    write_result("decode", {**setting, "batches": figures}, args.json, args.raw)
 
 
 if __name__ == "__main__":

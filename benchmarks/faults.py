@@ -264,13 +264,13 @@ def main() -> None:
             figures = random_kills(model_folder, args.kills, args.seed)
             print(figures)
             bad = figures["hangs"] + figures["left"] + figures["wrong"]
-            write_result("faults_kills", figures, args.json)
+            write_result("faults_kills", figures, args.json, args.raw)
         else:
             table = Table()
             for part in (ranks_hit, driver_hit, launcher_hit, callers):
                 part(model_folder, table)
             bad = sum(not row["ok"] for row in table.rows)
-            write_result("faults", {"rows": table.rows}, args.json)
+            write_result("faults", {"rows": table.rows}, args.json, args.raw)
         print(f"{bad} bad, {time.monotonic() - started:.0f} s")
     sys.exit(bad > 0)
 

@@ -110,7 +110,7 @@ def main():
                     flush=True,
                 )
     setting = {"threads": args.threads, "instruction_set": info["cpu_instruction_set"]}
-    write_result("linear", {**setting, "layers": figures}, args.json)
+    write_result("linear", {**setting, "layers": figures}, args.json, args.raw)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def main():
     for model in models.values():
         model.shutdown()
     setting = {"sequences": args.sequences, "prompt": args.prompt, "tokens": args.tokens}
-    write_result("pipeline", {**setting, "rows": rows, "ratios": ratios}, args.json)
+    write_result("pipeline", {**setting, "rows": rows, "ratios": ratios}, args.json, args.raw)
 
 
 if __name__ == "__main__":

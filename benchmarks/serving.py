@@ -233,7 +233,7 @@ def main():
         print(f"{name}: {ratio:.2f}")
     setting = {k: v for k, v in vars(args).items() if k not in ("json", "model")}
     figures = {"rows": medians, "ratios": ratios, "steady_decode": steady, "same_alone": num_alone}
-    write_result("serving", {**setting, **figures}, args.json)
+    write_result("serving", {**setting, **figures}, args.json, args.raw)
 
 
 if __name__ == "__main__":

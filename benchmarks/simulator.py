@@ -274,9 +274,8 @@ def main():
     print(f"off by {worst:.1%} at worst, {mean:.1%} on average")
     setting = {key: getattr(args, key) for key in ("sequences", "prompt", "tokens", "repeats")}
     figures = {"rows": rows, "worst_error": worst, "mean_error": mean}
-    write_result(
-        "simulator", {**setting, "cores": len(os.sched_getaffinity(0)), **figures}, args.json
-    )
+    setting["cores"] = len(os.sched_getaffinity(0))
+    write_result("simulator", {**setting, **figures}, args.json, args.raw)
 
 
 if __name__ == "__main__":

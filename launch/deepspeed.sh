@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 MODEL="${MODEL:-bigscience/bloom}"        # folder or hub id
-NUM_STAGES="${NUM_STAGES:-4}"             # one rank, and on cuda one GPU, a stage
+NUM_STAGES="${NUM_STAGES:-4}"             # each is one rank, and on cuda one GPU
 DEVICE="${DEVICE:-cuda}"                  # cuda or cpu
 PROMPT="${PROMPT:-The capital of France is}"
 MAX_NEW_TOKENS="${MAX_NEW_TOKENS:-64}"

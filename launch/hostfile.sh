@@ -5,9 +5,9 @@
 #   INCLUDE="node-0:0,1@node-1:2" bash launch/hostfile.sh    some GPUs of some machines
 #   DRY_RUN=1 bash launch/hostfile.sh           prints the command and runs nothing
 #
-# Needs passwordless ssh, pdsh, and repository, .venv and model at the same paths on every machine.
-# The arguments pass through a shell there: $ and backquotes in a prompt would be expanded.
-# Without ssh: run it on every machine with NO_SSH=1 and NODE_RANK=0, 1, ... in the file's order.
+# Needs passwordless ssh and pdsh, and the repository, .venv and model at the same paths on every
+# machine. The arguments pass through a shell there, which expands $ and backquotes in a prompt.
+# Without ssh, run it on every machine with NO_SSH=1 and NODE_RANK=0, 1, ... in the file's order.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,13 +18,13 @@ PROMPT="${PROMPT:-The capital of France is}"
 MAX_NEW_TOKENS="${MAX_NEW_TOKENS:-64}"
 CONFIG="${CONFIG:-}"                      # a YAML file of settings, see configs/
 MASTER_PORT="${MASTER_PORT:-29500}"
-INCLUDE="${INCLUDE:-}"                    # hosts and slots in deepspeed's words; all by default
-SSH_PORT="${SSH_PORT:-}"                  # if ssh does not know it
+INCLUDE="${INCLUDE:-}"                    # hosts and slots in deepspeed's syntax; all by default
+SSH_PORT="${SSH_PORT:-}"                  # if not in the ssh config
 NO_SSH="${NO_SSH:-0}"
 NODE_RANK="${NODE_RANK:-0}"
 DRY_RUN="${DRY_RUN:-0}"
 
-# The first machine of the file hosts the meeting point unless MASTER_ADDR says otherwise.
+# Ranks meet on the first machine of the file unless MASTER_ADDR names another.
 MASTER_ADDR="${MASTER_ADDR:-$(awk '!/^[[:space:]]*(#|$)/ {print $1; exit}' "$HOSTFILE")}"
 
 # deepspeed logs to stdout, where the answer goes.

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Answers a prompt on the nodes of a Slurm job, one rank and one GPU a stage.
+# Answers a prompt on the nodes of a Slurm job; each stage is one rank with one GPU.
 #
 #   sbatch --nodes 2 --gpus-per-node 4 --ntasks-per-node 4 launch/slurm.sh
 #   MODEL=/models/bloom sbatch --nodes 1 --gpus-per-node 4 --ntasks-per-node 4 launch/slurm.sh
 #   DRY_RUN=1 bash launch/slurm.sh              prints the command and runs nothing
 #
-# Ranks meet on the first node, at a port that follows from the job's number; MASTER_ADDR and
-# MASTER_PORT say otherwise, GLOO_SOCKET_IFNAME names the network interface.
-# Slurm copies a batch script, so submit it from the folder of the repository, or set REPOSITORY.
+# Ranks meet on the first node, at a port derived from the job's number. MASTER_ADDR and MASTER_PORT
+# override both, and GLOO_SOCKET_IFNAME names the network interface.
+# Slurm copies a batch script, so submit it from the repository's folder, or set REPOSITORY.
 #SBATCH --job-name=dist_int8
 #SBATCH --output=dist_int8-%j.log
 #SBATCH --time=01:00:00
@@ -24,7 +24,7 @@ PYTHON="${PYTHON:-.venv/bin/python}"
 DRY_RUN="${DRY_RUN:-0}"
 
 cd "$REPOSITORY"
-# Each task finds its rank and the first node, where all meet, in what srun tells it.
+# Each task finds its rank and the first node, where all meet, in srun's environment.
 command=(srun --kill-on-bad-exit=1 "$PYTHON" launch/generate.py --model "$MODEL" --device "$DEVICE"
     --prompt "$PROMPT" --max-new-tokens "$MAX_NEW_TOKENS")
 if [[ -n "$CONFIG" ]]; then command+=(--config "$CONFIG"); fi

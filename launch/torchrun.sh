@@ -10,15 +10,15 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 MODEL="${MODEL:-bigscience/bloom}"        # folder or hub id
-NUM_STAGES="${NUM_STAGES:-4}"             # of each machine; one rank, and on cuda one GPU, a stage
+NUM_STAGES="${NUM_STAGES:-4}"             # per machine; each is one rank, and on cuda one GPU
 DEVICE="${DEVICE:-cuda}"                  # cuda or cpu
 PROMPT="${PROMPT:-The capital of France is}"
 MAX_NEW_TOKENS="${MAX_NEW_TOKENS:-64}"
 CONFIG="${CONFIG:-}"                      # a YAML file of settings, see configs/
-MASTER_PORT="${MASTER_PORT:-29500}"       # of one machine
+MASTER_PORT="${MASTER_PORT:-29500}"       # with a single machine
 NUM_NODES="${NUM_NODES:-1}"
-ENDPOINT="${ENDPOINT:-}"                  # host:port where several machines meet
-JOB="${JOB:-dist_int8}"                   # the same on all of them
+ENDPOINT="${ENDPOINT:-}"                  # host:port where the machines meet
+JOB="${JOB:-dist_int8}"                   # the same on all machines
 DRY_RUN="${DRY_RUN:-0}"
 
 command=(torchrun --nproc-per-node "$NUM_STAGES")

@@ -6,69 +6,104 @@ import json
 from pathlib import Path
 from typing import Any
 
-MOST = 300  # slices a stage; more are thinner than a pixel
+MAX_SLICES = 300  # per stage; more would be thinner than a pixel
+COLOURS = ("#2f6db3", "#ee8a2c", "#3a9d6b", "#c8504e", "#7d68b5", "#8c6b4f")
+_STYLE: Any = {
+    "font.size": 14,
+    "axes.titlesize": 17,
+    "axes.titleweight": "bold",
+    "hatch.linewidth": 1.6,
+    "savefig.facecolor": "white",  # readable on a dark page too
+    "svg.hashsalt": "dist_int8",  # the same trace gives the same file
+}
+Slice = tuple[float, float, str]
 
 
 def plot(trace: Path, picture: Path) -> str:
-    """Draws a trace file into `picture`, in the format that its ending names (png, svg, pdf).
+    """Draws a trace file into `picture`, in the format given by its suffix (png, svg, pdf).
 
-    A row a stage, a bar a micro-batch: a colour a lane, prompts hatched. A trace of more than MOST
-    micro-batches is drawn up to there.
+    One row per stage, one bar per micro-batch, one colour per lane; micro-batches that carry
+    prompt tokens are hatched. Only the first MAX_SLICES micro-batches of a stage are drawn.
 
     Returns:
         One line: micro-batches and seconds drawn, and how busy each stage was.
 
     Raises:
-        ValueError: matplotlib is not installed, or the file is no trace of `generate --trace`.
+        ValueError: matplotlib is not installed, the file is not a trace written by
+            `generate --trace`, or the picture cannot be written.
     """
     try:
+        import matplotlib
         from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
     except ImportError:
         raise ValueError(
             "dist-int8 bench:plot: matplotlib must be installed, got none; "
             'pip install "dist_int8[plot]"'
         ) from None
-    stages = _stages(trace)
+    stages = _read_stages(trace)
     begin = min(start for bars in stages for start, _, _ in bars)
     end = max(start + length for bars in stages for start, length, _ in bars)
     busy = [sum(length for _, length, _ in bars) / (end - begin) for bars in stages]
-    figure = Figure(figsize=(16, 1.5 + 0.7 * len(stages)), layout="constrained")
-    axes = figure.subplots()
+    count = max(map(len, stages))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(12, 2.2 + 0.8 * len(stages)), layout="constrained")
+        axes = figure.subplots()
+        _draw_bars(axes, stages, begin)
+        axes.set_title(f"{count} micro-batches through {len(stages)} stages", loc="left")
+        axes.set_yticks(
+            range(len(stages)), [f"stage {i}\n{share:.0%} busy" for i, share in enumerate(busy)]
+        )
+        axes.set_xlim(0.0, (end - begin) / 1e3)
+        _draw_legend(figure, stages)
+        _save(figure, picture)
+    shares = ", ".join(f"stage {stage} busy {share:.0%}" for stage, share in enumerate(busy))
+    return f"{picture}: {count} micro-batches in {(end - begin) / 1e6:.2f} s; {shares}"
+
+
+def _draw_bars(axes: Any, stages: list[list[Slice]], begin: float) -> None:
     for stage, bars in enumerate(stages):
         for start, length, name in bars:
             axes.broken_barh(
                 [((start - begin) / 1e3, length / 1e3)],
                 (stage - 0.4, 0.8),
-                facecolor=f"C{_lane(name) % 10}",
+                facecolor=_colour(_lane(name)),
                 edgecolor="white",
-                linewidth=0.5,
-                hatch="///" if name[0] == "P" else None,
+                linewidth=0.8,
+                hatch="//" if name[0] == "P" else None,
             )
-    axes.set_yticks(
-        range(len(stages)), [f"stage {i}\n{share:.0%} busy" for i, share in enumerate(busy)]
-    )
-    axes.set_xlim(0.0, (end - begin) / 1e3)
+    axes.set_xlabel("time, ms")
     axes.invert_yaxis()
-    axes.set_xlabel("ms")
-    lanes = sorted({_lane(name) for bars in stages for _, _, name in bars})
-    keys = [Patch(facecolor=f"C{lane % 10}", label=f"lane {lane}") for lane in lanes]
-    keys.append(Patch(facecolor="white", edgecolor="black", hatch="///", label="with prompts"))
-    figure.legend(handles=keys, loc="outside upper right", ncols=len(keys), frameon=False)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _draw_legend(figure: Any, stages: list[list[Slice]]) -> None:
+    from matplotlib.patches import Patch
+
+    names = {name for bars in stages for _, _, name in bars}
+    keys = [
+        Patch(facecolor=_colour(lane), label=f"lane {lane}")
+        for lane in sorted({_lane(name) for name in names})
+    ]
+    if any(name[0] == "P" for name in names):
+        keys.append(Patch(facecolor="0.6", edgecolor="white", hatch="//", label="with prompts"))
+    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False)
+
+
+def _save(figure: Any, picture: Path) -> None:
+    # a date would make every run of the same trace another file; only svg and pdf hold one
+    dated = {".svg": "Date", ".pdf": "CreationDate"}.get(picture.suffix)
     try:
-        figure.savefig(picture, dpi=120)
+        figure.savefig(picture, dpi=120, metadata={dated: None} if dated else None)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"dist-int8 bench:plot: plot must be a picture that can be written, got {picture} "
             f"({' '.join(str(error).split())}); write it like timeline.png"
         ) from None
-    shares = ", ".join(f"stage {stage} busy {share:.0%}" for stage, share in enumerate(busy))
-    count = max(map(len, stages))
-    return f"{picture}: {count} micro-batches in {(end - begin) / 1e6:.2f} s; {shares}"
 
 
-def _stages(trace: Path) -> list[list[tuple[float, float, str]]]:
-    """(start, duration, name) of every slice of every stage, in microseconds."""
+def _read_stages(trace: Path) -> list[list[Slice]]:
+    """Returns (start, duration, name) of every slice of every stage, in microseconds."""
     try:
         events = json.loads(trace.read_bytes())["traceEvents"]
         slices: list[dict[str, Any]] = [event for event in events if event["ph"] == "X"]
@@ -78,7 +113,7 @@ def _stages(trace: Path) -> list[list[tuple[float, float, str]]]:
                 (float(event["ts"]), float(event["dur"]), str(event["name"]))
                 for event in slices
                 if event["tid"] == stage
-            ][:MOST]
+            ][:MAX_SLICES]
             for stage in range(num_stages)
         ]
         for _, _, name in (one for bars in found for one in bars):
@@ -95,3 +130,7 @@ def _stages(trace: Path) -> list[list[tuple[float, float, str]]]:
 
 def _lane(name: str) -> int:
     return int(name[1:])
+
+
+def _colour(lane: int) -> str:
+    return COLOURS[lane % len(COLOURS)]

@@ -1,4 +1,4 @@
-"""What the tests of the scripts in benchmarks/gpu share: their modules, importable by name."""
+"""Makes the scripts of benchmarks/gpu, and benchmarks/results.py, importable by name."""
 
 import sys
 from pathlib import Path
@@ -6,3 +6,4 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "benchmarks" / "gpu"
 sys.path.insert(0, str(SCRIPTS))
+sys.path.append(str(ROOT / "benchmarks"))  # last: both folders have a linear.py

@@ -124,7 +124,7 @@ def test_invalid_arguments_are_refused(arguments, message):
 def test_documentation_shows_simulated_pictures_and_figures():
     text = (Path(__file__).parents[2] / "docs" / "pipelining.md").read_text()
 
-    def of(num_lanes, hop):  # 4 ms to read the weights, 0.5 ms a row, 16 sequences
+    def of(num_lanes, hop):  # 4 ms to read the weights, 0.5 ms per row, 16 sequences
         time = 4 + 0.5 * 16 / num_lanes
         simulation = simulate([[time, time]] * num_lanes, hop_s=hop)
         return simulation, f"{simulation.micro_batches_per_s * 16 / num_lanes:.2f}"
@@ -137,5 +137,5 @@ def test_documentation_shows_simulated_pictures_and_figures():
         assert "\n".join("    " + line for line in picture.splitlines()) in text, picture
     assert [of(num_lanes, 1.0)[1] for num_lanes in (1, 2, 3)] == ["0.62", "0.89", "0.80"]
     slow = [of(num_lanes, 20.0) for num_lanes in (1, 2, 3, 4, 6, 8)]
-    assert f"| tokens a ms | {' | '.join(rate for _, rate in slow)} |" in text
+    assert f"| tokens per ms | {' | '.join(rate for _, rate in slow)} |" in text
     assert f"| stages busy | {' | '.join(f'{s.utilisation[0]:.0%}' for s, _ in slow)} |" in text
