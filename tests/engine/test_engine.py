@@ -222,7 +222,7 @@ def test_prompt_micro_batches_are_short_while_an_answer_runs(model, alone, make_
 
 
 def test_a_lane_with_prompts_does_not_hold_up_answers_in_another(model, make_engine):
-    """Both lanes have a prompt to prefill and an answer to decode: neither finishes its prefill while
+    """Both lanes have a prompt to prefill and an answer to decode: neither prefills whole while
     the other's answer waits longer than for what is in flight."""
     engine = make_engine(smallest_chunk=2, prefill_chunk=2)
     engine.num_steps = model.trace.last_step
