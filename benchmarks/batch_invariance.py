@@ -1,10 +1,10 @@
-"""Does an answer depend on the rest of its batch? Logits of sequences alone and among 15 others.
+"""Does an answer depend on who shares its batch? Logits of sequences alone and among 15 others.
 
     python benchmarks/batch_invariance.py [--model FOLDER] [--tokens 32] [--subjects 4]
         [--threads 2] [--methods NAME ...]
 
 Ours, all blocks as one stage of the runtime: 16 sequences in one micro-batch, prefill and then a
-decode step of one token each, against the same sequences, each in a micro-batch of its own. Others:
+decode step of one token each, against the same sequences each in micro-batches of its own. Others:
 transformers' model in fp32 with its linears replaced (`dist-int8 eval --list-methods`), a batch of
 16 and of 1. Same tokens (Python's help topics), same run. Figure: largest |together - alone| over
 all logits, relative to the largest |logit| alone. Floating point itself need not be equal, where a

@@ -2,11 +2,11 @@
 
     python benchmarks/checkpoint.py [--size 4GB] [--folder /tmp/checkpoint-benchmark] [--repeats 3]
 
-A random Llama in bf16 is written by transformers in several shards. Each step then runs in its
-own process, with files dropped from the page cache before it ("cold") or read before it ("warm").
+A random Llama in bf16 is written by transformers in several shards. Each step then runs in a
+process of its own, files dropped from the page cache before it ("cold") or read before it ("warm").
 Peak host memory is VmHWM less VmRSS before the step, less the bytes of the stage that stays (it
-lives on the CPU here). Correctness first: the int8 checkpoint gives the same stage as the
-floating-point one, and a flipped bit is caught.
+lives on the CPU here). Correctness first: the int8 checkpoint gives the same stage as the floating
+one, and a flipped bit is caught.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python benchmarks/decode.py [--model FOLDER] [--threads 2] [--batches 1 8 32] [--repeats 5]
 
-One run, interleaved repeats, medians. Correctness first: the most likely next token agrees
-with transformers' fp32 at 95% or more of the positions of the prompts. Both decode greedily from
-the same prompts with the keys and values of the prompt cached; only decode steps are timed.
+One run, interleaved repeats, medians. Correctness first: the likeliest next token agrees with
+transformers' fp32 on at least 95% of the positions of the prompts. Both decode greedily from the
+same prompts with the keys and values of the prompt cached; only decode steps are timed.
 """
 
 import statistics

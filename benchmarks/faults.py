@@ -1,12 +1,12 @@
-"""What happens when ranks, launchers and callers fail: who notices, when, and what is left behind.
+"""What happens when ranks, launchers and callers fail: who notices, when, and what is left.
 
-    python benchmarks/faults.py [--model FOLDER]             the table, in some minutes
+    python benchmarks/faults.py [--model FOLDER]             the table, some minutes
     python benchmarks/faults.py --kills 100 --seed 0         random kills in a row
 
 By default on a small random model, three stages on the CPU. Every row is a real session whose rank,
-launcher or caller is hit during prefill, decode or idle time: how long until it is noticed, what
-the caller saw, and how many processes were left after ten seconds (none, or the run fails). With
-recover=True the answers must be those of an undisturbed run. Cut links: tests/multi_node.
+launcher or caller is hit at prefill, decode or idle: the time until it is noticed, what the caller
+saw, and how many processes were left after ten seconds (none, or the run fails). With recover=True
+the answers must be those of an undisturbed run. Cut links: tests/multi_node.
 """
 
 import json
@@ -253,7 +253,7 @@ def model_settings():
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--kills", type=int, help="number of random kills, instead of the table")
+    parser.add_argument("--kills", type=int, help="so many random kills instead of the table")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

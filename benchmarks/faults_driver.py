@@ -1,7 +1,7 @@
 """The session that benchmarks/faults.py hits: a model that answers the same prompts endlessly.
 
-Prints a line of JSON whenever something happened: process ids of its ranks, answers so far, whether
-each was that of an undisturbed run, tokens so far. Ends when its standard input closes.
+A line of JSON on stdout whenever something happened: process ids of its ranks, answers so far,
+whether each was that of an undisturbed run, tokens so far. Ends when its standard input closes.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Sessions in their own processes, hit from outside, and random kills."""
+"""Sessions in processes of their own, hit from outside, and what is killed at random."""
 
 import json
 import os

@@ -4,8 +4,8 @@
 
 Each setting alone and all together: the plan of BLOOM-176B on four A100-80GB (no weights needed),
 and decoding of a model on CPUs, interleaved repeats, medians, as a ratio to none of them.
-Correctness first: the most likely next token agrees with that of int8 blocks alone at 90% of
-the positions. accuracy.py measures what they cost in perplexity.
+Correctness first: the likeliest next token agrees with that of int8 blocks alone on 90% of the
+positions. What they cost in perplexity: accuracy.py.
 """
 
 import statistics
@@ -112,7 +112,7 @@ def main() -> None:
 
 def show(figures: dict[str, dict[str, Any]], batches: list[int]) -> None:
     decode = [f"decode, batch {batch}" for batch in batches]
-    heads = ["with", "BLOOM-176B, bytes", "KV bytes per token", "KV tokens on 4 x 80 GB"]
+    heads = ["with", "BLOOM-176B, bytes", "KV bytes a token", "KV tokens on 4 x 80 GB"]
     heads += ["this model, bytes", "its KV cache", *(f"{name}, tokens/s" for name in decode)]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for name, found in figures.items():

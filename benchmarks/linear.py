@@ -5,8 +5,8 @@
 One run, interleaved, medians, the same threads and the same x: fp32 F.linear, bitsandbytes
 Linear8bitLt (threshold 6.0) and int8_linear, quantization of x included, by the paper's rule
 (absolute 6.0) and by row_rms 4.0; with 0 and with 6 outlier columns. Correctness first: int8_linear
-equals its specification bit for bit, and all three are close to fp32. Weights are reused, so a
-layer that fits the last level of cache (16 MB of int8 at 4096x4096) may stay there.
+equals its specification bit for bit, and all three are close to fp32. Weights are used over and
+over, so a layer that fits the last level of cache (16 MB of int8 at 4096x4096) may stay there.
 """
 
 import statistics

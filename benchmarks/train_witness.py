@@ -1,4 +1,4 @@
-"""Trains a witness: a small BLOOM with real perplexity instead of random weights.
+"""Train a witness: a small BLOOM with real perplexity, where others only have random weights.
 
     python benchmarks/train_witness.py [--to FOLDER] [--steps 2000] [--hidden 192] [--layers 4]
         [--tokens-per-step 1024] [--window 256] [--vocab 4096] [--lr 3e-3] [--seed 0] [--threads 1]
@@ -33,7 +33,7 @@ PADDING = "<pad>"
 
 
 def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE of `vocab_size` tokens, including END and PADDING."""
+    """Byte-level BPE of so many tokens, END and PADDING among them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

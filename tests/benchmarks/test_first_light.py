@@ -174,7 +174,7 @@ def test_resuming_goes_on_where_it_stopped(run, tmp_path):
     assert run(steps, "--resume") == 1
     assert count.read_text() == "x"
     assert statuses(tmp_path / "out") == {"first": "passed", "second": "failed", "third": "passed"}
-    assert run(steps, "--resume", "--only", "second") == 0  # fixed, and run again
+    assert run(steps, "--resume", "--only", "second") == 0  # mended, and run again
     assert statuses(tmp_path / "out")["second"] == "passed" and count.read_text() == "x"
     never = [step("second", "pass", 20, 999)]
     assert run(never, "--resume", "--only", "second") == 0  # there was no time: it stays as it was
