@@ -1,4 +1,4 @@
-"""Does an answer depend on the rest of its batch? Logits of sequences alone and among 15 others.
+"""Does an answer depend on who shares its batch? Logits of sequences alone and among 15 others.
 
     python benchmarks/batch_invariance.py [--model FOLDER] [--tokens 32] [--subjects 4]
         [--threads 2] [--methods NAME ...]

@@ -162,7 +162,7 @@ def main():
     parser: argparse.ArgumentParser = make_parser(__doc__)
     parser.add_argument("--stages", default="17,13", help="blocks of each stage")
     parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=16.0, help="requests per second")
+    parser.add_argument("--rate", type=float, default=16.0, help="requests a second")
     parser.add_argument("--slots", type=int, default=64, help="sequences in flight")
     parser.add_argument(
         "--lanes", type=int, nargs="*", help="micro-batches in flight; default: that of load()"

@@ -1,4 +1,4 @@
-"""How long does one BLOOM-176B block take to decode a token, and does its memory match the plan?
+"""How long does one BLOOM-176B block take to decode a token, and does its memory meet the plan?
 
     python benchmarks/gpu/block.py [--batches 1 8 32] [--contexts 128 2048] [--records FILE]
     python benchmarks/gpu/block.py --device cpu --small     # tries the script out, measures nothing

@@ -5,7 +5,7 @@
 One call of every op on small shapes, one for each kernel of the int8 product, in bf16, against its
 CPU twin: quantized planes bit for bit, each row of floating results within TOLERANCE of its norm.
 An op that fails does not keep the others from being tried; one that breaks the CUDA context or
-hangs ends this process, which first_light.py restarts after it.
+hangs ends this process, which first_light.py starts again behind it.
 """
 
 import importlib

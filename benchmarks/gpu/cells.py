@@ -1,8 +1,8 @@
-"""Cells: measurements of one step, each tried once; one that fails or hangs costs only itself.
+"""Cells: measurements of one step, each tried once; one that fails or hangs costs itself alone.
 
-An exception becomes a record, and the next cell runs. If the CUDA context is lost, or a cell does
-not end, the process is useless: it exits with RESTART, and first_light.py starts the step again
-with --skip-tried.
+An exception becomes a record and the next cell has its turn. Where the CUDA context is lost, or a
+cell does not end, the process is of no more use: it exits with RESTART, and first_light.py starts
+the step again with --skip-tried.
 """
 
 import json
@@ -35,7 +35,7 @@ def is_lost() -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """Describes what was raised in one line."""
+    """What was raised, in a line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 

@@ -1,4 +1,4 @@
-"""What `dist-int8 bench --profile` measures on this card, as a record and as a file for the plan.
+"""What `dist-int8 bench --profile` measures of this card, as a record and as a file for the plan.
 
     python benchmarks/gpu/device_profile.py --profile h100.yaml [--records FILE]
 

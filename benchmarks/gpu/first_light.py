@@ -1,13 +1,13 @@
-"""First light: everything worth knowing about a GPU that is available for minutes, in one call.
+"""First light: everything worth knowing of a GPU that is there for some minutes, in one call.
 
     python3 benchmarks/gpu/first_light.py --list
     python3 benchmarks/gpu/first_light.py --bundle .gpu --out FOLDER --budget 540
     python3 benchmarks/gpu/first_light.py --bundle .gpu --out FOLDER --resume OTHER_FOLDER
     python3 benchmarks/gpu/first_light.py --out FOLDER --device cpu --small       # a rehearsal
 
-Steps run in order of worth, each a process with a limit, all within the budget; a step that cannot
-end in the rest of it is skipped and reported. Results are JSON lines that exist as soon as they are
-known, so a call that is killed loses at most the step that was running; --resume continues those
+Steps run in order of worth, each a process with a limit, all within the budget; what cannot end in
+what is left of it is left out, and said so. Results are JSON lines that exist as soon as they are
+known, so a call that is killed loses at most the step that was running; --resume goes on with those
 of an earlier call. FOLDER gets at most five files: results.jsonl, first_light.log, tests.xml
 (JUnit), profile.yaml and summary.txt. Exit status 0 if every step passed, else 1. Nothing is
 installed: --bundle is a folder made by `make gpu-bundle`, with what a machine without network
@@ -82,7 +82,7 @@ class FirstLight:
     def run_step(self, step: Step, left_s: float, share_s: float) -> None:
         """Runs a step within its limit, and within its share unless that is too little for it.
 
-        A step that hangs must not take the time of those after it.
+        A step that hangs shall not take the time of those behind it.
         """
         limit = min(step.limit_s, left_s, max(share_s, SHARES * step.least_s))
         self.records.add("begin", name=step.name, limit_s=round(limit))

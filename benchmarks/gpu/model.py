@@ -113,7 +113,7 @@ def measure_prefill(generate: Generate, prompts: Prompts) -> dict[str, Any]:
 
 
 def measure_decode(generate: Generate, prompts: Prompts, count: int) -> dict[str, Any]:
-    """Milliseconds of a step: what `count` more tokens add to a call, one step each."""
+    """Milliseconds of a step: what `count` more tokens add to a call, a step each."""
     seconds(generate, prompts, 2)
     steps = [
         (seconds(generate, prompts, 1 + count) - seconds(generate, prompts, 1)) / count

@@ -1,4 +1,4 @@
-"""A pytest plugin: what fails is recorded when it fails; a test that hangs costs only itself.
+"""A pytest plugin: what fails is recorded when it fails; a test that hangs costs itself alone.
 
 A test that does not end, or breaks the CUDA context, ends pytest with RESTART; first_light.py
 starts it again with --skip-tried, which leaves out the tests up to that one.

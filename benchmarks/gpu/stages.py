@@ -5,7 +5,7 @@
 
 The model of model.py, cut in two: stages as threads of one process and as two ranks over gloo. With
 one micro-batch in flight their tokens must be those of one stage, although prompts are cut
-differently, so that other rows share a micro-batch; with two, whether they are is recorded. NCCL,
+otherwise, so that other rows share a micro-batch; with two, whether they are is recorded. NCCL,
 which takes no card twice, must be refused in one line before a rank is started.
 """
 
@@ -61,7 +61,7 @@ def run(folder: Path, small: bool, arguments: dict[str, Any], prompts: Prompts) 
 
 
 def check_refusal(folder: Path, small: bool) -> dict[str, Any]:
-    """Checks that load() refuses NCCL between two stages on one card, in one line."""
+    """That load() refuses NCCL between two stages on one card, in a line."""
     try:
         dist_int8.load(folder, devices=["cuda:0", "cuda:0"], **settings_of(small)).shutdown()
     except ValueError as error:
@@ -94,7 +94,7 @@ class Layouts:
             )
 
     def measure(self, name: str, arguments: dict[str, Any], claim: str) -> dict[str, Any]:
-        if self.expected is None and name != ONE:  # restarted after it
+        if self.expected is None and name != ONE:  # begun again behind it
             alone, _ = layouts(self.card)[ONE]
             self.expected = run(self.folder, self.small, alone, self.prompts)["tokens"]
             free_memory(torch.device(self.card))

@@ -35,7 +35,7 @@ def num_sets(bytes_per_set: int, device: torch.device) -> int:
 def microseconds(
     calls: Sequence[Call], device: torch.device, *, graph: bool = True, budget_ms: float = 30.0
 ) -> dict[str, float]:
-    """Median and spread of one call, the calls made in turn (one per set of buffers).
+    """Median and spread of one call, the calls made in turn (one a set of buffers).
 
     On a GPU the calls are captured into one CUDA graph and timed by events around its replays;
     graph=False launches them one by one, which is what calls that wait for the host need.

@@ -1,4 +1,4 @@
-"""Cells of a step: each is tried once, and costs only itself."""
+"""Cells of a step: each is tried once, and costs itself alone."""
 
 import os
 import subprocess
@@ -65,7 +65,7 @@ def test_tried_cells(tmp_path):
 
     assert is_measured(None) and is_measured(None)
     assert not is_measured("ever") and not is_measured("begin")
-    runner.add("begin", name="step")  # again, after a fix: what an earlier run tried says nothing
+    runner.add("begin", name="step")  # anew, after mending: what an earlier run tried says nothing
     assert not is_measured("ever") and is_measured("begin")
     assert not is_measured("begin")
 
