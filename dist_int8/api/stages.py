@@ -96,9 +96,10 @@ def _load_stage(
 def _find_hot_columns(
     prepared: Prepared, place: StagePlan, stage_slice: StageSlice, shown: bool
 ) -> dict[str, list[int]]:
-    """Of this stage's linears. Every rank streams the blocks up to its own, at the same time.
+    """Find the hot columns of this stage's linears.
 
-    No rank waits for another, also when one is started again.
+    Every rank streams the blocks up to its own, at the same time: no rank waits for another, not
+    even when one is restarted.
     """
     assert prepared.hot.calibration is not None
     allow_pickle = prepared.settings.allow_pickle

@@ -1,4 +1,4 @@
-"""Checkpoints: reading safetensors, quantizing each tensor as it arrives (`writer`: writing)."""
+"""Checkpoints: reading safetensors and quantizing each tensor as it arrives; `writer` writes."""
 
 from dist_int8.checkpoint.calibrate import (
     OFF,

@@ -1,4 +1,4 @@
-"""Hot columns: which input features of each linear keep exact weights, found on some tokens.
+"""Hot columns: the input features of each linear that keep exact weights, found on some tokens.
 
 A few features are far larger than the rest, the same ones for all tokens (section 4 of the
 LLM.int8() paper), so that a short run over any tokens finds them. The model streams past: a block
@@ -51,8 +51,8 @@ def make_calibration(
     Args:
         folder: of the checkpoint; its tokenizer reads a text.
         spec: `models.describe` of its config.
-        calibrate: "random" (1,024 tokens, the same ones every time), a text file (its first 1,024
-            tokens), or "off".
+        calibrate: "random" (1,024 tokens, always the same), a text file (its first 1,024 tokens),
+            or "off".
         num_hot_columns: of each linear.
 
     Raises:

@@ -1,13 +1,4 @@
-"""Where a checkpoint stores every parameter of a stage and in which form, or all that is wrong.
-
-A matrix `X.weight` is stored in one of three forms:
-
-- floating;
-- ours: int8 `X.weight`, fp32 `X.col_scale` [N], and where it has hot columns int32 `X.hot_columns`
-  [H] and floating `X.hot_weight` [N, H];
-- bitsandbytes': int8 `X.weight` in the layout that `X.weight_format` numbers (row where absent),
-  and fp32 `X.SCB` [N], the absmax of each row: 127 times our scale.
-"""
+"""Where a checkpoint stores every parameter of a stage and in which form, or all that is wrong."""
 
 import json
 import re
@@ -18,40 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dist_int8.checkpoint.piece import Piece
 from dist_int8.checkpoint.reader import CheckpointReader
-from dist_int8.int8.layouts import LAYOUTS, stored_shape
+from dist_int8.checkpoint.stored_int8 import FLOATING, StoredInt8
 from dist_int8.models.config import ignored_tensors, tensor_sources
 from dist_int8.models.sources import TensorSource
 from dist_int8.models.spec import ModelSpec
 from dist_int8.models.stage_slice import StageSlice
 
-FLOATING = ("F32", "F16", "BF16")
-ABSMAX_PER_SCALE = 127.0
 _SHOWN = 100  # problems named in full in one error
 _NEVER_INT8 = ("positions",)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One checkpoint tensor of a parameter, and the tensors that belong to it."""
-
-    name: str
-    shape: tuple[int, ...]
-    """Shape of the matrix, without the padding of its layout."""
-    scale: str | None = None
-    """Name of the scales of an int8 matrix."""
-    scale_divisor: float = 1.0
-    """Divides the stored scales to give ours."""
-    layout: str = "row"
-    extra: tuple[str, ...] = ()
-    """Other tensors, which were read already: weight_format, hot_columns."""
-    hot_weight: str | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of every tensor of the piece."""
-        others = (self.scale, *self.extra, self.hot_weight)
-        return (self.name, *(name for name in others if name is not None))
 
 
 @dataclass(frozen=True)
@@ -65,10 +32,12 @@ class Located:
 
     @property
     def is_int8(self) -> bool:
+        """Whether it is stored in int8."""
         return any(piece.scale is not None for piece in self.pieces)
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Names of every tensor it is made from."""
         return tuple(name for piece in self.pieces for name in piece.names)
 
     @cached_property
@@ -183,7 +152,7 @@ def _settle(
                 problems.append(f"missing tensor {candidates[0]}")
             continue
         if may_be_int8(target, source) and reader.dtype(name) == "I8":
-            piece, columns = _settle_int8(reader, name, shape, problems)
+            piece, columns = StoredInt8(reader, name, shape, problems).settle()
             pieces.append(piece)
             hot.append(columns)
             continue
@@ -205,89 +174,6 @@ def _settle(
             "they make one matrix here"
         )
     return Located(source, tuple(pieces), columns)
-
-
-def _settle_int8(
-    reader: CheckpointReader, name: str, shape: tuple[int, ...], problems: list[str]
-) -> tuple[Piece, Tensor | None]:
-    num_rows, num_columns = shape
-    base = name.removesuffix("weight")
-    layout, extra = "row", []
-    if (format_name := f"{base}weight_format") in reader:
-        extra.append(format_name)
-        number = (
-            int(reader.read(format_name).reshape(-1)[0]) if _is_number(reader, format_name) else -1
-        )
-        if not 0 <= number < len(LAYOUTS):
-            problems.append(f"{format_name} must be an integer 0..{len(LAYOUTS) - 1}")
-        else:
-            layout = LAYOUTS[number]
-    expected = stored_shape(layout, num_rows, num_columns)
-    if reader.shape(name) != expected:
-        kind = "" if layout == "row" else f" ({layout})"
-        problems.append(
-            f"{name} must have shape {list(expected)}{kind}, got {list(reader.shape(name))}"
-        )
-    scales = [base + kind for kind in ("col_scale", "SCB") if base + kind in reader]
-    if len(scales) != 1:
-        have = " and ".join(scales) or "neither"
-        problems.append(f"{name} is int8 and must have {base}col_scale or {base}SCB, got {have}")
-    for scale in scales:
-        _expect(reader, scale, ("F32",), (num_rows,), problems)
-    hot_names = [base + "hot_columns", base + "hot_weight"]
-    columns = None
-    if all(hot in reader for hot in hot_names):
-        columns = _read_hot_columns(reader, hot_names[0], hot_names[1], shape, problems)
-        extra.append(hot_names[0])
-    elif any(hot in reader for hot in hot_names):
-        problems.append(f"{name} must have both of {' and '.join(hot_names)} or neither")
-    scale = scales[0] if scales else f"{base}col_scale"
-    divisor = ABSMAX_PER_SCALE if scale.endswith("SCB") else 1.0
-    hot_weight = None if columns is None else hot_names[1]
-    return Piece(name, shape, scale, divisor, layout, tuple(extra), hot_weight), columns
-
-
-def _read_hot_columns(
-    reader: CheckpointReader,
-    columns_name: str,
-    weight_name: str,
-    shape: tuple[int, ...],
-    problems: list[str],
-) -> Tensor | None:
-    before = len(problems)
-    num_rows, num_columns = shape
-    _expect(reader, columns_name, ("I32",), None, problems)
-    num_hot = reader.shape(columns_name)[0] if len(reader.shape(columns_name)) == 1 else -1
-    if num_hot < 1:
-        problems.append(f"{columns_name} must have shape [H], got {reader.shape(columns_name)}")
-    _expect(reader, weight_name, FLOATING, (num_rows, max(num_hot, 1)), problems)
-    if len(problems) > before:
-        return None
-    columns = reader.read(columns_name)
-    if columns.min() < 0 or columns.max() >= num_columns or len(columns.unique()) != num_hot:
-        problems.append(
-            f"{columns_name} must be distinct input features 0..{num_columns - 1}, got "
-            f"{columns.tolist()}"
-        )
-    return columns
-
-
-def _expect(
-    reader: CheckpointReader,
-    name: str,
-    dtypes: tuple[str, ...],
-    shape: tuple[int, ...] | None,
-    problems: list[str],
-) -> None:
-    if shape is not None and reader.shape(name) != shape:
-        problems.append(f"{name} must have shape {list(shape)}, got {list(reader.shape(name))}")
-    if reader.dtype(name) not in dtypes:
-        problems.append(f"{name} must be {' or '.join(dtypes)}, got {reader.dtype(name)}")
-
-
-def _is_number(reader: CheckpointReader, name: str) -> bool:
-    is_integer = reader.dtype(name) in ("U8", "I8", "I16", "I32", "I64")
-    return is_integer and torch.Size(reader.shape(name)).numel() == 1
 
 
 def _as_list(columns: Tensor | None) -> list[int] | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_int8.checkpoint.locate import Piece
+from dist_int8.checkpoint.piece import Piece
 from dist_int8.checkpoint.reader import SLICE, CheckpointReader
 from dist_int8.int8 import reference
 from dist_int8.int8.layouts import transform_layout

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_int8.checkpoint.arena import Arena
-from dist_int8.checkpoint.locate import Located, Piece
+from dist_int8.checkpoint.locate import Located
 from dist_int8.checkpoint.matrices import Source
+from dist_int8.checkpoint.piece import Piece
 from dist_int8.checkpoint.tensor_files import TORCH_DTYPES
 from dist_int8.checkpoint.tied_head import EMBEDDING, HEAD, is_shared, share_embedding
 from dist_int8.int8.embedding import Int8Embedding

@@ -1,4 +1,4 @@
-"""In which form the parameters of a stage are held."""
+"""The form in which a stage holds its parameters."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ class StageFormat:
     """The form in which a stage holds its parameters; an int8 checkpoint decides some of it."""
 
     dtype: torch.dtype = torch.float32
-    """Of floating parameters and of hidden states. With float32, embedding and head keep a 16-bit
-    dtype that they are stored in."""
+    """Dtype of floating parameters and of hidden states. With float32, embedding and head keep a
+    16-bit dtype that they are stored in."""
     int8: bool = True
     """False: keep every linear in `dtype`, including what is stored in int8."""
     outlier_rule: str = "absolute"
@@ -25,9 +25,9 @@ class StageFormat:
     outlier_threshold: float = 6.0
     """Threshold of that rule."""
     skip: Collection[str] = ("lm_head",)
-    """Linears that stay floating, by name component. An int8 checkpoint has its own."""
+    """Linears that stay floating, by name component. An int8 checkpoint has its own list."""
     embedding_int8: bool = False
-    """Hold the token embedding in int8 (with `int8`). An int8 checkpoint has decided."""
+    """Hold the token embedding in int8 (with `int8`). An int8 checkpoint has decided this."""
     max_tokens: int | None = None
     """Longest sequence to prepare positions for; None: the model's own limit."""
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and what an int8 one has decided for whoever loads it."""
+"""What a checkpoint holds, and what an int8 one has decided about how it is loaded."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +13,20 @@ from dist_int8.models.stage_slice import StageSlice
 
 @dataclass(frozen=True)
 class StoredFormat:
-    """What a checkpoint holds, and an int8 one has decided."""
+    """The form of a checkpoint, read from its headers."""
 
     is_int8: bool
-    """Whether anything in it is int8."""
+    """Whether any matrix is int8."""
     skip: tuple[str, ...]
     """Linears that it holds in floating point, by name component."""
     num_hot_columns: int
-    """The most hot columns of any linear of a block."""
+    """Maximum number of hot columns in a linear of a block."""
     head_hot_columns: int
-    """Hot columns of the head."""
+    """Number of hot columns in the head."""
     linear_size: int
-    """The most bytes per element of what a linear of a block has in floating point."""
+    """Maximum bytes per element of what linears of blocks hold in floating point."""
     embedding_int8: bool
+    """Whether the token embedding is int8."""
 
 
 def read_stored_format(

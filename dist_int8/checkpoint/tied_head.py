@@ -1,4 +1,4 @@
-"""A head that is the embedding's own table, wherever one stage holds both in the same form."""
+"""A head that shares the embedding's table, where one stage holds both in the same form."""
 
 from functools import partial
 

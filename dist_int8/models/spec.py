@@ -48,7 +48,7 @@ class BlockSpec:
     residual_from_norm: bool = False
     """True: norm(x) + sublayer(norm(x)), BLOOM's apply_residual_connection_post_layernorm."""
     window: int = 0
-    """Number of positions a token attends to, the newest, itself included; 0: all."""
+    """Number of most recent positions a token attends to, including its own; 0: all."""
 
     @property
     def qkv_size(self) -> int:

@@ -40,7 +40,7 @@ def read_tokens(folder: str | Path, path: str | Path, max_tokens: int) -> Tensor
     Args:
         folder: of the model, with its tokenizer.
         path: of the text, UTF-8.
-        max_tokens: tokens to return at most.
+        max_tokens: maximum number of tokens to return.
 
     Raises:
         ValueError: no such file, or no tokenizer.

@@ -1,4 +1,4 @@
-"""Rewriting a checkpoint: int8 from floating, floating from int8, and sums that prove it whole."""
+"""Rewriting a checkpoint: into int8 and back, with checksums that prove it complete."""
 
 from dist_int8.checkpoint.writer import manifest
 from dist_int8.checkpoint.writer.rewrite import dequantize, quantize

@@ -1,4 +1,4 @@
-"""What a rewriting will write, as data; nothing is written yet."""
+"""What a rewriting will write, as data."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -43,10 +43,11 @@ class RewritePlan:
     identity: Mapping[str, Any]
     """What an interrupted run must have in common with this one to be continued."""
     calibration: Calibration | None
-    """Finds hot columns first; None where none are to be found."""
+    """Finds hot columns before anything is written; None: there are none to find."""
     calibrates_head: bool
+    """Whether it finds those of the head too."""
     num_bytes_read: int
-    """By the calibration."""
+    """Bytes that the calibration reads."""
 
     @property
     def num_bytes(self) -> int:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from dist_int8.checkpoint.locate import Piece
+from dist_int8.checkpoint.piece import Piece
 from dist_int8.checkpoint.reader import CheckpointReader
 from dist_int8.checkpoint.writer.shards import Output
 from dist_int8.checkpoint.writer.target import TargetFormat

@@ -20,9 +20,9 @@ class Target:
     hot_columns: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """Input features that quantized parameters keep exactly."""
     calibration: Calibration | None = None
-    """Finds them where `hot_columns` is empty."""
+    """Finds hot columns instead, when the job runs."""
     dtype: str | None = None
-    """Of all floating parameters ("float16"); None: as stored."""
+    """Dtype of all floating parameters ("float16"); None: as stored."""
 
     def is_calibrated(self, parameter: str) -> bool:
         """Whether calibration finds the hot columns of a parameter."""

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dist_int8.checkpoint.locate import ABSMAX_PER_SCALE
 from dist_int8.checkpoint.matrices import Source
+from dist_int8.checkpoint.stored_int8 import ABSMAX_PER_SCALE
 from dist_int8.checkpoint.tensor_files import TORCH_DTYPES
 from dist_int8.checkpoint.writer.recipe import Recipe
 from dist_int8.int8 import reference
