@@ -36,7 +36,7 @@ TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
 class Case:
-    """A block with random int8 weights, caches with some history, one new token a sequence."""
+    """A block with random int8 weights, caches with some history, one new token per sequence."""
 
     def __init__(self, name, dtype, batch, device):
         self.spec = BlockSpec(**SIZES, norm_eps=1e-5, **BLOCKS[name])
@@ -71,7 +71,7 @@ class Case:
 
 @contextlib.contextmanager
 def no_synchronisation(device):
-    """Every host synchronisation inside is an error."""
+    """Turns every host synchronisation within the context into an error."""
     if device.type != "cuda":
         yield
         return

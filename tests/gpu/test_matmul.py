@@ -91,7 +91,7 @@ def test_fused_matmul_matches_the_specification(
 @pytest.mark.parametrize(("N", "K"), [(4096, 512), (4104, 1040), (4224, 64)])
 @pytest.mark.parametrize("M", [513, 640, 1100])
 def test_prefill_tile_matches_the_specification(device, rows_with_outliers, dtype, M, N, K, parts):
-    """256 x 128 outputs a thread block on 9.0: more than 512 rows, at least 4096 outputs."""
+    """256 x 128 outputs per thread block on 9.0: more than 512 rows, at least 4096 outputs."""
     x = rows_with_outliers(M, K, dtype)
     generator = torch.Generator().manual_seed(N)
     weight = torch.randn(N, K, generator=generator) / K**0.5
