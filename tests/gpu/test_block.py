@@ -71,7 +71,7 @@ class Case:
 
 @contextlib.contextmanager
 def no_synchronisation(device):
-    """Every host synchronisation inside is an error."""
+    """Turns every host synchronisation within the context into an error."""
     if device.type != "cuda":
         yield
         return

@@ -1,4 +1,4 @@
-"""GPUs: choosing devices, and asking a driver (a small one of ours) through cuda-python."""
+"""GPUs: choosing devices, and querying a driver (a small fake) through cuda-python."""
 
 import dataclasses
 import json

@@ -79,10 +79,10 @@ def test_long_prompts_give_the_stage_of_the_head_more_blocks(bloom, devices):
 
 @pytest.mark.parametrize("gigabytes", [70, 80, 141])
 def test_bloom_is_balanced_by_what_a_step_reads(bloom, gigabytes):
-    """An fp16 head is 2.9 int8 blocks to a device that waits for memory (7.19e9 / 2.47e9 bytes)."""
+    """An fp16 head is 2.9 int8 blocks to a memory-bound device (7.19e9 / 2.47e9 bytes)."""
     plan = plan_stages(bloom, gpus(4, gigabytes), SIXTEEN_BITS, ONE)
     assert plan.fits and counts(plan) == [18, 18, 18, 16]
-    # the sum of all bytes at 86% of 2,039 GB/s: 102.6 ms, and 20 us a block beside
+    # the sum of all bytes at 86% of 2,039 GB/s: 102.6 ms, plus 20 us per block
     read = plan.model_bytes / (0.86 * 2039e9) * 1e3 + 70 * 0.02
     assert plan.ms_per_token == pytest.approx(read, rel=0.01)
 
@@ -145,7 +145,7 @@ def test_plan_that_does_not_fit_lacks_the_fewest_bytes(bloom):
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("tied_head", [True, False])
 def test_one_byte_less_than_planned_does_not_fit(count, tied_head):
-    """What the search counts is what the plan writes down: one byte less, and it does not fit."""
+    """The search and the plan count the same bytes: with one byte less, it does not fit."""
     spec = make_spec(tied_head=tied_head)
     pinned = CutOptions(pinned=(6 // count,) * count)
     needed = [

@@ -1,4 +1,4 @@
-"""Open questions are answered with the most that fits; refusals come with changes that work."""
+"""Open questions get the most that fits; refusals come with suggestions that work."""
 
 import re
 from dataclasses import replace

@@ -31,7 +31,7 @@ def test_the_slowest_stage_bounds_what_lanes_can_hide():
 
 
 def test_lanes_of_different_sizes_alternate():
-    """Two lanes: the longer one's way of 4 + 5 is a round. Three: stage 1's work of 5 + 3 + 3."""
+    """A round of two lanes is the longer lane's 4 + 5; of three lanes, stage 1's 5 + 3 + 3."""
     result = simulate([[4.0, 5.0], [2.0, 3.0]])
     assert result.micro_batches_per_s == pytest.approx(2 / 9)
     three = simulate([[4.0, 5.0], [2.0, 3.0], [2.0, 3.0]])
@@ -46,7 +46,7 @@ def test_host_time_adds_to_stage_0():
 
 
 def test_stages_that_share_cores_slow_each_other():
-    """Three busy stages on two cores: 12 seconds of work a micro-batch at two a second."""
+    """Three busy stages on two cores: 12 seconds of work per micro-batch, two done per second."""
     result = simulate([[4.0] * 3] * 4, speeds=(1, 1, 2 / 3))
     assert result.micro_batches_per_s == pytest.approx(1 / 6)
     assert result.utilisation == pytest.approx((1, 1, 1))
@@ -57,7 +57,7 @@ def test_stages_that_share_cores_slow_each_other():
 
 
 def test_hop_takes_longer_while_other_stages_work():
-    """One lane hops while nobody works, in 1; with three, others do, and it takes 5."""
+    """One lane hops in 1 while no stage works; with three lanes others work, and a hop takes 5."""
     assert simulate([[4.0, 4.0]], hop_s=(1.0, 5.0)).latency_s == pytest.approx(10)
     three = simulate([[4.0, 4.0]] * 3, hop_s=(1.0, 5.0))
     assert three.micro_batches_per_s == pytest.approx(3 / 18)  # 2 (4 + 5)
@@ -65,7 +65,7 @@ def test_hop_takes_longer_while_other_stages_work():
 
 
 def test_a_stage_turns_around_between_micro_batches():
-    """Full: 4 + 1 a micro-batch on stage 0, 4 + 2 on stage 1. Alone nothing waits for it."""
+    """A full pipeline takes 4 + 1 per micro-batch on stage 0 and 4 + 2 on stage 1."""
     full = simulate([[4.0, 4.0]] * 4, turnaround_s=(1.0, 2.0))
     assert full.micro_batches_per_s == pytest.approx(1 / 6)
     assert full.utilisation[1] == pytest.approx(4 / 6)
@@ -79,7 +79,7 @@ def test_a_stage_turns_around_between_micro_batches():
 
 
 def test_the_simulated_order_is_the_schedule():
-    """With equal stages and no hop a clock of the schedule is a unit of time."""
+    """With equal stages and no hop, one clock of the schedule is one unit of time."""
     for num_stages, num_lanes in ((2, 2), (3, 1), (3, 3), (4, 6)):
         grid = schedule.build(num_stages, num_lanes, num_decode_steps=5)
         expected = {
