@@ -27,7 +27,7 @@ from dist_int8.pipeline.runner import Pipeline
 
 
 class Engine:
-    """One pipeline's requests. Safe to call from several threads.
+    """Runs the requests of one pipeline. Safe to call from several threads.
 
     Args:
         pipeline: rank 0's end of it.
@@ -66,7 +66,7 @@ class Engine:
         return self._scheduler.num_micro_batches
 
     def count_lanes(self, num_requests: int) -> int:
-        """Micro-batches that this many requests are dealt to."""
+        """Counts the micro-batches that this many requests are dealt to."""
         return self._scheduler.count_lanes(num_requests)
 
     @property
@@ -131,7 +131,7 @@ class Engine:
         return True
 
     def check(self) -> None:
-        """Checks that every rank lives, and recovers; for when nobody waits for a token.
+        """Checks that every rank lives, and recovers, while no call waits for a token.
 
         Raises:
             RankError: a rank ended or failed; nothing more will come.

@@ -1,4 +1,4 @@
-"""Token sequences cut into pieces for micro-batches whose logits are asked for."""
+"""Cuts token sequences into pieces, for micro-batches whose logits are asked for."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def pack(sequences: list[list[int]], size: int, num_slots: int) -> Iterator[list
 
 
 def form_micro_batch(pieces: list[Piece], slots: list[int], step: int) -> MicroBatch:
-    """The micro-batch that asks for the logits of every token of the pieces.
+    """Forms the micro-batch that asks for the logits of every token of the pieces.
 
     Args:
-        pieces: of different sequences.
+        pieces: pieces of different sequences.
         slots: KV slots; sequence i uses slot i modulo their number.
         step: number of the micro-batch.
     """
