@@ -68,7 +68,7 @@ def plan_stages(
     """The best contiguous stages for one workload; `Plan.fits` says whether they fit.
 
     Raises:
-        ValueError: more stages than blocks, pinned stages that are not one per device or do not add
+        ValueError: more stages than blocks, pinned stages that are not one a device or do not add
             up to the model's blocks.
     """
     options = options or CutOptions()
