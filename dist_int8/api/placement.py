@@ -87,8 +87,8 @@ def _find_hosts(settings: Settings, launched: Launched | None) -> list[str] | No
         return [f"node-{rank // _ranks_here(launched)}" for rank in range(launched.world_size)]
     if settings.hosts is not None and len(set(settings.hosts)) > 1:
         raise ValueError(
-            f"load(): hosts must be a single machine without a launcher, got {settings.hosts}; "
-            "start a rank on each with torchrun, deepspeed or srun"
+            f"load(): hosts must be one machine without a launcher, got {settings.hosts}; start "
+            "a rank on each with torchrun, deepspeed or srun"
         )
     return None
 

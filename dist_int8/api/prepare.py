@@ -173,7 +173,7 @@ def _choose_dtype(settings: Settings, devices: list[str], hf_config: Any) -> tor
 def _choose_vocab_dtype(
     settings: Settings, folder: Path, spec: ModelSpec, hf_config: Any, dtype: torch.dtype
 ) -> torch.dtype:
-    """Chooses the dtype of embedding and head: in an fp32 model a stored 16-bit dtype."""
+    """Chooses the dtype of embedding and head: the stored one if it has 16 bits."""
     if settings.random_weights:
         stored = hf_config.dtype or dtype
     else:

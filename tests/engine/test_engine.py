@@ -222,8 +222,8 @@ def test_prompt_micro_batches_are_short_while_an_answer_runs(model, alone, make_
 
 
 def test_a_lane_with_prompts_does_not_hold_up_answers_in_another(model, make_engine):
-    """Both lanes have a prompt to prefill and an answer to decode: neither lane prefills to the end
-    while the other's answer waits longer than for what is in flight."""
+    """Both lanes have a prompt to prefill and an answer to decode: neither prefills whole while
+    the other's answer waits longer than for what is in flight."""
     engine = make_engine(smallest_chunk=2, prefill_chunk=2)
     engine.num_steps = model.trace.last_step
     short, other, long, longer = (make_requests(model, max_new_tokens=50)[i] for i in (0, 2, 1, 5))
