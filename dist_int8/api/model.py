@@ -308,7 +308,7 @@ class Model:
         return [self._complete(request, speed, len(requests)) for request in requests]
 
     def _complete(self, request: Request, speed: Speed, num_requests: int) -> Completion:
-        """The answer to a request that ended, one of num_requests of its call."""
+        """Makes the answer of a request that ended, one of num_requests in its call."""
         return Completion(
             prompt=self._encoder.decode(request.prompt_ids),
             text=request.text.text,
@@ -323,7 +323,7 @@ class Model:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """A call on an open handle; a failure inside the pipeline closes the handle."""
+        """Guards a call: the handle must be open, and a failure inside the pipeline closes it."""
         failure = self._engine.failure
         if isinstance(failure, RankError):
             raise type(failure)(f"{failure}; load the model again, it stays closed", failure.rank)
@@ -335,10 +335,10 @@ class Model:
             self._close_if_failed()
 
     def _handle_lost_rank(self) -> None:
-        """Recovers from a rank that was lost while perhaps nobody waits, or ends the others."""
+        """Recovers from a lost rank even if no call is under way, or ends the other ranks."""
         try:
             self._engine.check()
-        except Exception:  # remembered, for whoever calls next
+        except Exception:  # the engine remembers it for the next call
             self._close_if_failed()
 
     def _close_if_failed(self) -> None:

@@ -42,14 +42,14 @@ class PromptEncoder:
             return None
 
     def make_requests(self, prompts: Prompts, settings: GenerationSettings) -> list[Request]:
-        """One request per prompt; prompt i samples with seed + i.
+        """Makes one request per prompt; prompt i samples with seed + i.
 
         Args:
             prompts: a string, a list of strings, token ids, or a list of token ids.
             settings: the same for all of them.
 
         Raises:
-            ValueError: no prompts, or one that cannot be run.
+            ValueError: what is not a prompt, or one that cannot be run.
         """
         if settings.seed is None:  # drawn once: prompts that are the same get different answers
             settings = settings.model_copy(update={"seed": _draw_seed()})
@@ -61,7 +61,7 @@ class PromptEncoder:
     def make_request(
         self, prompt: str | Sequence[int], settings: GenerationSettings, index: int = 0
     ) -> Request:
-        """One prompt with settings of its own.
+        """Makes a request of one prompt, with settings of its own.
 
         Args:
             prompt: text or token ids.
@@ -77,11 +77,11 @@ class PromptEncoder:
         return Request(index, prompt_ids, settings, (seed + index) % 2**63, text)
 
     def decode(self, token_ids: list[int]) -> str:
-        """The text of a prompt; "" without a tokenizer."""
+        """Decodes a prompt to text; "" without a tokenizer."""
         return self.tokenizer.decode(token_ids) if self.tokenizer else ""
 
     def check_rows(self, input_ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
-        """Token ids int64 [batch, tokens] whose logits are asked for.
+        """Checks token ids [batch, tokens] whose logits are asked for.
 
         Raises:
             ValueError: not two-dimensional, empty, or not integers.
@@ -101,7 +101,7 @@ class PromptEncoder:
         return rows
 
     def check_sequences(self, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Token ids of any lengths whose logits are asked for, as lists.
+        """Checks token ids of any lengths whose logits are asked for, and makes lists of them.
 
         Raises:
             ValueError: a sequence is empty, longer than the context, or has an invalid token id.
@@ -112,7 +112,7 @@ class PromptEncoder:
         return lists
 
     def _encode(self, prompt: Any, index: int) -> list[int]:
-        """Token ids of a prompt, checked."""
+        """Turns a prompt into checked token ids."""
         if isinstance(prompt, str):
             prompt_ids = self._tokenize(prompt, index)
         elif isinstance(prompt, Sequence):
@@ -165,7 +165,7 @@ def _draw_seed() -> int:
 
 
 def _list_prompts(prompts: Prompts) -> list[Any]:
-    """One item per prompt; a single prompt, as text or token ids, is a list of one."""
+    """Lists the prompts; a single one, as text or token ids, gives a list of one."""
     if isinstance(prompts, str):
         return [prompts]
     try:

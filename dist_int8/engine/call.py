@@ -43,7 +43,7 @@ class Call:
         )
 
     def take(self, room: int) -> list[Request]:
-        """The next requests, for which there is room. The first is taken in any case.
+        """Takes the next requests for which there is room, and the first one in any case.
 
         So a call that finds the queue full is refused instead of waiting for room.
         """
@@ -65,13 +65,13 @@ class Call:
     def note_ended(self) -> None:
         """Notes which requests have their last token, under the engine's lock.
 
-        Another call may end a request while `hand_out` is at work; that one's last token is handed
+        Another call may end a request while `hand_out` is at work; its last token is then handed
         out the next time.
         """
         self._ended = [request for request in self.active if request.ended]
 
     def hand_out(self) -> Iterator[Token]:
-        """The tokens that arrived; forgets the requests that ended.
+        """Yields the tokens that arrived; forgets the requests that ended.
 
         Raises:
             ShuttingDownError: the model is being shut down.
@@ -83,5 +83,5 @@ class Call:
             stopped = isinstance(request.error, ShuttingDownError)
             if request.error and (stopped or not self._keep_going):
                 raise request.error
-            self.refused |= request.finish_reason == "cancelled"  # nobody else cancels it
+            self.refused |= request.finish_reason == "cancelled"  # only a shutdown cancels it
         self.active = [request for request in self.active if request not in self._ended]

@@ -18,7 +18,7 @@ from torch import Tensor
 from dist_int8.engine.call import Call
 from dist_int8.engine.config import EngineConfig
 from dist_int8.engine.lanes import Turn
-from dist_int8.engine.pieces import Piece, form_micro_batch, pack
+from dist_int8.engine.pieces import SequencePiece, form_micro_batch, pack
 from dist_int8.engine.requests import Request, Token
 from dist_int8.engine.scheduler import Scheduler
 from dist_int8.errors import RankError, ShuttingDownError
@@ -27,7 +27,7 @@ from dist_int8.pipeline.runner import Pipeline
 
 
 class Engine:
-    """One pipeline's requests. Safe to call from several threads.
+    """Runs the requests of one pipeline. Safe to call from several threads.
 
     Args:
         pipeline: rank 0's end of it.
@@ -66,7 +66,7 @@ class Engine:
         return self._scheduler.num_micro_batches
 
     def count_lanes(self, num_requests: int) -> int:
-        """Micro-batches that this many requests are dealt to."""
+        """Counts the micro-batches that this many requests are dealt to."""
         return self._scheduler.count_lanes(num_requests)
 
     @property
@@ -131,7 +131,7 @@ class Engine:
         return True
 
     def check(self) -> None:
-        """Checks that every rank lives, and recovers; for when nobody waits for a token.
+        """Checks that every rank lives, and recovers, while no call waits for a token.
 
         Raises:
             RankError: a rank ended or failed; nothing more will come.
@@ -232,7 +232,7 @@ class Engine:
             self.drain()
         slots = self._scheduler.free_slots
         size = self._scheduler.choose_chunk(sum(map(len, input_ids)))
-        under_way: deque[list[Piece]] = deque()
+        under_way: deque[list[SequencePiece]] = deque()
         try:
             for pieces in pack(input_ids, size, len(slots)):
                 if len(under_way) >= self._scheduler.in_flight_limit:
@@ -247,7 +247,7 @@ class Engine:
                 self._wait_for_result()
             raise
 
-    def _take_logits(self, pieces: list[Piece]) -> Iterator[tuple[int, int, Tensor]]:
+    def _take_logits(self, pieces: list[SequencePiece]) -> Iterator[tuple[int, int, Tensor]]:
         result = self._wait_for_result()
         values = result.values.split([len(piece.token_ids) for piece in pieces])
         for piece, logits in zip(pieces, values, strict=True):

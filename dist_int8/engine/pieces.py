@@ -1,4 +1,4 @@
-"""Token sequences cut into pieces for micro-batches whose logits are asked for."""
+"""Cuts token sequences into pieces, for micro-batches whose logits are asked for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dist_int8.pipeline.microbatch import Kind, MicroBatch
 
 
 @dataclass(frozen=True)
-class Piece:
+class SequencePiece:
     """Consecutive tokens of one sequence.
 
     Attributes:
@@ -25,7 +25,7 @@ class Piece:
     token_ids: list[int]
 
 
-def pack(sequences: list[list[int]], size: int, num_slots: int) -> Iterator[list[Piece]]:
+def pack(sequences: list[list[int]], size: int, num_slots: int) -> Iterator[list[SequencePiece]]:
     """Cuts the sequences, in order, and groups the pieces.
 
     Args:
@@ -33,7 +33,7 @@ def pack(sequences: list[list[int]], size: int, num_slots: int) -> Iterator[list
         size: maximum number of tokens in a group.
         num_slots: maximum number of pieces in a group.
     """
-    pieces: list[Piece] = []
+    pieces: list[SequencePiece] = []
     room = size
     for index, token_ids in enumerate(sequences):
         start = 0
@@ -41,18 +41,18 @@ def pack(sequences: list[list[int]], size: int, num_slots: int) -> Iterator[list
             if not room or len(pieces) == num_slots:
                 yield pieces
                 pieces, room = [], size
-            piece = Piece(index, start, token_ids[start : start + room])
+            piece = SequencePiece(index, start, token_ids[start : start + room])
             pieces.append(piece)
             start, room = start + len(piece.token_ids), room - len(piece.token_ids)
     if pieces:
         yield pieces
 
 
-def form_micro_batch(pieces: list[Piece], slots: list[int], step: int) -> MicroBatch:
-    """The micro-batch that asks for the logits of every token of the pieces.
+def form_micro_batch(pieces: list[SequencePiece], slots: list[int], step: int) -> MicroBatch:
+    """Forms the micro-batch that asks for the logits of every token of the pieces.
 
     Args:
-        pieces: of different sequences.
+        pieces: pieces of different sequences.
         slots: KV slots; sequence i uses slot i modulo their number.
         step: number of the micro-batch.
     """

@@ -16,7 +16,7 @@ from dist_int8.pipeline import schedule
 
 
 class Scheduler:
-    """Requests that wait or run, and whose turn it is. Not thread-safe: the engine has the lock.
+    """Schedules one engine's requests. Not thread-safe: the engine has the lock.
 
     Args:
         config: how requests are scheduled.
@@ -38,7 +38,7 @@ class Scheduler:
         self._chunk = config.prefill_chunk
 
     def count_lanes(self, num_requests: int) -> int:
-        """Micro-batches that this many requests are dealt to."""
+        """Counts the micro-batches that this many requests are dealt to."""
         return max(1, min(self.num_micro_batches, num_requests))
 
     @property
@@ -111,20 +111,20 @@ class Scheduler:
         return waiting
 
     def next_turn(self, step: int) -> Turn | None:
-        """The micro-batch to submit as number `step`; None while every lane waits for a token."""
+        """Forms the micro-batch number `step`; None while every lane waits for a token."""
         return self._lanes.next(self._budget(), step)
 
     def choose_chunk(self, num_prompt_tokens: int) -> int:
-        """Prompt tokens per micro-batch, where this many have to be prefilled in all."""
+        """Chooses the prompt tokens per micro-batch when this many are to be prefilled in all."""
         config = self.config
         return schedule.prefill_chunk(
             num_prompt_tokens, config.num_stages, config.smallest_chunk, config.prefill_chunk
         )
 
     def _budget(self) -> int:
-        """Maximum number of prompt tokens in the next micro-batch.
+        """Computes the maximum number of prompt tokens in the next micro-batch.
 
-        Requests that are being answered wait for the micro-batches of prompts in between, so these
-        are then no longer than a chunk must be to cost little more than its share.
+        While requests are being answered they wait for the micro-batches of prompts in between.
+        These are then no longer than a chunk must be to cost little more than its share.
         """
         return min(self._chunk, self.config.smallest_chunk) if self.answering else self._chunk

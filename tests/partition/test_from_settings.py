@@ -24,7 +24,7 @@ OPTIONS = {"max_tokens": 64, "max_sequences": 2, "progress": False, "threads_per
             "stages must be numbers of blocks above 0 that add up to the model's 4",
         ),
         ({"stages": [4]}, "stages must be the number of devices, 2, got [4]"),
-        ({"hosts": ["a", "b"]}, "hosts must be a single machine without a launcher"),
+        ({"hosts": ["a", "b"]}, "hosts must be one machine without a launcher"),
         ({"profile": "a101"}, "profile must be one of t4, v100"),
         ({"memory": ["1MB", "1MB"], "reserve": "1MB"}, "of reserve"),
     ],
