@@ -107,7 +107,7 @@ def evaluate(
     total = num_passes * sum(place.num_targets for place in places)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(Progress(total, "token", progress))
-        bar.start("loading")
+        bar.start("loading the model")
         host = None
         if asked.layer_tokens or not all(METHODS[name].in_runtime for name in methods):
             host = Host(settings.model, calibration)
@@ -116,8 +116,10 @@ def evaluate(
             reference = stack.enter_context(load(**reference_settings(settings, asked)))
         for index, group in enumerate(groups):
             with contextlib.ExitStack() as loaded:
-                bar.start("loading")
-                subjects = {name: _open(loaded, settings, asked, host, name) for name in group}
+                subjects = {}
+                for name in group:
+                    bar.start(f"loading {name}")
+                    subjects[name] = _open(loaded, settings, asked, host, name)
                 base = found.base if index == 0 else None
                 for chunk in _batches(places, asked.batch):
                     _measure(tokens, chunk, reference, base, subjects, found, bar)
