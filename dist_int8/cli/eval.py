@@ -2,9 +2,10 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -237,19 +238,23 @@ def _measure_text(settings: Settings, options: EvalOptions, progress: bool) -> N
             ),
             progress=progress,
         )
-        if options.json:
-            stdout.write(json.dumps(values) + "\n")
-        else:
-            from dist_int8.evaluation.report import summary, table
-
-            stdout.write(f"{table(values)}\n\n{summary(values)}\n")
-            if missing := left_out(names):
-                stdout.write(f"not installed: {', '.join(missing)}\n")
+        stdout.write(json.dumps(values) if options.json else _format_text(values, left_out(names)))
+        stdout.write("\n")
         stdout.flush()
         if options.plot is not None:
             from dist_int8.evaluation.pictures import draw
 
             draw(found, options.plot)
+
+
+def _format_text(values: dict[str, Any], missing: Sequence[str]) -> str:
+    """Formats the figures of methods as a table and sentences."""
+    from dist_int8.evaluation.report import summary, table
+
+    lines = [table(values), "", summary(values)]
+    if missing:
+        lines.append(f"not installed: {', '.join(missing)}")
+    return "\n".join(lines)
 
 
 def _check_values(options: EvalOptions) -> None:

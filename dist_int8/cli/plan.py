@@ -109,12 +109,8 @@ def plan(options: PlanOptions, given: Given) -> None:
         dist-int8 plan -m configs/models/llama-3-70b --gpus 2 --memory 40GB --profile a100-40 --json
         dist-int8 plan --config configs/bloom-176b-4xa100-80gb.yaml --save plan.yaml
     """
-    hot_columns = given.settings.get("num_hot_columns")
-    if hot_columns is not None and (hot_columns < 0 or hot_columns % 16):
-        raise ValueError(
-            f"{COMMAND}:hot_columns: hot_columns must be 0 or a multiple of 16, got "
-            f"{hot_columns}; write --hot-columns 16"
-        )
+    hot_columns = given.settings.get("num_hot_columns", 0)
+    _check_hot_columns(hot_columns)
     settings = _load_settings(given.config, given.settings)
     if settings.model is None:
         raise ValueError(
@@ -132,11 +128,7 @@ def plan(options: PlanOptions, given: Given) -> None:
     )
     model_config = load_config(find_shipped(settings.model))
     spec = describe(model_config)
-    if hot_columns is not None and hot_columns > spec.hidden_size:
-        raise ValueError(
-            f"{COMMAND}:hot_columns: hot_columns must be at most the model's {spec.hidden_size} "
-            f"features, got {hot_columns}; 16 is the usual number"
-        )
+    _check_hot_columns(hot_columns, spec.hidden_size)
     found = answer(settings, request, model_config, spec, COMMAND)
     if options.json:
         typer.echo(json.dumps(found.as_dict(settings.model)))
@@ -147,6 +139,18 @@ def plan(options: PlanOptions, given: Given) -> None:
     if options.save is not None:
         comment = f"{settings.model}\n\n{found.table()}"
         write_yaml(options.save, export_settings(settings, found), comment)
+
+
+def _check_hot_columns(number: int, num_features: int | None = None) -> None:
+    """Checks --hot-columns by itself and, once it is known, against the size of the model."""
+    where = f"{COMMAND}:hot_columns: hot_columns must be"
+    if number < 0 or number % 16:
+        raise ValueError(f"{where} 0 or a multiple of 16, got {number}; write --hot-columns 16")
+    if num_features is not None and number > num_features:
+        raise ValueError(
+            f"{where} at most the model's {num_features} features, got {number}; 16 is the usual "
+            "number"
+        )
 
 
 def _load_settings(config: Path | None, given: Mapping[str, Any]) -> Settings:

@@ -112,7 +112,7 @@ def evaluate(
     total = num_passes * sum(place.num_targets for place in places)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(Progress(total, "token", progress))
-        bar.start("loading")
+        bar.start("loading the model")
         host = reference = None
         if asked.layer_tokens or not all(METHODS[name].in_runtime for name in methods):
             host = Host(settings.model, calibration)
@@ -160,10 +160,10 @@ class _Run:
         """Measures methods that are in memory together; `base` takes the reference's scores."""
         asked = self.found.asked
         with contextlib.ExitStack() as loaded:
-            self.bar.start("loading")
-            subjects = {
-                name: _open(loaded, self.settings, asked, self.host, name) for name in group
-            }
+            subjects = {}
+            for name in group:
+                self.bar.start(f"loading {name}")
+                subjects[name] = _open(loaded, self.settings, asked, self.host, name)
             for chunk in _batches(places, asked.batch):
                 self._measure_batch(chunk, subjects, base)
         if self.host is None:
