@@ -91,7 +91,7 @@ run: install ## Fetch the demo model and stream an answer through two CPU stages
 
 # Files run side by side, but for those that measure time or memory. One thread each, so that two do
 # not slow each other down.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/gpu --ignore=tests/multi_node
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(addprefix --ignore=tests/,gpu multi_node test_packaging.py)
 PARALLEL := -n $(JOBS) --dist loadfile
 
 test: install ## Run every test that needs no GPU

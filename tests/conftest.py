@@ -3,6 +3,7 @@
 transformers is imported where it is needed: tests of kernels start without it.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -17,11 +18,19 @@ sys.path.insert(0, str(Path(__file__).parent))  # for tiny_models, the one modul
 
 
 @pytest.fixture(autouse=True)
-def sigterm_is_restored():
-    """The command line, run in this process, handles SIGTERM; pools of others end by it."""
-    before = signal.getsignal(signal.SIGTERM)
+def command_line_leaves_no_trace():
+    """Undoes what the command line, run in this process, does to it: SIGTERM and the log."""
+    handler, logger = signal.getsignal(signal.SIGTERM), logging.getLogger("dist_int8")
+    level, log = logger.level, os.environ.get("DIST_INT8_LOG")
     yield
-    signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, handler)  # pools of other libraries end by it
+    logger.handlers.clear()  # a handler holds the stderr of its test
+    logger.propagate = True
+    logger.setLevel(level)
+    if log is None:
+        os.environ.pop("DIST_INT8_LOG", None)
+    else:
+        os.environ["DIST_INT8_LOG"] = log
 
 
 def save_tokenizer(folder) -> None:
@@ -60,3 +69,61 @@ def tiny_llama(tmp_path_factory):
     LlamaForCausalLM(config).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
+
+
+# `make test` runs these files one after the other: they assert how long something takes, kill
+# processes that others wait for, or measure memory.
+ALONE = (
+    "benchmarks/test_cells.py",
+    "benchmarks/test_first_light.py",
+    "benchmarks/test_process.py",
+    "checkpoint/test_memory.py",
+    "distributed/test_children.py",
+    "distributed/test_failure.py",
+    "distributed/test_heartbeat.py",
+    "distributed/test_rendezvous.py",
+    "distributed/test_sockets.py",
+    "launch/test_generate.py",
+    "launcher/test_supervisor.py",
+)
+# `make test-fast` leaves these files out as well: they start ranks or other processes, compile C++,
+# or evaluate models.
+SLOW = (
+    "api/test_formats.py",
+    "api/test_load.py",
+    "checkpoint/test_calibrate.py",
+    "checkpoint/writer/test_folder.py",
+    "cli/test_checkpoint.py",
+    "cli/test_demo_model.py",
+    "cli/test_doctor.py",
+    "cli/test_eval.py",
+    "cli/test_generate.py",
+    "csrc/test_attention.py",
+    "csrc/test_csrc.py",
+    "csrc/test_emulator.py",
+    "csrc/test_gemm_tiles.py",
+    "csrc/test_int8_matmul.py",
+    "csrc/test_int8_weight_linear.py",
+    "csrc/test_rows.py",
+    "csrc/test_transform_layout.py",
+    "evaluation/test_harness.py",
+    "evaluation/test_linears.py",
+    "evaluation/test_outlier_features.py",
+    "evaluation/test_perplexity.py",
+    "evaluation/test_witness.py",
+    "pipeline/test_forged_messages.py",
+    "pipeline/test_transport.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    """Marks the tests of the files above `alone` and `slow`."""
+    root = Path(__file__).parent
+    for names, mark in ((ALONE, pytest.mark.alone), (SLOW, pytest.mark.slow)):
+        paths = {root / name for name in names}
+        if gone := sorted(str(path) for path in paths if not path.is_file()):
+            raise pytest.UsageError(f"tests/conftest.py names files that are gone: {gone}")
+        for item in items:
+            if item.path in paths:
+                item.add_marker(mark)
