@@ -299,3 +299,12 @@ def test_no_library_module_prints():
             if is_print and room not in allowed:
                 found.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
     assert not found, "library code logs; only the command line prints"
+
+
+def test_no_two_public_classes_share_a_name():
+    places: dict[str, list[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    assert not {name: where for name, where in places.items() if len(where) > 1}
