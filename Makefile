@@ -173,7 +173,7 @@ lint: install ## Check style, types and formatting, change nothing
 docs: $(VENV)/.stamp-venv ## Build the documentation site into site/, fail on a broken link
 	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
 	    | xargs -d '\n' $(PIP) install --quiet
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: install ## Rewrite the code in the house style
 	$(BIN)/ruff check --fix .

@@ -93,6 +93,7 @@ SLOW = (
     "api/test_load.py",
     "checkpoint/test_calibrate.py",
     "checkpoint/writer/test_folder.py",
+    "cli/test_app.py",
     "cli/test_checkpoint.py",
     "cli/test_demo_model.py",
     "cli/test_doctor.py",
