@@ -48,9 +48,21 @@ class Matrix:
         return _zero_point(self.weight)
 
 
+EXACT_K = 1024
+
+
 def integer_product(x_int8: Tensor, weight_int8: Tensor) -> Tensor:
-    """Multiplies x_int8 [M, K] @ weight_int8 [N, K].T exactly, into int32 [M, N]."""
-    return torch._int_mm(x_int8, weight_int8.t())
+    """Multiplies x_int8 [M, K] @ weight_int8 [N, K].T exactly, into int32 [M, N].
+
+    In fp32, which holds the sum of 1,024 products of int8 exactly (2**24 at most), because torch's
+    own integer product is an order of magnitude slower on CPUs.
+    """
+    shape = (x_int8.shape[0], weight_int8.shape[0])
+    total = torch.zeros(shape, dtype=torch.int32, device=x_int8.device)
+    pieces = zip(x_int8.split(EXACT_K, -1), weight_int8.split(EXACT_K, -1), strict=True)
+    for x, weight in pieces:
+        total += (x.float() @ weight.float().t()).int()
+    return total
 
 
 class _Replacement(nn.Module):

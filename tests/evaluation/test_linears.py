@@ -145,3 +145,14 @@ def test_torchao_layer_has_one_scale_per_row(linear, x):
     layer = linears.torchao_linear(Matrix(linear))
     near = linears.VectorWise(Matrix(linear))(x)
     torch.testing.assert_close(layer(x), near, rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize("K", [1, 1023, 1024, 1025, 3000])
+def test_the_integer_product_is_exact_up_to_the_largest_values(K):
+    x = torch.randint(-128, 128, (6, K), dtype=torch.int8)
+    x[0] = -128  # squares of 2**14, the most that fp32 has to add up exactly
+    weight = torch.randint(-128, 128, (5, K), dtype=torch.int8)
+    weight[0] = -128
+    product = linears.integer_product(x, weight)
+    assert product.dtype == torch.int32
+    assert torch.equal(product.double(), x.double() @ weight.double().t())
