@@ -254,7 +254,7 @@ def model_settings():
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--kills", type=int, help="so many random kills instead of the table")
+    parser.add_argument("--kills", type=int, help="number of random kills, instead of the table")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

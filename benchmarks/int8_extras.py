@@ -112,7 +112,7 @@ def main() -> None:
 
 def show(figures: dict[str, dict[str, Any]], batches: list[int]) -> None:
     decode = [f"decode, batch {batch}" for batch in batches]
-    heads = ["with", "BLOOM-176B, bytes", "KV bytes a token", "KV tokens on 4 x 80 GB"]
+    heads = ["with", "BLOOM-176B, bytes", "KV bytes per token", "KV tokens on 4 x 80 GB"]
     heads += ["this model, bytes", "its KV cache", *(f"{name}, tokens/s" for name in decode)]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for name, found in figures.items():

@@ -83,9 +83,9 @@ def problem(bundle: Path) -> str | None:
     found = sizes(bundle)
     changed = sorted(name for name in {*packed, *found} if packed.get(name) != found.get(name))
     if changed:
-        return f"--bundle must be as it was packed, {changed[0]} in {bundle} is not; pack it anew"
+        return f"--bundle must be as it was packed, {changed[0]} in {bundle} is not; pack it again"
     if sources != records.sources_digest():
-        return f"--bundle must be compiled from this tree's csrc, {bundle} is of another; pack anew"
+        return f"--bundle must be compiled from this tree's csrc, {bundle} is of another; repack it"
     return None
 
 
@@ -131,7 +131,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--library", type=Path, required=True, help="the compiled _ops.so")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make anew")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder to write; replaced if it exists"
+    )
     parser.add_argument("--python", default="3.12", help="version of Python there (default 3.12)")
     parser.add_argument("--architectures", default="", help="what the library was compiled for")
     args = parser.parse_args()

@@ -82,7 +82,7 @@ class FirstLight:
     def run_step(self, step: Step, left_s: float, share_s: float) -> None:
         """Runs a step within its limit, and within its share unless that is too little for it.
 
-        A step that hangs shall not take the time of those behind it.
+        A step that hangs must not take the time of the steps after it.
         """
         limit = min(step.limit_s, left_s, max(share_s, SHARES * step.least_s))
         self.records.add("begin", name=step.name, limit_s=round(limit))

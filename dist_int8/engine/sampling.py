@@ -2,7 +2,7 @@
 
 Greedy rows take the most probable token. The others go through transformers' logits processors one
 by one, each with its own random generator, so that sampling is batch-invariant. The generator is
-seeded anew for every position: a sequence that is replayed draws the same tokens again.
+seeded again for every position: a sequence that is replayed draws the same tokens again.
 """
 
 from __future__ import annotations

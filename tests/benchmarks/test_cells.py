@@ -65,7 +65,9 @@ def test_tried_cells(tmp_path):
 
     assert is_measured(None) and is_measured(None)
     assert not is_measured("ever") and not is_measured("begin")
-    runner.add("begin", name="step")  # anew, after mending: what an earlier run tried says nothing
+    runner.add(
+        "begin", name="step"
+    )  # a new run after a fix: the tries of an earlier one do not count
     assert not is_measured("ever") and is_measured("begin")
     assert not is_measured("begin")
 

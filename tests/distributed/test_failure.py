@@ -41,7 +41,7 @@ def children_of(model):
 
 
 def stream_and_hit(model, num_tokens, rank, signum, prompts, **settings):
-    """Token ids of every prompt, one rank hit by a signal after so many tokens."""
+    """Token ids of every prompt, with one rank hit by a signal after `num_tokens` tokens."""
     answers = [[] for _ in prompts]
     for count, token in enumerate(model.generate(prompts, stream=True, **settings)):
         answers[token.index].append(token.token_id)

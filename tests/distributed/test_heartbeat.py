@@ -1,4 +1,4 @@
-"""Heartbeats over real sockets: who joined, how far, who left how; strangers are hung up on."""
+"""Heartbeats over real sockets: progress, states, silence, goodbyes, and forged connections."""
 
 import os
 import socket
@@ -120,8 +120,8 @@ def test_the_stage_that_hangs_is_the_first_that_did_not_pass_the_step_on(
 def test_unidentified_connections_are_closed_and_joined_ranks_stay(monitor, pulse_of, forged):
     pulse, _ = pulse_of(1)
     host, port, token = monitor.address.split()
-    with socket.create_connection((host, int(port))) as stranger:
-        link = Link(stranger)
+    with socket.create_connection((host, int(port))) as connection:
+        link = Link(connection)
         secret = bytes.fromhex(token)
         if forged == "noise":
             link.connection.send(os.urandom(500))

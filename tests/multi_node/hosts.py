@@ -140,7 +140,7 @@ class Host(Namespace):
         return found
 
     def kill_all(self) -> None:
-        """Ends what a test may have left here; the next one shall not wait for it."""
+        """Ends what a test may have left here; so that the next one need not wait for it."""
         for pid in self.processes():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -201,7 +201,7 @@ class Network:
         """Pulls a host's cable; nothing tells the processes on either side."""
         self._switch.run("ip", "link", "set", f"s{self.hosts.index(host)}", "down")
 
-    def mend(self, host: Host) -> None:
+    def restore(self, host: Host) -> None:
         self._switch.run("ip", "link", "set", f"s{self.hosts.index(host)}", "up")
 
     @contextmanager

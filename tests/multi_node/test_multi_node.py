@@ -189,7 +189,7 @@ def test_a_link_cut_while_tokens_come(network, hostfile, tiny_llama):
         ended_s = time.monotonic() - cut
         left = [host.processes() for host in hosts]
     finally:
-        network.mend(hosts[1])
+        network.restore(hosts[1])
         for host in hosts:
             host.kill_all()
     got = json.loads(next(x for x in outputs[0][0].splitlines() if x.startswith("{")))

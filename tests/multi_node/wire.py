@@ -1,6 +1,6 @@
 """A cable with a delay: `python wire.py 0.02 s0 s1 s2` passes frames between interfaces.
 
-Whatever one interface hears, the others get after so many seconds, in order, like a hub. For
+What one interface hears the others get after a delay, in order, as from a hub. For
 kernels without netem. Needs root; ends when its standard input does.
 """
 
