@@ -1,7 +1,6 @@
-"""What a process of ours shows of the log: `-q`, `-v` and DIST_INT8_LOG.
+"""Log output of our own processes, the command line and the ranks: -q, -v and DIST_INT8_LOG.
 
-For processes that are all ours: the command line and the ranks above 0. An application that calls
-`load()` configures the logger `dist_int8` as it does any other.
+An application that calls `load()` configures the logger `dist_int8` as it does any other.
 """
 
 from __future__ import annotations
