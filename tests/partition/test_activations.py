@@ -129,7 +129,7 @@ def test_real_activations_stay_within_the_predicted_peak(
     assert predicted <= 1.35 * peak + sampling, (peak, predicted)
 
 
-def test_max_sums_bytes_equals_the_librarys_constant():
+def test_max_sums_bytes_equals_the_constant_of_the_library():
     source = (ROOT / "csrc" / "ops" / "matmul_cuda.cpp").read_text()
     megabytes = re.search(r"kMaxSumsBytes = (\d+) << 20;", source)
     assert megabytes and int(megabytes[1]) << 20 == MAX_SUMS_BYTES
