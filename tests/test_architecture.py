@@ -6,6 +6,7 @@
 import ast
 import functools
 import graphlib
+import itertools
 import os
 import subprocess
 import sys
@@ -308,3 +309,15 @@ def test_no_two_public_classes_share_a_name():
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
     assert not {name: where for name, where in places.items() if len(where) > 1}
+
+
+def test_fields_are_documented_in_the_docstring_of_their_class():
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                for member, text in itertools.pairwise(node.body):
+                    is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+                    if isinstance(member, ast.AnnAssign) and is_text:
+                        found.append(f"{path.relative_to(PACKAGE)}:{text.lineno}")
+    assert not found, "an Attributes: section, not a string below the field"

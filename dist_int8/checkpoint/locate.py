@@ -23,12 +23,15 @@ _NEVER_INT8 = ("positions",)
 
 @dataclass(frozen=True)
 class Located:
-    """A parameter of ours: its source, and the pieces it was resolved to."""
+    """A parameter of ours: its source, and the pieces it was resolved to.
+
+    Attributes:
+        hot_columns: int32 [H], the same for all pieces.
+    """
 
     source: TensorSource
     pieces: tuple[Piece, ...]
     hot_columns: Tensor | None = field(default=None, compare=False)
-    """int32 [H], the same for all pieces."""
 
     @property
     def is_int8(self) -> bool:

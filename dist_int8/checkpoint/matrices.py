@@ -15,15 +15,18 @@ from dist_int8.int8.layouts import transform_layout
 
 @dataclass(frozen=True)
 class Int8Rows:
-    """Some rows of an int8 matrix, starting at row `first` of their checkpoint tensor."""
+    """Some rows of an int8 matrix, starting at row `first` of their checkpoint tensor.
+
+    Attributes:
+        weight_int8: int8 [R, K], zero in the hot columns.
+        col_scale: fp32 [R]
+        hot_weight: floating [R, H]
+    """
 
     first: int
     weight_int8: Tensor
-    """int8 [R, K], zero in the hot columns."""
     col_scale: Tensor
-    """fp32 [R]"""
     hot_weight: Tensor | None
-    """floating [R, H]"""
 
 
 class Source:

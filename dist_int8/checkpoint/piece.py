@@ -5,18 +5,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Piece:
-    """One checkpoint tensor of a parameter, and the tensors that belong to it."""
+    """One checkpoint tensor of a parameter, and the tensors that belong to it.
+
+    Attributes:
+        shape: shape of the matrix, without the padding of its layout.
+        scale: name of the scales of an int8 matrix.
+        scale_divisor: divides the stored scales to give ours.
+        extra: other tensors, which were read already: weight_format, hot_columns.
+    """
 
     name: str
     shape: tuple[int, ...]
-    """Shape of the matrix, without the padding of its layout."""
     scale: str | None = None
-    """Name of the scales of an int8 matrix."""
     scale_divisor: float = 1.0
-    """Divides the stored scales to give ours."""
     layout: str = "row"
     extra: tuple[str, ...] = ()
-    """Other tensors, which were read already: weight_format, hot_columns."""
     hot_weight: str | None = None
 
     @property

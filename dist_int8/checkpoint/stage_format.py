@@ -13,23 +13,27 @@ from dist_int8.models.stage_slice import StageSlice
 
 @dataclass(frozen=True)
 class StageFormat:
-    """The form in which a stage holds its parameters; an int8 checkpoint decides some of it."""
+    """The form in which a stage holds its parameters; an int8 checkpoint decides some of it.
+
+    Attributes:
+        dtype: dtype of floating parameters and of hidden states. With float32, embedding and head
+            keep a 16-bit dtype that they are stored in.
+        int8: False: keep every linear in `dtype`, including what is stored in int8.
+        outlier_rule: rule of the `Int8Linear` layers.
+        outlier_threshold: threshold of that rule.
+        skip: linears that stay floating, by name component. An int8 checkpoint has its own list.
+        embedding_int8: hold the token embedding in int8 (with `int8`). An int8 checkpoint has
+            decided this.
+        max_tokens: longest sequence to prepare positions for; None: the model's own limit.
+    """
 
     dtype: torch.dtype = torch.float32
-    """Dtype of floating parameters and of hidden states. With float32, embedding and head keep a
-    16-bit dtype that they are stored in."""
     int8: bool = True
-    """False: keep every linear in `dtype`, including what is stored in int8."""
     outlier_rule: str = "absolute"
-    """Rule of the `Int8Linear` layers."""
     outlier_threshold: float = 6.0
-    """Threshold of that rule."""
     skip: Collection[str] = ("lm_head",)
-    """Linears that stay floating, by name component. An int8 checkpoint has its own list."""
     embedding_int8: bool = False
-    """Hold the token embedding in int8 (with `int8`). An int8 checkpoint has decided this."""
     max_tokens: int | None = None
-    """Longest sequence to prepare positions for; None: the model's own limit."""
 
     def make_empty_stage(self, spec: ModelSpec, stage_slice: StageSlice) -> DecoderStage:
         """Make a stage of this form with every parameter on the meta device.

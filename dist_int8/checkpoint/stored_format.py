@@ -13,20 +13,23 @@ from dist_int8.models.stage_slice import StageSlice
 
 @dataclass(frozen=True)
 class StoredFormat:
-    """The form of a checkpoint, read from its headers."""
+    """The form of a checkpoint, read from its headers.
+
+    Attributes:
+        is_int8: whether any matrix is int8.
+        skip: linears that it holds in floating point, by name component.
+        num_hot_columns: maximum number of hot columns in a linear of a block.
+        head_hot_columns: number of hot columns in the head.
+        linear_size: maximum bytes per element of what linears of blocks hold in floating point.
+        embedding_int8: whether the token embedding is int8.
+    """
 
     is_int8: bool
-    """Whether any matrix is int8."""
     skip: tuple[str, ...]
-    """Linears that it holds in floating point, by name component."""
     num_hot_columns: int
-    """Maximum number of hot columns in a linear of a block."""
     head_hot_columns: int
-    """Number of hot columns in the head."""
     linear_size: int
-    """Maximum bytes per element of what linears of blocks hold in floating point."""
     embedding_int8: bool
-    """Whether the token embedding is int8."""
 
 
 def read_stored_format(

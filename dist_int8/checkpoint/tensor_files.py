@@ -33,11 +33,14 @@ _LARGEST_READ = 1 << 30  # Linux reads at most 2 GiB at a time
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a file says about a tensor."""
+    """What a file says about a tensor.
+
+    Attributes:
+        dtype: safetensors' name: F32, BF16, F16, I8, ...
+    """
 
     shape: tuple[int, ...]
     dtype: str
-    """safetensors' name: F32, BF16, F16, I8, ..."""
 
     @property
     def num_bytes(self) -> int:

@@ -26,16 +26,19 @@ _NONE = torch.empty(0, dtype=torch.bool)  # a list of tensors has no place for N
 
 
 class BlockTensors(NamedTuple):
-    """What the op reads of one block, in the order in which it takes them."""
+    """What the op reads of one block, in the order in which it takes them.
+
+    Attributes:
+        norms: weight and bias (or None) of the first norm, then of the second.
+        linears: weight_int8, col_scale, bias, hot_columns, hot_weight (the last three or None) of
+            qkv, then of attention_output, gate_up and down.
+        caches: key_cache and value_cache of `ops.attention`, changed in place; or, of
+            `kv.attention`, values and scale of both.
+    """
 
     norms: Sequence[Tensor | None]
-    """Weight and bias (or None) of the first norm, then of the second."""
     linears: Sequence[Tensor | None]
-    """weight_int8, col_scale, bias, hot_columns, hot_weight (the last three or None) of qkv, then
-    of attention_output, gate_up and down."""
     caches: Sequence[Tensor]
-    """key_cache and value_cache of `ops.attention`, changed in place; or, of `kv.attention`, values
-    and scale of both."""
 
 
 def runs(x: Tensor) -> bool:
@@ -44,14 +47,17 @@ def runs(x: Tensor) -> bool:
 
 
 class BlockSettings(NamedTuple):
-    """What the blocks of one call have in common."""
+    """What the blocks of one call have in common.
+
+    Attributes:
+        norm_kind: as of `ops.add_norm`, of all norms.
+        outlier_threshold: of all linears.
+    """
 
     norm_eps: float
     norm_kind: str
-    """As of `ops.add_norm`, of all norms."""
     outlier_rule: str
     outlier_threshold: float
-    """Of all linears."""
     attention: AttentionArgs
 
 

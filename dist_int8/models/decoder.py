@@ -20,16 +20,19 @@ from dist_int8.models.stage_slice import StageSlice
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """The tokens of one micro-batch: T tokens of B sequences, in segment order, without padding."""
+    """The tokens of one micro-batch: T tokens of B sequences, in segment order, without padding.
+
+    Attributes:
+        token_ids: int64 [T]; only the first stage reads them.
+        segments: int32 [B, 3] on the CPU, rows (slot, start, count).
+        positions: int64 [T], position of each token in its sequence.
+        logit_rows: int64 [R], rows of the batch whose logits are wanted; None: all of them.
+    """
 
     token_ids: Tensor | None
-    """int64 [T]; only the first stage reads them."""
     segments: Tensor
-    """int32 [B, 3] on the CPU, rows (slot, start, count)."""
     positions: Tensor
-    """int64 [T], position of each token in its sequence."""
     logit_rows: Tensor | None = None
-    """int64 [R], rows of the batch whose logits are wanted; None: all of them."""
 
     @classmethod
     def from_segments(

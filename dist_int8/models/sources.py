@@ -14,15 +14,18 @@ RowOrder = Literal["as_stored", "interleaved_qkv"]
 
 @dataclass(frozen=True)
 class TensorSource:
-    """One parameter as checkpoint tensors joined along dimension 0."""
+    """One parameter as checkpoint tensors joined along dimension 0.
+
+    Attributes:
+        names: for each tensor its possible names, preferred first. Empty: filled with `fill`.
+        shapes: for each tensor the shape it must have (for a filled parameter, its own shape).
+        num_heads: heads of an interleaved fused matrix.
+    """
 
     names: tuple[tuple[str, ...], ...]
-    """For each tensor its possible names, preferred first. Empty: filled with `fill`."""
     shapes: tuple[tuple[int, ...], ...]
-    """For each tensor the shape it must have (for a filled parameter, its own shape)."""
     row_order: RowOrder = "as_stored"
     num_heads: int = 0
-    """Heads of an interleaved fused matrix."""
     fill: float = 1.0
 
     def assemble(self, tensors: list[Tensor]) -> Tensor:

@@ -14,17 +14,31 @@ Activation = Literal["silu", "relu", "gelu", "gelu_tanh", "bloom_gelu"]
 
 @dataclass(frozen=True)
 class RotarySpec:
-    """Rotary position embedding on the first `2 * len(inv_freq)` dimensions of each head."""
+    """Rotary position embedding on the first `2 * len(inv_freq)` dimensions of each head.
+
+    Attributes:
+        inv_freq: radians per position of each rotated pair, already scaled by the config's rope
+            variant.
+        attention_scaling: factor on cos and sin (yarn and longrope; 1 elsewhere).
+    """
 
     inv_freq: tuple[float, ...]
-    """Radians per position of each rotated pair, already scaled by the config's rope variant."""
     attention_scaling: float = 1.0
-    """Factor on cos and sin (yarn and longrope; 1 elsewhere)."""
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One decoder block."""
+    """One decoder block.
+
+    Attributes:
+        norm_affine: False: the norm has neither weight nor bias (weight 1, bias 0).
+        gated: True: down(activation(gate(x)) * up(x)); False: down(activation(up(x))).
+        norm_after: True: norm(x + sublayer(x)), as OPT-350m; False: x + sublayer(norm(x)).
+        parallel_residual: True: x + attention(norm_1(x)) + mlp(norm_2(x)), as GPT-NeoX.
+        residual_from_norm: True: norm(x) + sublayer(norm(x)), BLOOM's
+            apply_residual_connection_post_layernorm.
+        window: number of most recent positions a token attends to, including its own; 0: all.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -34,21 +48,15 @@ class BlockSpec:
     norm: NormKind
     norm_eps: float
     norm_affine: bool = True
-    """False: the norm has neither weight nor bias (weight 1, bias 0)."""
     activation: Activation = "silu"
     gated: bool = False
-    """True: down(activation(gate(x)) * up(x)); False: down(activation(up(x)))."""
     qkv_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
     norm_after: bool = False
-    """True: norm(x + sublayer(x)), as OPT-350m; False: x + sublayer(norm(x))."""
     parallel_residual: bool = False
-    """True: x + attention(norm_1(x)) + mlp(norm_2(x)), as GPT-NeoX."""
     residual_from_norm: bool = False
-    """True: norm(x) + sublayer(norm(x)), BLOOM's apply_residual_connection_post_layernorm."""
     window: int = 0
-    """Number of most recent positions a token attends to, including its own; 0: all."""
 
     @property
     def qkv_size(self) -> int:
@@ -58,26 +66,30 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A whole decoder-only language model."""
+    """A whole decoder-only language model.
+
+    Attributes:
+        family: the module in `models/families` that knows the tensor names.
+        model_type: transformers' model_type.
+        max_positions: maximum number of positions; None: no limit (ALiBi).
+        embedding_size: width of the token embedding and of the head's input; not hidden_size in
+            OPT-350m.
+        num_position_rows: rows of a learned position table; 0: none.
+        position_offset: row of the learned position table that belongs to position 0.
+    """
 
     family: str
-    """The module in `models/families` that knows the tensor names."""
     model_type: str
-    """transformers' model_type."""
     vocab_size: int
     hidden_size: int
     blocks: tuple[BlockSpec, ...]
     tied_head: bool
     max_positions: int | None
-    """Maximum number of positions; None: no limit (ALiBi)."""
     embedding_size: int
-    """Width of the token embedding and of the head's input; not hidden_size in OPT-350m."""
     rotary: RotarySpec | None = None
     alibi: bool = False
     num_position_rows: int = 0
-    """Rows of a learned position table; 0: none."""
     position_offset: int = 0
-    """Row of the learned position table that belongs to position 0."""
     embedding_norm: bool = False
     final_norm: bool = True
 

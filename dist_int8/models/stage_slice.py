@@ -8,14 +8,17 @@ from dist_int8.models.spec import ModelSpec
 
 @dataclass(frozen=True)
 class StageSlice:
-    """A contiguous run of a model's blocks, with what stands before and after it at the ends."""
+    """A contiguous run of a model's blocks, with what stands before and after it at the ends.
+
+    Attributes:
+        blocks: block numbers in the whole model, for example range(0, 15); may be empty.
+        first: whether it holds the embedding.
+        last: whether it holds the final norm and the head.
+    """
 
     blocks: range
-    """Block numbers in the whole model, for example range(0, 15); may be empty."""
     first: bool
-    """Whether it holds the embedding."""
     last: bool
-    """Whether it holds the final norm and the head."""
 
     @classmethod
     def whole(cls, spec: ModelSpec) -> Self:

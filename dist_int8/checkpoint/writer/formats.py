@@ -11,12 +11,15 @@ from dist_int8.models.config import INT8_VERSION
 
 @dataclass(frozen=True)
 class FloatingLinears:
-    """The linears that stay floating."""
+    """The linears that stay floating.
+
+    Attributes:
+        names: our names.
+        modules: transformers' names, all that each may have.
+    """
 
     names: Sequence[str]
-    """Our names."""
     modules: Sequence[str]
-    """transformers' names, all that each may have."""
 
 
 def make_config(

@@ -31,23 +31,26 @@ _SMALL = (".json", ".txt", ".model", ".jinja")
 
 @dataclass(frozen=True)
 class RewritePlan:
-    """Everything that goes into the new folder."""
+    """Everything that goes into the new folder.
+
+    Attributes:
+        config: config.json.
+        small_files: files to copy: tokenizer and so on.
+        shards: the tensors of each file, and what they are made from.
+        identity: what an interrupted run must have in common with this one to be continued.
+        calibration: finds hot columns before anything is written; None: there are none to find.
+        calibrates_head: whether it finds those of the head too.
+        num_bytes_read: bytes that the calibration reads.
+    """
 
     out: Path
     config: Mapping[str, Any]
-    """config.json."""
     small_files: Sequence[Path]
-    """Files to copy: tokenizer and so on."""
     shards: Sequence[Sequence[Recipe]]
-    """The tensors of each file, and what they are made from."""
     identity: Mapping[str, Any]
-    """What an interrupted run must have in common with this one to be continued."""
     calibration: Calibration | None
-    """Finds hot columns before anything is written; None: there are none to find."""
     calibrates_head: bool
-    """Whether it finds those of the head too."""
     num_bytes_read: int
-    """Bytes that the calibration reads."""
 
     @property
     def num_bytes(self) -> int:

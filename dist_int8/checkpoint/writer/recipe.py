@@ -12,15 +12,18 @@ from dist_int8.checkpoint.writer.target import TargetFormat
 
 @dataclass(frozen=True)
 class Recipe:
-    """Tensors that are made together, from one stored tensor and what belongs to it."""
+    """Tensors that are made together, from one stored tensor and what belongs to it.
+
+    Attributes:
+        hot_columns: int32 [H], as stored or chosen; None: none, or calibration finds them.
+        calibrated: our name of the linear ("blocks.0.qkv"), if calibration finds its hot columns.
+    """
 
     form: TargetFormat
     piece: Piece
     outputs: tuple[Output, ...]
     hot_columns: Tensor | None = field(compare=False)
-    """int32 [H], as stored or chosen; None: none, or calibration finds them."""
     calibrated: str | None = None
-    """Our name of the linear ("blocks.0.qkv"), if calibration finds its hot columns."""
 
     @property
     def num_bytes(self) -> int:

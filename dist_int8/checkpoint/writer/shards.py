@@ -24,11 +24,14 @@ _Sized = TypeVar("_Sized", bound="Sized")
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor to write."""
+    """A tensor to write.
+
+    Attributes:
+        dtype: safetensors' name.
+    """
 
     name: str
     dtype: str
-    """safetensors' name."""
     shape: tuple[int, ...]
 
     @property
@@ -44,11 +47,14 @@ class Output:
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that are made together and stand in one file."""
+    """Tensors that are made together and stand in one file.
+
+    Attributes:
+        made: (which of `outputs`, first row, rows), in any order, each row once.
+    """
 
     outputs: tuple[Output, ...]
     made: Iterable[tuple[int, int, Tensor]]
-    """(which of `outputs`, first row, rows), in any order, each row once."""
 
     @property
     def num_bytes(self) -> int:

@@ -12,17 +12,20 @@ TargetFormat = Literal["dist_int8", "bitsandbytes", "floating"]
 
 @dataclass(frozen=True)
 class Target:
-    """The form of a rewritten checkpoint; parameters go by our names ("blocks.0.qkv.weight")."""
+    """The form of a rewritten checkpoint; parameters go by our names ("blocks.0.qkv.weight").
+
+    Attributes:
+        quantized: parameters that are int8 in it.
+        hot_columns: input features that quantized parameters keep exactly.
+        calibration: finds hot columns instead, when the job runs.
+        dtype: dtype of all floating parameters ("float16"); None: as stored.
+    """
 
     form: TargetFormat
     quantized: AbstractSet[str] = frozenset()
-    """Parameters that are int8 in it."""
     hot_columns: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    """Input features that quantized parameters keep exactly."""
     calibration: Calibration | None = None
-    """Finds hot columns instead, when the job runs."""
     dtype: str | None = None
-    """Dtype of all floating parameters ("float16"); None: as stored."""
 
     def is_calibrated(self, parameter: str) -> bool:
         """Whether calibration finds the hot columns of a parameter."""
