@@ -96,7 +96,7 @@ def _load_stage(
 def _find_hot_columns(
     prepared: Prepared, place: StagePlan, stage_slice: StageSlice, shown: bool
 ) -> dict[str, list[int]]:
-    """Find the hot columns of this stage's linears.
+    """Finds the hot columns of this stage's linears.
 
     Every rank streams the blocks up to its own, at the same time: no rank waits for another, not
     even when one is restarted.

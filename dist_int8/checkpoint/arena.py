@@ -34,7 +34,7 @@ class Arena:
         self._used = 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Allocate a contiguous tensor, aligned to 64 bytes."""
+        """Allocates a contiguous tensor, aligned to 64 bytes."""
         count = math.prod(shape)
         num_bytes = count * dtype.itemsize
         if not self._cuts or not 0 < num_bytes < LARGE:

@@ -46,7 +46,7 @@ class Calibration:
 def make_calibration(
     folder: str | Path, spec: ModelSpec, calibrate: str, num_hot_columns: int
 ) -> Calibration | None:
-    """Make the calibration that the settings ask for; None: off, or without hot columns.
+    """Makes the calibration that the settings ask for; None: off, or without hot columns.
 
     Args:
         folder: of the checkpoint; its tokenizer reads a text.
@@ -97,7 +97,7 @@ def find_hot_columns(
     allow_pickle: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, list[int]]:
-    """Find the input features of a stage's linears with the largest magnitude over the tokens.
+    """Finds the input features of a stage's linears with the largest magnitude over the tokens.
 
     Memory: one block in `dtype` and the hidden states [tokens, hidden]. Reads every block once.
 
@@ -167,7 +167,7 @@ class _CalibrationRun:
         ]
 
     def run_block(self, index: int) -> dict[str, Tensor]:
-        """Run the next block; return the largest magnitude of each linear's inputs, fp32 [K]."""
+        """Runs the next block; returns the largest magnitude of each linear's inputs, fp32 [K]."""
         loader = self._loader
         stage = loader.load(StageSlice(range(index, index + 1), first=False, last=False))
         caches = _OneBlock(loader.spec, index, self._window, stage.dtype, loader.device)
@@ -179,14 +179,14 @@ class _CalibrationRun:
         return {f"blocks.{index}.{name}": absmax for name, absmax in largest.items()}
 
     def measure_head_input(self) -> Tensor:
-        """Return the largest magnitude of the head's inputs, fp32 [K], after the last block."""
+        """Returns the largest magnitude of the head's inputs, fp32 [K], after the last block."""
         # Its norm is not among the bytes announced.
         stage = replace(self._loader, progress=None).load_before_head()
         inputs = (stage.before_head(hidden).float().abs().amax(0) for hidden in self._hidden_states)
         return torch.stack(list(inputs)).amax(0)
 
     def choose_columns(self, name: str, absmax: Tensor) -> list[int]:
-        """Return the features with the largest magnitude, ascending."""
+        """Returns the features with the largest magnitude, ascending."""
         if not absmax.isfinite().all():
             raise ValueError(
                 f"calibrate: activations must be finite, got NaN or Inf before {name}; the model "
@@ -196,7 +196,7 @@ class _CalibrationRun:
 
 
 def _watch(block: nn.Module) -> dict[str, Tensor]:
-    """Make a dictionary that will hold the largest magnitude of every input feature, fp32 [K]."""
+    """Makes a dictionary that will hold the largest magnitude of every input feature, fp32 [K]."""
     largest: dict[str, Tensor] = {}
 
     def note(name: str, x: Tensor) -> None:

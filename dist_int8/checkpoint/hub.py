@@ -28,7 +28,7 @@ def resolve_model(
     allow_pickle: bool = False,
     weights: bool = True,
 ) -> Path:
-    """Find the local folder of a model, downloading it if need be.
+    """Finds the local folder of a model, downloading it if need be.
 
     Args:
         model: a folder, or a hub id ("organization/name"), whose config, tokenizer and safetensors
@@ -68,7 +68,7 @@ def resolve_model(
 def _list_weight_files(
     model: str, commit: str | None, folder: Path, allow_pickle: bool
 ) -> list[str]:
-    """List the files that the reader will open."""
+    """Lists the files that the reader will open."""
     candidates = [(SINGLE, INDEX)] + [(PICKLE_SINGLE, PICKLE_INDEX)] * allow_pickle
     for single, index in candidates:
         if (folder / index).is_file():

@@ -33,7 +33,7 @@ def load_stage(
     progress: Callable[[int], object] | None = None,
     allow_pickle: bool = False,
 ) -> DecoderStage:
-    """Build a stage and fill it from a checkpoint.
+    """Builds a stage and fills it from a checkpoint.
 
     The stage is made on the meta device; then each parameter gets its place on `device` and is
     filled from its checkpoint tensors by slices of some MiB, quantized there as they arrive. Host
@@ -75,14 +75,14 @@ class StageLoader:
     def load(
         self, stage_slice: StageSlice, hot_columns: Mapping[str, Sequence[int]] | None = None
     ) -> DecoderStage:
-        """Load a stage."""
+        """Loads a stage."""
         stage, filler = self._begin(stage_slice)
         with torch.no_grad():
             filler.fill(hot_columns or {})
         return stage.eval()
 
     def load_embedding_rows(self, rows: Tensor) -> DecoderStage:
-        """Load a first stage without blocks and with some rows of the floating embedding.
+        """Loads a first stage without blocks and with some rows of the floating embedding.
 
         Args:
             rows: their numbers, int64 [U], ascending. Row i of the stage's embedding is `rows[i]`.
@@ -94,14 +94,14 @@ class StageLoader:
         return stage.eval()
 
     def load_before_head(self) -> DecoderStage:
-        """Load a last stage without blocks and head, for its `before_head`."""
+        """Loads a last stage without blocks and head, for its `before_head`."""
         stage, filler = self._begin(StageSlice(range(0), first=False, last=True))
         with torch.no_grad():
             filler.fill({}, without=HEAD)
         return stage.eval()
 
     def _begin(self, stage_slice: StageSlice) -> tuple[DecoderStage, StageFiller]:
-        """Make a stage that is empty, and what fills it."""
+        """Makes a stage that is empty, and what fills it."""
         reader = CheckpointReader(self.folder, allow_pickle=self.allow_pickle, complete=False)
         located = locate(reader, self.spec, stage_slice)
         stage_format = self.stage_format
@@ -122,7 +122,7 @@ class StageLoader:
 def count_stage_bytes(
     folder: str | Path, spec: ModelSpec, stage_slice: StageSlice, *, allow_pickle: bool = False
 ) -> int:
-    """Count the checkpoint bytes that loading a stage reads, each tensor once.
+    """Counts the checkpoint bytes that loading a stage reads, each tensor once.
 
     Raises:
         ValueError: as `load_stage`.

@@ -78,7 +78,7 @@ def is_int8(folder: str | Path, allow_pickle: bool = False) -> bool:
 def locate(
     reader: CheckpointReader, spec: ModelSpec, stage_slice: StageSlice
 ) -> dict[str, Located]:
-    """Locate every parameter of the stage, keyed as `models.tensor_sources` does.
+    """Locates every parameter of the stage, keyed as `models.tensor_sources` does.
 
     Raises:
         ValueError: one error with every damaged file, all that is missing, misshapen or of a wrong
@@ -101,7 +101,7 @@ def locate(
 
 
 def _find_lost_hot_columns(reader: CheckpointReader, located: dict[str, Located]) -> list[str]:
-    """Find linears that lack the hot columns config.json promises; int8 weights leave those out."""
+    """Finds linears without the hot columns of config.json; int8 weights leave those out."""
     path = reader.folder / "config.json"
     fields = json.loads(path.read_text()) if path.is_file() else {}
     written = fields.get("quantization_config")

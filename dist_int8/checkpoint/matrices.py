@@ -56,13 +56,13 @@ class Source:
         self._quantizer = _Quantizer()
 
     def read(self, name: str) -> Tensor:
-        """Read a whole (small) tensor."""
+        """Reads a whole (small) tensor."""
         tensor = self.reader.read(name)
         self._report(name, tensor, whole=True)
         return tensor.to(self._device)
 
     def floating(self, piece: Piece, hot_columns: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-        """Yield rows in order, in their stored floating dtype, or fp32 if stored in int8."""
+        """Yields rows in order, in their stored floating dtype, or fp32 if stored in int8."""
         if piece.scale is None:
             for first, rows in self._slices(piece.name):
                 self._check_finite(piece.name, first, rows)
@@ -75,7 +75,7 @@ class Source:
             yield part.first, rows
 
     def int8(self, piece: Piece, hot_columns: Tensor | None = None) -> Iterator[Int8Rows]:
-        """Yield rows in order as int8: as they are stored, or quantized as they arrive.
+        """Yields rows in order as int8: as they are stored, or quantized as they arrive.
 
         A floating piece keeps `hot_columns` exactly and leaves them out of the scales.
         """
@@ -117,7 +117,7 @@ class Source:
             yield Int8Rows(first, rows, scale[first:end], hot)
 
     def _from_layout(self, piece: Piece) -> Iterator[tuple[int, Tensor]]:
-        """Yield rows of a tiled matrix, which is read whole: its rows are spread over the file."""
+        """Yields rows of a tiled matrix, which is read whole: its rows are spread over the file."""
         num_rows, num_columns = piece.shape
         tiled = self.read(piece.name)
         matrix = transform_layout(tiled, piece.layout, "row", (num_rows, num_columns))

@@ -29,7 +29,7 @@ def make_random_stage(
     vocab_dtype: torch.dtype = torch.float32,
     num_hot_columns: int = 0,
 ) -> DecoderStage:
-    """Make the stage that `load_stage` builds, with random weights and without a checkpoint.
+    """Makes the stage that `load_stage` builds, with random weights and without a checkpoint.
 
     The weights are made on `device` itself: nothing passes through host memory. A parameter is the
     same whichever stage it is in, on the same kind of device: the seed is its name.

@@ -92,7 +92,7 @@ class CheckpointReader:
                 self._take(file, listed, problems)
 
     def _take(self, file: str, listed: list[str] | None, problems: list[str]) -> None:
-        """Add the tensors of a file: those that the index lists there, or all."""
+        """Adds the tensors of a file: those that the index lists there, or all."""
         path = self.folder / file
         try:
             opened: TensorFile = (
@@ -121,25 +121,25 @@ class CheckpointReader:
         return name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor, from the header."""
+        """Returns the shape of a tensor, from the header."""
         return self._tensors[name].shape
 
     def dtype(self, name: str) -> str:
-        """Return safetensors' dtype name of a tensor (F32, BF16, F16, I8, ...), from the header."""
+        """Returns the dtype of a tensor as the header names it (F32, BF16, F16, I8, ...)."""
         return self._tensors[name].dtype
 
     def num_bytes(self, name: str) -> int:
-        """Return the stored size of a tensor in bytes, from the header."""
+        """Returns the stored size of a tensor in bytes, from the header."""
         return self._tensors[name].num_bytes
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor in its stored dtype, on the CPU."""
+        """Reads a tensor in its stored dtype, on the CPU."""
         out = torch.empty(self.shape(name), dtype=TORCH_DTYPES[self.dtype(name)])
         self._files[name].read_into(name, 0, out)
         return out
 
     def slices(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """Yield the tensor's rows in order, in slices of about SLICE elements: first row, rows.
+        """Yields the tensor's rows in order, in slices of about SLICE elements: first row, rows.
 
         All slices share the same memory: copy what you keep.
         """

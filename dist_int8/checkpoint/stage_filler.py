@@ -35,7 +35,7 @@ class StageFiller:
         self._arena = arena
 
     def fill(self, hot_columns: Mapping[str, Sequence[int]], without: str | None = None) -> None:
-        """Fill every parameter.
+        """Fills every parameter.
 
         Args:
             hot_columns: input features that a linear keeps exactly, by its name.
@@ -57,7 +57,7 @@ class StageFiller:
                 module.bias = self._read_floating(entry, self._stage.dtype)
 
     def fill_floating(self, target: str, only: Tensor | None = None) -> None:
-        """Fill a floating parameter; `only` its rows of these numbers, int64, ascending."""
+        """Fills a floating parameter; `only` its rows of these numbers, int64, ascending."""
         path, _, kind = target.rpartition(".")
         entry = self._located[target]
         filled = self._read_floating(entry, self._choose_dtype(path, entry), only)
@@ -123,7 +123,7 @@ class StageFiller:
 
 
 def _list_beginnings(entry: Located) -> list[tuple[int, Piece]]:
-    """List each piece with the number of stored rows before it."""
+    """Lists each piece with the number of stored rows before it."""
     begin, beginnings = 0, []
     for piece in entry.pieces:
         beginnings.append((begin, piece))
@@ -132,7 +132,7 @@ def _list_beginnings(entry: Located) -> list[tuple[int, Piece]]:
 
 
 def _put(out: Tensor, order: Tensor | None, first: int, rows: Tensor) -> None:
-    """Copy stored rows to their places."""
+    """Copies stored rows to their places."""
     end = first + len(rows)
     if order is None:
         out[first:end] = rows

@@ -36,7 +36,7 @@ class StageFormat:
     max_tokens: int | None = None
 
     def make_empty_stage(self, spec: ModelSpec, stage_slice: StageSlice) -> DecoderStage:
-        """Make a stage of this form with every parameter on the meta device.
+        """Makes a stage of this form with every parameter on the meta device.
 
         Raises:
             ValueError: blocks or max_tokens beyond the model, or an unknown rule.

@@ -35,7 +35,7 @@ class StoredFormat:
 def read_stored_format(
     folder: str | Path, spec: ModelSpec, *, allow_pickle: bool = False
 ) -> StoredFormat:
-    """Read from the headers what the checkpoint holds.
+    """Reads from the headers what the checkpoint holds.
 
     Raises:
         ValueError: as `load_stage`, for the whole model.
@@ -61,7 +61,7 @@ def read_stored_format(
 
 
 def list_floating_linears(located: dict[str, Located]) -> tuple[str, ...]:
-    """List the linears that the checkpoint holds in floating point, by our names."""
+    """Lists the linears that the checkpoint holds in floating point, by our names."""
     return tuple(
         target.removesuffix(".weight")
         for target, entry in located.items()

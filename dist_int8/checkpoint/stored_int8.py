@@ -41,7 +41,7 @@ class StoredInt8:
         self._problems = problems
 
     def settle(self) -> tuple[Piece, Tensor | None]:
-        """Check everything; return the piece and its hot columns, int32 [H]."""
+        """Checks everything; returns the piece and its hot columns, int32 [H]."""
         layout = self._read_layout()
         self._check_shape(layout)
         scale = self._choose_scale()
@@ -79,7 +79,7 @@ class StoredInt8:
             )
 
     def _choose_scale(self) -> str:
-        """Return the name of the scales."""
+        """Returns the name of the scales."""
         base = self._base
         scales = [base + kind for kind in ("col_scale", "SCB") if self._has(kind)]
         if len(scales) != 1:

@@ -56,7 +56,7 @@ class TensorFile(Protocol):
         ...
 
     def read_into(self, name: str, first: int, out: Tensor) -> None:
-        """Fill `out` (contiguous, on the CPU, of the stored dtype) with rows from `first` on."""
+        """Fills `out` (contiguous, on the CPU, of the stored dtype) with rows from `first` on."""
         ...
 
 
@@ -106,12 +106,12 @@ class SafetensorsFile:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """View the memory of a contiguous tensor on the CPU as bytes."""
+    """Views the memory of a contiguous tensor on the CPU as bytes."""
     array: Any = tensor.view(-1).view(torch.uint8).numpy()
     return memoryview(array)
 
 
 def describe_damage(path: Path, error: Exception) -> str:
-    """Describe in one line what is wrong with a file."""
+    """Describes in one line what is wrong with a file."""
     reason = " ".join((str(error) or type(error).__name__).split())
     return f"damaged or truncated file {path.name} ({path.stat().st_size} bytes): {reason}"

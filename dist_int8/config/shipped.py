@@ -8,7 +8,7 @@ _PARENTS = (_PACKAGE, _PACKAGE.parent)
 
 
 def find_shipped(path: str | Path) -> Path | str:
-    """Find configs/... among the shipped files, unless the working directory has it.
+    """Finds configs/... among the shipped files, unless the working directory has it.
 
     Any other path, a hub id among them, is returned as it is.
     """

@@ -16,7 +16,7 @@ def convert(
     skip: Collection[str] = ("lm_head",),
     hot_columns: Mapping[str, Sequence[int]] | None = None,
 ) -> nn.Module:
-    """Swap every `nn.Linear` inside `module` for an `Int8Linear`, in place; return `module`.
+    """Swaps every `nn.Linear` inside `module` for an `Int8Linear`, in place; returns `module`.
 
     Subclasses of `nn.Linear` are left alone, because they may do more than a product. A linear used
     under two names stays one layer. Each floating weight is freed as soon as its linear is swapped,
@@ -60,7 +60,7 @@ def is_skipped(qualified_name: str, skip: Collection[str]) -> bool:
 
 
 def _places(module: nn.Module, skip: Collection[str]) -> list[list[str]]:
-    """List, for every linear to swap, the qualified names that it has.
+    """Lists, for every linear to swap, the qualified names that it has.
 
     It does not hold the linears themselves: that would keep all their weights alive to the end.
     """

@@ -23,7 +23,7 @@ _COMPILED_FOR_CUDA = _COMPILED and has_kernel("transform_layout", "CUDA")
 
 
 def stored_shape(layout: str, rows: int, cols: int) -> tuple[int, int]:
-    """Return the shape of the contiguous tensor that holds a [rows, cols] matrix: whole tiles."""
+    """Returns the shape of the contiguous tensor that holds a [rows, cols] matrix: whole tiles."""
     index = _index("layout", layout)
     tile_rows, tile_cols = TILE_ROWS[LAYOUTS[index]], TILE_COLS[LAYOUTS[index]]
     return -(-rows // tile_rows) * tile_rows, -(-cols // tile_cols) * tile_cols

@@ -20,7 +20,7 @@ _error: str | None = None
 
 
 def load() -> bool:
-    """Load the library if there is one and describe its ops to torch.compile; tell if it is loaded.
+    """Loads the library and describes its ops to torch.compile; returns whether there is one.
 
     Raises:
         ImportError: the library that DIST_INT8_LIBRARY names is not there or does not load.
@@ -62,7 +62,7 @@ def _named(path: str) -> str:
 
 
 def library_info() -> dict[str, Any]:
-    """Describe what was loaded, for `dist-int8 doctor`.
+    """Describes what was loaded, for `dist-int8 doctor`.
 
     path: of the library, or None. error: why it is not loaded, or None. cpu_instruction_set:
     "avx512_vnni", "avx2" or "generic", chosen at run time (None without a library). cpu_ops,

@@ -74,7 +74,7 @@ class Int8Linear(Int8Module):
         outlier_rule: str = "absolute",
         hot_columns: Sequence[int] | Tensor | None = None,
     ) -> Self:
-        """Make the int8 layer of a floating one (which stays unchanged), on the same device.
+        """Makes the int8 layer of a floating one (which stays unchanged), on the same device.
 
         The defaults are the paper's. A linear on the meta device gives a layer on the meta device.
         Raises ValueError for an unknown rule, a bad threshold, or hot columns that are repeated or
@@ -101,7 +101,7 @@ class Int8Linear(Int8Module):
 
     @torch.no_grad()
     def quantize_(self, weight: Tensor, bias: Tensor | None = None) -> Self:
-        """Fill the layer from a floating weight [N, K] and bias [N]; return it.
+        """Fills the layer from a floating weight [N, K] and bias [N]; return it.
 
         A layer on the meta device moves to the device of `weight`; any other stays where it is. The
         bias and the hot weights keep the dtype they come in. Raises ValueError for another shape or
@@ -144,7 +144,7 @@ class Int8Linear(Int8Module):
         return self
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the floating weight [N, K], within col_scale / 2; hot columns are exact."""
+        """Returns the floating weight [N, K], within col_scale / 2; hot columns are exact."""
         weight = reference.dequantize_weight(self.weight_int8, self.col_scale, dtype)
         if self.hot_columns is not None and self.hot_weight is not None:
             weight[:, self.hot_columns.long()] = self.hot_weight.to(dtype)
@@ -195,7 +195,7 @@ class Int8Linear(Int8Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Make room for the hot columns of the state in a layer that was made without any."""
+        """Makes room for the hot columns of the state in a layer that was made without any."""
         columns = state_dict.get(prefix + "hot_columns")
         weight = state_dict.get(prefix + "hot_weight")
         if columns is not None and weight is not None:

@@ -44,7 +44,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def check_segments(
     rows: list[list[int]], key_cache: Tensor, cos: Tensor | None, op: str = "attention"
 ) -> None:
-    """Raise ValueError for a (slot, start, count) outside the caches or the tables."""
+    """Raises ValueError for a (slot, start, count) outside the caches or the tables."""
     num_slots, _, _, max_tokens = key_cache.shape
     limit = max_tokens if cos is None else min(max_tokens, cos.shape[0])
     for b, (slot, start, count) in enumerate(rows):
@@ -61,7 +61,7 @@ def check_segments(
 
 
 def check_cover(rows: list[list[int]], num_tokens: int, op: str = "attention") -> None:
-    """Raise ValueError where segments do not add up to the rows of qkv."""
+    """Raises ValueError where segments do not add up to the rows of qkv."""
     covered = sum(count for _, _, count in rows)
     if covered != num_tokens:
         raise ValueError(
@@ -144,7 +144,7 @@ def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
 def _write_int8(
     key: Tensor, value: Tensor, caches: tuple[Tensor, Tensor, Tensor, Tensor], rows: list[list[int]]
 ) -> None:
-    """Round key and value fp32 [T, KV, D] of the segments `rows` into int8 caches."""
+    """Rounds key and value fp32 [T, KV, D] of the segments `rows` into int8 caches."""
     key_cache, key_scale, value_cache, value_scale = caches
     new_keys, new_key_scale = quantize_heads(key)
     new_values, new_value_scale = quantize_heads(value)

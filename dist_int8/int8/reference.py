@@ -285,7 +285,7 @@ def _divide(values: Tensor, by: int) -> Tensor:
 
 
 def check_matrix(op: str, argument: str, value: Tensor) -> None:
-    """Raise ValueError unless `value` is a floating matrix."""
+    """Raises ValueError unless `value` is a floating matrix."""
     if value.dim() != 2:
         raise ValueError(
             f"{op}: {argument} must be a matrix, got shape {list(value.shape)}; "

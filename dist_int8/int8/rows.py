@@ -175,7 +175,7 @@ def _has_kernels(x: Tensor) -> bool:
 
 
 def norm_kind_index(op: str, kind: str) -> int:
-    """Return norm_kind of the compiled ops; ValueError for an unknown one."""
+    """Returns norm_kind of the compiled ops; ValueError for an unknown one."""
     norm_kind = _KINDS.get(kind)
     if norm_kind is None:
         raise ValueError(f"{op}: kind must be 'rms' or 'layer', got {kind!r}; choose one of them")
@@ -183,7 +183,7 @@ def norm_kind_index(op: str, kind: str) -> int:
 
 
 def rule_index(outlier_rule: str, outlier_threshold: float) -> int:
-    """Return outlier_rule of the compiled ops; ValueError for an unknown one."""
+    """Returns outlier_rule of the compiled ops; ValueError for an unknown one."""
     index = _RULES.get(outlier_rule)
     if index is None:
         reference.check_outlier_rule(outlier_rule, outlier_threshold)
@@ -201,7 +201,7 @@ if _activation_quantize is not None:
         outlier_threshold: float,
         hot_columns: Tensor | None,
     ) -> list[Tensor]:
-        """Run torch's own activation, as a model on CPUs does: the result has to equal that."""
+        """Runs torch's own activation, as a model on CPUs does: the result has to equal that."""
         if not 0 <= activation < len(ACTIVATIONS):
             raise ValueError(
                 f"activation_quantize: activation must be 0 to {len(ACTIVATIONS) - 1}, got "

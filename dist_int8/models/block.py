@@ -52,14 +52,14 @@ class Norm(nn.Module):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return (norm(x + residual), x + residual), both [T, hidden]."""
+        """Returns (norm(x + residual), x + residual), both [T, hidden]."""
         # Not self.weight and self.bias: nn.Module.__getattr__ costs about 1 us for each.
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         assert weight is not None
         return ops.add_norm(x, residual, weight, bias, self.eps, self.kind)
 
     def before(self, linear: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[Input, Tensor]:
-        """Return (norm(x + residual) as `linear` takes it, x + residual [T, hidden])."""
+        """Returns (norm(x + residual) as `linear` takes it, x + residual [T, hidden])."""
         if not _takes_rows(linear, x):
             return self(x, residual)
         weight, bias = self._parameters["weight"], self._parameters["bias"]
@@ -137,7 +137,7 @@ class DecoderBlock(nn.Module):
         value_cache: Cache,
         tables: PositionTables,
     ) -> tuple[Tensor, Tensor | None]:
-        """Run the block and write this micro-batch's keys and values into the caches.
+        """Runs the block and writes this micro-batch's keys and values into the caches.
 
         Args:
             x: [T, hidden].

@@ -54,7 +54,7 @@ _LARGEST_SIZE = 131072  # of K in one int8 product; no model has as many blocks
 
 
 def load_config(model: str | Path) -> PretrainedConfig:
-    """Read the config of a model folder or of a hub id ("organization/name").
+    """Reads the config of a model folder or of a hub id ("organization/name").
 
     `auto_map` and any Python file beside the config are ignored: only transformers' own config
     classes of the supported families are used.
@@ -109,7 +109,7 @@ def _fetch_fields(model: str | Path) -> Any:
 
 
 def _check_fields(where: str, fields: Any) -> None:
-    """Refuse what transformers' config classes would accept or fail on without a clear message."""
+    """Refuses what transformers' config classes would accept or fail on without a clear message."""
     if not isinstance(fields, dict):
         raise ValueError(
             f"{where}: must be a JSON object, got {type(fields).__name__}; download the file again"
@@ -135,7 +135,7 @@ def _check_fields(where: str, fields: Any) -> None:
 
 
 def describe(config: PretrainedConfig) -> ModelSpec:
-    """Describe a transformers config as a `ModelSpec`.
+    """Describes a transformers config as a `ModelSpec`.
 
     Raises:
         ValueError: an unknown family, or a field that asks for something our block does not
@@ -188,7 +188,7 @@ def _is_language_model(architecture: str) -> bool:
 
 
 def tensor_sources(spec: ModelSpec, stage_slice: StageSlice) -> dict[str, TensorSource]:
-    """Return the source of every parameter of a stage, keyed by the stage's own parameter names.
+    """Returns the source of every parameter of a stage, keyed by the stage's own parameter names.
 
     Names are accepted with and without the family's base-model prefix. Under a tied head,
     embedding and head may each be read from the other's tensor if their own is absent.
@@ -227,5 +227,5 @@ def tensor_sources(spec: ModelSpec, stage_slice: StageSlice) -> dict[str, Tensor
 
 
 def ignored_tensors(spec: ModelSpec) -> tuple[str, ...]:
-    """Return regular expressions of checkpoint tensors to ignore, such as old mask buffers."""
+    """Returns regular expressions of checkpoint tensors to ignore, such as old mask buffers."""
     return BY_NAME[spec.family].IGNORED

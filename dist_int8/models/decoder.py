@@ -42,7 +42,7 @@ class TokenBatch:
         logit_rows: Iterable[int] | Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> Self:
-        """Make a batch from Python numbers or tensors.
+        """Makes a batch from Python numbers or tensors.
 
         Args:
             token_ids: T token ids, or None on a stage that is not the first.
@@ -73,7 +73,7 @@ class LayerCaches(Protocol):
     """What a stage needs from a KV cache."""
 
     def layer(self, index: int) -> tuple[Cache, Cache]:
-        """Return the caches of the stage's block `index` (from 0).
+        """Returns the caches of the stage's block `index` (from 0).
 
         Key [S, KV, D, L] and value [S, KV, L, D], or both as `Int8KV`.
         """
@@ -130,7 +130,7 @@ class DecoderStage(nn.Module):
         dtype: torch.dtype = torch.float32,
         max_tokens: int | None = None,
     ) -> Self:
-        """Make the same stage with all parameters on the meta device (position tables are real)."""
+        """Makes the stage with all parameters on the meta device (position tables are real)."""
         with init_empty_weights(include_buffers=False):
             return cls(spec, stage_slice, dtype, max_tokens)
 
@@ -154,7 +154,7 @@ class DecoderStage(nn.Module):
         self.lm_head = nn.Linear(spec.embedding_size, spec.vocab_size, bias=False)
 
     def make_embedding_int8(self) -> None:
-        """Replace the embedding of a first stage with an `Int8Embedding` without content."""
+        """Replaces the embedding of a first stage with an `Int8Embedding` without content."""
         if self.slice.first:
             shape = (self.spec.vocab_size, self.spec.embedding_size)
             self.embedding = Int8Embedding(*shape, device="meta")
@@ -176,7 +176,7 @@ class DecoderStage(nn.Module):
         self.register_buffer("alibi_slopes", slopes, persistent=False)
 
     def move_tables(self, device: torch.device | str) -> None:
-        """Move the position tables, which are real even while the parameters are meta."""
+        """Moves the position tables, which are real even while the parameters are meta."""
         for name, table in self.named_buffers(recurse=False):
             setattr(self, name, table.to(device))
 
@@ -209,7 +209,7 @@ class DecoderStage(nn.Module):
         return head(x).float()
 
     def before_head(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Compute the input of the head: x + residual [R, hidden] -> [R, embedding]."""
+        """Computes the input of the head: x + residual [R, hidden] -> [R, embedding]."""
         if self.spec.final_norm:
             x, _ = self.final_norm(x, residual)
         elif residual is not None:
@@ -221,7 +221,7 @@ class DecoderStage(nn.Module):
     def forward(
         self, batch: TokenBatch, hidden_states: Tensor | None, kv_cache: LayerCaches
     ) -> Tensor:
-        """Run one micro-batch through the stage, extending the KV cache in place.
+        """Runs one micro-batch through the stage, extending the KV cache in place.
 
         Args:
             batch: T tokens; positions must be below the stage's max_tokens and the cache's length.

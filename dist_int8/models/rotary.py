@@ -19,7 +19,7 @@ _LENGTH_KEY = {"dynamic": "max_position_embeddings", "longrope": "original_max_p
 
 
 def check_one_set(parameters: Any) -> None:
-    """Refuse rope parameters that differ between layers; some releases of transformers fail there.
+    """Refuses rope parameters that differ between layers; some releases of transformers fail there.
 
     Raises:
         ValueError: they are per layer type.
@@ -36,7 +36,7 @@ def check_one_set(parameters: Any) -> None:
 
 
 def describe_rotary(config: Any, head_dim: int, max_positions: int) -> tuple[RotarySpec, int]:
-    """Read a config's `rope_parameters`.
+    """Reads a config's `rope_parameters`.
 
     Args:
         config: transformers config with `rope_parameters` (transformers >= 5 builds it for old
@@ -84,14 +84,14 @@ def describe_rotary(config: Any, head_dim: int, max_positions: int) -> tuple[Rot
 
 
 def make_rotary_tables(rotary: RotarySpec, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute cos and sin of every position, each fp32 [num_positions, R/2] on the CPU."""
+    """Computes cos and sin of every position, each fp32 [num_positions, R/2] on the CPU."""
     inv_freq = torch.tensor(rotary.inv_freq, dtype=torch.float32)
     angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * inv_freq
     return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
 
 
 def alibi_slopes(num_heads: int) -> torch.Tensor:
-    """Compute ALiBi slopes, fp32 [num_heads], as in Press et al. 2022, section 3, and BLOOM.
+    """Computes ALiBi slopes, fp32 [num_heads], as in Press et al. 2022, section 3, and BLOOM.
 
     The first 2^k heads take the geometric sequence with ratio 2^(-8/2^k); the others every second
     member of the sequence for twice as many heads.

@@ -1,4 +1,4 @@
-"""Run the blocks of a stage, neighbours in one call where `int8/decoder_blocks.py` has them."""
+"""Runs the blocks of a stage, neighbours in one call where `int8/decoder_blocks.py` has them."""
 
 from collections.abc import Callable, Iterable
 from itertools import groupby
@@ -29,7 +29,7 @@ def run_blocks(
     caches_of: Callable[[int], tuple[Cache, Cache]],
     tables: PositionTables,
 ) -> Hidden:
-    """Run x [T, hidden] through blocks, whose caches are `caches_of(0)`, ... -> (x, residual)."""
+    """Runs x [T, hidden] through blocks, whose caches are `caches_of(0)`, ... -> (x, residual)."""
     residual: Tensor | None = None
     numbered = [(block, *caches_of(index)) for index, block in enumerate(blocks)]
     if numbered and isinstance(numbered[0][1], Tensor):  # once for all blocks

@@ -29,7 +29,7 @@ class TensorSource:
     fill: float = 1.0
 
     def assemble(self, tensors: list[Tensor]) -> Tensor:
-        """Join the tensors (in the order of `names`) into the parameter, in their own dtype."""
+        """Joins the tensors (in the order of `names`) into the parameter, in their own dtype."""
         if not self.names:
             return torch.full(self.shapes[0], self.fill)
         joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
@@ -41,12 +41,12 @@ class TensorSource:
 
 
 def tensor(name: str, *shape: int) -> TensorSource:
-    """Describe a parameter that is stored as one tensor."""
+    """Describes a parameter that is stored as one tensor."""
     return TensorSource(((name,),), (shape,))
 
 
 def filled(value: float, *shape: int) -> TensorSource:
-    """Describe a parameter that the checkpoint does not hold."""
+    """Describes a parameter that the checkpoint does not hold."""
     return TensorSource((), (shape,), fill=value)
 
 
@@ -60,7 +60,7 @@ def linear(
     row_order: RowOrder = "as_stored",
     num_heads: int = 0,
 ) -> dict[str, TensorSource]:
-    """Describe weight and bias of one linear of ours, made of the checkpoint's linears `names`.
+    """Describes weight and bias of one linear of ours, made of the checkpoint's linears `names`.
 
     Args:
         target: our linear's name within the block.
@@ -87,7 +87,7 @@ def linear(
 
 
 def norm(target: str, name: str, size: int, affine: bool = True) -> dict[str, TensorSource]:
-    """Describe weight and bias of a LayerNorm; one and zero if it has none."""
+    """Describes weight and bias of a LayerNorm; one and zero if it has none."""
     if affine:
         return {
             f"{target}.weight": tensor(f"{name}.weight", size),

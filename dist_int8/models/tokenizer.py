@@ -14,7 +14,7 @@ _BYTES_PER_TOKEN = 64
 def load_tokenizer(
     model: str | Path, *, gguf_file: str | None = None, advice: str = "add its files"
 ) -> Any:
-    """Load transformers' tokenizer of a model.
+    """Loads transformers' tokenizer of a model.
 
     Args:
         model: folder or hub id.
@@ -35,7 +35,7 @@ def load_tokenizer(
 
 
 def read_tokens(folder: str | Path, path: str | Path, max_tokens: int) -> Tensor:
-    """Read the first tokens of a text file, int64 [up to `max_tokens`].
+    """Reads the first tokens of a text file, int64 [up to `max_tokens`].
 
     Args:
         folder: of the model, with its tokenizer.

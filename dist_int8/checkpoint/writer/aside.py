@@ -22,7 +22,7 @@ CONFIG = "config.json"
 
 
 def as_json(value: object) -> bytes:
-    """Encode a value, always in the same bytes."""
+    """Encodes a value, always in the same bytes."""
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -37,7 +37,7 @@ class Aside:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Make the folder and hold it for this process; the kernel lets go when the process ends.
+        """Makes the folder and hold it for this process; the kernel lets go when the process ends.
 
         Raises:
             ValueError: the parent cannot be written, or another process holds it.
@@ -61,7 +61,7 @@ class Aside:
             yield
 
     def begin(self, identity: Mapping[str, Any], note: Callable[[str], object]) -> None:
-        """Take over what a run of the same identity left, or start over."""
+        """Takes over what a run of the same identity left, or starts over."""
         path = self.path / "job.json"
         has_begun = self.model.is_dir()
         if has_begun and not (path.is_file() and path.read_bytes() == as_json(identity)):
@@ -79,27 +79,27 @@ class Aside:
         self.remove_unfinished()
 
     def remove_unfinished(self) -> None:
-        """Remove the files that are not whole."""
+        """Removes the files that are not whole."""
         for unfinished in self.model.glob(f"*{UNFINISHED}"):
             unfinished.unlink()
 
     def get_sum(self, shard: str) -> str | None:
-        """Return the sha256 of a finished shard; None if it is not finished."""
+        """Returns the sha256 of a finished shard; None if it is not finished."""
         path = self._done / shard
         return path.read_text() if path.is_file() else None
 
     def finish_shard(self, writing: Path, shard: str, sum_of_file: str) -> None:
-        """Give a shard that is whole on the disk its name, then note it as done."""
+        """Gives a shard that is whole on the disk its name, then note it as done."""
         writing.rename(self.model / shard)
         sync_folder(self.model)
         write_file(self._done / shard, sum_of_file.encode())
 
     def become(self, out: Path) -> None:
-        """Rename the finished model to `out`, which may be an empty folder."""
+        """Renames the finished model to `out`, which may be an empty folder."""
         self.model.rename(out)
         sync_folder(out.parent)
         self.remove()
 
     def remove(self) -> None:
-        """Remove the folder aside, if it is there."""
+        """Removes the folder aside, if it is there."""
         shutil.rmtree(self.path, ignore_errors=True)

@@ -7,7 +7,7 @@ UNFINISHED = ".writing"  # suffix of a file that is not whole yet
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file through to the disk: it is whole under its name, or not there."""
+    """Writes a file through to the disk: it is whole under its name, or not there."""
     writing = path.with_name(f"{path.name}{UNFINISHED}")
     with writing.open("wb") as file:
         file.write(content)
@@ -18,7 +18,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Write the names in a folder through to the disk."""
+    """Writes the names in a folder through to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

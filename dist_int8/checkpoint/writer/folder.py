@@ -36,7 +36,7 @@ def write_folder(
     progress: Progress,
     note: Callable[[str], object],
 ) -> bool:
-    """Make the folder of a plan; return False if it is there already, made with the same config.
+    """Makes the folder of a plan; returns False if it is there already, made with the same config.
 
     Args:
         plan: its `out` must not exist, be empty, or hold the same checkpoint.
@@ -71,7 +71,7 @@ def write_folder(
 
 
 def _make_index(shards: Sequence[Sequence[Recipe]]) -> dict[str, Any]:
-    """Make the index file: which tensor is in which shard."""
+    """Makes the index file: which tensor is in which shard."""
     return {
         "metadata": {"total_size": sum(recipe.num_bytes for shard in shards for recipe in shard)},
         "weight_map": {
@@ -123,7 +123,7 @@ def _check_free_space(out: Path, aside: Aside, plan: RewritePlan) -> None:
 def _write_shards(
     aside: Aside, shards: Sequence[Sequence[Recipe]], make: Make, progress: Progress
 ) -> dict[str, str]:
-    """Write or take over every shard; return their sha256 sums by name."""
+    """Writes or takes over every shard; returns their sha256 sums by name."""
 
     def make_reporting(recipe: Recipe) -> Made:
         for index, first, rows in make(recipe):
@@ -147,7 +147,7 @@ def _write_shards(
 def _write_small_files(
     aside: Aside, plan: RewritePlan, index: Mapping[str, Any], sums: Mapping[str, str]
 ) -> None:
-    """Write the copies, config and manifest, and the index last."""
+    """Writes the copies, config and manifest, and the index last."""
     files = {path.name: path.read_bytes() for path in plan.small_files}
     files |= {CONFIG: as_json(plan.config), INDEX: as_json(index)}
     sums = {**sums, **{name: hashlib.sha256(files[name]).hexdigest() for name in files}}

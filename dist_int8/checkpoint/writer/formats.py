@@ -25,7 +25,7 @@ class FloatingLinears:
 def make_config(
     fields: Mapping[str, Any], target: Target, floating: FloatingLinears, head_hot_columns: int
 ) -> dict[str, Any]:
-    """Make the config.json of a rewritten checkpoint.
+    """Makes the config.json of a rewritten checkpoint.
 
     Args:
         fields: the source's config.json.

@@ -62,7 +62,7 @@ class Job:
         progress: Progress = lambda num_bytes: None,
         note: Callable[[str], object] = lambda line: None,
     ) -> bool:
-        """Write the folder; return False if it was there already, complete and of the same config.
+        """Writes the folder; returns False if it was there already, complete and of the same config.
 
         Args:
             progress: called with bytes read by the calibration, and with bytes written, or found
@@ -88,7 +88,7 @@ class Job:
         return make_tensors(recipe, Source(self.source.reader, self.device), hot_columns)
 
     def _find_hot_columns(self, aside: Aside, progress: Progress) -> dict[str, list[int]]:
-        """Find what calibration finds, or found in a run that was interrupted."""
+        """Finds what calibration finds, or found in a run that was interrupted."""
         plan, source = self.plan, self.source
         if plan.calibration is None:
             return {}

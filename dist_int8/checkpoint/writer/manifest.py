@@ -11,12 +11,12 @@ _BLOCK = 1 << 20
 
 
 def as_text(sums: Mapping[str, str]) -> str:
-    """Write the manifest of files with their sums, by name."""
+    """Writes the manifest of files with their sums, by name."""
     return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
 
 
 def read(folder: str | Path) -> dict[str, str]:
-    """Read the sum of every file that the manifest names.
+    """Reads the sum of every file that the manifest names.
 
     Raises:
         ValueError: no manifest, or not one.
@@ -42,13 +42,13 @@ def read(folder: str | Path) -> dict[str, str]:
 
 
 def num_bytes(folder: str | Path) -> int:
-    """Count the bytes that `verify` reads."""
+    """Counts the bytes that `verify` reads."""
     paths = [Path(folder) / name for name in read(folder)]
     return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 def verify(folder: str | Path, progress: Callable[[int], object] | None = None) -> int:
-    """Read every file of the manifest and return their number.
+    """Reads every file of the manifest and returns their number.
 
     Args:
         folder: of a checkpoint that we wrote.

@@ -59,7 +59,7 @@ class RewritePlan:
 
 
 def make_plan(source: StoredModel, target: Target, out: Path, shard_bytes: int) -> RewritePlan:
-    """Plan the rewriting of a checkpoint.
+    """Plans the rewriting of a checkpoint.
 
     Args:
         source: the checkpoint to read.

@@ -34,14 +34,14 @@ class Recipe:
 def list_floating_outputs(
     reader: CheckpointReader, piece: Piece, name: str, dtype: str | None
 ) -> tuple[Output, ...]:
-    """List the one tensor of the floating form; dtype (safetensors' name) None: as stored."""
+    """Lists the one tensor of the floating form; dtype (safetensors' name) None: as stored."""
     return (Output(name, dtype or reader.dtype(piece.name), piece.shape),)
 
 
 def list_int8_outputs(
     reader: CheckpointReader, piece: Piece, name: str, num_hot_columns: int | None
 ) -> tuple[Output, ...]:
-    """List the tensors of our form: weight, col_scale and, with hot columns, those and theirs."""
+    """Lists the tensors of our form: weight, col_scale and, with hot columns, those and theirs."""
     base = name.removesuffix("weight")
     num_rows = piece.shape[0]
     outputs = [Output(name, "I8", piece.shape), Output(f"{base}col_scale", "F32", (num_rows,))]
@@ -53,7 +53,7 @@ def list_int8_outputs(
 
 
 def list_bitsandbytes_outputs(piece: Piece, name: str) -> tuple[Output, ...]:
-    """List the tensors of bitsandbytes' form: weight in rows, SCB, weight_format."""
+    """Lists the tensors of bitsandbytes' form: weight in rows, SCB, weight_format."""
     base = name.removesuffix("weight")
     return (
         Output(name, "I8", piece.shape),

@@ -34,7 +34,7 @@ def quantize(
     device: torch.device | str = "cpu",
     allow_pickle: bool = False,
 ) -> Job:
-    """Plan an int8 checkpoint of a floating one, or of an int8 one in another form.
+    """Plans an int8 checkpoint of a floating one, or of an int8 one in another form.
 
     Args:
         folder: of the source. If it is int8 already, its int8 values and its choice of linears are
@@ -84,7 +84,7 @@ def dequantize(
     device: torch.device | str = "cpu",
     allow_pickle: bool = False,
 ) -> Job:
-    """Plan a floating checkpoint of an int8 one, ours or bitsandbytes' in any layout.
+    """Plans a floating checkpoint of an int8 one, ours or bitsandbytes' in any layout.
 
     Args:
         folder: of the int8 checkpoint.
@@ -114,7 +114,7 @@ def dequantize(
 def _choose_quantized(
     source: StoredModel, form: TargetFormat, skip: Sequence[str], embedding_int8: bool
 ) -> set[str]:
-    """Choose the parameters that are int8 in the target: an int8 source has decided."""
+    """Chooses the parameters that are int8 in the target: an int8 source has decided."""
     if source.is_int8:
         quantized = {name for name, entry in source.located.items() if entry.is_int8}
     else:

@@ -72,7 +72,7 @@ class Sized(Protocol):
 
 
 def cut(groups: Sequence[_Sized], shard_bytes: int) -> list[list[_Sized]]:
-    """Cut groups, in order, into files of up to `shard_bytes` where the groups themselves allow."""
+    """Cuts groups, in order, into files of up to `shard_bytes` where the groups allow it."""
     shards: list[list[_Sized]] = []
     size = 0
     for group in groups:
@@ -85,12 +85,12 @@ def cut(groups: Sequence[_Sized], shard_bytes: int) -> list[list[_Sized]]:
 
 
 def name_shard(index: int, count: int) -> str:
-    """Return transformers' name of file `index` (from 0) of `count`."""
+    """Returns transformers' name of file `index` (from 0) of `count`."""
     return f"model-{index + 1:05}-of-{count:05}.safetensors"
 
 
 def write_shard(path: Path, groups: Sequence[Group]) -> str:
-    """Write one file through to the disk and return its sha256.
+    """Writes one file through to the disk and returns its sha256.
 
     The sum is of what is read back, after the last byte was written. The same groups give the same
     bytes. Memory: what making a group holds.
@@ -114,7 +114,7 @@ def write_shard(path: Path, groups: Sequence[Group]) -> str:
 
 
 def _make_header(outputs: Sequence[Output]) -> tuple[bytes, dict[str, int]]:
-    """Make the beginning of the file, and the offset of each tensor after it, by name."""
+    """Makes the beginning of the file, and the offset of each tensor after it, by name."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets: dict[str, int] = {}
     end = 0

@@ -50,7 +50,7 @@ class StoredModel:
         return self.list_quantized(())
 
     def list_quantized(self, skip: Collection[str]) -> frozenset[str]:
-        """List the weights that `load_stage` would quantize."""
+        """Lists the weights that `load_stage` would quantize."""
         empty = DecoderStage.empty(self.spec, StageSlice.whole(self.spec))
         modules = dict(convert(empty, skip=skip).named_modules())
         return frozenset(
@@ -61,10 +61,10 @@ class StoredModel:
         )
 
     def check_columns(self, target: str, columns: Sequence[int]) -> None:
-        """Raise ValueError for columns that the linear does not have."""
+        """Raises ValueError for columns that the linear does not have."""
         num_inputs = self.located[target].pieces[0].shape[1]
         Int8Linear(num_inputs, 1, hot_columns=columns, device="meta")
 
     def choose_calibration_dtype(self, device: torch.device) -> torch.dtype:
-        """Choose the dtype that blocks run in while hot columns are found."""
+        """Chooses the dtype that blocks run in while hot columns are found."""
         return torch.float32 if device.type == "cpu" else self.config.dtype or torch.float16

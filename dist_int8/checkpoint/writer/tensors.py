@@ -16,7 +16,7 @@ Made = Iterator[tuple[int, int, Tensor]]
 
 
 def make_tensors(recipe: Recipe, source: Source, hot_columns: Tensor | None) -> Made:
-    """Make the outputs of a recipe, whose hot columns [H] are known by now."""
+    """Makes the outputs of a recipe, whose hot columns [H] are known by now."""
     if recipe.form == "floating":
         return _make_floating(recipe, source, hot_columns)
     if recipe.form == "bitsandbytes":

@@ -12,7 +12,7 @@ _KNOWN: dict[str, Activation] = {
 
 
 def translate_activation(key: str, name: str) -> Activation:
-    """Return our name of transformers' activation `name`, read from the config's `key`.
+    """Returns our name of transformers' activation `name`, read from the config's `key`.
 
     Raises:
         ValueError: an activation that the block does not implement.

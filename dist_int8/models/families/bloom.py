@@ -11,7 +11,7 @@ IGNORED = ()
 
 
 def describe(config: Any) -> ModelSpec:
-    """Describe a BLOOM config as a `ModelSpec`."""
+    """Describes a BLOOM config as a `ModelSpec`."""
     _check(config)
     hidden, num_heads = config.hidden_size, config.n_head
     block = BlockSpec(
@@ -63,7 +63,7 @@ def _check(config: Any) -> None:
 
 
 def edge_sources(spec: ModelSpec) -> dict[str, TensorSource]:
-    """Describe the checkpoint tensors outside the blocks."""
+    """Describes the checkpoint tensors outside the blocks."""
     vocab, hidden = spec.vocab_size, spec.hidden_size
     return {
         "embedding.weight": tensor("transformer.word_embeddings.weight", vocab, hidden),
@@ -74,7 +74,7 @@ def edge_sources(spec: ModelSpec) -> dict[str, TensorSource]:
 
 
 def block_sources(spec: ModelSpec, index: int) -> dict[str, TensorSource]:
-    """Describe the checkpoint tensors of block `index`."""
+    """Describes the checkpoint tensors of block `index`."""
     block = spec.blocks[index]
     base = f"transformer.h.{index}"
     hidden, inner = block.hidden_size, block.intermediate_size

@@ -14,7 +14,7 @@ IGNORED = (r"attention\.bias$", r"attention\.masked_bias$", r"rotary_emb\.inv_fr
 
 
 def describe(config: Any) -> ModelSpec:
-    """Describe a GPT-NeoX config as a `ModelSpec`."""
+    """Describes a GPT-NeoX config as a `ModelSpec`."""
     hidden, num_heads = config.hidden_size, config.num_attention_heads
     head_dim = hidden // num_heads
     if getattr(config, "head_dim", None) not in (None, head_dim):
@@ -51,7 +51,7 @@ def describe(config: Any) -> ModelSpec:
 
 
 def edge_sources(spec: ModelSpec) -> dict[str, TensorSource]:
-    """Describe the checkpoint tensors outside the blocks."""
+    """Describes the checkpoint tensors outside the blocks."""
     table = (spec.vocab_size, spec.hidden_size)
     return {
         "embedding.weight": tensor("gpt_neox.embed_in.weight", *table),
@@ -61,7 +61,7 @@ def edge_sources(spec: ModelSpec) -> dict[str, TensorSource]:
 
 
 def block_sources(spec: ModelSpec, index: int) -> dict[str, TensorSource]:
-    """Describe the checkpoint tensors of block `index`."""
+    """Describes the checkpoint tensors of block `index`."""
     block = spec.blocks[index]
     base = f"gpt_neox.layers.{index}"
     hidden, inner = block.hidden_size, block.intermediate_size

@@ -12,7 +12,7 @@ IGNORED = (r"rotary_emb\.inv_freq$",)
 
 
 def _list_windows(config: Any) -> list[int]:
-    """List the attention window of each block; 0 for full attention."""
+    """Lists the attention window of each block; 0 for full attention."""
     layer_types: Any = getattr(config, "layer_types", None)
     num_blocks = config.num_hidden_layers
     if config.model_type == "qwen2":
@@ -37,7 +37,7 @@ def _list_windows(config: Any) -> list[int]:
 
 
 def describe(config: Any) -> ModelSpec:
-    """Describe a Llama, Mistral or Qwen2 config as a `ModelSpec`."""
+    """Describes a Llama, Mistral or Qwen2 config as a `ModelSpec`."""
     hidden, num_heads = config.hidden_size, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or hidden // num_heads
     num_kv_heads = config.num_key_value_heads
@@ -96,7 +96,7 @@ def _check(config: Any) -> None:
 
 
 def edge_sources(spec: ModelSpec) -> dict[str, TensorSource]:
-    """Describe the checkpoint tensors outside the blocks."""
+    """Describes the checkpoint tensors outside the blocks."""
     vocab, hidden = spec.vocab_size, spec.hidden_size
     return {
         "embedding.weight": tensor("model.embed_tokens.weight", vocab, hidden),
@@ -106,7 +106,7 @@ def edge_sources(spec: ModelSpec) -> dict[str, TensorSource]:
 
 
 def block_sources(spec: ModelSpec, index: int) -> dict[str, TensorSource]:
-    """Describe the checkpoint tensors of block `index`."""
+    """Describes the checkpoint tensors of block `index`."""
     block = spec.blocks[index]
     base = f"model.layers.{index}"
     attention, mlp = f"{base}.self_attn", f"{base}.mlp"

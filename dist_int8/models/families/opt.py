@@ -13,7 +13,7 @@ _POSITION_OFFSET = 2  # the first two rows of the position table are unused
 
 
 def describe(config: Any) -> ModelSpec:
-    """Describe an OPT config as a `ModelSpec`."""
+    """Describes an OPT config as a `ModelSpec`."""
     hidden, num_heads = config.hidden_size, config.num_attention_heads
     if hidden % num_heads:
         raise ValueError(
@@ -53,7 +53,7 @@ def describe(config: Any) -> ModelSpec:
 
 
 def edge_sources(spec: ModelSpec) -> dict[str, TensorSource]:
-    """Describe the checkpoint tensors outside the blocks."""
+    """Describes the checkpoint tensors outside the blocks."""
     vocab, hidden, narrow = spec.vocab_size, spec.hidden_size, spec.embedding_size
     base = "model.decoder"
     sources = {
@@ -73,7 +73,7 @@ def edge_sources(spec: ModelSpec) -> dict[str, TensorSource]:
 
 
 def block_sources(spec: ModelSpec, index: int) -> dict[str, TensorSource]:
-    """Describe the checkpoint tensors of block `index`."""
+    """Describes the checkpoint tensors of block `index`."""
     block = spec.blocks[index]
     base = f"model.decoder.layers.{index}"
     attention = f"{base}.self_attn"
