@@ -62,7 +62,7 @@ class Job:
         progress: Progress = lambda num_bytes: None,
         note: Callable[[str], object] = lambda line: None,
     ) -> bool:
-        """Writes the folder; returns False if it was there already, complete and of the same config.
+        """Writes the folder; returns False if it was there, complete and of the same config.
 
         Args:
             progress: called with bytes read by the calibration, and with bytes written, or found
