@@ -2,7 +2,7 @@
 
     python docs/pictures.py [--out docs/images/perplexity.svg]
 
-One row per method: the change of perplexity against fp32 with the model as published, and with
+One row per method: the change of perplexity against fp32 with the demo model as it is, and with
 outlier features like those of large models injected (the mean of the seeds). The figures come from
 benchmarks/results/accuracy.json and accuracy_features.json, which benchmarks/accuracy.py writes.
 """
@@ -38,7 +38,7 @@ STYLE = {
 
 
 def read_changes() -> dict[str, tuple[float, float]]:
-    """Change of perplexity in percent: as published, and with features (the mean of seeds)."""
+    """Change of perplexity in percent: as it is, and with features (the mean of seeds)."""
     plain = json.loads((RESULTS / "accuracy.json").read_text())["runs"]["plain"]["methods"]
     runs = json.loads((RESULTS / "accuracy_features.json").read_text())["runs"].values()
     return {
@@ -90,7 +90,7 @@ def _legend(axes: Any) -> None:
     from matplotlib.patches import Patch
 
     keys = [
-        Patch(color=OTHERS[0], label="model as published"),
+        Patch(color=OTHERS[0], label="demo model"),
         Patch(color=OTHERS[1], label="plus the outlier features of large models"),
     ]
     axes.legend(handles=keys, loc="lower right", bbox_to_anchor=(1.0, 0.62), frameon=False)

@@ -109,8 +109,9 @@ def front(figures: Figures) -> str:
     if not figures.of("model", "decode", "card"):
         return "How fast it is on a GPU: not run on one yet."
     return (
-        "How fast it is, Llama-3-8B's shape on one GPU (how: "
-        f"[benchmarks](benchmarks/README.md#a-whole-model)):\n\n{model(figures)}"
+        "Llama-3-8B's shape with random weights on one GPU, beside transformers without "
+        "compilation ([how](benchmarks/README.md#a-whole-model)). Medians of three; transformers' "
+        f"times scatter from run to run, so the ratios are rough:\n\n{model(figures)}"
     )
 
 

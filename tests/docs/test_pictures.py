@@ -23,7 +23,8 @@ def read_result(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [("dist_int8", "ours"), ("bitsandbytes 0.50.2", "bitsandbytes")]
+    ("name", "method"),
+    [("dist_int8, a checkpoint", "ours"), ("bitsandbytes 0.50.2", "bitsandbytes")],
 )
 def test_perplexities_of_the_readme_are_those_recorded(name, method):
     plain, features, *_ = read_row(name)
@@ -35,7 +36,10 @@ def test_perplexities_of_the_readme_are_those_recorded(name, method):
 
 @pytest.mark.parametrize(
     ("name", "key", "kind"),
-    [("dist_int8", "dist_int8", "row_rms 4.0"), ("transformers, fp32", "transformers", "fp32")],
+    [
+        ("dist_int8, `load()`", "dist_int8", "row_rms 4.0"),
+        ("transformers, fp32", "transformers", "fp32"),
+    ],
 )
 def test_speeds_of_the_readme_are_those_recorded(name, key, kind):
     *_, speeds, milliseconds = read_row(name)
