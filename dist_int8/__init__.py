@@ -54,6 +54,10 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used, so that importing dist_int8 stays instant."""
     if name not in _HOMES:

@@ -290,6 +290,12 @@ def test_importing_the_package_and_its_command_line_loads_no_torch():
     assert answer.stdout.strip() == "False"
 
 
+def test_dir_names_what_is_public():
+    import dist_int8
+
+    assert set(dist_int8.__all__) < set(dir(dist_int8))
+
+
 def test_no_library_module_prints():
     allowed = {"cli"}
     found = []

@@ -328,7 +328,7 @@ class Model:
         if isinstance(failure, RankError):
             raise type(failure)(f"{failure}; load the model again, it stays closed", failure.rank)
         if self._closed:
-            raise ValueError("the model is shut down; call load() again")
+            raise ShuttingDownError("the model is shut down; call load() again")
         try:
             yield
         finally:

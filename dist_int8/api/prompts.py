@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ class PromptEncoder:
         """Turns a prompt into checked token ids."""
         if isinstance(prompt, str):
             prompt_ids = self._tokenize(prompt, index)
-        elif isinstance(prompt, Sequence):
+        elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
             prompt_ids = list(prompt)
         else:
             raise ValueError(
@@ -145,7 +145,7 @@ class PromptEncoder:
         limit = self.max_tokens
         if not token_ids:
             raise ValueError(
-                f"{call}: prompt {index} must have at least one token, got none; write something"
+                f"{call}: prompt {index} must have at least one token, got none; give it text"
             )
         if len(token_ids) + num_new > limit:
             raise ValueError(
@@ -153,7 +153,8 @@ class PromptEncoder:
                 f"context is {limit}), got {len(token_ids)}; shorten it or raise max_tokens"
             )
         for token_id in token_ids:
-            if not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
+            is_id = isinstance(token_id, int) and not isinstance(token_id, bool)
+            if not is_id or not 0 <= token_id < self.vocab_size:
                 raise ValueError(
                     f"{call}: token ids of prompt {index} must be integers 0 to "
                     f"{self.vocab_size - 1}, got {token_id!r}; use this model's tokenizer"
@@ -169,6 +170,8 @@ def _list_prompts(prompts: Prompts) -> list[Any]:
     if isinstance(prompts, str):
         return [prompts]
     try:
+        if isinstance(prompts, bytes | bytearray | Mapping):
+            raise TypeError
         items: list[Any] = list(prompts.tolist() if isinstance(prompts, Tensor) else prompts)
     except TypeError:
         raise ValueError(

@@ -189,7 +189,9 @@ def _report(error: Exception) -> int:
         command = context.command_path if context is not None else COMMAND
         if not error.format_message():  # no command at all: the help was shown
             return BAD_INPUT
-        message = f"{command}: {error.format_message().rstrip('.')}; see {command} --help"
+        said = error.format_message().rstrip(".?").replace("Input should be", "must be")
+        said = said.split(", unable to parse")[0]  # how it was tried is of no use
+        message = f"{command}: {said}; see {command} --help"
         code = BAD_INPUT
     elif isinstance(error, ValueError | FileNotFoundError):
         message, code = str(error), BAD_INPUT

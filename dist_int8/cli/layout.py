@@ -31,7 +31,9 @@ def choose_layout(
     _check_device(source, device, gpus, devices)
     if device == "cpu":
         stages = _count_stages(config) if stages is None else stages
-        if stages > 0:
+        if isinstance(stages, list):
+            return {"stages": stages, "gpus": None, "devices": ["cpu"] * len(stages)}
+        if isinstance(stages, int) and stages > 0:
             return {"stages": None, "gpus": None, "devices": ["cpu"] * stages}
         return {"stages": stages, "gpus": None, "devices": None}  # refused by the settings
     if stages is None and gpus is None:
@@ -41,7 +43,9 @@ def choose_layout(
         if num_gpus and "WORLD_SIZE" in os.environ:
             return {}  # each rank takes the GPU of its local rank
         gpus = max(1, num_gpus)
-    return {"stages": stages, "gpus": gpus if gpus is not None else stages, "devices": None}
+    if gpus is None:
+        gpus = len(stages) if isinstance(stages, list) else stages
+    return {"stages": stages, "gpus": gpus, "devices": None}
 
 
 def _check_device(source: str, device: str, gpus: object, devices: object) -> None:

@@ -176,8 +176,19 @@ def _sort_values(values: dict[str, Any]) -> Given:
 
 
 def _split(key: str, value: Any) -> Any:
+    if key == "stages" and isinstance(value, str):
+        return _parse_counts(value)
     is_list = get_origin(_first_type(_field_type(key))) is list
     return value.split(",") if is_list and isinstance(value, str) else value
+
+
+def _parse_counts(text: str) -> Any:
+    """Reads "4" or "17,18,18,17"; anything else is left to the settings, which refuse it."""
+    try:
+        counts = [int(count) for count in text.split(",")]
+    except ValueError:
+        return text
+    return counts if len(counts) > 1 else counts[0]
 
 
 def _field_type(key: str) -> Any:
@@ -203,7 +214,7 @@ def _choose_type(key: str, annotation: Any) -> Any:
     kind = _first_type(annotation)
     if get_origin(kind) is list:
         return list[str] if key in _REPEATED else str
-    return str if get_origin(kind) is Literal else kind
+    return str if get_origin(kind) is Literal or key == "stages" else kind
 
 
 def _first_type(annotation: Any) -> Any:

@@ -174,14 +174,12 @@ def _load_settings(config: Path | None, given: Mapping[str, Any]) -> Settings:
     return load_settings(config, source=COMMAND, **values)
 
 
-def _parse_stages(text: str | None) -> int | list[int] | None:
-    if text is None or text == "auto":
+def _parse_stages(stages: Any) -> int | list[int] | None:
+    if stages is None or stages == "auto":
         return None
-    try:
-        counts = [int(count) for count in text.split(",")]
-    except ValueError:
+    if isinstance(stages, str):
         raise ValueError(
             f"{COMMAND}:stages: stages must be a number, `auto`, or numbers of blocks, got "
-            f"{text!r}; write 4 or 17,18,18,17"
-        ) from None
-    return counts if len(counts) > 1 else counts[0]
+            f"{stages!r}; write 4 or 17,18,18,17"
+        )
+    return stages

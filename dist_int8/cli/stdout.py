@@ -14,6 +14,8 @@ def take_stdout() -> Iterator[TextIO]:
     gloo, deepspeed's logger, lm-eval and the other ranks print to file descriptor 1. What they
     print lands on stderr, and stdout holds only what the caller writes.
     """
+    if sys.stdout is None:
+        raise OSError("stdout is closed; redirect it to a file or to /dev/null")
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)

@@ -28,6 +28,12 @@ class Checked(BaseModel):
     @classmethod
     def from_values(cls, values: Mapping[str, Any], source: str) -> Self:
         """Validates `values`; a mistake is a one-line ValueError that begins with `source`."""
+        for key in values:
+            if not isinstance(key, str):
+                raise ValueError(
+                    f"{source}:{key}: a key must be the name of a setting, got {key!r}; known: "
+                    f"{', '.join(cls.model_fields)}"
+                )
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:

@@ -33,6 +33,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: no such file, bad syntax, a duplicate key, or a root that is no mapping.
     """
+    if not isinstance(path, str | Path):
+        raise ValueError(
+            f"config: config must be the path of a YAML file, got {path!r}; give settings by name"
+        )
     try:
         text = Path(find_shipped(path)).read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -24,7 +24,7 @@ def configure(verbosity: int | None = None) -> None:
         ValueError: DIST_INT8_LOG names no level.
     """
     if verbosity is None:
-        level = os.environ.get(VARIABLE, LEVELS[0]).upper()
+        level = (os.environ.get(VARIABLE) or LEVELS[0]).upper()
     else:
         level = LEVELS[max(-1, min(2, verbosity))]
     if level not in LEVELS.values():

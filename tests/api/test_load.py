@@ -56,7 +56,7 @@ def test_devices_and_dtype_of_torch_are_accepted(tiny_llama):
     with dist_int8.load(tiny_llama, devices=devices, dtype=dtype, **OPTIONS) as model:
         assert (model.settings.devices, model.settings.dtype) == (["cpu"], "bfloat16")
     assert repr(model).endswith(", closed>")
-    with pytest.raises(ValueError, match=r"^the model is shut down; call load\(\) again$"):
+    with pytest.raises(dist_int8.ShuttingDownError, match=r"^the model is shut down; call load"):
         model.generate("abc")
 
 

@@ -67,10 +67,16 @@ def test_a_prompt_leaves_room_for_a_token_and_logits_need_none(encoder):
         encoder.check_sequences([[1], [1] * 9])
 
 
-@pytest.mark.parametrize("token_id", [288, -1, 1.0, "a"])
+@pytest.mark.parametrize("token_id", [288, -1, 1.0, "a", True])
 def test_invalid_token_ids_are_named(encoder, token_id):
     with pytest.raises(ValueError, match="token ids of prompt 0 must be integers 0 to 287, got"):
         encoder.make_requests([[1, token_id]], SETTINGS)
+
+
+@pytest.mark.parametrize("prompts", [b"hi", {"prompt": "x"}, 5, None, [b"hi"], [{"prompt": "x"}]])
+def test_what_is_neither_text_nor_token_ids_is_refused(encoder, prompts):
+    with pytest.raises(ValueError, match=r"generate: prompts? .*must be text"):
+        encoder.make_requests(prompts, SETTINGS)
 
 
 @pytest.mark.parametrize("input_ids", [[1, 2], [[1, 2], [3]], [[]], [[0.5]], "ab", None])

@@ -64,8 +64,21 @@ def test_lists_are_split_at_commas_or_repeated():
 
 
 def test_a_command_may_take_text_for_a_field():
-    _, given = parse([setting_flag("A", "stages", kind=str)], "--stages", "17,18")
-    assert given.settings == {"stages": "17,18"}
+    _, given = parse([setting_flag("A", "memory", kind=str)], "--memory", "79GiB")
+    assert given.settings == {"memory": "79GiB"}
+
+
+@pytest.mark.parametrize(("text", "stages"), [("4", 4), ("17,18", [17, 18]), ("auto", "auto")])
+def test_stages_are_a_number_or_the_blocks_of_each(text, stages):
+    _, given = parse(settings_flags("A", "stages"), "--stages", text)
+    assert given.settings == {"stages": stages}
+
+
+def test_blocks_of_each_stage_on_the_cpu():
+    flags = [device_flag("A"), *settings_flags("A", "stages", "model")]
+    _, given = parse(flags, "--device", "cpu", "--stages", "10,20", "--model", "m")
+    settings = given.load_settings("test")
+    assert settings.stages == [10, 20] and settings.devices == ["cpu", "cpu"]
 
 
 @pytest.mark.parametrize(

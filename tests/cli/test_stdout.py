@@ -21,3 +21,9 @@ def test_stdout_is_given_back_after_an_error(capfd):
         raise RuntimeError
     print("after", flush=True)
     assert capfd.readouterr().out == "after\n"
+
+
+def test_a_closed_stdout_is_one_line(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    with pytest.raises(OSError, match=r"^stdout is closed; redirect it"), take_stdout():
+        pass

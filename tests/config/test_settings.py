@@ -109,6 +109,10 @@ def test_nested_duplicate_keys_are_refused(tmp_path):
 
 def test_unreadable_files(tmp_path):
     assert "got no such file" in error_of(load_settings, tmp_path / "none.yaml")
+    assert "must be the path of a YAML file, got 5" in error_of(load_settings, 5)
+    (tmp_path / "number.yaml").write_text("1: 2")
+    message = error_of(load_settings, tmp_path / "number.yaml")
+    assert "number.yaml:1: a key must be the name of a setting, got 1; known: model," in message
     assert "must be a readable" in error_of(load_settings, tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"model: Gr\xf6\xdfe\n")
     assert "UTF-8" in error_of(load_settings, tmp_path / "latin.yaml")

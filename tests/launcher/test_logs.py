@@ -35,6 +35,7 @@ def say(verbosity, **environment):
         (2, {}, 4),
         (None, {"DIST_INT8_LOG": "info"}, 3),
         (None, {"DIST_INT8_LOG": "ERROR"}, 1),
+        (None, {"DIST_INT8_LOG": ""}, 2),
         (0, {"DIST_INT8_LOG": "debug"}, 2),  # a flag wins over the environment
     ],
 )

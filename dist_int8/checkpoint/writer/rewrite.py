@@ -72,7 +72,7 @@ def quantize(
     wanted = Target(target, quantized, by_parameter, calibration)
     _check_bitsandbytes(source, wanted)
     _check_hot_columns(source, wanted)
-    return Job(make_plan(source, wanted, Path(out), shard_bytes), source, torch.device(device))
+    return Job(make_plan(source, wanted, Path(out), shard_bytes), source, _parse_device(device))
 
 
 def dequantize(
@@ -108,7 +108,7 @@ def dequantize(
             f"dequantize: dtype must be one of {', '.join(FLOAT_NAMES)}, got {chosen!r}; choose one"
         )
     wanted = Target("floating", dtype=chosen)
-    return Job(make_plan(source, wanted, Path(out), shard_bytes), source, torch.device(device))
+    return Job(make_plan(source, wanted, Path(out), shard_bytes), source, _parse_device(device))
 
 
 def _choose_quantized(
@@ -145,3 +145,12 @@ def _check_hot_columns(source: StoredModel, target: Target) -> None:
                 " names are those of blocks, as in blocks.0.qkv"
             )
         source.check_columns(name, columns)
+
+
+def _parse_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f"checkpoint: device must be cpu or cuda:N, got {device!r}; leave it out for cpu"
+        ) from None
