@@ -18,6 +18,12 @@ sys.path.insert(0, str(Path(__file__).parent))  # for tiny_models, the one modul
 
 
 @pytest.fixture(autouse=True)
+def random_numbers_are_the_same():
+    """Every test draws the same numbers, whichever tests ran before it in its process."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def command_line_leaves_no_trace():
     """Undoes what the command line, run in this process, does to it: SIGTERM and the log."""
     handler, logger = signal.getsignal(signal.SIGTERM), logging.getLogger("dist_int8")
