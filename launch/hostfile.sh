@@ -9,6 +9,7 @@
 # machine. The arguments pass through a shell there, which expands $ and backquotes in a prompt.
 # Without ssh, run it on every machine with NO_SSH=1 and NODE_RANK=0, 1, ... in the file's order.
 set -euo pipefail
+export PYTHONSAFEPATH=1  # no rank imports Python files of the working directory
 cd "$(dirname "$0")/.."
 
 HOSTFILE="${HOSTFILE:-launch/hostfile.example}"   # lines "name slots=GPUs"

@@ -13,6 +13,7 @@
 #SBATCH --time=01:00:00
 #SBATCH --exclusive
 set -euo pipefail
+export PYTHONSAFEPATH=1  # no rank imports Python files of the working directory
 
 REPOSITORY="${REPOSITORY:-${SLURM_SUBMIT_DIR:-$PWD}}"
 MODEL="${MODEL:-bigscience/bloom}"        # folder or hub id, the same on every node

@@ -7,6 +7,7 @@
 #
 # Further flags of `dist-int8 generate` go after the script: bash launch/torchrun.sh --chat --json
 set -euo pipefail
+export PYTHONSAFEPATH=1  # no rank imports Python files of the working directory
 cd "$(dirname "$0")/.."
 
 MODEL="${MODEL:-bigscience/bloom}"        # folder or hub id

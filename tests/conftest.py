@@ -105,6 +105,7 @@ SLOW = (
     "cli/test_doctor.py",
     "cli/test_eval.py",
     "cli/test_generate.py",
+    "distributed/test_interpreter.py",
     "csrc/test_attention.py",
     "csrc/test_csrc.py",
     "csrc/test_emulator.py",

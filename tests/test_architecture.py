@@ -67,6 +67,7 @@ WITHOUT_TORCH = {
     "distributed/environment",
     "distributed/heartbeat",
     "distributed/interfaces",
+    "distributed/interpreter",
     "distributed/monitor",
     "distributed/slurm",
     "distributed/states",
@@ -107,6 +108,10 @@ OWNERS = {  # outside dependency -> the only files or rooms that import it
     },
     "yaml": {"config"},
 }
+# Files that start other programs: each was read for what it lets run.
+STARTERS = {"cli/demo_model", "distributed/children", "distributed/spawn", "launcher/supervisor"}
+STARTING = {"asyncio.subprocess", "multiprocessing", "pty", "subprocess", "torch.multiprocessing"}
+STARTING_CALLS = ("os.exec", "os.fork", "os.popen", "os.posix_spawn", "os.spawn")
 PEER_TO_PEER = {"send", "recv", "isend", "irecv", "batch_isend_irecv", "P2POp"}
 BANNED_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "deepspeed"}
 BANNED_CALLS = {"torch.load", "torch.save", "os.system", "eval", "exec"}
@@ -281,6 +286,63 @@ def test_nothing_is_unpickled_executed_or_trusted():
 )
 def test_forbidden_code_is_found(code):
     assert list(offences("api", ast.parse(code)))
+
+
+def commands_with_the_folder_on_the_path(tree):
+    """(line, command) of every list that begins with this Python but not with -P.
+
+    Without -P, `python -m` and `python -c` import what lies in the working directory.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.List | ast.Tuple):
+            words = [ast.unparse(word) for word in node.elts]
+            for word, following in itertools.zip_longest(words, words[1:]):
+                if word == "sys.executable" and following != "'-P'":
+                    yield node.lineno, ast.unparse(node)
+
+
+def starters(name, tree):
+    """What in a file starts another program."""
+    for line, target in imported(tree):
+        if within(target.replace(".", "/"), [place.replace(".", "/") for place in STARTING]):
+            yield f"{name}.py:{line} imports {target}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith(STARTING_CALLS):
+            yield f"{name}.py:{node.lineno} calls {ast.unparse(node.func)}"
+
+
+def test_no_process_of_ours_imports_from_the_working_directory():
+    found = {
+        (name, command)
+        for name, tree in modules()
+        for _, command in commands_with_the_folder_on_the_path(tree)
+    }
+    # `dist-int8 launch script.py`: the user's script, whose own folder is on sys.path by design
+    assert found == {("cli/app", "[sys.executable, first, *rest]")}
+    assert not [
+        start for name, tree in modules() if name not in STARTERS for start in starters(name, tree)
+    ]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import subprocess",
+        "from multiprocessing import Pool",
+        "import torch.multiprocessing as mp",
+        "os.execv(sys.executable, line)",
+        "os.fork()",
+    ],
+)
+def test_a_file_that_starts_programs_is_found(code):
+    assert list(starters("api", ast.parse(code)))
+
+
+def test_a_python_that_imports_from_the_working_directory_is_found():
+    for code in ("[sys.executable, '-m', 'x']", "run((nice, sys.executable))"):
+        assert list(commands_with_the_folder_on_the_path(ast.parse(code)))
+    good = ast.parse("[sys.executable, '-P', '-m', 'x']")
+    assert not list(commands_with_the_folder_on_the_path(good))
 
 
 def test_importing_the_package_and_its_command_line_loads_no_torch():

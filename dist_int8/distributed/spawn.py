@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dist_int8.distributed import interfaces, rendezvous
+from dist_int8.distributed import interfaces, interpreter, rendezvous
 from dist_int8.distributed.logs import RankLogger
 from dist_int8.distributed.monitor import Monitor
 from dist_int8.distributed.states import State
@@ -34,7 +33,7 @@ def spawn(
 ) -> World:
     """Starts ranks 1 .. world_size - 1 on this machine and joins them as rank 0.
 
-    Each is `python -m dist_int8.launcher.rank`, gets `settings` as a line of JSON on its standard
+    Each runs `dist_int8.launcher.rank`, gets `settings` as a line of JSON on its standard
     input, and ends when that pipe closes, so none outlives this process however it ends.
     """
     world = World(0, world_size, step_timeout_s, cores)
@@ -101,7 +100,7 @@ def _start_rank(world: World, rank: int, line: bytes) -> None:
         "DIST_INT8_DIES_WITH_PARENT": "1" * in_main_thread,
     }
     child = subprocess.Popen(
-        [sys.executable, "-m", "dist_int8.launcher.rank"],
+        interpreter.command("dist_int8.launcher.rank"),
         stdin=subprocess.PIPE,
         env=environment,
         start_new_session=True,  # Ctrl-C is rank 0's to handle

@@ -1,4 +1,4 @@
-"""`python -m dist_int8.launcher.rank`: one rank that `load()` started in a plain Python session.
+"""One rank that `load()` started in a plain Python session (`distributed.interpreter` says how).
 
 Reads its settings as one line of JSON from standard input and joins; when that pipe closes, rank 0
 is gone and this process ends too.
@@ -39,7 +39,3 @@ def main() -> None:
     from dist_int8.api.load import load
 
     load(**settings, progress=False)
-
-
-if __name__ == "__main__":
-    main()
