@@ -87,6 +87,7 @@ ALONE = (
     "distributed/test_children.py",
     "distributed/test_failure.py",
     "distributed/test_heartbeat.py",
+    "distributed/test_owner.py",
     "distributed/test_rendezvous.py",
     "distributed/test_sockets.py",
     "launch/test_generate.py",

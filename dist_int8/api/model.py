@@ -244,8 +244,10 @@ class Model:
         """Ends every stage and its process. Safe to call twice.
 
         Calls of other threads that are under way get `ShuttingDownError`; `drain` lets them end
-        first.
+        first. In a forked child it does nothing: the stages are its parent's.
         """
+        if not self._engine.pipeline.world.owner.is_here:
+            return
         with self._closing:
             if self._closed:
                 return
@@ -271,6 +273,8 @@ class Model:
         Returns:
             Whether everything that ran got its answer.
         """
+        if not self._engine.pipeline.world.owner.is_here:
+            return True
         timeout_s = self.settings.drain_timeout if timeout_s is None else timeout_s
         deadline = time.monotonic() + timeout_s
         self._engine.refuse_new()
@@ -324,6 +328,7 @@ class Model:
     @contextmanager
     def _running(self) -> Iterator[None]:
         """Guards a call: the handle must be open, and a failure inside the pipeline closes it."""
+        self._engine.pipeline.world.owner.check()
         failure = self._engine.failure
         if isinstance(failure, RankError):
             raise type(failure)(f"{failure}; load the model again, it stays closed", failure.rank)
@@ -342,6 +347,8 @@ class Model:
             self._close_if_failed()
 
     def _close_if_failed(self) -> None:
+        if not self._engine.pipeline.world.owner.is_here:  # a stream of the parent's ends here
+            return
         with self._closing:
             if self._engine.failed and not self._closed:
                 self._closed = True

@@ -10,19 +10,32 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from dist_int8.distributed.owner import Owner
+
 REAP_S = 0.5  # between a closed connection and the exit status of its process
 
 
 class Children(dict[int, "subprocess.Popen[bytes]"]):
-    """Processes by rank.
+    """Processes by rank. In a forked child of this process nothing here ends them.
 
     Attributes:
+        owner: the process that started them.
         start: starts one of them (again).
         folder: of their rendezvous; removed with them.
     """
 
     start: Callable[[int], None] | None = None
     folder: Path | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.owner = Owner()
+
+    def let_go(self) -> None:
+        """Closes, in a forked child, the pipes whose end tells the ranks that rank 0 is gone."""
+        for child in self.values():
+            if child.stdin:
+                child.stdin.close()  # unbuffered, so that no lock is taken
 
     def describe_end(self, rank: int) -> str | None:
         """How a child ended; None while it runs, and for a rank that this process did not start."""
@@ -43,12 +56,13 @@ class Children(dict[int, "subprocess.Popen[bytes]"]):
 
     def kill(self) -> None:
         """Kills all of them, and waits for none."""
-        for child in self.values():
-            child.kill()
+        if self.owner.is_here:
+            for child in self.values():
+                child.kill()
 
     def end(self, rank: int) -> None:
         """Kills one and waits for its end."""
-        child = self.pop(rank, None)
+        child = self.pop(rank, None) if self.owner.is_here else None
         if child is not None:
             child.kill()
             child.wait()
@@ -58,6 +72,8 @@ class Children(dict[int, "subprocess.Popen[bytes]"]):
 
     def end_all(self, timeout_s: float) -> None:
         """Waits for all to end by themselves, kills what is left and removes the folder."""
+        if not self.owner.is_here:
+            return
         deadline = time.monotonic() + timeout_s
         for rank in list(self):
             with suppress(subprocess.TimeoutExpired):

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from enum import IntEnum
 
+from dist_int8.distributed.owner import Owner
 from dist_int8.distributed.states import StateReport
 from dist_int8.errors import ProtocolError
 
@@ -94,7 +95,10 @@ class Link:
 
 
 class Beating:
-    """A daemon thread that reads messages, sends heartbeats and checks for silent peers."""
+    """A daemon thread that reads messages, sends heartbeats and checks for silent peers.
+
+    In a forked child there is no such thread, and the connections are closed.
+    """
 
     def __init__(self, name: str) -> None:
         self._selector = selectors.DefaultSelector()
@@ -102,17 +106,23 @@ class Beating:
         self._selector.register(wakened, selectors.EVENT_READ)
         self._wakened = wakened
         self._closed = False
+        self._owner = Owner()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def close(self) -> None:
         """Ends the thread and the connections. Safe to call twice and from the thread itself."""
-        if self._closed:
+        if self._closed or not self._owner.is_here:
             return
         self._closed = True
         with suppress(OSError):
             self._wake.send(b"\0")
         if threading.current_thread() is not self._thread and self._thread.is_alive():
             self._thread.join()
+
+    def let_go(self) -> None:
+        """Closes the copies that a forked child has of the connections."""
+        self._closed = True
+        self._release()
 
     def _run(self) -> None:
         due = time.monotonic()
@@ -131,6 +141,9 @@ class Beating:
                 self._beat()
             if not self._closed:
                 self._look()
+        self._release()
+
+    def _release(self) -> None:
         self._selector.close()
         self._wake.close()
         self._wakened.close()

@@ -102,6 +102,7 @@ def _start_rank(world: World, rank: int, line: bytes) -> None:
     child = subprocess.Popen(
         interpreter.command("dist_int8.launcher.rank"),
         stdin=subprocess.PIPE,
+        bufsize=0,  # closed in forked children, which must take no lock
         env=environment,
         start_new_session=True,  # Ctrl-C is rank 0's to handle
     )
@@ -109,8 +110,8 @@ def _start_rank(world: World, rank: int, line: bytes) -> None:
     RankLogger(__name__, world.rank).info("started rank %d as process %d", rank, child.pid)
     assert child.stdin is not None
     with suppress(BrokenPipeError):  # it ended already, which shows where it is awaited
-        child.stdin.write(line)
-        child.stdin.flush()
+        while line:
+            line = line[child.stdin.write(line) :]
 
 
 def _open_store(world: World, timeout_s: float, address: str | None = None) -> Any:

@@ -14,6 +14,7 @@ from dist_int8.distributed.children import Children
 from dist_int8.distributed.heartbeat import Pulse
 from dist_int8.distributed.logs import RankLogger
 from dist_int8.distributed.monitor import Monitor
+from dist_int8.distributed.owner import Owner, let_go_in_children
 from dist_int8.distributed.states import State, StateReport
 from dist_int8.errors import RankError, RankLostError
 
@@ -24,7 +25,7 @@ LEAVE_S = 3.0  # for a rank without rank 0 to report a better reason than the lo
 BYE_S = 30.0  # for a rank to end after rank 0 said that it is done
 
 
-@dataclass
+@dataclass(eq=False)
 class World:
     """The ranks of one pipeline as one of them sees it.
 
@@ -39,6 +40,7 @@ class World:
             this pipeline's own, beside torch's default group: a session can hold several pipelines.
         generation: number of times the ranks have regrouped.
         ordered: on a rank above 0, the generation that rank 0 asked for.
+        owner: this process; a forked child ends nothing and sends nothing.
         abort: interrupts what waits for another rank in this process; set by the waiting code.
     """
 
@@ -52,9 +54,20 @@ class World:
     groups: dict[str, Any] = field(default_factory=dict)
     generation: int = 0
     ordered: int = 0
+    owner: Owner = field(default_factory=Owner)
     abort: Callable[[], None] | None = None
     _order: threading.Event = field(default_factory=threading.Event)
     _closed: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        let_go_in_children(self)
+
+    def let_go(self) -> None:
+        """Closes the copies that a forked child has of pipes and connections to other ranks."""
+        self.children.let_go()
+        for beating in (self.monitor, self.pulse):
+            if beating is not None:
+                beating.let_go()
 
     @property
     def others(self) -> range:
@@ -174,6 +187,8 @@ class World:
         self._end(SHUTDOWN_TIMEOUT_S, on_purpose=False)
 
     def _end(self, timeout_s: float, on_purpose: bool) -> None:
+        if not self.owner.is_here:
+            return
         self._closed.set()
         beating = self.monitor or self.pulse
         if beating is not None and on_purpose:

@@ -45,7 +45,9 @@ class Pipeline:
 
         Raises:
             RankError: the next rank is gone.
+            RuntimeError: this process was forked from the one that made the pipeline.
         """
+        self.world.owner.check()
         decodes = micro_batch.num_tokens == micro_batch.segments.shape[0]
         kind = schedule.DECODE if decodes else schedule.PREFILL
         self.trace.submitted(micro_batch.step, kind, micro_batch.lane, micro_batch.num_tokens)
@@ -66,6 +68,7 @@ class Pipeline:
         Raises:
             RankError: a rank ended, failed or fell silent, or no result came within step_timeout.
         """
+        self.world.owner.check()
         deadline = time.monotonic() + self.world.step_timeout_s
         while not self._results:
             if self.transport is None:
@@ -111,6 +114,8 @@ class Pipeline:
 
     def close(self) -> None:
         """Asks every stage to end after what is in flight, and waits for it."""
+        if not self.world.owner.is_here:  # they are the parent's
+            return
         if self.transport is not None:
             self.transport.send(MicroBatch(Kind.SHUTDOWN), None)
             self.transport.flush()
@@ -119,6 +124,8 @@ class Pipeline:
 
     def kill(self) -> None:
         """Ends every rank at once, for when they cannot be asked to end any more."""
+        if not self.world.owner.is_here:
+            return
         self.world.kill()
         self._join(HANG_UP_S)
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dist_int8.distributed import rendezvous
 from dist_int8.distributed.logs import RankLogger
+from dist_int8.distributed.owner import let_go_in_children
 from dist_int8.distributed.rendezvous import IDLE_TIMEOUT, reason
 from dist_int8.distributed.world import World
 from dist_int8.errors import ProtocolError, RankError
@@ -87,12 +88,16 @@ class Transport:
                 self._post_receive()
         except (RuntimeError, dist.DistError) as error:  # that rank failed while loading its stage
             raise self._lost_source(error) from None
+        let_go_in_children(self)
         self._thread: threading.Thread | None = None
         if world.rank == 0:
             self._thread = threading.Thread(
                 target=self._receive_results, name="receiver", daemon=True
             )
             self._thread.start()
+
+    def let_go(self) -> None:
+        """Nothing of Python's to close in a forked child, which only keeps what torch holds."""
 
     def send(self, micro_batch: MicroBatch, hidden_states: Tensor | None) -> None:
         """Starts sending a micro-batch and its hidden_states [T, hidden_size] to the next stage."""

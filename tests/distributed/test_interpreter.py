@@ -1,4 +1,4 @@
-"""Ranks run the package that rank 0 runs, wherever it lies, and no file of the working directory."""
+"""Ranks run the package of rank 0, wherever it lies, and no file of the working directory."""
 
 import os
 import shutil
