@@ -90,6 +90,7 @@ ALONE = (
     "distributed/test_owner.py",
     "distributed/test_rendezvous.py",
     "distributed/test_sockets.py",
+    "launch/test_ends.py",
     "launch/test_generate.py",
     "launcher/test_supervisor.py",
 )

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "profiling": {"int8", "models", "partition"},
     "engine": {"config", "errors", "pipeline"},
     "api": ROOMS_OF_API,
-    "launcher": {"api"},  # the rank alone
+    "launcher": {"api", "distributed"},  # api: the rank alone
     "evaluation": {"api", "checkpoint", "config", "engine", "int8", "models"},
     "server": {"api", "config", "engine", "errors"},
     "cli": ALL,
@@ -54,7 +54,7 @@ CLOSER = {
     "int8/reference": set(),
     "launcher/logs": set(),
     "launcher/signals": set(),
-    "launcher/supervisor": {"launcher"},
+    "launcher/supervisor": {"distributed", "launcher"},
     "partition/memory": set(),
     "pipeline/schedule": set(),
     "pipeline/trace": set(),
@@ -68,7 +68,9 @@ WITHOUT_TORCH = {
     "distributed/heartbeat",
     "distributed/interfaces",
     "distributed/interpreter",
+    "distributed/launchers",
     "distributed/monitor",
+    "distributed/owner",
     "distributed/slurm",
     "distributed/states",
     "distributed/world",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from dist_int8.config import Settings
-from dist_int8.distributed import environment, rendezvous, spawn
+from dist_int8.distributed import environment, launchers, rendezvous, spawn
 from dist_int8.distributed.environment import Launched
 from dist_int8.partition import Plan, format_bytes
 from dist_int8.partition.devices import choose_devices, connects_over_nccl
@@ -48,6 +48,8 @@ def find_placement(settings: Settings) -> Placement:
         ValueError: the settings ask for what the launcher, or this machine, does not have.
     """
     launched = environment.find_launched()
+    if launched is not None and not spawn.is_spawned():
+        launchers.end_with_launchers()
     if settings.recover and launched is not None and not spawn.is_spawned():
         raise ValueError(
             "load(): recover must be false under a launcher, got true; leave it out, and let the "

@@ -23,6 +23,7 @@ from dist_int8.cli.exit_codes import BAD_INPUT, FAILED, INTERRUPTED
 from dist_int8.cli.generate import generate
 from dist_int8.cli.plan import plan
 from dist_int8.distributed import interpreter, slurm
+from dist_int8.distributed.launchers import end_with_launchers
 from dist_int8.launcher import signals
 from dist_int8.launcher.supervisor import DRAIN_SECONDS
 
@@ -164,6 +165,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     try:
         slurm.adopt()
+        if "RANK" in os.environ:  # at once: importing torch takes seconds
+            end_with_launchers()
         code = app(args=arguments, prog_name=COMMAND, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:

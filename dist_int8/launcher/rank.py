@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 
+from dist_int8.distributed.launchers import ask_for_death_with_parent
 from dist_int8.launcher import logs, signals
 
 
@@ -26,7 +27,7 @@ def _be_killed_with_rank_0() -> None:
     The thread above cannot run in a stopped process. Linux only; elsewhere that thread has to do.
     """
     if os.environ.get("DIST_INT8_DIES_WITH_PARENT"):
-        signals.prepare_death_with_parent()()
+        ask_for_death_with_parent()()
 
 
 def main() -> None:

@@ -6,11 +6,9 @@ own handlers, `load()` touches none; `Model.drain` is what it calls if it wants 
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +16,6 @@ from types import FrameType
 
 EXIT_CODE = 128 + signal.SIGTERM
 AFTER_RANK_0_S = 5.0
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _received: list[int] = []
 logger = logging.getLogger(__name__)
 
@@ -59,18 +56,6 @@ def end_on_term() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if received():
         os._exit(EXIT_CODE)
-
-
-def prepare_death_with_parent() -> Callable[[], None]:
-    """What a child calls so that the kernel kills it when the thread that started it ends.
-
-    The C library is looked up here, before a fork, after which little may be called. Linux only;
-    elsewhere the child outlives a parent that was killed.
-    """
-    if sys.platform != "linux":
-        return lambda: None
-    prctl = ctypes.CDLL(None).prctl
-    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _handle(first: Callable[[], object]) -> None:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
-from dist_int8.launcher import signals
+from dist_int8.distributed.launchers import ask_for_death_with_parent
 
 GRACE_SECONDS = 5.0
 DRAIN_SECONDS = 35.0  # for rank 0 to answer what runs: its drain_timeout and a little more
@@ -122,7 +122,7 @@ def _supervise(
 
 def _die_with(supervisor: int) -> Callable[[], None]:
     """Runs in the child before exec: the kernel kills it when the supervisor dies."""
-    die_with_parent = signals.prepare_death_with_parent()
+    die_with_parent = ask_for_death_with_parent()
 
     def ask_kernel() -> None:
         die_with_parent()
