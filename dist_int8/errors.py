@@ -22,12 +22,16 @@ class RankError(DistInt8Error):
 
     Attributes:
         rank, stage: which one (a rank is a stage); None where it is unknown.
+        kind: what `load()` raises in its place, such as ValueError for a damaged checkpoint.
     """
 
-    def __init__(self, message: str, rank: int | None = None) -> None:
+    def __init__(
+        self, message: str, rank: int | None = None, kind: type[Exception] | None = None
+    ) -> None:
         super().__init__(message)
         self.rank = rank
         self.stage = rank
+        self.kind = kind
 
 
 class RankLostError(RankError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +20,9 @@ from dist_int8.api.stages import build_stage
 from dist_int8.config import load_settings
 from dist_int8.distributed import rendezvous, spawn
 from dist_int8.distributed import world as worlds
+from dist_int8.distributed.diagnosis import find_original
 from dist_int8.distributed.logs import RankLogger
-from dist_int8.distributed.states import State
+from dist_int8.distributed.states import State, StateReport
 from dist_int8.distributed.world import World
 from dist_int8.engine import Engine, EngineConfig
 from dist_int8.errors import RankError
@@ -31,6 +34,7 @@ from dist_int8.pipeline.stage import Stage
 from dist_int8.pipeline.transport import Transport
 
 LOAD_TIMEOUT_S = 3600.0
+BAD_INPUT = 2  # exit status of a rank, as of the command line
 # A chunk with fewer prompt tokens takes as long as one of this size: on GPUs because reading the
 # weights bounds it (below about 150 rows on an A100, 200 on an H200, by datasheet rates), on CPUs
 # because the tiles of the kernels are not full.
@@ -85,6 +89,14 @@ def load(
     prepared = prepare(settings, placement)
     if placement.rank == 0 and on_plan is not None:
         on_plan(prepared.plan)
+    try:
+        return _start(prepared, placement, progress)
+    except RankError as error:  # a damaged checkpoint is a ValueError on whichever rank
+        raise find_original(error) from None
+
+
+def _start(prepared: Prepared, placement: Placement, progress: bool) -> Model:
+    """Meets the other ranks and builds this one's stage; a rank above 0 serves it and leaves."""
     cores = share_cores(prepared.settings, placement)
     world = _join_ranks(prepared, cores)
     with _failures_reported(world, placement):
@@ -125,6 +137,7 @@ def _join_ranks(prepared: Prepared, cores: frozenset[int]) -> World:
         placement.uses_nccl,
         settings.rendezvous_timeout,
         cores,
+        settings.interface,
         settings.step_timeout,
     )
 
@@ -208,9 +221,8 @@ def _failures_reported(world: World, placement: Placement) -> Iterator[None]:
     except SystemExit:
         raise
     except BaseException as error:
-        state = State.LOST if isinstance(error, RankError) else State.FAILED
-        world.report(state, " ".join(str(error).split()) or type(error).__name__)
         if placement.rank:
+            world.report_error(error)
             _leave(error, placement.rank)
         world.kill()
         raise
@@ -227,7 +239,13 @@ def _log_stage(stage: StagePlan, seconds: float) -> None:
 
 
 def _leave(error: BaseException, rank: int) -> NoReturn:
-    """Ends a rank above 0 that failed, in one line, without waiting for peers that may be gone."""
-    name = "" if isinstance(error, (ValueError, RankError)) else type(error).__name__ + ": "
-    RankLogger(__name__, rank).error("%s%s", name, error)
-    os._exit(1)
+    """Ends a rank above 0 that failed, in one line, without waiting for peers that may be gone.
+
+    Where rank 0 started it, rank 0 raises the same; where a launcher did, this line may be all that
+    is seen, since the launcher then ends rank 0. Ctrl-C went to rank 0 too, and needs no words.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        os._exit(128 + signal.SIGINT)
+    level = logging.INFO if spawn.is_spawned() else logging.ERROR
+    RankLogger(__name__, rank).log(level, "%s", StateReport.of_error(error).reason)
+    os._exit(BAD_INPUT if isinstance(error, ValueError) else 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from dist_int8.config import Settings
-from dist_int8.distributed import environment, launchers, rendezvous, spawn
+from dist_int8.distributed import environment, interfaces, launchers, rendezvous, spawn
 from dist_int8.distributed.environment import Launched
 from dist_int8.partition import Plan, format_bytes
 from dist_int8.partition.devices import choose_devices, connects_over_nccl
@@ -61,9 +61,23 @@ def find_placement(settings: Settings) -> Placement:
             "it out"
         )
     devices = _find_devices(settings, launched)
+    _check_interface(settings, len(devices))
     hosts = _find_hosts(settings, launched)
     owners = find_gpu_owners(launched, len(devices)) or hosts
     return Placement(launched, devices, hosts, connects_over_nccl(settings, devices, owners))
+
+
+def _check_interface(settings: Settings, num_stages: int) -> None:
+    """Refuses an interface that is not there, and one on which nothing would listen."""
+    if settings.interface is None:
+        return
+    interfaces.check(settings.interface)
+    if num_stages == 1 or settings.in_process:
+        why = "in_process" if settings.in_process else "a single stage"
+        raise ValueError(
+            f"load(): interface must be left out with {why}, got {settings.interface!r}; no rank "
+            "listens for another"
+        )
 
 
 def _find_devices(settings: Settings, launched: Launched | None) -> list[str]:

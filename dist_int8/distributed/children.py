@@ -11,8 +11,18 @@ from contextlib import suppress
 from pathlib import Path
 
 from dist_int8.distributed.owner import Owner
+from dist_int8.distributed.states import StateReport
 
 REAP_S = 0.5  # between a closed connection and the exit status of its process
+
+_REPORT = "report-{rank}"
+
+
+def leave_report(folder: Path, rank: int, report: StateReport) -> None:
+    """Leaves why this rank ends where rank 0 finds it: there is no connection to it yet."""
+    unfinished = folder / f".{_REPORT.format(rank=rank)}"
+    unfinished.write_text(report.pack())
+    unfinished.rename(folder / _REPORT.format(rank=rank))
 
 
 class Children(dict[int, "subprocess.Popen[bytes]"]):
@@ -47,6 +57,16 @@ class Children(dict[int, "subprocess.Popen[bytes]"]):
             return f"died with signal {signal.Signals(-code).name}"
         return f"ended with exit code {code}"
 
+    def read_report(self, rank: int) -> StateReport | None:
+        """What a child that ended before it joined left in the folder, by `leave_report`."""
+        if self.folder is None:
+            return None
+        try:
+            text = (self.folder / _REPORT.format(rank=rank)).read_text()
+        except OSError:
+            return None
+        return StateReport.parse(text)
+
     def await_end(self, rank: int) -> str | None:
         """The same, a moment later: a connection closes before its process is reaped."""
         if rank in self:
@@ -63,6 +83,8 @@ class Children(dict[int, "subprocess.Popen[bytes]"]):
     def end(self, rank: int) -> None:
         """Kills one and waits for its end."""
         child = self.pop(rank, None) if self.owner.is_here else None
+        if self.folder is not None:  # the next process of this rank leaves its own
+            (self.folder / _REPORT.format(rank=rank)).unlink(missing_ok=True)
         if child is not None:
             child.kill()
             child.wait()

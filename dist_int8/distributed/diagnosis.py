@@ -23,6 +23,11 @@ def find_cause(monitor: Monitor, children: Children, with_victims: bool = True) 
     )
 
 
+def find_original(error: RankError) -> Exception:
+    """The error as its rank raised it, where that is one of bad input or of this machine."""
+    return error if error.kind is None else error.kind(str(error))
+
+
 def _find_killed(children: Children) -> RankError | None:
     for rank, child in children.items():
         end = children.describe_end(rank)
@@ -34,7 +39,7 @@ def _find_killed(children: Children) -> RankError | None:
 def _find_failed(monitor: Monitor) -> RankError | None:
     for rank, peer in monitor.peers.items():
         if peer.report.state == State.FAILED:
-            return RankError(f"rank {rank} {peer.report}", rank)
+            return RankError(f"rank {rank} {peer.report}", rank, peer.report.kind)
     return None
 
 
@@ -59,7 +64,11 @@ def _describe_end(rank: int, children: Children) -> RankError:
     child = children.get(rank)
     if child is None:
         return RankError(f"rank {rank} ended: it closed its connections", rank)
-    end = children.await_end(rank) or "closed its connections"
+    end = children.await_end(rank)
+    report = children.read_report(rank)
+    if report is not None:
+        return RankError(f"rank {rank} {report}", rank, report.kind)
+    end = end or "closed its connections"
     return RankError(f"rank {rank} (process {child.pid}) {end}", rank)
 
 

@@ -208,7 +208,7 @@ class Pulse(Beating):
 
     def say(self, report: StateReport, generation: int) -> None:
         """Tells rank 0 a state; a long reason is cut."""
-        text = str(report).encode()[:MAX_PAYLOAD].decode(errors="ignore").encode()
+        text = report.pack().encode()[:MAX_PAYLOAD].decode(errors="ignore").encode()
         self.link.send(BeatKind.STATE, text, generation)
 
     def say_bye(self) -> None:

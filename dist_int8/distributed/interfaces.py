@@ -41,7 +41,7 @@ def choose(setting: str | None, one_machine: bool) -> dict[str, str]:
         ValueError: there is no such interface, or no way to MASTER_ADDR.
     """
     if setting is not None:
-        _check_exists(setting, "load(): interface", "leave it out")
+        check(setting)
         _tell_nccl(setting)
         return {"interface": setting}
     if one_machine:
@@ -52,6 +52,16 @@ def choose(setting: str | None, one_machine: bool) -> dict[str, str]:
         _check_exists(name, f"environment: {VARIABLE}", "unset it")
         return {"interface": name}
     return {"hostname": route_to(os.environ["MASTER_ADDR"])}
+
+
+def check(setting: str) -> None:
+    """Refuses a setting `interface` that names no interface of this machine.
+
+    Raises:
+        ValueError: there is no such interface, or it has no address.
+    """
+    _check_exists(setting, "load(): interface", "leave it out")
+    find_address({"interface": setting})
 
 
 def find_address(listen_on: dict[str, str]) -> str:
@@ -74,7 +84,8 @@ def find_address(listen_on: dict[str, str]) -> str:
         if owner == name and scope != _LINK_LOCAL:
             return str(ipaddress.ip_address(bytes.fromhex(digits)))
     raise ValueError(
-        f"interface: {name} must have an address, got none; configure it or name another interface"
+        f"load(): interface must have an address, got {name!r}, which has none; configure it or "
+        "name another interface"
     )
 
 
@@ -112,5 +123,5 @@ def _check_exists(name: str, source: str, otherwise: str) -> None:
     if name not in names:
         raise ValueError(
             f"{source} must be an interface of this machine ({', '.join(names)}), got {name!r}; "
-            f"{otherwise} to use the one that leads to MASTER_ADDR"
+            f"{otherwise} for loopback on one machine, else the one that leads to MASTER_ADDR"
         )

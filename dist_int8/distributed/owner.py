@@ -58,7 +58,7 @@ def let_go_in_children(resource: Inherited) -> None:
 def _after_fork() -> None:
     for resource in list(_inherited):
         resource.let_go()
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(resource))
+        ctypes.pythonapi.Py_IncRef(ctypes.c_void_p(id(resource)))
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -52,7 +52,7 @@ def join(
         return world
     folder = os.environ.get("DIST_INT8_FOLDER")
     one_machine = bool(folder) or interfaces.on_one_machine(os.environ)
-    listen_on = interfaces.choose(None if folder else interface, one_machine)
+    listen_on = world.listen_on = interfaces.choose(interface, one_machine)
     if folder:
         world.generation = int(os.environ.get("DIST_INT8_GENERATION", "0"))
         store = file_store(Path(folder), world, timeout_s)
@@ -66,10 +66,10 @@ def join(
             host = interfaces.find_address(listen_on)
             world.monitor = Monitor(world.others, host, step_timeout_s)
             store.set(ADDRESS_KEY, world.monitor.address)
-            meet(world, store, uses_nccl, listen_on, timeout_s)
+            meet(world, store, uses_nccl, timeout_s)
         else:
             world.watch(_address_of_rank_0(store, world, timeout_s), timeout_s)
-            connect(world, store, uses_nccl, listen_on, timeout_s)
+            connect(world, store, uses_nccl, timeout_s)
     except BaseException:
         if place.rank == 0:
             world.kill()
@@ -98,22 +98,16 @@ def _address_of_rank_0(store: dist.Store, world: World, timeout_s: float) -> str
 
 def _missing_rank_0(world_size: int, timeout_s: float, error: BaseException) -> RankLostError:
     return RankLostError(
-        f"rank 0 of {world_size} has not joined after {timeout_s:.0f} s ({reason(error)}); see "
+        f"rank 0 of {world_size} has not joined after {timeout_s:g} s ({reason(error)}); see "
         "whether the launcher started it",
         0,
     )
 
 
-def meet(
-    world: World,
-    store: dist.Store,
-    uses_nccl: bool,
-    listen_on: dict[str, str],
-    timeout_s: float,
-) -> None:
+def meet(world: World, store: dist.Store, uses_nccl: bool, timeout_s: float) -> None:
     """Waits, on rank 0, for every other rank, and connects them."""
     world.wait_for(State.JOINED, timeout_s)
-    connect(world, store, uses_nccl, listen_on, timeout_s)
+    connect(world, store, uses_nccl, timeout_s)
 
 
 def stay_on(cores: frozenset[int]) -> None:
@@ -122,13 +116,7 @@ def stay_on(cores: frozenset[int]) -> None:
         os.sched_setaffinity(0, cores)
 
 
-def connect(
-    world: World,
-    store: dist.Store,
-    uses_nccl: bool,
-    listen_on: dict[str, str],
-    timeout_s: float,
-) -> None:
+def connect(world: World, store: dist.Store, uses_nccl: bool, timeout_s: float) -> None:
     """Starts the groups so that gloo's own thread stays on this rank's cores.
 
     On the core of another busy stage that thread would wait for its turn of the scheduler, several
@@ -141,7 +129,7 @@ def connect(
     def start() -> None:
         try:
             stay_on(world.cores)
-            result.append(_start_groups(world, store, uses_nccl, listen_on, timeout_s))
+            result.append(_start_groups(world, store, uses_nccl, timeout_s))
         except BaseException as error:  # raised again where it is awaited
             result.append(error)
 
@@ -163,17 +151,13 @@ def connect(
 
 
 def _start_groups(
-    world: World,
-    store: dist.Store,
-    uses_nccl: bool,
-    listen_on: dict[str, str],
-    timeout_s: float,
+    world: World, store: dist.Store, uses_nccl: bool, timeout_s: float
 ) -> dict[str, Any]:
     """Connects the ranks: gloo for headers and results, NCCL or gloo for hidden states."""
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
     options._timeout = timedelta(seconds=timeout_s)  # for connecting; later waits set their own
-    options._devices = [gloo.create_device(**listen_on)]
+    options._devices = [gloo.create_device(**world.listen_on)]
     place = (world.rank, world.world_size)
     groups = {"cpu": gloo(dist.PrefixStore("gloo", store), *place, options)}
     if uses_nccl:  # otherwise hidden_states go through host memory, by gloo

@@ -29,6 +29,7 @@ def spawn(
     uses_nccl: bool,
     timeout_s: float,
     cores: frozenset[int] = frozenset(),
+    interface: str | None = None,
     step_timeout_s: float = STEP_TIMEOUT_S,
 ) -> World:
     """Starts ranks 1 .. world_size - 1 on this machine and joins them as rank 0.
@@ -40,14 +41,14 @@ def spawn(
     world.children.folder = Path(tempfile.mkdtemp(prefix="dist_int8-"))
     line = json.dumps(settings).encode() + b"\n"
     world.children.start = lambda rank: _start_rank(world, rank, line)
-    listen_on = interfaces.choose(None, one_machine=True)
     try:
-        host = interfaces.find_address(listen_on)
+        world.listen_on = interfaces.choose(interface, one_machine=True)
+        host = interfaces.find_address(world.listen_on)
         world.monitor = Monitor(world.others, host, step_timeout_s)
         store = _open_store(world, timeout_s)
         for rank in world.others:
             world.children.start(rank)
-        rendezvous.meet(world, store, uses_nccl, listen_on, timeout_s)
+        rendezvous.meet(world, store, uses_nccl, timeout_s)
     except BaseException:
         world.kill()
         raise
@@ -69,7 +70,7 @@ def regroup(world: World, lost: set[int], uses_nccl: bool, timeout_s: float) -> 
     store = _open_store(world, timeout_s, world.monitor.regroup(lost))
     for rank in sorted(lost):
         world.children.start(rank)
-    rendezvous.meet(world, store, uses_nccl, interfaces.choose(None, one_machine=True), timeout_s)
+    rendezvous.meet(world, store, uses_nccl, timeout_s)
 
 
 def rejoin(world: World, uses_nccl: bool, timeout_s: float) -> None:
@@ -83,8 +84,7 @@ def rejoin(world: World, uses_nccl: bool, timeout_s: float) -> None:
     world.report(State.JOINED)
     folder = Path(os.environ["DIST_INT8_FOLDER"])
     store = rendezvous.file_store(folder, world, timeout_s)
-    listen_on = interfaces.choose(None, one_machine=True)
-    rendezvous.connect(world, store, uses_nccl, listen_on, timeout_s)
+    rendezvous.connect(world, store, uses_nccl, timeout_s)
 
 
 def _start_rank(world: World, rank: int, line: bytes) -> None:

@@ -33,6 +33,7 @@ class World:
         rank, world_size: this process's place.
         step_timeout_s: longest wait for a step, and for a sign of life of a rank.
         cores: CPU cores of this rank; empty: any.
+        listen_on: where this rank listens for the others; see `interfaces.choose`.
         monitor: rank 0's end of the heartbeats; None on other ranks, and when there is only one.
         pulse: the end of a rank above 0.
         children: processes of the ranks that this one started, by rank.
@@ -48,6 +49,7 @@ class World:
     world_size: int
     step_timeout_s: float = STEP_TIMEOUT_S
     cores: frozenset[int] = frozenset()
+    listen_on: dict[str, str] = field(default_factory=dict)
     monitor: Monitor | None = None
     pulse: Pulse | None = None
     children: Children = field(default_factory=Children)
@@ -78,6 +80,11 @@ class World:
         """Tells rank 0 this rank's state, and why where it failed or lost a neighbour."""
         if self.pulse is not None:
             self.pulse.say(StateReport(state, reason), self.generation)
+
+    def report_error(self, error: BaseException) -> None:
+        """Tells rank 0 that this rank ends by an error."""
+        if self.pulse is not None:
+            self.pulse.say(StateReport.of_error(error), self.generation)
 
     def received(self, step: int) -> None:
         """Records, for rank 0, that a micro-batch arrived."""
@@ -142,7 +149,7 @@ class World:
                 names = ", ".join(map(str, missing))
                 lacks = "has not joined" if state == State.JOINED else "is not ready"
                 raise RankLostError(
-                    f"rank {names} of {self.world_size} {lacks} after {timeout_s:.0f} s; "
+                    f"rank {names} of {self.world_size} {lacks} after {timeout_s:g} s; "
                     "check that the launcher started it",
                     missing[0],
                 )

@@ -10,8 +10,12 @@ import json
 import os
 import sys
 import threading
+from contextlib import suppress
+from pathlib import Path
 
+from dist_int8.distributed.children import leave_report
 from dist_int8.distributed.launchers import ask_for_death_with_parent
+from dist_int8.distributed.states import StateReport
 from dist_int8.launcher import logs, signals
 
 
@@ -37,6 +41,12 @@ def main() -> None:
     settings = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_rank_0, name="end-with-rank-0", daemon=True).start()
     signals.leave_term_to_rank_0(settings["drain_timeout"])
-    from dist_int8.api.load import load
+    try:
+        from dist_int8.api.load import load
 
-    load(**settings, progress=False)
+        load(**settings, progress=False)
+    except Exception as error:  # before it joined: afterwards load() itself tells rank 0
+        folder, rank = Path(os.environ["DIST_INT8_FOLDER"]), int(os.environ["RANK"])
+        with suppress(OSError):  # rank 0 is gone, and the folder with it
+            leave_report(folder, rank, StateReport.of_error(error))
+        sys.exit(1)

@@ -56,8 +56,24 @@ def test_a_rank_that_cannot_load_its_stage_says_why(tiny_llama, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.3.mlp.up_proj.weight"][5] = torch.inf
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(RankError, match=r"rank 1 failed: .*up_proj.weight: weights must be"):
+    with pytest.raises(ValueError, match=r"rank 1 failed: .*up_proj.weight: weights must be"):
         dist_int8.load(folder, devices=["cpu", "cpu"], **OPTIONS)
+    command = [sys.executable, "-m", "dist_int8", "generate", "-m", str(folder), "-p", "a"]
+    alone = subprocess.run([*command, "--stages", "1"], capture_output=True, text=True)
+    assert alone.returncode == 2 and "up_proj.weight: weights must be" in alone.stderr
+    for more in (["--stages", "2"], ["launch", "--stages", "2"]):
+        line = command[:3] + more + command[3:] if "launch" in more else command + more
+        answer = subprocess.run(line, capture_output=True, text=True)
+        assert answer.returncode == 2, answer.stderr
+        assert "up_proj.weight: weights must be" in answer.stderr
+        assert "Traceback" not in answer.stderr
+
+
+def test_a_rank_that_fails_before_it_joins_says_why(tiny_llama, tmp_path, monkeypatch):
+    """Its own environment is what differs: a library of ours that does not load."""
+    monkeypatch.setenv("DIST_INT8_LIBRARY", str(tmp_path / "gone.so"))
+    with pytest.raises(RankError, match=r"rank 1 failed: ImportError: .*DIST_INT8_LIBRARY"):
+        dist_int8.load(tiny_llama, devices=["cpu", "cpu"], **OPTIONS)
 
 
 def test_every_waiting_caller_is_told_which_rank_was_stopped(tiny_llama):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,7 @@ def is_running(pid: int) -> bool:
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_nothing_is_left_when_a_launcher_ends(tiny_llama, tmp_path, launcher, signum):
     """The launcher's own process gets the signal, as from `kill` or a service manager."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     script = tmp_path / "answer.py"
     script.write_text(ANSWER)
     command, *flags = LAUNCHERS[launcher]
@@ -79,9 +81,7 @@ def test_nothing_is_left_when_a_launcher_ends(tiny_llama, tmp_path, launcher, si
             assert time.monotonic() - ended < 10
     finally:
         for pid in [pipeline.pid, *filter(is_running, processes)]:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         pipeline.wait()
         pipeline.stdout.close()
