@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     args = parser.parse_args()
     folder = folder_of(args)
-    words = AutoTokenizer.from_pretrained(folder)(TEXT * 8).input_ids
+    words = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(TEXT * 8).input_ids
     rows = [words[3 * i : 3 * i + args.prompt] for i in range(max(args.batches))]
     figures: dict[str, dict[str, Any]] = {}
     models = {}

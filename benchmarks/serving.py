@@ -123,7 +123,10 @@ def transformers_tokens_per_s(folder, asked, threads):
     torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        folder,
+        trust_remote_code=False,
+        dtype=torch.float32,
+        attn_implementation="eager",
     ).eval()
     places = {f"model.layers.{i}": "cpu" for i in range(model.config.num_hidden_layers)}
     places |= dict.fromkeys(
@@ -181,7 +184,7 @@ def main():
     parser.add_argument("--alone", type=int, help="number of requests checked alone; default: all")
     args = parser.parse_args()
     folder = folder_of(args)
-    words = AutoTokenizer.from_pretrained(folder)(TEXT * 40).input_ids
+    words = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(TEXT * 40).input_ids
     asked = workload(args, words)
     lanes = args.lanes or [None]
     models = {f"{m or 'default'} lanes": load(folder, args, m, args.slots) for m in lanes}

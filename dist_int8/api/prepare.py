@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from dist_int8.api.placement import Placement, check_host_memory
 from dist_int8.checkpoint import (
@@ -20,6 +19,7 @@ from dist_int8.checkpoint import (
 )
 from dist_int8.config import DEFAULT_MAX_TOKENS, Settings
 from dist_int8.models import ModelSpec, StageSlice, describe, load_config, tensor_sources
+from dist_int8.models.generation_config import read_generation_config
 from dist_int8.partition import Plan
 from dist_int8.partition.from_settings import (
     choose_formats,
@@ -202,9 +202,9 @@ def _choose_limits(settings: Settings, spec: ModelSpec) -> Limits:
 
 
 def _read_eos_token_ids(folder: Path, hf_config: Any) -> frozenset[int]:
-    if (folder / "generation_config.json").is_file():
-        eos = GenerationConfig.from_pretrained(folder).eos_token_id
-    else:
+    generation = read_generation_config(folder)
+    eos = None if generation is None else generation.eos_token_id
+    if eos is None:
         eos = hf_config.eos_token_id
     if eos is None:
         return frozenset()
