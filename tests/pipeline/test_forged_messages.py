@@ -47,7 +47,7 @@ def settings(*values: float) -> torch.Tensor:
 
 FORGED = {
     "another protocol": (bytes_of(a_step(), field_0=1), "magic and version must be"),
-    "a later version": (bytes_of(a_step(), field_1=2), "magic and version must be"),
+    "a later version": (bytes_of(a_step(), field_1=3), "magic and version must be"),
     "an unknown kind": (bytes_of(a_step(), field_2=77), "kind must be 1, 2 or 3, got 77"),
     "a result": (bytes_of(a_step(), field_2=4), "kind must be 1, 2 or 3, got 4"),
     "a negative shape": (bytes_of(a_step(), field_5=-3), "num_tokens must be 1 to 544, got -3"),
