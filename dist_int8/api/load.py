@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ import torch
 from dist_int8.api.model import Model
 from dist_int8.api.placement import Placement, divide_cores, find_placement, share_cores
 from dist_int8.api.prepare import Prepared, prepare
+from dist_int8.api.prompts import PromptEncoder
 from dist_int8.api.stages import build_stage
 from dist_int8.config import load_settings
 from dist_int8.distributed import rendezvous, spawn
@@ -46,6 +48,7 @@ def load(
     config: str | Path | None = None,
     progress: bool = True,
     on_plan: Callable[[Plan], None] | None = None,
+    on_encoder: Callable[[PromptEncoder], None] | None = None,
     **overrides: Any,
 ) -> Model:
     """Loads a model as a pipeline of int8 stages and returns its handle.
@@ -63,6 +66,8 @@ def load(
         config: YAML file of settings; arguments here win over it.
         progress: show a progress bar while loading.
         on_plan: called on rank 0 with the plan before any weight is read.
+        on_encoder: called on rank 0 before any weight is read, with what turns prompts into
+            requests, so that prompts can be checked first.
         **overrides: any other field of `Settings` (max_tokens, dtype, outlier_rule, ...); dtype
             may be a torch.dtype.
 
@@ -83,11 +88,15 @@ def load(
         raise ValueError("load(): model must be a folder or a hub id, got nothing; name the model")
     placement = find_placement(settings)
     prepared = prepare(settings, placement)
-    if placement.rank == 0 and on_plan is not None:
-        on_plan(prepared.plan)
+    launched = placement.launched is not None
+    announce = partial(_announce, prepared, on_encoder, on_plan)
+    if not launched:
+        announce()
     cores = share_cores(prepared.settings, placement)
     world = _join_ranks(prepared, cores)
     with _failures_reported(world, placement):
+        if launched:  # the other ranks hear of what is refused
+            announce()
         began = time.monotonic()
         stage = build_stage(prepared, placement.rank, progress)
         _log_stage(prepared.plan.stages[placement.rank], time.monotonic() - began)
@@ -95,6 +104,19 @@ def load(
             serve_until_shutdown(stage, _links(world, prepared), prepared.settings.recover)
             raise SystemExit(0)
         return _make_handle(prepared, world, stage, cores, progress)
+
+
+def _announce(
+    prepared: Prepared,
+    on_encoder: Callable[[PromptEncoder], None] | None,
+    on_plan: Callable[[Plan], None] | None,
+) -> None:
+    """Tells the caller of load(), on rank 0, what is known before weights are read."""
+    if prepared.placement.rank == 0:
+        if on_encoder is not None:
+            on_encoder(prepared.encoder)
+        if on_plan is not None:
+            on_plan(prepared.plan)
 
 
 def _as_setting(value: Any) -> Any:
@@ -174,7 +196,11 @@ def _make_handle(
         restore=recovery.restore if recovery else None,
     )
     return Model(
-        engine=engine, plan=plan, settings=settings, folder=prepared.folder, spec=prepared.spec
+        engine=engine,
+        plan=plan,
+        settings=settings,
+        encoder=prepared.encoder,
+        spec=prepared.spec,
     )
 
 
@@ -187,7 +213,7 @@ def _configure_engine(prepared: Prepared) -> EngineConfig:
         prefill_chunk=settings.prefill_chunk,
         smallest_chunk=SMALLEST_CHUNK[device.type],
         max_queue=settings.max_queue,
-        eos_token_ids=prepared.eos_token_ids,
+        eos_token_ids=prepared.encoder.eos_token_ids,
     )
 
 

@@ -22,8 +22,8 @@ def _list_lists(value: object) -> object:
 
 def _list_biases(value: object) -> object:
     """Turns {(5, 6): -1.0} of transformers, or [[[5, 6], -1.0]] of a file, into a list of pairs."""
-    pairs = value.items() if isinstance(value, Mapping) else value
-    if not isinstance(pairs, list | tuple) and pairs is value:
+    pairs: object = list(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(pairs, list | tuple):
         return value
     return [
         (_list_ids(pair[0]), pair[1]) if isinstance(pair, list | tuple) and len(pair) == 2 else pair
@@ -275,6 +275,7 @@ class GenerationSettings(Checked):
         generation_config: Any,
         overrides: Mapping[str, Any],
         defaults: Mapping[str, Any] | None = None,
+        source: str | None = None,
     ) -> Self:
         """Reads a transformers GenerationConfig; `overrides` that are not None win over it.
 
@@ -282,11 +283,12 @@ class GenerationSettings(Checked):
             generation_config: a GenerationConfig of transformers, or None.
             overrides: values by name.
             defaults: of the model's generation_config.json; what neither of the others says.
+            source: how errors begin; by default it follows from what is given.
 
         Raises:
             ValueError: a field that cannot be honoured, by name, or a wrong value.
         """
-        source = "generate()" if generation_config is None else "generation_config"
+        source = source or ("generate()" if generation_config is None else "generation_config")
         given = {} if generation_config is None else read_fields(generation_config, source)
         chosen = {name: value for name, value in overrides.items() if value is not None}
         below = {} if chosen.get("model_defaults") is False else dict(defaults or {})

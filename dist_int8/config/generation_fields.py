@@ -105,20 +105,40 @@ def read_fields(generation_config: Any, source: str) -> dict[str, Any]:
     given = {k: v for k, v in generation_config.to_dict().items() if v is not None}
     for name, value in given.items():
         if refusal := find_refusal(name, value):
-            raise ValueError(
-                f"{source}:{name}: {name} must be left out, got {_shorten(value)}; {refusal}"
-            )
+            raise ValueError(f"{source}:{refusal}")
     return {HONOURED[name]: value for name, value in given.items() if name in HONOURED}
 
 
+def read_model_defaults(generation_config: Any, source: str) -> tuple[dict[str, Any], str]:
+    """Reads the fields of a model's own generation config, whatever its authors put there.
+
+    Fields that transformers does not know either are passed over.
+
+    Returns:
+        The fields as `read_fields` gives them, and why they must not be used, else "".
+    """
+    values: dict[str, Any] = {}
+    refusals = []
+    for name, value in generation_config.to_dict().items():
+        if value is None:
+            continue
+        if name in HONOURED:
+            values[HONOURED[name]] = value
+        elif name in REFUSED and (refusal := find_refusal(name, value)):
+            refusals.append(f"{source}:{refusal}, or give model_defaults=False")
+        elif name not in NO_EFFECT and name not in REFUSED:
+            _log.info("%s:%s: passed over, no such field is known here", source, name)
+    return values, refusals[0] if refusals else ""
+
+
 def find_refusal(name: str, value: object) -> str:
-    """Finds why a field with this value, not None, is refused; empty where it is not."""
+    """Words why a field with this value, not None, is refused; "" where it is not."""
     if name in HONOURED or name in NO_EFFECT:
         return ""
-    if name not in REFUSED:
-        return "no such field is known here"
-    harmless, advice = REFUSED[name]
-    return "" if any(value is h or value == h for h in harmless) else advice
+    harmless, advice = REFUSED.get(name, ((), "no such field is known here"))
+    if any(value is h or value == h for h in harmless):
+        return ""
+    return f"{name}: {name} must be left out, got {_shorten(value)}; {advice}"
 
 
 def lay_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -109,6 +109,4 @@ def _make_length_rules(
         )
     if settings.begin_suppress_tokens:
         begin = num_prompt_tokens + (num_prompt_tokens == 1 and first is not None)
-        yield Rule(
-            RuleKind.SUPPRESS_FIRST, begin, token_ids=tuple(settings.begin_suppress_tokens)
-        )
+        yield Rule(RuleKind.SUPPRESS_FIRST, begin, token_ids=tuple(settings.begin_suppress_tokens))

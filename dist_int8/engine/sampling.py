@@ -145,7 +145,7 @@ class TokenSampler:
 # The processor of transformers for the rules of one kind; only of biases there are several.
 _PROCESSORS: dict[RuleKind, Callable[[Sequence[Rule]], LogitsProcessor]] = {
     RuleKind.BIAS: lambda rules: SequenceBiasLogitsProcessor(
-        {rule.token_ids: rule.value for rule in rules}  # type: ignore[arg-type]
+        {rule.token_ids: rule.value for rule in rules}
     ),
     RuleKind.NO_REPEAT: lambda rules: NoRepeatNGramLogitsProcessor(rules[0].number),
     RuleKind.MIN_LENGTH: lambda rules: MinLengthLogitsProcessor(

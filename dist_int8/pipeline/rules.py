@@ -120,9 +120,7 @@ def _read_rule(
         raise ProtocolError(f"control: kinds of rules must be 1 to {max(_CHECKS)}, got {kind}")
     (least, most), (fewest, many) = checks
     lowest = 1 if kind == RuleKind.NO_REPEAT else 0
-    if not (
-        least <= value <= most and fewest <= count <= many and lowest <= number <= _MAX_NUMBER
-    ):
+    if not (least <= value <= most and fewest <= count <= many and lowest <= number <= _MAX_NUMBER):
         raise ProtocolError(
             f"control: rules must be those of a request, got {RuleKind(kind).name} with "
             f"{(number, value, count)}"
