@@ -9,7 +9,6 @@ from dist_int8.config.checked import Checked, Count, NonEmpty, listed
 from dist_int8.config.generation_fields import lay_over, read_fields
 
 MIN_TEMPERATURE = 1e-3  # logits divided by less overflow
-DEFAULT_MAX_NEW_TOKENS = 64
 
 
 def _list_ids(value: object) -> object:
@@ -52,16 +51,15 @@ class GenerationSettings(Checked):
     are not given come from the model's generation_config.json (`model_defaults`).
     """
 
-    max_new_tokens: Count | None = Field(
-        default=None,
-        description=f"Maximum number of tokens in an answer; by default {DEFAULT_MAX_NEW_TOKENS}, "
-        "or what max_length leaves.",
+    max_new_tokens: Count = Field(
+        default=64,
+        description="Maximum number of tokens in an answer.",
         examples=[64],
     )
     max_length: Count | None = Field(
         default=None,
-        description="Maximum number of tokens of prompt and answer together; max_new_tokens wins "
-        "over it.",
+        description="Maximum number of tokens of prompt and answer together, instead of "
+        "max_new_tokens; if both are given, that counts.",
         examples=[256],
     )
     min_new_tokens: Size | None = Field(
@@ -235,7 +233,8 @@ class GenerationSettings(Checked):
                 f"temperature: temperature must be 0 or at least {MIN_TEMPERATURE}, got "
                 f"{self.temperature}; 0 takes the most probable token"
             )
-        if self.max_new_tokens is not None and (self.min_new_tokens or 0) > self.max_new_tokens:
+        limited = "max_new_tokens" in self.model_fields_set
+        if limited and (self.min_new_tokens or 0) > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens: min_new_tokens must be at most max_new_tokens "
                 f"({self.max_new_tokens}), got {self.min_new_tokens}; lower it or raise "
@@ -258,11 +257,11 @@ class GenerationSettings(Checked):
 
         The context limits it as well.
         """
-        if self.max_new_tokens is not None:
+        if "max_new_tokens" in self.model_fields_set:
             return self.max_new_tokens
         if self.max_length is not None:
             return self.max_length - num_prompt_tokens
-        return max(DEFAULT_MAX_NEW_TOKENS, self.min_new_tokens or 0)
+        return max(self.max_new_tokens, self.min_new_tokens or 0)
 
     def over(self, defaults: Mapping[str, Any]) -> Self:
         """These settings, with `defaults` (as `read_fields` gives them) where nothing was given."""

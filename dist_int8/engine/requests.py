@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dist_int8.config import GenerationSettings
-from dist_int8.engine.rules import find_end_tokens
+from dist_int8.engine.rules import find_eos_tokens
 from dist_int8.engine.sampling import NOT_A_TOKEN
 from dist_int8.engine.text import TextStream
 from dist_int8.errors import RequestError
@@ -58,12 +58,6 @@ class Request:
     def __post_init__(self) -> None:
         if self.settings.max_time is not None:
             self.deadline = time.monotonic() + self.settings.max_time
-        self._num_allowed = self.settings.count_new_tokens(len(self.prompt_ids))
-        self._ends_otherwise = (
-            self.settings.ignore_eos
-            or self.settings.eos_token_id is not None
-            or bool(self.settings.stop_token_ids)
-        )
 
     @property
     def prefill_ids(self) -> list[int]:
@@ -95,15 +89,13 @@ class Request:
         self, token_id: int, eos_token_ids: frozenset[int], max_tokens: int
     ) -> str | None:
         """Why the answer ends with this token; None where it goes on."""
-        stops: frozenset[int] = frozenset()
-        if self._ends_otherwise:
-            eos_token_ids, stops = find_end_tokens(self.settings, eos_token_ids)
-        if token_id in eos_token_ids:
+        settings, num_tokens = self.settings, len(self.token_ids)
+        if token_id in find_eos_tokens(settings, eos_token_ids):
             return "eos"
-        if self.text.stopped or token_id in stops:
+        if self.text.stopped or token_id in settings.stop_token_ids:
             return "stop"
-        num_tokens = len(self.token_ids)
-        if num_tokens >= self._num_allowed or len(self.prompt_ids) + num_tokens >= max_tokens:
+        num_allowed = settings.count_new_tokens(len(self.prompt_ids))
+        if num_tokens >= num_allowed or len(self.prompt_ids) + num_tokens >= max_tokens:
             return "length"
         if self.deadline is not None and time.monotonic() > self.deadline:
             return "time"

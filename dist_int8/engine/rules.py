@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from dist_int8.config import GenerationSettings
 from dist_int8.pipeline.rules import MAX_RULE_WORDS, Rule, RuleKind, count_words
@@ -17,19 +17,11 @@ _SAMPLING_RULES = (
 )
 
 
-def find_end_tokens(
-    settings: GenerationSettings, eos_token_ids: frozenset[int]
-) -> tuple[frozenset[int], frozenset[int]]:
-    """Tokens that end an answer: of the end of the sequence, and those of stop_token_ids.
-
-    Args:
-        settings: of the request.
-        eos_token_ids: of the model.
-    """
-    eos = eos_token_ids
-    if settings.eos_token_id is not None:
-        eos = frozenset(token_id for token_id in settings.eos_token_id if token_id >= 0)
-    return frozenset() if settings.ignore_eos else eos, frozenset(settings.stop_token_ids)
+def find_eos_tokens(settings: GenerationSettings, eos_token_ids: frozenset[int]) -> Collection[int]:
+    """End-of-sequence tokens of a request, whose model has `eos_token_ids`; -1 is none."""
+    if settings.ignore_eos:
+        return ()
+    return eos_token_ids if settings.eos_token_id is None else settings.eos_token_id
 
 
 def make_rules(
@@ -73,7 +65,7 @@ def make_rules(
 
 def _make_biases(settings: GenerationSettings, eos_token_ids: frozenset[int]) -> Iterator[Rule]:
     """Biases of sequences; a bad word is a bias of minus infinity, unless it is an end token."""
-    eos = find_end_tokens(settings, eos_token_ids)[0]
+    eos = find_eos_tokens(settings, eos_token_ids)
     biases = {tuple(token_ids): bias for token_ids, bias in settings.sequence_bias}
     for word in settings.bad_words_ids:
         if len(word) > 1 or word[0] not in eos:
@@ -89,8 +81,8 @@ def _make_length_rules(
     max_tokens: int,
 ) -> Iterator[Rule]:
     """Rules that depend on the position, which is absolute."""
-    eos, stop = find_end_tokens(settings, eos_token_ids)
-    ends = tuple(sorted(eos | stop))
+    eos = {token_id for token_id in find_eos_tokens(settings, eos_token_ids) if token_id >= 0}
+    ends = tuple(sorted(eos | set(settings.stop_token_ids)))
     least = settings.min_length or 0
     if settings.min_new_tokens is not None:
         least = num_prompt_tokens + settings.min_new_tokens

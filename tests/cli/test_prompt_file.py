@@ -32,7 +32,7 @@ def test_lines_have_three_kinds_of_prompts_and_their_own_settings(tmp_path):
     assert [item.index for item in (text, ids, chat)] == [0, 1, 2]
     assert text.content == "Größe" and text.settings.max_new_tokens == 3
     assert text.settings.stop == ["\n"] and text.settings.temperature == 0.5
-    assert ids.content == [1, 2] and ids.settings.max_new_tokens is None
+    assert ids.content == [1, 2] and ids.settings.max_new_tokens == 64
     assert chat.settings.seed == 7 and chat.error is None
 
 
