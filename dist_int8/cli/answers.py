@@ -10,12 +10,14 @@ from typing import Any, TextIO
 
 from dist_int8.api.load import load
 from dist_int8.api.model import Model
+from dist_int8.cli.plural import count
 from dist_int8.config import GenerationSettings, Settings
 from dist_int8.engine import Completion, Token
 from dist_int8.launcher import signals
 from dist_int8.partition import Plan
 
 MEBIBYTE = 1024**2
+SHOWN_DECODE_STEPS = 4
 JSON_KEYS = (
     "prompt",
     "text",
@@ -52,7 +54,7 @@ def answer(
 
     with load_model(settings, display) as model:
         if display.show_schedule:
-            print(model.schedule(len(prompts)), file=sys.stderr, flush=True)
+            print(_draw_schedule(model, len(prompts), generation), file=sys.stderr, flush=True)
         streaming = display.stream and len(prompts) == 1
 
         def show_token(token: Token) -> None:
@@ -78,6 +80,16 @@ def answer(
             model.trace.save(display.trace)
         if not display.quiet:
             print(format_speed(completions, model.plan), file=sys.stderr, flush=True)
+
+
+def _draw_schedule(model: Model, num_prompts: int, generation: GenerationSettings) -> str:
+    """Draws the first decode steps, at most as many as there will be: prefill gives one token."""
+    num_steps = min(SHOWN_DECODE_STEPS, generation.max_new_tokens - 1)
+    all_of_them = generation.max_new_tokens - 1
+    return (
+        f"schedule: prefill and the first {num_steps} of up to {count(all_of_them, 'decode step')}"
+        f"\n{model.schedule(num_prompts, num_steps)}"
+    )
 
 
 def load_model(settings: Settings, display: Display) -> Model:
@@ -113,7 +125,7 @@ def format_speed(completions: Sequence[Completion], plan: Plan) -> str:
     )
     ratio = sum(s.float_bytes for s in plan.stages) / sum(s.bytes for s in plan.stages)
     return (
-        f"{num_tokens} tokens: prefill {first.prefill_tokens_per_s:.1f} tokens/s, "
+        f"{count(num_tokens, 'token')}: prefill {first.prefill_tokens_per_s:.1f} tokens/s, "
         f"decode {first.decode_tokens_per_s:.1f} tokens/s; {stages}: {ratio:.1f} times smaller"
     )
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from dist_int8.api.model import Model
 from dist_int8.cli.answers import Display, apply_chat_template, load_model, make_prompt
+from dist_int8.cli.plural import count
 from dist_int8.cli.prompt_file import Answers, Item
 from dist_int8.config import Settings
 from dist_int8.engine import Request, Token
@@ -36,7 +37,7 @@ def answer_file(
     with contextlib.ExitStack() as stack:
         answers = stack.enter_context(Answers(output, items)) if items else None
         if len(answers.done if answers else ()) == len(items) and "RANK" not in os.environ:
-            print(f"{output} has all {len(items)} answers already", file=sys.stderr, flush=True)
+            print(f"{output} has {count(len(items), 'answer')} already: all of them", file=sys.stderr, flush=True)
             return True
         model = stack.enter_context(load_model(settings, display))
         assert answers is not None, "rank 0 has the items, and no other rank comes here"
@@ -52,7 +53,8 @@ def answer_file(
         print(_format_figures(figures), file=sys.stderr, flush=True)
     if figures["errors"]:
         print(
-            f"{figures['errors']} of {figures['requests']} lines have no answer; see `error` in "
+            f"{figures['errors']} of {count(figures['requests'], 'line')} without an answer; see "
+            "`error` in "
             f"{output}, and run again to retry them",
             file=sys.stderr,
             flush=True,
@@ -161,7 +163,8 @@ def _format_figures(figures: dict[str, Any]) -> str:
         f"stage {rank} busy {share:.0%}" for rank, share in enumerate(figures["utilisation"])
     )
     return (
-        f"{figures['requests']} prompts{before}: {figures['prompt_tokens']} tokens read, "
+        f"{count(figures['requests'], 'prompt')}{before}: "
+        f"{count(figures['prompt_tokens'], 'token')} read, "
         f"{figures['tokens']} written in {figures['seconds']:.1f} s, "
         f"{figures['tokens_per_s']:.1f} tokens/s; {shares or 'nothing to do'}"
     )

@@ -18,7 +18,8 @@ from dist_int8.cli.options import (
     takes,
 )
 from dist_int8.cli.stdout import take_stdout
-from dist_int8.config import GenerationSettings, Settings
+from dist_int8.cli.targets import check_target
+from dist_int8.config import Settings
 
 COMMAND = "dist-int8 generate"
 WHAT, LAYOUT, RUNTIME, SAMPLING, OUTPUT = PANELS = (
@@ -71,7 +72,7 @@ class GenerateOptions:
         ),
     ] = False
     show_schedule: Annotated[
-        bool, option(OUTPUT, "Draw which stage ran which micro-batch when.", "--show-schedule")
+        bool, option(OUTPUT, "Draw which stage runs which micro-batch when, in the first decode steps.", "--show-schedule")
     ] = False
     stream: Annotated[
         bool,
@@ -123,7 +124,7 @@ def generate(options: GenerateOptions, given: Given) -> None:
 
         dist-int8 generate -m ./smollm2 --stages 2 --input prompts.jsonl --output answers.jsonl
     """
-    generation = GenerationSettings.from_values(given.generation, COMMAND)
+    generation = given.check_generation(COMMAND)
     settings = given.load_settings(COMMAND)
     if settings.model is None:
         raise ValueError(
@@ -172,11 +173,23 @@ def _check_files(options: GenerateOptions) -> None:
             f"{COMMAND}:show_schedule: --show-schedule must be left out with --input, got both; "
             "use --trace, which has the times"
         )
-    trace = options.trace
-    if trace is not None and (trace.is_dir() or not trace.absolute().parent.is_dir()):
+    check_target(COMMAND, "trace", options.trace)
+    check_target(COMMAND, "output", options.output)
+    if options.output is not None and options.input is not None:
+        _check_distinct(options.input, options.output)
+
+
+def _check_distinct(prompts: Path, answers: Path) -> None:
+    """Refuses answers in the file of the prompts, and in what is no file that keeps them."""
+    if answers.exists() and prompts.exists() and answers.samefile(prompts):
         raise ValueError(
-            f"{COMMAND}:trace: trace must be a new file in a folder that exists, got {trace}; "
-            "check the path"
+            f"{COMMAND}:output: --output must be another file than --input, got {str(answers)!r} "
+            "for both; name a new file for the answers"
+        )
+    if answers.exists() and not answers.is_file():
+        raise ValueError(
+            f"{COMMAND}:output: --output must be an ordinary file, which a later run can continue, "
+            f"got {str(answers)!r}; name a file"
         )
 
 
