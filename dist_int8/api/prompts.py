@@ -106,6 +106,16 @@ class PromptEncoder:
             raise ValueError(self.defaults.refusal)
         return self.defaults.values
 
+    def describe_defaults(self, settings: GenerationSettings) -> str:
+        """Says in a line which settings come from the model; "" where none does."""
+        values = self._find_defaults(settings.model_defaults)
+        shown = [
+            f"{name}={value!r}"
+            for name, value in values.items()
+            if name not in settings.model_fields_set
+        ]
+        return f"from the model's generation_config.json: {', '.join(shown)}" if shown else ""
+
     def make_requests(self, prompts: Prompts, settings: GenerationSettings) -> list[Request]:
         """Makes one request per prompt; prompt i samples with seed + i.
 

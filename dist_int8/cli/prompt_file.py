@@ -48,23 +48,30 @@ class Item:
     place: str = ""
 
 
-def read_items(path: Path, settings: Mapping[str, Any], same: Mapping[str, Any]) -> list[Item]:
+def read_items(
+    path: Path,
+    settings: Mapping[str, Any],
+    same: Mapping[str, Any],
+    content: bytes | None = None,
+) -> list[Item]:
     """Reads the lines of `path`; a malformed one becomes an item with an error.
 
     Args:
         path: JSON lines in UTF-8. Empty lines are skipped.
         settings: values of `GenerationSettings` that a line may override.
         same: what else decides an answer (the model, its numerics), for the fingerprints.
+        content: what the lines are, if they are not read from `path`.
 
     Raises:
         ValueError: no such file, no lines in it, or the same id twice.
     """
     try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        content = path.read_bytes() if content is None else content
     except OSError as error:
         raise ValueError(
             f"{path}: input must be a file of JSON lines, got {error.strerror}; check the path"
         ) from None
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     items: list[Item] = []
     seen: dict[str | int, int] = {}
     for number, line in enumerate(lines, start=1):
