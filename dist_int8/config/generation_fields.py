@@ -150,7 +150,8 @@ def lay_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, An
     """
     values = dict(below)
     if values.get("do_sample"):
-        values.setdefault("top_k", TRANSFORMERS_TOP_K)
+        if above.get("do_sample", True):
+            values.setdefault("top_k", TRANSFORMERS_TOP_K)
     elif values:
         values["do_sample"] = False
     if "temperature" in above and "do_sample" not in above:

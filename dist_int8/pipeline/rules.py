@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -45,13 +46,13 @@ class RuleKind(IntEnum):
 # kind -> (smallest, largest) value, (fewest, most) token ids
 _EVERY = math.inf
 _CHECKS: dict[RuleKind, tuple[tuple[float, float], tuple[float, float]]] = {
-    RuleKind.BIAS: ((-math.inf, 1.8e308), (1, _EVERY)),
+    RuleKind.BIAS: ((-math.inf, sys.float_info.max), (1, _EVERY)),
     RuleKind.NO_REPEAT: ((0, 0), (0, 0)),
     RuleKind.MIN_LENGTH: ((0, 0), (1, _EVERY)),
     RuleKind.FORCED_FIRST: ((0, 0), (1, 1)),
     RuleKind.FORCED_LAST: ((0, 0), (1, _EVERY)),
     RuleKind.REMOVE_INVALID: ((0, 0), (0, 0)),
-    RuleKind.DECAY: ((5e-324, 1.8e308), (1, _EVERY)),
+    RuleKind.DECAY: ((5e-324, sys.float_info.max), (1, _EVERY)),
     RuleKind.SUPPRESS: ((0, 0), (1, _EVERY)),
     RuleKind.SUPPRESS_FIRST: ((0, 0), (1, _EVERY)),
     RuleKind.TOP_H: ((5e-324, 1), (0, 0)),

@@ -9,7 +9,6 @@ from dist_int8.api.model import Model, TokenStream
 from dist_int8.config import GenerationSettings
 from dist_int8.engine import Completion
 
-
 LISTS = ("stop", "stop_token_ids", "eos_token_id", "suppress_tokens", "begin_suppress_tokens")
 LISTS += ("forced_eos_token_id",)
 

@@ -204,7 +204,7 @@ def test_generation_config_of_transformers():
 
 
 @pytest.mark.parametrize(
-    "given", [{"num_beams": 4}, {"min_p": 0.1}, {"no_repeat_ngram_size": 2}, {"typical_p": 0.5}]
+    "given", [{"num_beams": 4}, {"penalty_alpha": 0.5}, {"num_beam_groups": 2}]
 )
 def test_other_ways_of_decoding_are_refused_by_name(given):
     call = GenerationSettings.from_generation_config
