@@ -73,7 +73,7 @@ def main():
             prompts = rows[:batch]
             fast, slow = [], []
             for repeat in range(args.repeats + 1):  # the first warms up
-                answer = ours.generate(prompts, max_new_tokens=args.tokens)
+                answer = ours.generate(prompts, max_new_tokens=args.tokens, model_defaults=False)
                 speed = transformers_decode(theirs, torch.tensor(prompts), args.tokens)
                 if repeat:
                     fast.append(answer[0].decode_tokens_per_s)

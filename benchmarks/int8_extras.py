@@ -93,7 +93,9 @@ def main() -> None:
         speeds: dict[str, list[float]] = {name: [] for name in models}
         for repeat in range(args.repeats + 1):  # the first warms up
             for name, model in models.items():
-                answer = model.generate(rows[:batch], max_new_tokens=args.tokens)[0]
+                answer = model.generate(
+                    rows[:batch], max_new_tokens=args.tokens, model_defaults=False
+                )[0]
                 if repeat:
                     speeds[name].append(answer.decode_tokens_per_s)
         for name, found in speeds.items():

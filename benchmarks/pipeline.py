@@ -51,7 +51,7 @@ def main():
     for repeat in range(args.repeats + 1):  # the first warms up
         for cut, model in models.items():
             started = time.perf_counter()
-            answers = model.generate(prompts, max_new_tokens=args.tokens)
+            answers = model.generate(prompts, max_new_tokens=args.tokens, model_defaults=False)
             seconds = time.perf_counter() - started
             token_ids = [answer.token_ids for answer in answers]
             expected = expected or token_ids

@@ -96,7 +96,7 @@ def steady_decode(model, words, count):
     """Measures the utilisation of each stage while all lanes only decode."""
     prompts = [words[3 * i : 3 * i + 32] for i in range(count)]
     before = model._engine.num_steps
-    model.generate(prompts, max_new_tokens=32)
+    model.generate(prompts, max_new_tokens=32, model_defaults=False)
     return trace.utilisation(*trace.steady(model._engine.pipeline.trace.since(before)))
 
 
@@ -208,7 +208,7 @@ def main():
         print(f"steady decode, {name}: " + " ".join(f"{share:.1%}" for share in shares))
     num_alone = len(asked) if args.alone is None else args.alone
     for i, (_, prompt, n) in enumerate(asked[:num_alone]):
-        alone = model.generate(prompt, max_new_tokens=n)[0].token_ids
+        alone = model.generate(prompt, max_new_tokens=n, model_defaults=False)[0].token_ids
         assert alone == expected[i], f"request {i} gets different tokens alone"
     print(f"{num_alone} of {len(asked)} requests alone: the same tokens")
     for each in models.values():

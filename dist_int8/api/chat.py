@@ -25,8 +25,8 @@ def render_chat(tokenizer: Any, messages: Sequence[Any], index: int, folder: Pat
     """
     if tokenizer is None or not tokenizer.chat_template:
         raise ValueError(
-            f"generate: prompt {index} must be text or token ids, got messages, and {folder} has "
-            "no chat template; write the prompt as text"
+            f"generate: model must have a chat template for the messages of prompt {index}, got "
+            f"none in {folder}; write the prompt as text"
         )
     checked = [_check_message(message, index, place) for place, message in enumerate(messages)]
     try:

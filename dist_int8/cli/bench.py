@@ -118,7 +118,8 @@ def _trace_short_run(model: str | None, num_stages: int, trace: Path) -> None:
         progress=False,
     ) as loaded:
         prompts = [[1 + i] * NUM_PROMPT_TOKENS for i in range(NUM_SEQUENCES)]
-        loaded.generate(prompts, max_new_tokens=2)  # the first call of a process is slower
+        # the first call of a process is slower
+        loaded.generate(prompts, max_new_tokens=2, model_defaults=False)
         warm = loaded.trace.last_step
-        loaded.generate(prompts, max_new_tokens=NUM_NEW_TOKENS)
+        loaded.generate(prompts, max_new_tokens=NUM_NEW_TOKENS, model_defaults=False)
         loaded.trace.save(trace, since=warm)

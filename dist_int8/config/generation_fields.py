@@ -64,7 +64,7 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {  # field -> harmless valu
     "num_beam_groups": ((1,), _DECODING),
     "constraints": ((), _DECODING),
     "force_words_ids": ((), _DECODING),
-    "penalty_alpha": ((0, 0.0), _DECODING),
+    "penalty_alpha": ((0,), _DECODING),
     "dola_layers": ((), _DECODING),
     "num_return_sequences": ((1,), "give the prompt several times"),
     "guidance_scale": ((1,), "the prompt is run once"),
