@@ -37,7 +37,11 @@ def answer_file(
     with contextlib.ExitStack() as stack:
         answers = stack.enter_context(Answers(output, items)) if items else None
         if len(answers.done if answers else ()) == len(items) and "RANK" not in os.environ:
-            print(f"{output} has {count(len(items), 'answer')} already: all of them", file=sys.stderr, flush=True)
+            print(
+                f"{output} has {count(len(items), 'answer')} already, one per line",
+                file=sys.stderr,
+                flush=True,
+            )
             return True
         model = stack.enter_context(load_model(settings, display))
         assert answers is not None, "rank 0 has the items, and no other rank comes here"
@@ -53,8 +57,8 @@ def answer_file(
         print(_format_figures(figures), file=sys.stderr, flush=True)
     if figures["errors"]:
         print(
-            f"{figures['errors']} of {count(figures['requests'], 'line')} without an answer; see "
-            "`error` in "
+            f"{figures['errors']} of {count(figures['requests'], 'line')} could not be answered; "
+            "see `error` in "
             f"{output}, and run again to retry them",
             file=sys.stderr,
             flush=True,

@@ -72,7 +72,12 @@ class GenerateOptions:
         ),
     ] = False
     show_schedule: Annotated[
-        bool, option(OUTPUT, "Draw which stage runs which micro-batch when, in the first decode steps.", "--show-schedule")
+        bool,
+        option(
+            OUTPUT,
+            "Draw which stage runs which micro-batch when, in the first decode steps.",
+            "--show-schedule",
+        ),
     ] = False
     stream: Annotated[
         bool,
@@ -185,6 +190,11 @@ def _check_distinct(prompts: Path, answers: Path) -> None:
         raise ValueError(
             f"{COMMAND}:output: --output must be another file than --input, got {str(answers)!r} "
             "for both; name a new file for the answers"
+        )
+    if prompts.is_char_device():  # /dev/zero has no end
+        raise ValueError(
+            f"{COMMAND}:input: --input must be a file or a pipe, got the device {str(prompts)!r}; "
+            "check the path"
         )
     if answers.exists() and not answers.is_file():
         raise ValueError(

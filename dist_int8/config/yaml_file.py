@@ -10,7 +10,6 @@ import yaml
 from dist_int8.config.checked import show
 from dist_int8.config.shipped import find_shipped
 
-
 MAX_BYTES = 2**20
 MAX_NODES = 20_000  # a list of blocks of the largest model is far below
 
@@ -133,14 +132,15 @@ def write_yaml(path: str | Path, values: Mapping[str, Any], comment: str) -> Non
     Raises:
         ValueError: the file cannot be written.
     """
+    path = os.path.expanduser(path)
     head = "".join(f"# {line}".rstrip() + "\n" for line in comment.splitlines())
     body = yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=None, width=100)
     try:
         Path(path).write_text(f"{head}\n{body}", encoding="utf-8")
     except OSError as error:
         raise ValueError(
-            f"{path}: config must be a file that can be written, got {error.strerror}; "
-            "check the path"
+            f"{path}: must be a file that can be written, got {error.strerror}; check the path "
+            "and its disk"
         ) from None
 
 

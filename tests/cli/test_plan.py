@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 BLOOM = str(ROOT / "configs" / "models" / "bloom-176b")
 KEYS = [
     *("fits", "model", "num_blocks", "block_bytes", "model_bytes", "kv_bytes_per_token"),
-    *("kv_tokens", "ms_per_token", "stages", "missing_bytes", "suggestions"),
+    *("kv_tokens", "ms_per_token", "ms_per_token_alone", "stages", "missing_bytes", "suggestions"),
 ]
 
 
