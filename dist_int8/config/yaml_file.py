@@ -14,7 +14,7 @@ MAX_BYTES = 2**20
 MAX_NODES = 20_000  # a list of blocks of the largest model is far below
 
 
-class _Duplicate(ValueError):
+class _DuplicateError(ValueError):
     pass
 
 
@@ -28,7 +28,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 continue
             line = key_node.start_mark.line + 1
             if key_node.value in seen:
-                raise _Duplicate(
+                raise _DuplicateError(
                     f"{key_node.value}: {key_node.value} must be given once, got it on lines "
                     f"{seen[key_node.value]} and {line}; remove one of them"
                 )
@@ -97,7 +97,7 @@ def _parse(text: str, path: str | Path) -> Any:
         raise ValueError(
             f"{where}: config must be valid YAML, got {problem}; correct that line"
         ) from None
-    except _Duplicate as error:
+    except _DuplicateError as error:
         raise ValueError(f"{path}:{error}") from None
     except RecursionError:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How long a token of one sequence takes that runs alone: what a first try of a model shows. Pure."""
+"""How long a token takes of one sequence alone, which is what a first try shows. Pure."""
 
 from __future__ import annotations
 

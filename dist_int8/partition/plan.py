@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dist_int8.partition.activations import Workload
@@ -102,7 +102,7 @@ class Plan:
     workload: Workload | None = None
     suggestions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    asked: str = "requested"
+    asked: str = field(default="requested", compare=False)
     alone_ps: int = 0
 
     @property
@@ -160,7 +160,7 @@ class Plan:
         )
 
     def prediction(self) -> str:
-        """Says in one line how long a token takes, and in which case: the table has the busy one."""
+        """Says in one line how long a token takes when all slots are busy, and when one is."""
         assert self.workload is not None
         speeds = ", ".join(sorted({stage.profile for stage in self.stages}))
         number = self.workload.num_sequences
