@@ -12,12 +12,13 @@ from typing import Any, NoReturn
 
 import torch
 
+from dist_int8.api.idle_settings import Facts, check_skipped, describe_idle, find_idle
 from dist_int8.api.model import Model
 from dist_int8.api.placement import Placement, divide_cores, find_placement, share_cores
 from dist_int8.api.prepare import Prepared, prepare
 from dist_int8.api.prompts import PromptEncoder
 from dist_int8.api.stages import build_stage
-from dist_int8.config import load_settings
+from dist_int8.config import Settings, load_settings
 from dist_int8.distributed import rendezvous, spawn
 from dist_int8.distributed import world as worlds
 from dist_int8.distributed.logs import RankLogger
@@ -44,7 +45,7 @@ def load(
     *,
     gpus: int | None = None,
     devices: list[str | torch.device] | None = None,
-    stages: int | None = None,
+    stages: int | list[int] | None = None,
     config: str | Path | None = None,
     progress: bool = True,
     on_plan: Callable[[Plan], None] | None = None,
@@ -62,7 +63,7 @@ def load(
         gpus: number of GPUs, cuda:0 .. cuda:gpus-1, with one stage each.
         devices: the device of every stage instead, for example ["cpu", "cpu"]; strings or
             torch.device.
-        stages: number of stages, if neither gpus nor devices is given.
+        stages: number of stages, or the number of blocks of each.
         config: YAML file of settings; arguments here win over it.
         progress: show a progress bar while loading.
         on_plan: called on rank 0 with the plan before any weight is read.
@@ -88,6 +89,8 @@ def load(
         raise ValueError("load(): model must be a folder or a hub id, got nothing; name the model")
     placement = find_placement(settings)
     prepared = prepare(settings, placement)
+    check_skipped(prepared.settings, prepared.spec)
+    _note_idle(settings, prepared)
     launched = placement.launched is not None
     announce = partial(_announce, prepared, on_encoder, on_plan)
     if not launched:
@@ -117,6 +120,22 @@ def _announce(
             on_encoder(prepared.encoder)
         if on_plan is not None:
             on_plan(prepared.plan)
+
+
+def _note_idle(settings: Settings, prepared: Prepared) -> None:
+    """Logs, on rank 0 and once, which of the settings that were given change nothing here."""
+    placement = prepared.placement
+    if placement.rank:
+        return
+    facts = Facts(
+        num_stages=len(prepared.plan.stages),
+        devices=tuple(placement.devices),
+        is_folder=Path(settings.model or "").is_dir(),
+        launched=placement.launched is not None,
+        used=prepared.settings,
+    )
+    if idle := find_idle(settings, facts):
+        RankLogger(__name__, 0).warning(describe_idle(idle))
 
 
 def _as_setting(value: Any) -> Any:

@@ -145,6 +145,12 @@ class Model:
             raise ValueError(
                 f"generate: stream must be true or false, got {stream!r}; a callback is on_token"
             )
+        if on_token is not None and (stream or not callable(on_token)):
+            got = "stream as well" if stream else type(on_token).__name__
+            raise ValueError(
+                f"generate: on_token must be a function, and without stream, got {got}; the "
+                "iterator that stream returns yields the same tokens"
+            )
         chosen = self._encoder.choose(generation_config, settings)
         tokens = self._stream(self._encoder.make_requests(prompts, chosen))
         if stream:

@@ -97,6 +97,11 @@ class PromptEncoder:
         Raises:
             ValueError: a default that cannot be honoured, by name.
         """
+        if not isinstance(settings, GenerationSettings):
+            raise ValueError(
+                "request: settings must be GenerationSettings, got "
+                f"{type(settings).__name__}; import it from dist_int8.config"
+            )
         return settings.over(self._find_defaults(settings.model_defaults))
 
     def _find_defaults(self, wanted: bool) -> Mapping[str, Any]:
@@ -244,7 +249,7 @@ class PromptEncoder:
         """Checks what only a model and a prompt can tell of the settings."""
         if settings.count_new_tokens(len(prompt_ids)) < 1:
             raise ValueError(
-                f"generate: max_length must be above the {_count(prompt_ids)} of prompt {index}, "
+                f"generate: max_length must be above the {_count(len(prompt_ids))} of prompt {index}, "
                 f"got {settings.max_length}; raise it or give max_new_tokens"
             )
         lists = {
@@ -273,7 +278,7 @@ class PromptEncoder:
             )
         if len(token_ids) + num_new > limit:
             raise ValueError(
-                f"{call}: prompt {index} must be at most {limit - num_new} tokens long (the "
+                f"{call}: prompt {index} must be at most {_count(limit - num_new)} long (the "
                 f"context is {limit}), got {len(token_ids)}; shorten it or raise max_tokens"
             )
         for token_id in token_ids:
@@ -289,5 +294,5 @@ def _draw_seed() -> int:
     return random.SystemRandom().getrandbits(48)
 
 
-def _count(token_ids: Sequence[int]) -> str:
-    return "1 token" if len(token_ids) == 1 else f"{len(token_ids)} tokens"
+def _count(num_tokens: int) -> str:
+    return "1 token" if num_tokens == 1 else f"{num_tokens} tokens"

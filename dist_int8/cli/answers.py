@@ -111,7 +111,7 @@ def load_model(
 
     def show_plan(plan: Plan) -> None:
         if not display.quiet:
-            print(plan.table(), file=sys.stderr, flush=True)
+            print(f"{plan.table()}\n{plan.prediction()}", file=sys.stderr, flush=True)
 
     if os.environ.get("RANK", "0") != "0":
         signals.leave_term_to_rank_0(settings.drain_timeout)

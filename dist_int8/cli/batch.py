@@ -44,7 +44,7 @@ def answer_file(
         answers = stack.enter_context(Answers(output, items)) if items else None
         if len(answers.done if answers else ()) == len(items) and "RANK" not in os.environ:
             print(
-                f"{output} has {count(len(items), 'answer')} already: all of them",
+                f"{output} has {count(len(items), 'answer')} already, one per line",
                 file=sys.stderr,
                 flush=True,
             )
@@ -65,8 +65,9 @@ def answer_file(
         print(_format_figures(figures), file=sys.stderr, flush=True)
     if figures["errors"]:
         print(
-            f"{figures['errors']} of {count(figures['requests'], 'line')} without an answer; see "
-            f"`error` in {output}, and run again to retry them",
+            f"{figures['errors']} of {count(figures['requests'], 'line')} could not be answered; "
+            "see `error` in "
+            f"{output}, and run again to retry them",
             file=sys.stderr,
             flush=True,
         )

@@ -38,7 +38,6 @@ class Command(TyperCommand):
                 raise
             raise ValueError(f"{ctx.command_path}: {_reword(error, param, value)}") from None
 
-
     def _scan(self, ctx: Any, args: list[str]) -> tuple[dict[str, Any], list[Any]]:
         """Splits `args` without converting anything: text by name, and the parameters in order."""
         parser: Any = self.make_parser(ctx)

@@ -35,6 +35,6 @@ def read_escapes(text: str, where: str) -> str:
 
 def _refuse(text: str, where: str) -> ValueError:
     return ValueError(
-        f"{where} must be text in which \\uXXXX names a character, got {ascii(text)}; "
+        f"{where} must be text in which \\uXXXX names a character, got {text!a}; "
         r"write \\u for a backslash before a u"
     )

@@ -230,6 +230,11 @@ def _check_distinct(prompts: Path, answers: Path) -> None:
             f"{COMMAND}:output: --output must be another file than --input, got {str(answers)!r} "
             "for both; name a new file for the answers"
         )
+    if prompts.is_char_device():  # /dev/zero has no end
+        raise ValueError(
+            f"{COMMAND}:input: --input must be a file or a pipe, got the device {str(prompts)!r}; "
+            "check the path"
+        )
     if answers.exists() and not answers.is_file():
         raise ValueError(
             f"{COMMAND}:output: --output must be an ordinary file, which a later run can continue, "

@@ -191,7 +191,11 @@ def _sort_values(values: dict[str, Any], spellings: Mapping[str, str]) -> Given:
         settings={k: _split(k, v) for k, v in chosen.items() if k in Settings.model_fields},
         generation={k: v for k, v in chosen.items() if k in GenerationSettings.model_fields},
         flags={key: spellings[key] for key in chosen},
-        **{name: chosen[name] for name in ("config", "device", "quiet", "verbose") if name in chosen},
+        **{
+            name: chosen[name]
+            for name in ("config", "device", "quiet", "verbose")
+            if name in chosen
+        },
     )
 
 

@@ -47,7 +47,7 @@ def prepare_streams() -> None:
         io.BufferedWriter(_Named(1, "stdout")),
         encoding=sys.stdout.encoding,
         errors=sys.stdout.errors,
-        line_buffering=sys.stdout.line_buffering,
+        line_buffering=bool(sys.stdout.line_buffering),
     )
 
 

@@ -1,15 +1,14 @@
 """The files that a command will write, checked before it begins."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 PICTURES = (".png", ".svg", ".pdf")
 
 
-def check_target(
-    source: str, key: str, path: Path | None, endings: Sequence[str] = ()
-) -> None:
+def check_target(source: str, key: str, path: Path | None, endings: Sequence[str] = ()) -> None:
     """Checks that a file can be written; nothing is created.
 
     Args:
@@ -39,6 +38,15 @@ def check_target(
             f"{source}:{key}: {flag} must be a file that can be written, got {str(path)!r} "
             f"({reason}); check the path"
         )
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Names the file in an OSError of a block that writes it: a full disk does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def check_picture(source: str, key: str, path: Path | None) -> None:

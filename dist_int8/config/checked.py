@@ -81,9 +81,7 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 3, 80, 80, 
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
 
 
-def _one_line(
-    cls: type[Checked], source: str, detail: Any, flags: Mapping[str, str]
-) -> str:
+def _one_line(cls: type[Checked], source: str, detail: Any, flags: Mapping[str, str]) -> str:
     """Words a pydantic error as one line of ours."""
     message = detail["msg"].removeprefix("Value error, ")
     if not detail["loc"]:  # about several fields; it names the one to change
@@ -102,12 +100,13 @@ def _one_line(
     name = flags.get(key, key)
     hint = f"write it like `{_write(key, examples[0], flags)}`"
     if detail["type"] == "value_error":
-        expected, semicolon, advice = message.rpartition("; ")
-        if key in flags and semicolon:
-            message, advice = expected, hint
-            return f"{source}:{key}: {name} {message}; {advice}"
+        said, _, advice = message.rpartition("; ")
+        if key in flags and ("[" in advice or "{" in advice):  # how YAML writes it
+            message = f"{said}; {hint}"
         return f"{source}:{key}: {name} {message}"
-    return f"{source}:{key}: {name} must be {_expected(detail)}, got {show(detail['input'])}; {hint}"
+    return (
+        f"{source}:{key}: {name} must be {_expected(detail)}, got {show(detail['input'])}; {hint}"
+    )
 
 
 def _list_names(cls: type[Checked]) -> str:

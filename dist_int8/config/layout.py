@@ -17,7 +17,9 @@ _DEVICE = re.compile(r"cpu|cuda:(0|[1-9]\d*)")
 def _check_device(device: object) -> str:
     if isinstance(device, str) and _DEVICE.fullmatch(device):
         return device
-    raise ValueError(f"must be cpu or cuda:N, got {show(device)}; write [cpu, cpu] or [cuda:0, cuda:1]")
+    raise ValueError(
+        f"must be cpu or cuda:N, got {show(device)}; write [cpu, cpu] or [cuda:0, cuda:1]"
+    )
 
 
 def _check_stages(stages: object) -> object:

@@ -10,12 +10,11 @@ import yaml
 from dist_int8.config.checked import show
 from dist_int8.config.shipped import find_shipped
 
-
 MAX_BYTES = 2**20
 MAX_NODES = 20_000  # a list of blocks of the largest model is far below
 
 
-class _Duplicate(ValueError):
+class _DuplicateError(ValueError):
     pass
 
 
@@ -29,7 +28,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 continue
             line = key_node.start_mark.line + 1
             if key_node.value in seen:
-                raise _Duplicate(
+                raise _DuplicateError(
                     f"{key_node.value}: {key_node.value} must be given once, got it on lines "
                     f"{seen[key_node.value]} and {line}; remove one of them"
                 )
@@ -98,7 +97,7 @@ def _parse(text: str, path: str | Path) -> Any:
         raise ValueError(
             f"{where}: config must be valid YAML, got {problem}; correct that line"
         ) from None
-    except _Duplicate as error:
+    except _DuplicateError as error:
         raise ValueError(f"{path}:{error}") from None
     except RecursionError:
         raise ValueError(
@@ -133,14 +132,15 @@ def write_yaml(path: str | Path, values: Mapping[str, Any], comment: str) -> Non
     Raises:
         ValueError: the file cannot be written.
     """
+    path = os.path.expanduser(path)
     head = "".join(f"# {line}".rstrip() + "\n" for line in comment.splitlines())
     body = yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=None, width=100)
     try:
         Path(path).write_text(f"{head}\n{body}", encoding="utf-8")
     except OSError as error:
         raise ValueError(
-            f"{path}: config must be a file that can be written, got {error.strerror}; "
-            "check the path"
+            f"{path}: must be a file that can be written, got {error.strerror}; check the path "
+            "and its disk"
         ) from None
 
 

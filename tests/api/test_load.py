@@ -311,6 +311,14 @@ def test_bad_arguments_of_logits_and_generate_are_refused(one_stage):
         one_stage.logits([[10**7]])
     with pytest.raises(ValueError, match="stream must be true or false"):
         one_stage.generate("abc", stream=print)
+    for given, got in (
+        ({"on_token": 5}, "got int"),
+        ({"on_token": print, "stream": True}, "got s"),
+    ):
+        with pytest.raises(ValueError, match=f"on_token must be a function, .* {got}"):
+            one_stage.generate("abc", **given)
+    with pytest.raises(ValueError, match="settings must be GenerationSettings, got dict"):
+        one_stage.request("abc", {"max_new_tokens": 3})
 
 
 SMALL = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128}

@@ -82,7 +82,7 @@ def test_bad_lines_get_errors_and_the_others_answers(tmp_path, tiny_llama, expec
     assert figures["tokens"] == len(expected["n0"]) + len(expected["n1"])
     assert figures["tokens_per_s"] > 0 and len(figures["utilisation"]) == 1
     assert all(0 < share <= 1 for share in figures["utilisation"])
-    assert captured.err.startswith("4 of 6 lines have no answer; see `error` in")
+    assert captured.err.startswith("4 of 6 lines could not be answered; see `error` in")
     answers = read(output)
     assert {name: answers[name]["token_ids"] for name in ("n0", "n1")} == {
         name: expected[name] for name in ("n0", "n1")
@@ -99,7 +99,7 @@ def test_other_settings_and_a_finished_file(tmp_path, tiny_llama, capfd):
     codes = [run(*flags), run(*flags), run(*flags, "--outlier-rule", "none")]
     assert codes == [0, 0, 2]
     done, refused = capfd.readouterr().err.splitlines()[-2:]
-    assert done.endswith("has all 2 answers already")
+    assert done.endswith("has 2 answers already, one per line")
     assert "o.jsonl:1: output must hold answers to this input with these settings" in refused
 
 
