@@ -110,7 +110,7 @@ def make(folder: Path, num_bytes: int) -> None:
         num_key_value_heads=hidden // 128,
         tie_word_embeddings=False,
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     model.save_pretrained(folder, max_shard_size=f"{num_bytes // 7_000_000}MB")
 
 

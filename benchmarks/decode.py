@@ -44,9 +44,12 @@ def main():
     args = parser.parse_args()
     folder = folder_of(args)
     torch.set_num_threads(args.threads)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     theirs = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        folder,
+        trust_remote_code=False,
+        dtype=torch.float32,
+        attn_implementation="eager",
     ).eval()
     words = tokenizer(TEXT * 8).input_ids
     most = max(args.batches)
@@ -70,7 +73,7 @@ def main():
             prompts = rows[:batch]
             fast, slow = [], []
             for repeat in range(args.repeats + 1):  # the first warms up
-                answer = ours.generate(prompts, max_new_tokens=args.tokens)
+                answer = ours.generate(prompts, max_new_tokens=args.tokens, model_defaults=False)
                 speed = transformers_decode(theirs, torch.tensor(prompts), args.tokens)
                 if repeat:
                     fast.append(answer[0].decode_tokens_per_s)

@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     args = parser.parse_args()
     folder = folder_of(args)
-    words = AutoTokenizer.from_pretrained(folder)(TEXT * 8).input_ids
+    words = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(TEXT * 8).input_ids
     rows = [words[3 * i : 3 * i + args.prompt] for i in range(max(args.batches))]
     figures: dict[str, dict[str, Any]] = {}
     models = {}
@@ -93,7 +93,9 @@ def main() -> None:
         speeds: dict[str, list[float]] = {name: [] for name in models}
         for repeat in range(args.repeats + 1):  # the first warms up
             for name, model in models.items():
-                answer = model.generate(rows[:batch], max_new_tokens=args.tokens)[0]
+                answer = model.generate(
+                    rows[:batch], max_new_tokens=args.tokens, model_defaults=False
+                )[0]
                 if repeat:
                     speeds[name].append(answer.decode_tokens_per_s)
         for name, found in speeds.items():

@@ -27,7 +27,7 @@ def main():
     parser.add_argument("--micro-batches", type=int, nargs="*", default=[1, 2, 4])
     args = parser.parse_args()
     folder = folder_of(args)
-    words = AutoTokenizer.from_pretrained(folder)(TEXT * 40).input_ids
+    words = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(TEXT * 40).input_ids
     prompts = [words[3 * i : 3 * i + args.prompt] for i in range(args.sequences)]
     cuts = [(stages, m) for stages in (1, 2) for m in args.micro_batches]
     models = {
@@ -51,7 +51,7 @@ def main():
     for repeat in range(args.repeats + 1):  # the first warms up
         for cut, model in models.items():
             started = time.perf_counter()
-            answers = model.generate(prompts, max_new_tokens=args.tokens)
+            answers = model.generate(prompts, max_new_tokens=args.tokens, model_defaults=False)
             seconds = time.perf_counter() - started
             token_ids = [answer.token_ids for answer in answers]
             expected = expected or token_ids

@@ -67,7 +67,9 @@ def main() -> None:
     for name, random_config in RANDOM.items():
         with tempfile.TemporaryDirectory() as folder:
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(random_config, dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_config(
+                random_config, dtype=torch.bfloat16, trust_remote_code=False
+            )
             model.save_pretrained(folder)
             real.append(planned_and_real(name, Path(folder)))
     print_real(real)
@@ -111,7 +113,9 @@ def compare(config: PretrainedConfig, count: int, profile: str) -> dict[str, Any
 def accelerate_map(config: PretrainedConfig, count: int, budget: int) -> tuple[int, list[int]]:
     """Counts the blocks that accelerate leaves on the CPU and gives each device."""
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float16, trust_remote_code=False
+        )
     model.tie_weights()
     quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_8bit=True))
     left_alone = quantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)

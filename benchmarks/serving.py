@@ -96,7 +96,7 @@ def steady_decode(model, words, count):
     """Measures the utilisation of each stage while all lanes only decode."""
     prompts = [words[3 * i : 3 * i + 32] for i in range(count)]
     before = model._engine.num_steps
-    model.generate(prompts, max_new_tokens=32)
+    model.generate(prompts, max_new_tokens=32, model_defaults=False)
     return trace.utilisation(*trace.steady(model._engine.pipeline.trace.since(before)))
 
 
@@ -123,7 +123,10 @@ def transformers_tokens_per_s(folder, asked, threads):
     torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        folder,
+        trust_remote_code=False,
+        dtype=torch.float32,
+        attn_implementation="eager",
     ).eval()
     places = {f"model.layers.{i}": "cpu" for i in range(model.config.num_hidden_layers)}
     places |= dict.fromkeys(
@@ -181,7 +184,7 @@ def main():
     parser.add_argument("--alone", type=int, help="number of requests checked alone; default: all")
     args = parser.parse_args()
     folder = folder_of(args)
-    words = AutoTokenizer.from_pretrained(folder)(TEXT * 40).input_ids
+    words = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(TEXT * 40).input_ids
     asked = workload(args, words)
     lanes = args.lanes or [None]
     models = {f"{m or 'default'} lanes": load(folder, args, m, args.slots) for m in lanes}
@@ -205,7 +208,7 @@ def main():
         print(f"steady decode, {name}: " + " ".join(f"{share:.1%}" for share in shares))
     num_alone = len(asked) if args.alone is None else args.alone
     for i, (_, prompt, n) in enumerate(asked[:num_alone]):
-        alone = model.generate(prompt, max_new_tokens=n)[0].token_ids
+        alone = model.generate(prompt, max_new_tokens=n, model_defaults=False)[0].token_ids
         assert alone == expected[i], f"request {i} gets different tokens alone"
     print(f"{num_alone} of {len(asked)} requests alone: the same tokens")
     for each in models.values():

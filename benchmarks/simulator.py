@@ -219,7 +219,7 @@ def main():
     parser.add_argument("--show-schedule", action="store_true", help="draw the simulated runs")
     args = parser.parse_args()
     folder = folder_of(args)
-    words = AutoTokenizer.from_pretrained(folder)(TEXT * 8).input_ids
+    words = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(TEXT * 8).input_ids
     prompts = [words[3 * i : 3 * i + args.prompt] for i in range(args.sequences + 1)]
     expected, rows = None, []
     for num_stages in args.stages:

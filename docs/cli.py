@@ -85,7 +85,8 @@ refused.
 | `model`, `num_blocks` | as asked, and its number of transformer blocks |
 | `block_bytes`, `model_bytes`, `kv_bytes_per_token` | sizes of one block, of the whole model, and of one token in the KV cache |
 | `kv_tokens` | number of tokens that the KV cache has room for |
-| `ms_per_token` | predicted milliseconds of one token through all stages, the sum of their `ms` |
+| `ms_per_token` | predicted milliseconds of a token of each sequence in flight, half full: the sum of the stages' `ms` |
+| `ms_per_token_alone` | the same for one sequence of 128 tokens that runs alone |
 | `stages` | list of `{{rank, host, device, blocks, bytes: {{weights, kv, activations, reserve, free}}, ms}}` |
 | `missing_bytes`, `suggestions` | if it does not fit: how much is missing, and changes that would make it fit |
 

@@ -82,6 +82,7 @@ WITHOUT_TORCH = {
     "profiling/timeline",
     *(f"cli/{name}" for name in ("app", "bench", "checkpoint", "eval", "generate", "plan")),
     *(f"cli/{name}" for name in ("exit_codes", "layout", "options", "prompt_file", "stdout")),
+    *(f"cli/{name}" for name in ("command", "escapes", "plural", "targets")),
 }
 OWNERS = {  # outside dependency -> the only files or rooms that import it
     "accelerate": {"models"},
@@ -105,8 +106,8 @@ OWNERS = {  # outside dependency -> the only files or rooms that import it
         "cli/demo_model",
     },
     "typer": {
-        *(f"cli/{name}" for name in ("app", "bench", "checkpoint", "eval", "generate", "options")),
-        "cli/plan",
+        *(f"cli/{name}" for name in ("app", "bench", "checkpoint", "command", "eval")),
+        *(f"cli/{name}" for name in ("generate", "options", "plan")),
     },
     "yaml": {"config"},
 }

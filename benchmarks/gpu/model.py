@@ -87,7 +87,8 @@ def prompts_of(count: int, length: int, vocab_size: int) -> Prompts:
 
 def tokens_of(model: dist_int8.Model) -> Generate:
     return lambda prompts, count: [
-        answer.token_ids for answer in model.generate(prompts, max_new_tokens=count)
+        answer.token_ids
+        for answer in model.generate(prompts, max_new_tokens=count, model_defaults=False)
     ]
 
 

@@ -8,16 +8,19 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+from dist_int8.api.idle_settings import Facts, check_skipped, describe_idle, find_idle
 from dist_int8.api.model import Model
 from dist_int8.api.placement import Placement, divide_cores, find_placement, share_cores
 from dist_int8.api.prepare import Prepared, prepare
+from dist_int8.api.prompts import PromptEncoder
 from dist_int8.api.stages import build_stage
-from dist_int8.config import load_settings
+from dist_int8.config import Settings, load_settings
 from dist_int8.distributed import rendezvous, spawn
 from dist_int8.distributed import world as worlds
 from dist_int8.distributed.diagnosis import find_original
@@ -46,10 +49,11 @@ def load(
     *,
     gpus: int | None = None,
     devices: list[str | torch.device] | None = None,
-    stages: int | None = None,
+    stages: int | list[int] | None = None,
     config: str | Path | None = None,
     progress: bool = True,
     on_plan: Callable[[Plan], None] | None = None,
+    on_encoder: Callable[[PromptEncoder], None] | None = None,
     **overrides: Any,
 ) -> Model:
     """Loads a model as a pipeline of int8 stages and returns its handle.
@@ -63,10 +67,12 @@ def load(
         gpus: number of GPUs, cuda:0 .. cuda:gpus-1, with one stage each.
         devices: the device of every stage instead, for example ["cpu", "cpu"]; strings or
             torch.device.
-        stages: number of stages, if neither gpus nor devices is given.
+        stages: number of stages, or the number of blocks of each.
         config: YAML file of settings; arguments here win over it.
         progress: show a progress bar while loading.
         on_plan: called on rank 0 with the plan before any weight is read.
+        on_encoder: called on rank 0 before any weight is read, with what turns prompts into
+            requests, so that prompts can be checked first.
         **overrides: any other field of `Settings` (max_tokens, dtype, outlier_rule, ...); dtype
             may be a torch.dtype.
 
@@ -87,19 +93,26 @@ def load(
         raise ValueError("load(): model must be a folder or a hub id, got nothing; name the model")
     placement = find_placement(settings)
     prepared = prepare(settings, placement)
-    if placement.rank == 0 and on_plan is not None:
-        on_plan(prepared.plan)
+    check_skipped(prepared.settings, prepared.spec)
+    _note_idle(settings, prepared)
+    announce = partial(_announce, prepared, on_encoder, on_plan)
+    if placement.launched is None:
+        announce()
     try:
-        return _start(prepared, placement, progress)
+        return _start(prepared, placement, announce, progress)
     except RankError as error:  # a damaged checkpoint is a ValueError on whichever rank
         raise find_original(error) from None
 
 
-def _start(prepared: Prepared, placement: Placement, progress: bool) -> Model:
+def _start(
+    prepared: Prepared, placement: Placement, announce: Callable[[], None], progress: bool
+) -> Model:
     """Meets the other ranks and builds this one's stage; a rank above 0 serves it and leaves."""
     cores = share_cores(prepared.settings, placement)
     world = _join_ranks(prepared, cores)
     with _failures_reported(world, placement):
+        if placement.launched is not None:  # the other ranks hear of what is refused
+            announce()
         began = time.monotonic()
         stage = build_stage(prepared, placement.rank, progress)
         _log_stage(prepared.plan.stages[placement.rank], time.monotonic() - began)
@@ -107,6 +120,35 @@ def _start(prepared: Prepared, placement: Placement, progress: bool) -> Model:
             serve_until_shutdown(stage, _links(world, prepared), prepared.settings.recover)
             raise SystemExit(0)
         return _make_handle(prepared, world, stage, cores, progress)
+
+
+def _announce(
+    prepared: Prepared,
+    on_encoder: Callable[[PromptEncoder], None] | None,
+    on_plan: Callable[[Plan], None] | None,
+) -> None:
+    """Tells the caller of load(), on rank 0, what is known before weights are read."""
+    if prepared.placement.rank == 0:
+        if on_encoder is not None:
+            on_encoder(prepared.encoder)
+        if on_plan is not None:
+            on_plan(prepared.plan)
+
+
+def _note_idle(settings: Settings, prepared: Prepared) -> None:
+    """Logs, on rank 0 and once, which of the settings that were given change nothing here."""
+    placement = prepared.placement
+    if placement.rank:
+        return
+    facts = Facts(
+        num_stages=len(prepared.plan.stages),
+        devices=tuple(placement.devices),
+        is_folder=Path(settings.model or "").is_dir(),
+        launched=placement.launched is not None,
+        used=prepared.settings,
+    )
+    if idle := find_idle(settings, facts):
+        RankLogger(__name__, 0).warning(describe_idle(idle))
 
 
 def _as_setting(value: Any) -> Any:
@@ -187,7 +229,11 @@ def _make_handle(
         restore=recovery.restore if recovery else None,
     )
     return Model(
-        engine=engine, plan=plan, settings=settings, folder=prepared.folder, spec=prepared.spec
+        engine=engine,
+        plan=plan,
+        settings=settings,
+        encoder=prepared.encoder,
+        spec=prepared.spec,
     )
 
 
@@ -200,7 +246,7 @@ def _configure_engine(prepared: Prepared) -> EngineConfig:
         prefill_chunk=settings.prefill_chunk,
         smallest_chunk=SMALLEST_CHUNK[device.type],
         max_queue=settings.max_queue,
-        eos_token_ids=prepared.eos_token_ids,
+        eos_token_ids=prepared.encoder.eos_token_ids,
     )
 
 

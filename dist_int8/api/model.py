@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Unpack, overload
 
@@ -16,7 +15,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from dist_int8.api.keywords import GenerationKeywords
-from dist_int8.api.prompts import PromptEncoder, Prompts
+from dist_int8.api.prompt_list import Encoding, Ids, Prompt, Prompts
+from dist_int8.api.prompts import PromptEncoder
 from dist_int8.config import GenerationSettings, Settings
 from dist_int8.engine import Completion, Engine, Request, Speed, Token
 from dist_int8.errors import RankError, ShuttingDownError
@@ -38,14 +38,20 @@ class Model:
     """
 
     def __init__(
-        self, *, engine: Engine, plan: Plan, settings: Settings, folder: Path, spec: ModelSpec
+        self,
+        *,
+        engine: Engine,
+        plan: Plan,
+        settings: Settings,
+        encoder: PromptEncoder,
+        spec: ModelSpec,
     ) -> None:
         self.plan = plan
         self.settings = settings
-        self.folder = folder
+        self.folder = encoder.folder
         self._spec = spec
         self._engine = engine
-        self._encoder = PromptEncoder(folder, spec.vocab_size, engine.limits.max_tokens)
+        self._encoder = encoder
         self._closed = False
         self._closing = threading.Lock()
         atexit.register(self.shutdown)
@@ -113,15 +119,17 @@ class Model:
         """Answers one prompt or many. Calls from several threads share the pipeline.
 
         Args:
-            prompts: a string, a list of strings, token ids, or a list of token ids.
-            generation_config: transformers' settings; those of other methods than greedy decoding
-                and sampling are refused by name.
+            prompts: one prompt or a list of them. A prompt is text, a chat (a list of dicts with
+                role and content, put into the model's chat template), token ids (a list, array or
+                tensor), or what a tokenizer returns.
+            generation_config: transformers' settings; what cannot be honoured is refused by name.
             on_token: called with every `Token` as it arrives.
             stream: return an iterator of `Token` instead; the value of its StopIteration is the
                 list of completions.
-            **settings: fields of `GenerationSettings` (max_new_tokens, temperature, top_k, top_p,
-                repetition_penalty, do_sample, seed, stop); they win over generation_config. Greedy
-                unless temperature is above 0 or do_sample is true. Prompt i samples with seed + i.
+            **settings: fields of `GenerationSettings` (max_new_tokens, temperature, top_p, seed,
+                stop, ...); they win over generation_config, and that over the model's
+                generation_config.json. Greedy unless temperature is above 0 or do_sample is true.
+                Prompt i samples with seed + i.
 
         Returns:
             A list of `Completion`, one per prompt.
@@ -137,7 +145,13 @@ class Model:
             raise ValueError(
                 f"generate: stream must be true or false, got {stream!r}; a callback is on_token"
             )
-        chosen = GenerationSettings.from_generation_config(generation_config, settings)
+        if on_token is not None and (stream or not callable(on_token)):
+            got = "stream as well" if stream else type(on_token).__name__
+            raise ValueError(
+                f"generate: on_token must be a function, and without stream, got {got}; the "
+                "iterator that stream returns yields the same tokens"
+            )
+        chosen = self._encoder.choose(generation_config, settings)
         tokens = self._stream(self._encoder.make_requests(prompts, chosen))
         if stream:
             return tokens
@@ -149,20 +163,19 @@ class Model:
             if on_token is not None:
                 on_token(token)
 
-    def request(
-        self, prompt: str | Sequence[int], settings: GenerationSettings, index: int = 0
-    ) -> Request:
+    def request(self, prompt: Prompt, settings: GenerationSettings, index: int = 0) -> Request:
         """Makes a request of one prompt with settings of its own, for `run`.
 
         Args:
-            prompt: text or token ids.
-            settings: how its tokens are chosen and when it ends.
+            prompt: text, a chat, token ids, or what a tokenizer returns for one prompt.
+            settings: how its tokens are chosen and when it ends; what was not given comes from the
+                model's generation_config.json.
             index: tells its tokens apart from those of other prompts; it samples with seed + index.
 
         Raises:
             ValueError: an empty prompt, one longer than the context, or invalid token ids.
         """
-        return self._encoder.make_request(prompt, settings, index)
+        return self._encoder.make_request(prompt, self._encoder.complete(settings), index)
 
     def run(self, requests: Iterable[Request], keep_going: bool = False) -> Iterator[Token]:
         """Answers requests made by `request`, taken as there is room; yields tokens as they arrive.
@@ -196,7 +209,7 @@ class Model:
         """When each stage worked on which micro-batch since the model was loaded."""
         return self._engine.pipeline.trace
 
-    def logits(self, input_ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
+    def logits(self, input_ids: Ids | Sequence[Ids] | Encoding) -> Tensor:
         """Computes logits fp32 [batch, tokens, vocab] of token ids [batch, tokens], on the CPU.
 
         Raises:
@@ -210,7 +223,7 @@ class Model:
             logits[index, start : start + values.shape[0]] = values
         return logits
 
-    def iter_logits(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, Tensor]]:
+    def iter_logits(self, sequences: Sequence[Ids] | Encoding) -> Iterator[tuple[int, int, Tensor]]:
         """Computes logits of token ids of any lengths piece by piece, so that memory stays bounded.
 
         Short sequences share a micro-batch. Other calls wait until the last piece was taken, or the
@@ -314,7 +327,7 @@ class Model:
     def _complete(self, request: Request, speed: Speed, num_requests: int) -> Completion:
         """Makes the answer of a request that ended, one of num_requests in its call."""
         return Completion(
-            prompt=self._encoder.decode(request.prompt_ids),
+            prompt=self._encoder.show(request),
             text=request.text.text,
             token_ids=request.token_ids,
             finish_reason=request.finish_reason or "",

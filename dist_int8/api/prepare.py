@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from dist_int8.api.placement import Placement, check_host_memory
+from dist_int8.api.prompts import ModelDefaults, PromptEncoder
 from dist_int8.checkpoint import (
     OFF,
     Calibration,
@@ -18,8 +19,10 @@ from dist_int8.checkpoint import (
     read_stored_format,
     resolve_model,
 )
-from dist_int8.config import DEFAULT_MAX_TOKENS, Settings
+from dist_int8.config import DEFAULT_MAX_TOKENS, GenerationSettings, Settings
+from dist_int8.config.generation_fields import read_model_defaults
 from dist_int8.models import ModelSpec, StageSlice, describe, load_config, tensor_sources
+from dist_int8.models.generation_config import read_generation_config
 from dist_int8.partition import Plan
 from dist_int8.partition.from_settings import (
     choose_formats,
@@ -28,6 +31,8 @@ from dist_int8.partition.from_settings import (
     make_plan,
 )
 from dist_int8.pipeline.microbatch import Limits
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Prepared:
         placement: where all stages and this process run.
         folder: folder of the checkpoint.
         spec: the model as data.
-        eos_token_ids: tokens that end an answer.
+        encoder: turns prompts into requests, on rank 0.
         hot: the hot columns.
         dtype: dtype of hidden states and of parameters that are not int8.
         vocab_dtype: dtype of embedding and head, where they are not int8.
@@ -69,7 +74,7 @@ class Prepared:
     placement: Placement
     folder: Path
     spec: ModelSpec
-    eos_token_ids: frozenset[int]
+    encoder: PromptEncoder
     hot: HotColumns
     dtype: torch.dtype
     vocab_dtype: torch.dtype
@@ -81,7 +86,8 @@ def prepare(settings: Settings, placement: Placement) -> Prepared:
     """Finds the model, reads its config and plans its stages; no weight is read.
 
     Raises:
-        ValueError: an unknown model, a damaged checkpoint, or a plan that does not fit.
+        ValueError: an unknown model, a damaged checkpoint or tokenizer, or a plan that does not
+            fit.
     """
     assert settings.model is not None
     folder = resolve_model(
@@ -92,15 +98,17 @@ def prepare(settings: Settings, placement: Placement) -> Prepared:
     )
     hf_config = load_config(folder)
     spec = describe(hf_config)
+    limits = _choose_limits(settings, spec)
+    encoder = _make_encoder(folder, hf_config, limits)
+    if placement.rank == 0:
+        encoder.check_tokenizer()
     settings, hot = adopt_stored_format(settings, folder, spec)
     dtype = _choose_dtype(settings, placement.devices, hf_config)
     vocab_dtype = _choose_vocab_dtype(settings, folder, spec, hf_config, dtype)
-    limits = _choose_limits(settings, spec)
     plan = _make_plan(settings, placement, spec, hot, (dtype, vocab_dtype), limits)
     check_host_memory(plan, placement)
-    eos_token_ids = _read_eos_token_ids(folder, hf_config)
     return Prepared(
-        settings, placement, folder, spec, eos_token_ids, hot, dtype, vocab_dtype, limits, plan
+        settings, placement, folder, spec, encoder, hot, dtype, vocab_dtype, limits, plan
     )
 
 
@@ -201,11 +209,25 @@ def _choose_limits(settings: Settings, spec: ModelSpec) -> Limits:
     )
 
 
-def _read_eos_token_ids(folder: Path, hf_config: Any) -> frozenset[int]:
-    if (folder / "generation_config.json").is_file():
-        eos = GenerationConfig.from_pretrained(folder).eos_token_id
-    else:
-        eos = hf_config.eos_token_id
+def _make_encoder(folder: Path, hf_config: Any, limits: Limits) -> PromptEncoder:
+    """Reads what the model says of generating: its end tokens and its default settings."""
+    generation = read_generation_config(folder)
+    eos = None if generation is None else generation.eos_token_id
     if eos is None:
-        return frozenset()
-    return frozenset(eos if isinstance(eos, list) else [eos])
+        eos = getattr(hf_config.get_text_config(), "eos_token_id", None)
+    if eos is None:
+        eos = getattr(hf_config, "eos_token_id", None)
+    eos_token_ids = frozenset([] if eos is None else eos if isinstance(eos, list) else [eos])
+    defaults = ModelDefaults()
+    if generation is not None:
+        source = str(folder / "generation_config.json")
+        values, refusal = read_model_defaults(generation, source)
+        values.pop("eos_token_id", None)  # it is with the model's end tokens
+        GenerationSettings.from_generation_config(None, {}, values, source=source)
+        defaults = ModelDefaults(values, refusal)
+        if values or refusal:
+            names = ", ".join(f"{name}={value!r}" for name, value in values.items())
+            _log.info("%s: default settings of generate(): %s", source, names or "none")
+        if refusal:
+            _log.warning("generate() will refuse the model's defaults: %s", refusal)
+    return PromptEncoder(folder, limits.vocab_size, limits.max_tokens, eos_token_ids, defaults)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,41 +12,120 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_int8.api.chat import encode_rendered, render_chat
+from dist_int8.api.prompt_list import (
+    Encoding,
+    Ids,
+    Prompt,
+    Prompts,
+    is_chat,
+    list_encoding,
+    list_prompt,
+    list_prompts,
+    to_lists,
+)
 from dist_int8.config import GenerationSettings
 from dist_int8.engine import Request
+from dist_int8.engine.rules import make_rules
 from dist_int8.engine.text import TextStream
-from dist_int8.models.tokenizer import load_tokenizer
+from dist_int8.models.tokenizer import read_tokenizer
 
-Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
+
+@dataclass(frozen=True)
+class ModelDefaults:
+    """Settings that a model brings along in its generation_config.json.
+
+    Attributes:
+        values: fields of `GenerationSettings`.
+        refusal: why they must not be used, else "".
+    """
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    refusal: str = ""
 
 
 class PromptEncoder:
-    """Turns prompts into token ids that the model can run.
+    """Turns prompts into token ids that the model can run. It needs no weights.
 
     Args:
         folder: folder of the checkpoint, with the tokenizer's files.
         vocab_size: token ids are below it.
         max_tokens: context of a sequence in tokens, prompt and answer together.
+        eos_token_ids: tokens that end an answer.
+        defaults: settings of generation_config.json.
     """
 
-    def __init__(self, folder: Path, vocab_size: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        vocab_size: int,
+        max_tokens: int,
+        eos_token_ids: frozenset[int] = frozenset(),
+        defaults: ModelDefaults | None = None,
+    ) -> None:
         self.folder = folder
         self.vocab_size = vocab_size
         self.max_tokens = max_tokens
+        self.eos_token_ids = frozenset(i for i in eos_token_ids if 0 <= i < vocab_size)
+        self.defaults = defaults or ModelDefaults()
 
     @cached_property
     def tokenizer(self) -> Any:
         """transformers' tokenizer of the model, or None if its folder has none."""
-        try:
-            return load_tokenizer(self.folder)
-        except ValueError:
-            return None
+        return read_tokenizer(self.folder, self.vocab_size)
+
+    def check_tokenizer(self) -> None:
+        """Reads the tokenizer, so that a damaged one is refused now.
+
+        Raises:
+            ValueError: it is damaged, or not of this model.
+        """
+        _ = self.tokenizer
+
+    def choose(self, generation_config: Any, overrides: Mapping[str, Any]) -> GenerationSettings:
+        """Settings of a call: `overrides`, then generation_config, then the model's defaults.
+
+        Raises:
+            ValueError: a field that cannot be honoured, by name, or a wrong value.
+        """
+        defaults = self._find_defaults(overrides.get("model_defaults") is not False)
+        return GenerationSettings.from_generation_config(generation_config, overrides, defaults)
+
+    def complete(self, settings: GenerationSettings) -> GenerationSettings:
+        """Settings of one request, with the model's defaults where nothing was given.
+
+        Raises:
+            ValueError: a default that cannot be honoured, by name.
+        """
+        if not isinstance(settings, GenerationSettings):
+            raise ValueError(
+                "request: settings must be GenerationSettings, got "
+                f"{type(settings).__name__}; import it from dist_int8.config"
+            )
+        return settings.over(self._find_defaults(settings.model_defaults))
+
+    def _find_defaults(self, wanted: bool) -> Mapping[str, Any]:
+        if not wanted:
+            return {}
+        if self.defaults.refusal:
+            raise ValueError(self.defaults.refusal)
+        return self.defaults.values
+
+    def describe_defaults(self, settings: GenerationSettings) -> str:
+        """Says in a line which settings come from the model; "" where none does."""
+        values = self._find_defaults(settings.model_defaults)
+        shown = [
+            f"{name}={value!r}"
+            for name, value in values.items()
+            if name not in settings.model_fields_set
+        ]
+        return f"from the model's generation_config.json: {', '.join(shown)}" if shown else ""
 
     def make_requests(self, prompts: Prompts, settings: GenerationSettings) -> list[Request]:
         """Makes one request per prompt; prompt i samples with seed + i.
 
         Args:
-            prompts: a string, a list of strings, token ids, or a list of token ids.
+            prompts: one or many: text, token ids, what a tokenizer returns, or chats.
             settings: the same for all of them.
 
         Raises:
@@ -54,40 +134,62 @@ class PromptEncoder:
         if settings.seed is None:  # drawn once: prompts that are the same get different answers
             settings = settings.model_copy(update={"seed": _draw_seed()})
         return [
-            self.make_request(item, settings, index)
-            for index, item in enumerate(_list_prompts(prompts))
+            self._make_request(item, settings, index)
+            for index, item in enumerate(list_prompts(prompts))
         ]
 
-    def make_request(
-        self, prompt: str | Sequence[int], settings: GenerationSettings, index: int = 0
-    ) -> Request:
+    def make_request(self, prompt: Prompt, settings: GenerationSettings, index: int = 0) -> Request:
         """Makes a request of one prompt, with settings of its own.
 
         Args:
-            prompt: text or token ids.
+            prompt: text, token ids, what a tokenizer returns for one prompt, or a chat.
             settings: how its tokens are chosen and when it ends.
             index: tells its tokens apart from those of other prompts; it samples with seed + index.
 
         Raises:
             ValueError: an empty prompt, one longer than the context, or invalid token ids.
         """
+        return self._make_request(list_prompt(prompt, index), settings, index)
+
+    def _make_request(self, prompt: Any, settings: GenerationSettings, index: int) -> Request:
+        text = prompt if isinstance(prompt, str) else None
+        if text is not None:
+            prompt_ids = self._tokenize(text, index)
+        elif is_chat(prompt):
+            text = render_chat(self.tokenizer, prompt, index, self.folder)
+            self._check_text(text, index)
+            prompt_ids = encode_rendered(self.tokenizer, text)
+        else:
+            prompt_ids = prompt
+        self._check_token_ids("generate", prompt_ids, index, num_new=1)
+        self._check_settings(settings, prompt_ids, index)
         seed = settings.seed if settings.seed is not None else _draw_seed()
-        prompt_ids = self._encode(prompt, index)
-        text = TextStream(self.tokenizer, settings.stop)
-        return Request(index, prompt_ids, settings, (seed + index) % 2**63, text)
+        return Request(
+            index,
+            prompt_ids,
+            settings,
+            (seed + index) % 2**63,
+            TextStream(self.tokenizer, settings.stop),
+            prompt=text,
+            rules=make_rules(settings, len(prompt_ids), self.eos_token_ids, self.max_tokens),
+        )
 
-    def decode(self, token_ids: list[int]) -> str:
-        """Decodes a prompt to text; "" without a tokenizer."""
-        return self.tokenizer.decode(token_ids) if self.tokenizer else ""
+    def show(self, request: Request) -> str:
+        """The prompt of a request as text: as it was given, or decoded; "" without a tokenizer."""
+        if request.prompt is not None:
+            return request.prompt
+        return self.tokenizer.decode(request.prompt_ids) if self.tokenizer else ""
 
-    def check_rows(self, input_ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
+    def check_rows(self, input_ids: Ids | Sequence[Ids] | Encoding) -> Tensor:
         """Checks token ids [batch, tokens] whose logits are asked for.
 
         Raises:
             ValueError: not two-dimensional, empty, or not integers.
         """
+        if isinstance(input_ids, Mapping):  # as a tokenizer returns it
+            input_ids = list_encoding(input_ids, "logits: input_ids")
         try:
-            rows = torch.as_tensor(input_ids)
+            rows = torch.as_tensor(to_lists(input_ids))
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"logits: input_ids must be integers [batch, tokens], got {error}; give "
@@ -100,30 +202,24 @@ class PromptEncoder:
             )
         return rows
 
-    def check_sequences(self, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
+    def check_sequences(self, sequences: Sequence[Ids] | Encoding) -> list[list[int]]:
         """Checks token ids of any lengths whose logits are asked for, and makes lists of them.
 
         Raises:
             ValueError: a sequence is empty, longer than the context, or has an invalid token id.
         """
-        lists = [list(sequence) for sequence in sequences]
+        if isinstance(sequences, Mapping):
+            lists = list_encoding(sequences, "logits: sequences")
+        else:
+            lists = to_lists(sequences)
+        if not isinstance(lists, list) or not all(isinstance(row, list) for row in lists):
+            raise ValueError(
+                "logits: sequences must be lists of token ids, got "
+                f"{type(sequences).__name__}; give a list of lists of integers"
+            )
         for index, token_ids in enumerate(lists):
             self._check_token_ids("logits", token_ids, index, num_new=0)
         return lists
-
-    def _encode(self, prompt: Any, index: int) -> list[int]:
-        """Turns a prompt into checked token ids."""
-        if isinstance(prompt, str):
-            prompt_ids = self._tokenize(prompt, index)
-        elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
-            prompt_ids = list(prompt)
-        else:
-            raise ValueError(
-                f"generate: prompt {index} must be text or token ids, got {prompt!r}; give "
-                "strings, or lists of integers"
-            )
-        self._check_token_ids("generate", prompt_ids, index, num_new=1)
-        return prompt_ids
 
     def _tokenize(self, text: str, index: int) -> list[int]:
         if self.tokenizer is None:
@@ -131,6 +227,14 @@ class PromptEncoder:
                 f"generate: prompts must be token ids, got text, and {self.folder} has no "
                 "tokenizer; give token ids or add its tokenizer files"
             )
+        self._check_text(text, index)
+        token_ids = list(self.tokenizer(text).input_ids)
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and token_ids[:2] == [bos, bos]:  # a rendered chat begins with it
+            return encode_rendered(self.tokenizer, text)
+        return token_ids
+
+    def _check_text(self, text: str, index: int) -> None:
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -138,7 +242,32 @@ class PromptEncoder:
                 f"generate: prompt {index} must be valid text, got bytes that are not "
                 "UTF-8; convert it to UTF-8"
             ) from None
-        return list(self.tokenizer(text).input_ids)
+
+    def _check_settings(
+        self, settings: GenerationSettings, prompt_ids: list[int], index: int
+    ) -> None:
+        """Checks what only a model and a prompt can tell of the settings."""
+        if settings.count_new_tokens(len(prompt_ids)) < 1:
+            raise ValueError(
+                f"generate: max_length must be above the {_count(len(prompt_ids))} of prompt {index}, "
+                f"got {settings.max_length}; raise it or give max_new_tokens"
+            )
+        lists = {
+            "stop_token_ids": settings.stop_token_ids,
+            "eos_token_id": settings.eos_token_id or [],
+            "suppress_tokens": settings.suppress_tokens,
+            "begin_suppress_tokens": settings.begin_suppress_tokens,
+            "bad_words_ids": [i for word in settings.bad_words_ids for i in word],
+            "sequence_bias": [i for ids, _ in settings.sequence_bias for i in ids],
+            "forced_bos_token_id": [settings.forced_bos_token_id or 0],
+            "forced_eos_token_id": settings.forced_eos_token_id,
+        }
+        for name, token_ids in lists.items():
+            if token_ids and max(token_ids) >= self.vocab_size:
+                raise ValueError(
+                    f"generate: {name} must be token ids below {self.vocab_size}, got "
+                    f"{max(token_ids)}; use this model's tokenizer"
+                )
 
     def _check_token_ids(self, call: str, token_ids: list[Any], index: int, num_new: int) -> None:
         """Raises ValueError unless the ids are valid and leave room for num_new tokens."""
@@ -149,7 +278,7 @@ class PromptEncoder:
             )
         if len(token_ids) + num_new > limit:
             raise ValueError(
-                f"{call}: prompt {index} must be at most {limit - num_new} tokens long (the "
+                f"{call}: prompt {index} must be at most {_count(limit - num_new)} long (the "
                 f"context is {limit}), got {len(token_ids)}; shorten it or raise max_tokens"
             )
         for token_id in token_ids:
@@ -165,17 +294,5 @@ def _draw_seed() -> int:
     return random.SystemRandom().getrandbits(48)
 
 
-def _list_prompts(prompts: Prompts) -> list[Any]:
-    """Lists the prompts; a single one, as text or token ids, gives a list of one."""
-    if isinstance(prompts, str):
-        return [prompts]
-    try:
-        if isinstance(prompts, bytes | bytearray | Mapping):
-            raise TypeError
-        items: list[Any] = list(prompts.tolist() if isinstance(prompts, Tensor) else prompts)
-    except TypeError:
-        raise ValueError(
-            f"generate: prompts must be text, token ids or a list of either, got "
-            f"{type(prompts).__name__}; give a string or a list"
-        ) from None
-    return [items] if items and isinstance(items[0], int) else items
+def _count(num_tokens: int) -> str:
+    return "1 token" if num_tokens == 1 else f"{num_tokens} tokens"

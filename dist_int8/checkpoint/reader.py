@@ -161,7 +161,8 @@ def _explain_no_checkpoint(folder: Path) -> str:
     if pickles:
         return (
             f"{folder}: must hold {SINGLE}, got {pickles[0]} (a pickle, which can run code); "
-            "convert it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), "
+            "convert it: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)"
+            ".save_pretrained(new_folder), "
             "or, if you trust who made it, allow_pickle (--allow-pickle)"
         )
     return (

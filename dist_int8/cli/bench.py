@@ -1,16 +1,23 @@
 """`dist-int8 bench`: measures a device for the plan, or draws a pipeline at work."""
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dist_int8.cli.options import Given, option, takes, verbose_flag
-from dist_int8.config import write_yaml
+from dist_int8.cli.options import Given, log_flags, option, takes
+from dist_int8.cli.targets import check_picture, check_target
+from dist_int8.config import MAX_STAGES, write_yaml
 
 COMMAND = "dist-int8 bench"
 DEVICE, PICTURE = "A device, for the plan", "A pipeline at work, as a picture"
+_NEEDS = {  # option -> the one without which it does nothing
+    **dict.fromkeys(("trace", "model", "stages"), "plot"),
+    **dict.fromkeys(("device", "threads", "name"), "profile"),
+}
+_EXAMPLES = {"plot": "timeline.png", "profile": "my-cpu.yaml"}
 NUM_SEQUENCES, NUM_PROMPT_TOKENS, NUM_NEW_TOKENS = 8, 16, 16
 
 
@@ -21,7 +28,7 @@ class BenchOptions:
     profile: Annotated[
         Path | None, option(DEVICE, "YAML file to write, for `dist-int8 plan --profile`.")
     ] = None
-    device: Annotated[str, option(DEVICE, "cpu or cuda:N.", show_default=True)] = "cpu"
+    device: Annotated[str | None, option(DEVICE, "cpu or cuda:N. (default: cpu)")] = None
     threads: Annotated[
         int | None, option(DEVICE, "Number of CPU threads, those of one stage.", min=1)
     ] = None
@@ -39,17 +46,17 @@ class BenchOptions:
         str | None, option(PICTURE, "Model of the short run. (default: the demo model)")
     ] = None
     stages: Annotated[
-        int,
+        int | None,
         option(
             PICTURE,
-            "Number of stages of the short run, one CPU thread each.",
+            "Number of stages of the short run, one CPU thread each. (default: 2)",
             min=1,
-            show_default=True,
+            max=MAX_STAGES,
         ),
-    ] = 2
+    ] = None
 
 
-@takes(BenchOptions, [verbose_flag(None)])
+@takes(BenchOptions, log_flags(None))
 def bench(options: BenchOptions, given: Given) -> None:
     """Measure how fast a device reads and multiplies, or draw which stage did what when.
 
@@ -66,34 +73,44 @@ def bench(options: BenchOptions, given: Given) -> None:
     if options.profile is not None:
         from dist_int8.profiling.device import measure
 
-        values: dict[str, Any] = measure(options.device, options.threads, options.name)
+        values: dict[str, Any] = measure(options.device or "cpu", options.threads, options.name)
         comment = f"Measured by `{COMMAND} --profile` on {values['name']}."
         write_yaml(options.profile, values, comment)
         typer.echo("\n".join(_format_values(values)))
     if options.plot is not None:
         from dist_int8.profiling.timeline import plot
 
-        trace = options.trace
-        if trace is None:
-            trace = options.plot.with_suffix(".trace.json")
-            _trace_short_run(options.model, options.stages, trace)
-        typer.echo(plot(trace, options.plot))
+        with tempfile.TemporaryDirectory() as folder:
+            trace = options.trace
+            if trace is None:
+                trace = Path(folder) / "trace.json"
+                _trace_short_run(options.model, options.stages or 2, trace)
+            typer.echo(plot(trace, options.plot))
 
 
 def _check_flags(options: BenchOptions) -> None:
-    if options.plot is None and (options.trace is not None or options.model is not None):
-        raise ValueError(
-            f"{COMMAND}:plot: --plot must be given with --trace or --model, got none; add "
-            "--plot timeline.png"
-        )
+    for key, needed in _NEEDS.items():
+        if getattr(options, key) is not None and getattr(options, needed) is None:
+            raise ValueError(
+                f"{COMMAND}:{needed}: --{needed} must be given with --{key}, got none; add "
+                f"--{needed} {_EXAMPLES[needed]}"
+            )
     if options.profile is None and options.plot is None:
         raise ValueError(
             f"{COMMAND}:profile: --profile or --plot must be given, got neither; add "
             "--profile my-cpu.yaml or --plot timeline.png"
         )
-    if options.trace is not None and options.model is not None:
+    for key in ("model", "stages"):
+        if options.trace is not None and getattr(options, key) is not None:
+            raise ValueError(
+                f"{COMMAND}:{key}: --{key} must be left out with --trace, got both; keep one"
+            )
+    check_target(COMMAND, "profile", options.profile)
+    check_picture(COMMAND, "plot", options.plot)
+    if options.trace is not None and not options.trace.is_file():
         raise ValueError(
-            f"{COMMAND}:model: --model must be left out with --trace, got both; keep one"
+            f"{options.trace}: trace must be a file of dist-int8 generate --trace, got no such "
+            "file; check the path"
         )
 
 
@@ -118,7 +135,8 @@ def _trace_short_run(model: str | None, num_stages: int, trace: Path) -> None:
         progress=False,
     ) as loaded:
         prompts = [[1 + i] * NUM_PROMPT_TOKENS for i in range(NUM_SEQUENCES)]
-        loaded.generate(prompts, max_new_tokens=2)  # the first call of a process is slower
+        # the first call of a process is slower
+        loaded.generate(prompts, max_new_tokens=2, model_defaults=False)
         warm = loaded.trace.last_step
-        loaded.generate(prompts, max_new_tokens=NUM_NEW_TOKENS)
+        loaded.generate(prompts, max_new_tokens=NUM_NEW_TOKENS, model_defaults=False)
         loaded.trace.save(trace, since=warm)

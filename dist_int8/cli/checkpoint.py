@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from dist_int8.cli.options import Given, log_flags, option, setting_flag, takes
+from dist_int8.cli.plural import count
 from dist_int8.config import load_settings, parse_byte_size
 
 INT8_FORMATS = ("dist_int8", "bitsandbytes")
@@ -123,12 +124,12 @@ def quantize(options: QuantizeOptions, given: Given) -> None:
     """
     if options.format not in INT8_FORMATS:
         raise ValueError(
-            f"dist-int8 quantize:format: format must be one of {', '.join(INT8_FORMATS)}, got "
+            f"dist-int8 quantize:format: --format must be one of {', '.join(INT8_FORMATS)}, got "
             f"{options.format!r}; choose one"
         )
     columns = None if options.hot_columns is None else _read_hot_columns(options.hot_columns)
     shard_bytes = _parse_shard_size("quantize", options.shard_size)
-    settings = load_settings(source="dist-int8 quantize", **given.settings)
+    settings = load_settings(source="dist-int8 quantize", flags=given.flags, **given.settings)
     from dist_int8.checkpoint import OFF, RANDOM, is_int8, resolve_model, writer
 
     folder = resolve_model(options.model, settings.revision, allow_pickle=settings.allow_pickle)
@@ -159,7 +160,7 @@ def dequantize(options: DequantizeOptions, given: Given) -> None:
     dist-int8 dequantize ./llama-int8 ./llama-again --dtype bfloat16
     """
     shard_bytes = _parse_shard_size("dequantize", options.shard_size)
-    settings = load_settings(source="dist-int8 dequantize", **given.settings)
+    settings = load_settings(source="dist-int8 dequantize", flags=given.flags, **given.settings)
     from dist_int8.checkpoint import resolve_model, writer
 
     job = writer.dequantize(
@@ -197,8 +198,9 @@ def _run(job: Any, verb: str, verify: bool, quiet: bool) -> None:
         note(f"{job.out}: complete already")
     if verify:
         _verify(job.out, quiet)
-    elif not quiet:
-        typer.echo(f"{job.out}: {job.num_shards} file(s), {job.num_bytes} bytes of tensors")
+    else:
+        shards = count(job.num_shards, "file")
+        typer.echo(f"{job.out}: {shards}, {count(job.num_bytes, 'byte')} of tensors")
 
 
 def _verify(folder: Path, quiet: bool) -> None:
@@ -206,8 +208,8 @@ def _verify(folder: Path, quiet: bool) -> None:
 
     with _open_bar("verifying", manifest.num_bytes(folder), quiet) as progress:
         num_files = manifest.verify(folder, progress)
-    if not quiet:
-        typer.echo(f"{folder}: {num_files} files are as they were written")
+    are = "is as it was" if num_files == 1 else "are as they were"
+    typer.echo(f"{folder}: {count(num_files, 'file')} {are} written")
 
 
 @contextlib.contextmanager
@@ -230,14 +232,25 @@ def _parse_shard_size(command: str, text: str) -> int:
     try:
         return parse_byte_size(text)
     except ValueError as error:
-        raise ValueError(f"dist-int8 {command}:shard_size: shard_size {error}") from None
+        raise ValueError(f"dist-int8 {command}:shard_size: --shard-size {error}") from None
+
+
+def _refuse_doubled(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("the same name twice")
+    return made
 
 
 def _read_hot_columns(path: Path) -> dict[str, list[int]]:
     try:
-        columns = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: hot_columns must be a JSON file, got {error}") from None
+        columns = json.loads(path.read_text(), object_pairs_hook=_refuse_doubled)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(
+            f"{path}: hot_columns must be a JSON file, got {reason}; check the path and what is "
+            "in it"
+        ) from None
     is_mapping = isinstance(columns, dict) and all(
         isinstance(listed, list) and all(type(column) is int for column in listed)
         for listed in columns.values()

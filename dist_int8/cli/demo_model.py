@@ -148,7 +148,7 @@ def _convert(gguf_file: Path, folder: Path, quiet: bool) -> None:
         source, name = str(gguf_file.parent), gguf_file.name
         tokenizer = load_tokenizer(source, gguf_file=name)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=name, dtype=torch.bfloat16, **options
+            source, gguf_file=name, dtype=torch.bfloat16, trust_remote_code=False, **options
         )
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config

@@ -19,6 +19,7 @@ from dist_int8.cli.options import (
     takes,
 )
 from dist_int8.cli.stdout import take_stdout
+from dist_int8.cli.targets import check_picture, named
 from dist_int8.config import Settings
 
 COMMAND = "dist-int8 eval"
@@ -80,8 +81,8 @@ class EvalOptions:
         int | None, option(HOW, "Maximum number of tokens of the text. (default: all)")
     ] = None
     first_token: Annotated[
-        int, option(HOW, "Number of tokens of the text to skip first. (default: 0)")
-    ] = 0
+        int | None, option(HOW, "Number of tokens of the text to skip first. (default: 0)")
+    ] = None
     window: Annotated[
         int | None,
         option(HOW, "Number of tokens seen at once. (default: 1024, or the model's limit)"),
@@ -113,13 +114,13 @@ class EvalOptions:
         ),
     ] = None
     layer_tokens: Annotated[
-        int,
+        int | None,
         option(
             HOW,
             "Number of tokens that errors of single layers are measured on; 0 skips them. "
             "(default: 512)",
         ),
-    ] = 512
+    ] = None
     json: Annotated[bool, option(OUTPUT, "Print one JSON object and nothing else.", "--json")] = (
         False
     )
@@ -183,7 +184,9 @@ def evaluate(options: EvalOptions, given: Given) -> None:
             f"{COMMAND}:model: model must be a folder or a hub id, got none; give --model, or "
             'try --model "$(dist-int8 demo-model)"'
         )
+    _refuse_without_effect(options)
     _check_values(options)
+    check_picture(COMMAND, "plot", options.plot)
     if options.tasks is None:
         _measure_text(settings, options, progress=not quiet)
     else:
@@ -194,7 +197,6 @@ def _measure_tasks(
     settings: Settings, options: EvalOptions, tasks: list[str], progress: bool
 ) -> None:
     """Scores tasks in floating point and in int8, and prints both."""
-    _refuse_with_tasks(options)
     from dist_int8.evaluation.tasks import compare_tasks
     from dist_int8.evaluation.tasks import table as format_scores
 
@@ -213,10 +215,6 @@ def _measure_tasks(
 
 def _measure_text(settings: Settings, options: EvalOptions, progress: bool) -> None:
     """Measures methods on a text, prints the figures and draws the picture."""
-    if options.plot is not None:
-        from dist_int8.evaluation.pictures import check_picture
-
-        check_picture(options.plot)
     from dist_int8.evaluation.methods import chosen, left_out
 
     names = options.methods.split(",") if options.methods is not None else None
@@ -230,7 +228,7 @@ def _measure_text(settings: Settings, options: EvalOptions, progress: bool) -> N
             TextOptions(
                 text=options.text,
                 calibration_text=options.calibration_text,
-                first_token=options.first_token,
+                first_token=options.first_token or 0,
                 num_tokens=options.tokens,
                 seed=options.inject_outliers,
                 window=options.window,
@@ -238,7 +236,7 @@ def _measure_text(settings: Settings, options: EvalOptions, progress: bool) -> N
                 batch=options.batch,
                 at_once=options.at_once,
                 reference=options.reference,
-                layer_tokens=options.layer_tokens,
+                layer_tokens=512 if options.layer_tokens is None else options.layer_tokens,
             ),
             progress=progress,
         )
@@ -248,7 +246,8 @@ def _measure_text(settings: Settings, options: EvalOptions, progress: bool) -> N
         if options.plot is not None:
             from dist_int8.evaluation.pictures import draw
 
-            draw(found, options.plot)
+            with named(options.plot):
+                draw(found, options.plot)
 
 
 def _format_text(values: dict[str, Any], missing: Sequence[str]) -> str:
@@ -259,6 +258,12 @@ def _format_text(values: dict[str, Any], missing: Sequence[str]) -> str:
     if missing:
         lines.append(f"not installed: {', '.join(missing)}")
     return "\n".join(lines)
+
+
+_LOWEST = {
+    **{"tokens": 2, "first_token": 0, "batch": 1, "at_once": 1, "layer_tokens": 0},
+    **{"window": 1, "stride": 1, "limit": 1, "fewshot": 0},
+}
 
 
 def _check_values(options: EvalOptions) -> None:
@@ -273,20 +278,35 @@ def _check_values(options: EvalOptions) -> None:
             f"{COMMAND}:inject_outliers: inject_outliers must be a seed in 0..2^63-1, got {seed}; "
             "write --inject-outliers 0"
         )
-    lowest = {"tokens": 2, "first_token": 0, "batch": 1, "at_once": 1, "layer_tokens": 0}
-    for key, least in lowest.items():
+    for key, least in _LOWEST.items():
         value = getattr(options, key)
         if value is not None and value < least:
+            flag = "--" + key.replace("_", "-")
             raise ValueError(
-                f"{COMMAND}:{key}: {key} must be at least {least}, got {value}; raise it"
+                f"{COMMAND}:{key}: {flag} must be at least {least}, got {value}; raise it"
             )
 
 
-def _refuse_with_tasks(options: EvalOptions) -> None:
-    for key in ("text", "methods", "inject_outliers", "plot"):
+_OF_TEXT = (
+    *("text", "methods", "inject_outliers", "plot", "tokens", "first_token", "window", "stride"),
+    *("batch", "at_once", "calibration_text", "layer_tokens"),
+)
+_OF_TASKS = ("task_folder", "limit", "fewshot")
+
+
+def _refuse_without_effect(options: EvalOptions) -> None:
+    """Refuses the options of a text beside --tasks, and those of tasks without it."""
+    has_tasks = options.tasks is not None
+    for key in _OF_TEXT if has_tasks else _OF_TASKS:
         value = getattr(options, key)
-        if value is not None:
-            raise ValueError(
-                f"{COMMAND}:{key}: {key} must be left out with --tasks, got {str(value)!r}; tasks "
-                "compare the settings with floating point"
+        if value is None:
+            continue
+        flag = "--" + key.replace("_", "-")
+        raise ValueError(
+            f"{COMMAND}:{key}: {flag} must be left out "
+            + (
+                f"with --tasks, got {str(value)!r}; tasks compare the settings with floating point"
+                if has_tasks
+                else f"without --tasks, got {str(value)!r}; add --tasks or leave it out"
             )
+        )

@@ -1,7 +1,7 @@
 """`dist-int8 generate`: answers one prompt, a few, or a file of them."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +14,15 @@ from dist_int8.cli.options import (
     device_flag,
     log_flags,
     option,
+    setting_flag,
     settings_flags,
     takes,
 )
+from dist_int8.cli.stdin import read_stdin, read_text
 from dist_int8.cli.stdout import take_stdout
-from dist_int8.config import GenerationSettings, Settings
+from dist_int8.cli.talk import Talk
+from dist_int8.cli.targets import check_target
+from dist_int8.config import Settings
 
 COMMAND = "dist-int8 generate"
 WHAT, LAYOUT, RUNTIME, SAMPLING, OUTPUT = PANELS = (
@@ -35,19 +39,25 @@ class GenerateOptions:
     """Options of `generate` alone."""
 
     prompt: Annotated[
-        list[str] | None, option(WHAT, "A prompt; repeat it for a batch.", "--prompt", "-p")
+        list[str] | None,
+        option(WHAT, "A prompt; repeat it for a batch. - reads it from stdin.", "--prompt", "-p"),
     ] = None
     input: Annotated[
         Path | None,
         option(
             WHAT,
-            "File of prompts as JSON lines: prompt, token_ids or messages, and optionally an id "
-            "and settings of that line such as max_new_tokens, temperature, seed and stop.",
+            "File of prompts as JSON lines, - for stdin: prompt, token_ids or messages, and "
+            "optionally an id and settings of that line such as max_new_tokens, temperature, seed "
+            "and stop.",
         ),
     ] = None
     chat: Annotated[
         bool, option(WHAT, "Put each prompt into the model's chat template.", "--chat")
     ] = False
+    system: Annotated[
+        str | None,
+        option(WHAT, "System message in front of each prompt; with it --chat is implied."),
+    ] = None
     output: Annotated[
         Path | None,
         option(
@@ -71,7 +81,12 @@ class GenerateOptions:
         ),
     ] = False
     show_schedule: Annotated[
-        bool, option(OUTPUT, "Draw which stage ran which micro-batch when.", "--show-schedule")
+        bool,
+        option(
+            OUTPUT,
+            "Draw which stage runs which micro-batch when, in the first decode steps.",
+            "--show-schedule",
+        ),
     ] = False
     stream: Annotated[
         bool,
@@ -94,8 +109,11 @@ class GenerateOptions:
         *settings_flags(RUNTIME, "outlier_rule", "outlier_threshold", "max_sequences"),
         *settings_flags(RUNTIME, "calibrate", "num_hot_columns", "head", "embedding", "kv"),
         *settings_flags(RUNTIME, "max_tokens"),
-        *settings_flags(SAMPLING, "max_new_tokens", "temperature", "top_k", "top_p"),
-        *settings_flags(SAMPLING, "repetition_penalty", "seed", "stop"),
+        *settings_flags(SAMPLING, "max_new_tokens", "min_new_tokens", "max_time"),
+        *settings_flags(SAMPLING, "temperature", "top_k", "top_p", "min_p"),
+        *settings_flags(SAMPLING, "repetition_penalty", "no_repeat_ngram_size", "seed", "stop"),
+        setting_flag(SAMPLING, "stop_token_ids", "--stop-token-id", kind=list[int]),
+        *settings_flags(SAMPLING, "ignore_eos", "model_defaults"),
         *log_flags(OUTPUT, "Print only the text: no plan, no progress, no figures."),
     ],
     PANELS,
@@ -115,15 +133,19 @@ def generate(options: GenerateOptions, given: Given) -> None:
 
         dist-int8 generate -m ./smollm2 -p "One" -p "Two" --json
 
-    A file of settings, and the prompt as a chat message:
+    A file of settings, and the prompt as a chat message, after one of the system:
 
-        dist-int8 generate --config configs/cpu-2-stages.yaml --chat -p "Hi!"
+        dist-int8 generate --config configs/cpu-2-stages.yaml --system "Be brief." -p "Hi!"
+
+    A text from a pipe:
+
+        cat notes.txt | dist-int8 generate -m ./smollm2 --chat -p -
 
     A file of prompts; a line that cannot be answered gets an error in its place, and exit code 1:
 
         dist-int8 generate -m ./smollm2 --stages 2 --input prompts.jsonl --output answers.jsonl
     """
-    generation = GenerationSettings.from_values(given.generation, COMMAND)
+    generation = given.check_generation(COMMAND)
     settings = given.load_settings(COMMAND)
     if settings.model is None:
         raise ValueError(
@@ -131,12 +153,14 @@ def generate(options: GenerateOptions, given: Given) -> None:
             'try --model "$(dist-int8 demo-model)"'
         )
     _check_files(options)
-    items = None
-    if options.input is not None and os.environ.get("RANK", "0") == "0":  # the file is rank 0's
-        from dist_int8.cli.prompt_file import read_items
-
-        decisive = {"chat": options.chat, **_select_numerics(settings)}
-        items = read_items(options.input, given.generation, decisive)
+    talk = Talk(options.chat or options.system is not None, options.system)
+    prompts, items = options.prompt or [], None
+    if os.environ.get("RANK", "0") == "0":  # stdin and the file are rank 0's
+        prompts = _read_prompts(prompts)
+        if options.input is not None:
+            items = _read_items(
+                options.input, given, {**asdict(talk), **_select_numerics(settings)}
+            )
     with take_stdout() as stdout:
         from dist_int8.cli.answers import Display, answer
         from dist_int8.cli.batch import answer_file
@@ -149,9 +173,30 @@ def generate(options: GenerateOptions, given: Given) -> None:
             trace=options.trace,
         )
         if options.output is None:
-            answer(settings, generation, options.prompt or [], options.chat, display, stdout)
-        elif not answer_file(settings, items or [], options.output, options.chat, display, stdout):
+            answer(settings, generation, prompts, talk, display, stdout)
+        elif not answer_file(settings, items or [], options.output, talk, display, stdout):
             raise typer.Exit(FAILED)
+
+
+def _read_prompts(prompts: list[str]) -> list[str]:
+    """Reads stdin in place of a prompt `-`."""
+    if prompts.count("-") > 1:
+        raise ValueError(
+            f"{COMMAND}:prompt: --prompt - must be given once, got it {prompts.count('-')} times; "
+            "stdin can be read once"
+        )
+    return [
+        read_text(f"{COMMAND}:prompt", "--prompt") if prompt == "-" else prompt
+        for prompt in prompts
+    ]
+
+
+def _read_items(path: Path, given: Given, decisive: dict[str, Any]) -> list[Any]:
+    """Reads the prompts of a file, or of stdin; `decisive` is what else decides the answers."""
+    from dist_int8.cli.prompt_file import read_items
+
+    content = read_stdin(f"{COMMAND}:input", "--input") if str(path) == "-" else None
+    return read_items(path, given.generation, decisive, content)
 
 
 def _check_files(options: GenerateOptions) -> None:
@@ -172,11 +217,28 @@ def _check_files(options: GenerateOptions) -> None:
             f"{COMMAND}:show_schedule: --show-schedule must be left out with --input, got both; "
             "use --trace, which has the times"
         )
-    trace = options.trace
-    if trace is not None and (trace.is_dir() or not trace.absolute().parent.is_dir()):
+    check_target(COMMAND, "trace", options.trace)
+    check_target(COMMAND, "output", options.output)
+    if options.output is not None and options.input is not None:
+        _check_distinct(options.input, options.output)
+
+
+def _check_distinct(prompts: Path, answers: Path) -> None:
+    """Refuses answers in the file of the prompts, and in what is no file that keeps them."""
+    if answers.exists() and prompts.exists() and answers.samefile(prompts):
         raise ValueError(
-            f"{COMMAND}:trace: trace must be a new file in a folder that exists, got {trace}; "
+            f"{COMMAND}:output: --output must be another file than --input, got {str(answers)!r} "
+            "for both; name a new file for the answers"
+        )
+    if prompts.is_char_device():  # /dev/zero has no end
+        raise ValueError(
+            f"{COMMAND}:input: --input must be a file or a pipe, got the device {str(prompts)!r}; "
             "check the path"
+        )
+    if answers.exists() and not answers.is_file():
+        raise ValueError(
+            f"{COMMAND}:output: --output must be an ordinary file, which a later run can continue, "
+            f"got {str(answers)!r}; name a file"
         )
 
 

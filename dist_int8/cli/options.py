@@ -11,7 +11,8 @@ one parameter per flag that typer reads:
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -19,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 
+from dist_int8.cli.escapes import read_escapes
 from dist_int8.cli.layout import choose_layout
 from dist_int8.config import GenerationSettings, Settings, load_settings
 
@@ -47,6 +49,7 @@ class Given:
         device: cpu or cuda, for all stages.
         quiet: show no progress, and log errors only.
         verbose: number of times that more of the log was asked for.
+        flags: spelling, on the command line, of each setting that was given.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -55,6 +58,7 @@ class Given:
     device: str | None = None
     quiet: bool = False
     verbose: int = 0
+    flags: dict[str, str] = field(default_factory=dict, compare=False)
 
     def load_settings(self, source: str) -> Settings:
         """Reads the settings of the file with the flags laid over it; `source` begins its errors.
@@ -63,7 +67,16 @@ class Given:
             ValueError: a wrong value, or flags that contradict each other.
         """
         layout = choose_layout(source, self.config, self.device, self.settings)
-        return load_settings(self.config, source=source, **{**self.settings, **layout})
+        values = {**self.settings, **layout}
+        return load_settings(self.config, source=source, flags=self.flags, **values)
+
+    def check_generation(self, source: str) -> GenerationSettings:
+        """Checks the flags of a generation; `source` begins the errors.
+
+        Raises:
+            ValueError: a wrong value.
+        """
+        return GenerationSettings.from_values(self.generation, source, self.flags)
 
     @property
     def verbosity(self) -> int | None:
@@ -145,12 +158,14 @@ def takes(
     parameters = [*_read_parameters(own), *flags]
     if panels:
         parameters.sort(key=lambda parameter: panels.index(_panel(parameter)))
+    spellings = {parameter.name: _spell(parameter) for parameter in parameters}
 
     def decorate(function: Callable[[Own, Given], None]) -> Callable[..., None]:
         @functools.wraps(function)
         def command(**values: Any) -> None:
+            values = {name: _expand(value) for name, value in values.items()}
             mine = {f.name: values.pop(f.name) for f in dataclasses.fields(own)}  # type: ignore[arg-type]
-            given = _sort_values(values)
+            given = _sort_values(values, spellings)
             if "verbose" in values:
                 from dist_int8.launcher import logs
 
@@ -165,14 +180,36 @@ def takes(
     return decorate
 
 
-def _sort_values(values: dict[str, Any]) -> Given:
+def _sort_values(values: dict[str, Any], spellings: Mapping[str, str]) -> Given:
     """Sorts the values of flags by what they stand for; None was not given."""
     chosen = {key: value for key, value in values.items() if value is not None}
+    if chosen.get("quiet") and chosen.get("verbose"):
+        raise ValueError("dist-int8: --quiet must be left out with --verbose, got both; keep one")
+    if "stop" in chosen:
+        chosen["stop"] = [read_escapes(text, "dist-int8: --stop") for text in chosen["stop"]]
     return Given(
         settings={k: _split(k, v) for k, v in chosen.items() if k in Settings.model_fields},
         generation={k: v for k, v in chosen.items() if k in GenerationSettings.model_fields},
-        **{f.name: chosen[f.name] for f in dataclasses.fields(Given) if f.name in chosen},
+        flags={key: spellings[key] for key in chosen},
+        **{
+            name: chosen[name]
+            for name in ("config", "device", "quiet", "verbose")
+            if name in chosen
+        },
     )
+
+
+def _expand(value: Any) -> Any:
+    """Replaces ~ in a path by the home folder: a shell does not after `=` or in quotes."""
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
+
+
+def _spell(parameter: inspect.Parameter) -> str:
+    """Returns the flag of a parameter, the longest spelling and without its opposite."""
+    info = parameter.annotation.__metadata__[0]
+    declared = [info.default, *(info.param_decls or ())]  # typer takes the first for a default
+    names = [str(name).split("/")[0] for name in declared if str(name).startswith("-")]
+    return max(names, key=len, default=f"--{parameter.name.replace('_', '-')}")
 
 
 def _split(key: str, value: Any) -> Any:

@@ -16,14 +16,17 @@ from dist_int8.cli.exit_codes import DOES_NOT_FIT
 from dist_int8.cli.options import (
     Given,
     config_flag,
+    log_flags,
     option,
     setting_flag,
     settings_flags,
     takes,
 )
-from dist_int8.config import Settings, find_shipped, load_settings, write_yaml
+from dist_int8.cli.targets import check_target
+from dist_int8.config import MAX_STAGES, Settings, find_shipped, load_settings, write_yaml
 
 COMMAND = "dist-int8 plan"
+MAX_COUNT = 2**31 - 1
 WHAT, LAYOUT, ASKED, OUTPUT = PANELS = (
     "What to plan",
     "Where it runs",
@@ -97,6 +100,7 @@ class PlanOptions:
             "16. (default: as the settings calibrate)",
         ),
         *settings_flags(ASKED, "dtype"),
+        *log_flags(OUTPUT, "Log errors only, on stderr."),
     ],
     PANELS,
 )
@@ -111,7 +115,9 @@ def plan(options: PlanOptions, given: Given) -> None:
     """
     hot_columns = given.settings.get("num_hot_columns", 0)
     _check_hot_columns(hot_columns)
-    settings = _load_settings(given.config, given.settings)
+    _check_counts(options)
+    check_target(COMMAND, "save", options.save)
+    settings = _load_settings(given)
     if settings.model is None:
         raise ValueError(
             f"{COMMAND}:model: model must be a folder with a config.json or a hub id, got none; "
@@ -141,6 +147,16 @@ def plan(options: PlanOptions, given: Given) -> None:
         write_yaml(options.save, export_settings(settings, found), comment)
 
 
+def _check_counts(options: PlanOptions) -> None:
+    for key in ("sequences", "context"):
+        value = getattr(options, key)
+        if value is not None and not 1 <= value <= MAX_COUNT:
+            raise ValueError(
+                f"{COMMAND}:{key}: --{key} must be 1 to {MAX_COUNT}, got {value}; leave it out for "
+                "as many as fit"
+            )
+
+
 def _check_hot_columns(number: int, num_features: int | None = None) -> None:
     """Checks --hot-columns by itself and, once it is known, against the size of the model."""
     where = f"{COMMAND}:hot_columns: hot_columns must be"
@@ -153,14 +169,21 @@ def _check_hot_columns(number: int, num_features: int | None = None) -> None:
         )
 
 
-def _load_settings(config: Path | None, given: Mapping[str, Any]) -> Settings:
-    """Reads the settings of file and flags; one memory size stands for every device."""
-    values = {**given, "stages": _parse_stages(given.get("stages"))}
-    if given.get("num_hot_columns"):
+def _load_settings(given: Given) -> Settings:
+    """Reads the settings of file and flags; one memory size stands for every device.
+
+    Wrong values come before missing ones: with three of them, none hides another.
+    """
+    config = given.config
+    values = {**given.settings, "stages": _parse_stages(given.settings.get("stages"))}
+    if values.get("num_hot_columns"):
         values["calibrate"] = "random"
-    if given.get("gpus") is None and given.get("devices") is None:
+    if "memory" in values:
+        values["memory"] = values["memory"].split(",")
+    if values.get("gpus") is None and values.get("devices") is None:
         file = load_settings(config, source=COMMAND)
         if file.gpus is None and file.devices is None:
+            _check_rest(given, values)
             raise ValueError(
                 f"{COMMAND}:gpus: gpus must be given, got none; write --gpus 4 or --devices cpu,cpu"
             )
@@ -168,10 +191,19 @@ def _load_settings(config: Path | None, given: Mapping[str, Any]) -> Settings:
         values |= {"gpus": file.gpus, "devices": file.devices}
         values["stages"] = values["stages"] or file.stages
     if "memory" in values:
-        sizes = values["memory"].split(",")
+        sizes = values["memory"]
         num_devices = len(values.get("devices") or ()) or values.get("gpus") or 1
         values["memory"] = sizes * num_devices if len(sizes) == 1 else sizes
-    return load_settings(config, source=COMMAND, **values)
+    return load_settings(config, source=COMMAND, flags=given.flags, **values)
+
+
+def _check_rest(given: Given, values: Mapping[str, Any]) -> None:
+    """Checks everything but the number of devices, which is missing."""
+    stages, sizes = values["stages"], values.get("memory")
+    count = len(stages) if isinstance(stages, list) else stages or 1
+    if sizes is not None and len(sizes) == 1:
+        sizes = sizes * max(1, min(count, MAX_STAGES))
+    load_settings(given.config, source=COMMAND, flags=given.flags, **{**values, "memory": sizes})
 
 
 def _parse_stages(stages: Any) -> int | list[int] | None:

@@ -48,23 +48,30 @@ class Item:
     place: str = ""
 
 
-def read_items(path: Path, settings: Mapping[str, Any], same: Mapping[str, Any]) -> list[Item]:
+def read_items(
+    path: Path,
+    settings: Mapping[str, Any],
+    same: Mapping[str, Any],
+    content: bytes | None = None,
+) -> list[Item]:
     """Reads the lines of `path`; a malformed one becomes an item with an error.
 
     Args:
         path: JSON lines in UTF-8. Empty lines are skipped.
         settings: values of `GenerationSettings` that a line may override.
         same: what else decides an answer (the model, its numerics), for the fingerprints.
+        content: what the lines are, if they are not read from `path`.
 
     Raises:
         ValueError: no such file, no lines in it, or the same id twice.
     """
     try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        content = path.read_bytes() if content is None else content
     except OSError as error:
         raise ValueError(
             f"{path}: input must be a file of JSON lines, got {error.strerror}; check the path"
         ) from None
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     items: list[Item] = []
     seen: dict[str | int, int] = {}
     for number, line in enumerate(lines, start=1):
@@ -95,11 +102,16 @@ def _read_item(
 ) -> Item:
     chosen = GenerationSettings.from_values(settings, place)
     name: str | int = number
+    known = GenerationSettings.model_fields
     try:
         given = _parse_line(line, place)
         name = _read_id(given, number, place)
         kind = _find_kind(given, place)
-        fields = {key: value for key, value in given.items() if key not in ("id", kind)}
+        fields = {
+            key: value
+            for key, value in given.items()
+            if key not in ("id", kind) and (value is not None or key not in known)
+        }  # null is the value of the command line, as if the key were left out
         chosen = GenerationSettings.from_values({**settings, **fields}, place)
     except ValueError as error:
         return Item(index, name, "", None, chosen, _hash(line.decode("latin-1")), str(error))
@@ -109,11 +121,16 @@ def _read_item(
 
 def _parse_line(line: bytes, place: str) -> dict[str, Any]:
     try:
-        given = json.loads(line.decode())
-    except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
+        given = json.loads(line.decode(), object_pairs_hook=_refuse_doubled)
+    except KeyError as error:
+        key = error.args[0]
         raise ValueError(
-            f"{place}: line must be JSON in UTF-8, got {reason}; write one object per line"
+            f"{place}: {key} must be given once, got it more than once; keep one"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{place}: line must be JSON in UTF-8, got {_word_syntax(error)}; write one object per "
+            "line"
         ) from None
     if not isinstance(given, dict):
         raise ValueError(
@@ -121,6 +138,25 @@ def _parse_line(line: bytes, place: str) -> dict[str, Any]:
             'write {"prompt": "..."}'
         )
     return given
+
+
+def _refuse_doubled(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes an object; a KeyError names a key that it has twice, of which the last would win."""
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in made:
+            raise KeyError(key)
+        made[key] = value
+    return made
+
+
+def _word_syntax(error: Exception) -> str:
+    """Says in words of ours why a line is no JSON."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"a mistake at character {error.pos + 1} ({error.msg})"
+    if isinstance(error, UnicodeDecodeError):
+        return f"a byte of another encoding at position {error.start + 1}"
+    return "lists nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def _read_id(given: dict[str, Any], number: int, place: str) -> str | int:
@@ -207,8 +243,12 @@ class Answers:
 
     def add(self, item: Item, **values: Any) -> None:
         """Appends the line of the item, with its answer or `error`."""
-        self._file.write(_format_line({"id": item.id, **values, "request": item.fingerprint}))
-        self._file.flush()
+        line = _format_line({"id": item.id, **values, "request": item.fingerprint})
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:  # what it says has no name of a file
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def close(self) -> None:
         """Closes the file."""
@@ -256,18 +296,21 @@ class Answers:
         self._file.close()
         raise ValueError(
             f"{self.path}:{number}: output must hold answers to this input with these settings, "
-            f"got {got}; name another file, or remove it to start again"
+            f"got {got}; name another file"
         )
 
     def _replace(self, content: bytes) -> None:
         """Writes a copy and renames it, so that a kill leaves the old file or the new one."""
         copy = self.path.with_name(self.path.name + ".tmp")
-        file = copy.open("wb")
-        self._lock(file)
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-        os.replace(copy, self.path)
+        try:
+            file = copy.open("wb")
+            self._lock(file)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(copy, self.path)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(copy)) from None
         self._file.close()
         self._file = file
 

@@ -6,6 +6,7 @@ milliseconds.
 
 from dist_int8.config.byte_size import parse_byte_size
 from dist_int8.config.generation import GenerationSettings
+from dist_int8.config.layout import MAX_STAGES
 from dist_int8.config.profile import ProfileSettings
 from dist_int8.config.settings import DEFAULT_MAX_TOKENS, Settings, load_settings
 from dist_int8.config.shipped import find_shipped
@@ -13,6 +14,7 @@ from dist_int8.config.yaml_file import read_yaml, syntax_error, write_yaml
 
 __all__ = [
     "DEFAULT_MAX_TOKENS",
+    "MAX_STAGES",
     "GenerationSettings",
     "ProfileSettings",
     "Settings",

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 
 from dist_int8.config.byte_size import parse_byte_size
+from dist_int8.config.checked import show
 
 MAX_STAGES = 1024  # no model has as many blocks
 _DEVICE = re.compile(r"cpu|cuda:(0|[1-9]\d*)")
@@ -16,7 +17,9 @@ _DEVICE = re.compile(r"cpu|cuda:(0|[1-9]\d*)")
 def _check_device(device: object) -> str:
     if isinstance(device, str) and _DEVICE.fullmatch(device):
         return device
-    raise ValueError(f"must be cpu or cuda:N, got {device!r}; write [cpu, cpu] or [cuda:0, cuda:1]")
+    raise ValueError(
+        f"must be cpu or cuda:N, got {show(device)}; write [cpu, cpu] or [cuda:0, cuda:1]"
+    )
 
 
 def _check_stages(stages: object) -> object:
@@ -30,7 +33,7 @@ def _check_stages(stages: object) -> object:
         expected = "an integer or a list of integers"
     elif not is_list and isinstance(stages, int) and stages > MAX_STAGES:
         expected = f"at most {MAX_STAGES}"
-    raise ValueError(f"must be {expected}, got {stages!r}; write 4 or [17, 18, 18, 17]")
+    raise ValueError(f"must be {expected}, got {show(stages)}; write 4 or [17, 18, 18, 17]")
 
 
 def _parse_memory(memory: object) -> object:
@@ -40,7 +43,7 @@ def _parse_memory(memory: object) -> object:
         return [parse_byte_size(size) for size in memory]
     raise ValueError(
         f"must be a list (one byte size per stage) or a mapping of device to byte size, "
-        f'got {memory!r}; write [79GiB, 79GiB] or {{"cuda:0": 79GiB}}'
+        f'got {show(memory)}; write [79GiB, 79GiB] or {{"cuda:0": 79GiB}}'
     )
 
 

@@ -1,20 +1,22 @@
 """Settings of a deployment: which model runs, on which devices, in how much memory and how."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from dist_int8.config.byte_size import parse_optional_size
-from dist_int8.config.checked import Checked, Count, NonEmpty, listed
+from dist_int8.config.checked import Checked, Count, NonEmpty, PathText, expand_home, listed
+from dist_int8.config.generation import GenerationSettings
 from dist_int8.config.layout import MAX_STAGES, Device, Memory, Stages
 from dist_int8.config.yaml_file import read_yaml
 
 DEFAULT_MAX_TOKENS = 2048  # in a slot, where the model allows it
 
 
-def _path_as_text(value: object) -> object:
-    return str(value) if isinstance(value, Path) else value
+def _listed_paths(value: object) -> object:
+    return listed(expand_home(value))
 
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -26,7 +28,7 @@ class Settings(Checked):
     The names are YAML keys, arguments of `load()` and, for most, flags of the command line.
     """
 
-    model: Annotated[NonEmpty, BeforeValidator(_path_as_text)] | None = Field(
+    model: PathText | None = Field(
         default=None,
         description="Folder of a transformers checkpoint (config.json, safetensors), or a hub id.",
         examples=["bigscience/bloom"],
@@ -152,7 +154,7 @@ class Settings(Checked):
         "attention slower on a GPU.",
         examples=["int8"],
     )
-    calibrate: NonEmpty = Field(
+    calibrate: PathText = Field(
         default="off",
         description="How to find hot columns (the input features of each linear that keep exact "
         "weights) while loading: random (with random tokens), a text file, or off. An int8 "
@@ -207,7 +209,7 @@ class Settings(Checked):
         "the head on the last stage.",
         examples=[16],
     )
-    profile: Annotated[list[NonEmpty] | None, BeforeValidator(listed)] = Field(
+    profile: Annotated[list[PathText] | None, BeforeValidator(_listed_paths)] = Field(
         default=None,
         description="How fast the devices are, for the plan: a name such as a100-80, or a file "
         "written by `dist-int8 bench --profile`; one for all devices or one per device.",
@@ -292,6 +294,14 @@ class Settings(Checked):
                     )
         return self
 
+    @classmethod
+    def explain_unknown(cls, key: str) -> str | None:
+        """Says of a setting of one generation that it is not one of a deployment."""
+        if key not in GenerationSettings.model_fields:
+            return None
+        flag = key.replace("_", "-")
+        return f"it belongs to one generation: give it to generate({key}=) or as --{flag}"
+
     @property
     def num_stages(self) -> int | None:
         """Number of stages if `stages` gives it, itself or as a list of blocks; else None."""
@@ -323,7 +333,11 @@ class Settings(Checked):
 
 
 def load_settings(
-    path: str | Path | None = None, *, source: str = "load()", **overrides: Any
+    path: str | Path | None = None,
+    *,
+    source: str = "load()",
+    flags: Mapping[str, str] | None = None,
+    **overrides: Any,
 ) -> Settings:
     """Reads a YAML file of settings and lays the overrides that are not None over it.
 
@@ -333,6 +347,7 @@ def load_settings(
     Args:
         path: YAML file; None: the defaults.
         source: where the overrides come from, for errors about them.
+        flags: spelling of those that were given as flags of the command line.
         overrides: values by name of the field.
 
     Raises:
@@ -345,4 +360,4 @@ def load_settings(
         layout = {"devices", "gpus", "stages"}
         if layout & chosen.keys():
             values = {key: value for key, value in values.items() if key not in layout}
-    return Settings.from_values(values | chosen, source)
+    return Settings.from_values(values | chosen, source, flags)

@@ -130,7 +130,7 @@ class Lanes:
 
 def _form(lane: Lane, chunk: int, step: int) -> Turn:
     token_ids: list[int] = []
-    segments, emits, starts, settings, emitting = [], [], [], [], []
+    segments, emits, starts, settings, rules, emitting = [], [], [], [], [], []
     for request in lane.requests:
         start = request.num_submitted
         if request.pending:
@@ -143,6 +143,7 @@ def _form(lane: Lane, chunk: int, step: int) -> Turn:
             if start == 0:
                 starts.append((request.slot, request.seed))
                 settings.append(_sampling_row(request))
+                rules += [(request.slot, rule) for rule in request.rules]
             token_ids += request.prefill_ids[start : start + count]
         else:
             count = 1
@@ -164,6 +165,7 @@ def _form(lane: Lane, chunk: int, step: int) -> Turn:
         emits=torch.tensor(emits, dtype=torch.int64),
         starts=torch.tensor(starts, dtype=torch.int64).view(-1, 2),
         settings=torch.tensor(settings, dtype=torch.float64).view(-1, len(SAMPLING_FIELDS)),
+        rules=rules,
     )
     return Turn(lane, micro_batch, emitting)
 

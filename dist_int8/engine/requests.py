@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
 from dist_int8.config import GenerationSettings
+from dist_int8.engine.rules import find_eos_tokens
 from dist_int8.engine.sampling import NOT_A_TOKEN
 from dist_int8.engine.text import TextStream
 from dist_int8.errors import RequestError
+from dist_int8.pipeline.rules import Rule
 
 
 @dataclass(eq=False)
@@ -22,14 +25,17 @@ class Request:
         settings: how tokens are chosen and when the answer ends.
         seed: seed of its own random generator.
         text: the answer as text.
+        prompt: the prompt as text, where it was given so.
+        rules: how tokens are chosen, beyond what every request has.
         slot: its place in the KV cache while it runs.
         num_replayed: tokens of the answer that are prefilled again, after a recovery.
         num_submitted: tokens that went into the pipeline.
         pending: whether its next token is being computed.
         token_ids: the answer so far.
-        finish_reason: "eos", "stop", "length" or "cancelled" once it ended.
+        finish_reason: "eos", "stop", "length", "time" or "cancelled" once it ended.
         error: why it ended without an answer.
         outbox: tokens that its caller has not taken yet.
+        deadline: when its time is over, by the monotonic clock; None: never.
     """
 
     index: int
@@ -37,6 +43,8 @@ class Request:
     settings: GenerationSettings
     seed: int
     text: TextStream
+    prompt: str | None = None
+    rules: list[Rule] = field(default_factory=list)
     slot: int = -1
     num_replayed: int = 0
     num_submitted: int = 0
@@ -45,6 +53,11 @@ class Request:
     finish_reason: str | None = None
     error: Exception | None = None
     outbox: deque[Token] = field(default_factory=deque)
+    deadline: float | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.settings.max_time is not None:
+            self.deadline = time.monotonic() + self.settings.max_time
 
     @property
     def prefill_ids(self) -> list[int]:
@@ -67,17 +80,26 @@ class Request:
             return
         self.token_ids.append(token_id)
         piece = self.text.push(token_id)
-        if token_id in eos_token_ids:
-            self.finish_reason = "eos"
-        elif self.text.stopped:
-            self.finish_reason = "stop"
-        elif (
-            len(self.token_ids) >= self.settings.max_new_tokens or self.num_submitted >= max_tokens
-        ):
-            self.finish_reason = "length"
+        self.finish_reason = self._find_end(token_id, eos_token_ids, max_tokens)
         if self.finish_reason is not None:
             piece += self.text.finish()
         self.outbox.append(Token(self.index, token_id, piece, self.finish_reason))
+
+    def _find_end(
+        self, token_id: int, eos_token_ids: frozenset[int], max_tokens: int
+    ) -> str | None:
+        """Why the answer ends with this token; None where it goes on."""
+        settings, num_tokens = self.settings, len(self.token_ids)
+        if token_id in find_eos_tokens(settings, eos_token_ids):
+            return "eos"
+        if self.text.stopped or token_id in settings.stop_token_ids:
+            return "stop"
+        num_allowed = settings.count_new_tokens(len(self.prompt_ids))
+        if num_tokens >= num_allowed or len(self.prompt_ids) + num_tokens >= max_tokens:
+            return "length"
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            return "time"
+        return None
 
     def replay(self) -> None:
         """Returns to the start, with the answer so far as part of what is prefilled."""
@@ -119,10 +141,12 @@ class Completion:
     """The answer to one prompt.
 
     Attributes:
-        prompt: the prompt as text (decoded, where token ids were given).
+        prompt: the prompt as text: as it was given, a chat as its template renders it, and token
+            ids decoded.
         text: the answer, without special tokens and without the stop string.
         token_ids: new tokens only, an end-of-sequence token included.
-        finish_reason: "eos", "stop" (a stop string) or "length" (max_new_tokens or the context).
+        finish_reason: "eos", "stop" (a stop string or one of stop_token_ids), "length"
+            (max_new_tokens, max_length or the context) or "time" (max_time).
         num_stages, num_micro_batches: how the call was pipelined.
         prefill_tokens_per_s: prompt tokens of the whole call per second until the last first token.
         decode_tokens_per_s: tokens of the whole call per second after that.

@@ -12,10 +12,10 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from dist_int8.api.load import load
 from dist_int8.config import Settings
+from dist_int8.evaluation.floating import load_floating_model
 from dist_int8.evaluation.host import Host, refuse_int8, without_bars
 from dist_int8.evaluation.layers import LayerReport, MakeLayer, runtime_layer, watch_layers
 from dist_int8.evaluation.methods import METHODS, REFERENCES
@@ -115,7 +115,7 @@ def evaluate(
         bar.start("loading the model")
         host = reference = None
         if asked.layer_tokens or not all(METHODS[name].in_runtime for name in methods):
-            host = Host(settings.model, calibration)
+            host = Host(settings.model, calibration, allow_pickle=settings.allow_pickle)
         if asked.reference != "none":
             reference = stack.enter_context(load(**reference_settings(settings, asked)))
         run = _Run(settings, spec, tokens, found, host, reference, bar)
@@ -239,7 +239,9 @@ def with_outlier_features(settings: Settings, seed: int) -> Iterator[Settings]:
     with tempfile.TemporaryDirectory(prefix="dist-int8-features-") as name:
         try:
             with without_bars():
-                model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype="auto")
+                model: Any = load_floating_model(
+                    settings.model, "auto", allow_pickle=settings.allow_pickle
+                )
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{settings.model}: must be a model that transformers loads in floating point, "

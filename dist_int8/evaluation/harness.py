@@ -24,12 +24,12 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, GenerationConfig
 
 from dist_int8.api.load import load
 from dist_int8.api.model import Model
 from dist_int8.config import GenerationSettings
 from dist_int8.engine import Request
+from dist_int8.models import load_config
 
 SEED = 1234  # of sampled answers; the harness's default
 MAX_GEN_TOKS = 256  # where a task does not say; the harness's default
@@ -114,13 +114,9 @@ class PipelineLM(TemplateLM):
             raise ValueError(
                 f"harness: {pretrained.folder} must have a tokenizer, got none; add its files"
             )
-        config = AutoConfig.from_pretrained(pretrained.folder)
+        config = load_config(pretrained.folder)
         longest = max_length or resolve_max_length(config, self.tokenizer)
         self.max_length = min(longest, pretrained.max_tokens)
-        has_file = (pretrained.folder / "generation_config.json").is_file()
-        self._generation = (
-            GenerationConfig.from_pretrained(pretrained.folder) if has_file else GenerationConfig()
-        )
 
     @property
     def eot_token_id(self) -> int:
@@ -256,7 +252,7 @@ class PipelineLM(TemplateLM):
             penalty = options.get("repetition_penalty")
             options = {"do_sample": False, "temperature": 0.0, "repetition_penalty": penalty}
         settings = GenerationSettings.from_generation_config(
-            self._generation,
+            None,  # the handle adds the model's own
             # a stop string that is a special token never appears: the text omits special tokens
             options | {"max_new_tokens": num_new, "stop": [stop for stop in until if stop]},
         )

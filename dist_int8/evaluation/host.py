@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from dist_int8.checkpoint import is_int8
+from dist_int8.evaluation.floating import load_floating_model
 from dist_int8.evaluation.linears import Matrix
 from dist_int8.evaluation.methods import METHODS
 from dist_int8.int8.convert import is_skipped
@@ -48,12 +48,19 @@ class Host:
         linears: linears that methods replace, by qualified name.
     """
 
-    def __init__(self, folder: str | Path, calibration: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        calibration: Tensor | None = None,
+        *,
+        allow_pickle: bool = False,
+    ) -> None:
         """Loads the model.
 
         Args:
             folder: folder of the model.
             calibration: token ids, int64 [tokens], for the methods that need activations.
+            allow_pickle: whether to take `pytorch_model.bin` where there is no safetensors file.
 
         Raises:
             ValueError: transformers cannot load the folder in floating point.
@@ -61,8 +68,8 @@ class Host:
         refuse_int8(folder, "name it, or --methods ours --layer-tokens 0")
         try:
             with without_bars():
-                self.model: Any = AutoModelForCausalLM.from_pretrained(
-                    folder, dtype=torch.float32
+                self.model: Any = load_floating_model(
+                    folder, torch.float32, allow_pickle=allow_pickle
                 ).eval()
         except (OSError, ValueError, ImportError) as error:
             reason = " ".join(str(error).split())

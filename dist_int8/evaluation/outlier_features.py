@@ -64,7 +64,7 @@ def inject_outlier_features(
 ) -> dict[str, Tensor]:
     """Scales `num_channels` random features of every norm of a transformers model, in place.
 
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
         dist_int8.inject_outlier_features(model, seed=0)
         model.save_pretrained("hard")  # a small model that is as hard in int8 as a large one
 

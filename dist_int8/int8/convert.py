@@ -22,7 +22,8 @@ def convert(
     under two names stays one layer. Each floating weight is freed as soon as its linear is swapped,
     if nothing else holds it. Linears on the meta device give layers on the meta device.
 
-        model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+        name = "HuggingFaceTB/SmolLM2-135M"
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
         dist_int8.convert(model)
         logits = model(input_ids).logits
 

@@ -34,6 +34,14 @@ def load_tokenizer(
         ) from None
 
 
+def read_tokenizer(folder: Path, vocab_size: int) -> Any:
+    """transformers' tokenizer of a model, or None if its folder has no tokenizer files."""
+    try:
+        return load_tokenizer(folder)
+    except ValueError:
+        return None
+
+
 def read_tokens(folder: str | Path, path: str | Path, max_tokens: int) -> Tensor:
     """Reads the first tokens of a text file, int64 [up to `max_tokens`].
 

@@ -5,7 +5,7 @@ from dist_int8.partition.memory import Formats
 from dist_int8.partition.plan import Plan, StagePlan, format_bytes
 from dist_int8.partition.planner import CutOptions, Device, plan_stages
 from dist_int8.partition.profiles import PROFILES, DeviceProfile
-from dist_int8.partition.questions import Question, ask
+from dist_int8.partition.questions import Question, ask, check
 
 __all__ = [
     "PROFILES",
@@ -18,6 +18,7 @@ __all__ = [
     "StagePlan",
     "Workload",
     "ask",
+    "check",
     "format_bytes",
     "plan_stages",
 ]

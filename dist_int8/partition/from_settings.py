@@ -15,6 +15,7 @@ from dist_int8.partition import (
     Plan,
     Question,
     ask,
+    check,
 )
 from dist_int8.partition.gpus import probe
 from dist_int8.partition.profiles import DEFAULT_GPU
@@ -56,31 +57,38 @@ def answer(settings: Settings, options: PlanRequest, config: Any, spec: Any, sou
     if names is None:
         num_gpus, num_hosts = settings.gpus or 1, len(settings.hosts or [""])
         names = [f"cuda:{rank % max(1, num_gpus // num_hosts)}" for rank in range(num_gpus)]
+    formats = choose_formats_for(settings, config, names)
+    question = _make_question(settings, options, spec)
+    devices = describe_devices(settings, names, source=source)
+    check(spec, devices, question)  # wrong values come before those that are missing
     budgets = None
     if settings.memory is None and settings.profile is not None:
-        devices = describe_devices(settings, names, source=source)
         budgets = [device.profile.memory_bytes for device in devices]
     elif settings.memory is None and any(name != "cpu" for name in names):
         raise ValueError(
             f"{source}:memory: memory must be given for GPUs that are not there, got none; write "
             "--memory 80GB or --profile a100-80"
         )
-    formats = choose_formats_for(settings, config, names)
+    devices = describe_devices(settings, names, budgets=budgets, source=source)
+    plan = ask(spec, devices, formats, question)
+    reserved = options.like_load and None in (options.num_sequences, options.max_tokens)
+    return replace(plan, asked="reserved by load()") if reserved else plan
+
+
+def _make_question(settings: Settings, options: PlanRequest, spec: Any) -> Question:
     num_sequences, max_tokens = options.num_sequences, options.max_tokens
     if options.like_load:
         limit = spec.max_positions or DEFAULT_MAX_TOKENS
         num_sequences = settings.max_sequences if num_sequences is None else num_sequences
         if max_tokens is None:
             max_tokens = settings.max_tokens or min(DEFAULT_MAX_TOKENS, limit)
-    question = Question(
+    return Question(
         num_sequences=num_sequences,
         max_tokens=max_tokens,
         prefill_chunk=settings.prefill_chunk,
         num_micro_batches=settings.micro_batches,
         options=replace(_cut_options(settings), choose_count=options.choose_count),
     )
-    devices = describe_devices(settings, names, budgets=budgets, source=source)
-    return ask(spec, devices, formats, question)
 
 
 def export_settings(settings: Settings, plan: Plan) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dist_int8.partition.activations import Workload
@@ -89,6 +89,8 @@ class Plan:
         workload: requested workload, or the largest that fits.
         suggestions: changes that would make the model fit, the cheapest first; empty if it fits.
         notes: further remarks for the user, one line each.
+        asked: where the workload comes from, before "12 sequences of 2048 tokens".
+        alone_ps: picoseconds of a decode step of one short sequence alone, through all stages.
     """
 
     stages: tuple[StagePlan, ...]
@@ -100,6 +102,8 @@ class Plan:
     workload: Workload | None = None
     suggestions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    asked: str = field(default="requested", compare=False)
+    alone_ps: int = 0
 
     @property
     def missing_bytes(self) -> int:
@@ -144,7 +148,7 @@ class Plan:
                     format_bytes(stage.kv_bytes),
                     format_bytes(stage.activation_bytes),
                     format_bytes(stage.reserve_bytes),
-                    "-" if stage.free_bytes is None else format_bytes(stage.free_bytes),
+                    _format_free(stage),
                     f"{stage.ms:.2f}",
                     f"{stage.prefill_ps / PS_PER_MS:.1f}",
                 )
@@ -153,6 +157,17 @@ class Plan:
         return "\n".join(
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
             for row in rows
+        )
+
+    def prediction(self) -> str:
+        """Says in one line how long a token takes when all slots are busy, and when one is."""
+        assert self.workload is not None
+        speeds = ", ".join(sorted({stage.profile for stage in self.stages}))
+        number = self.workload.num_sequences
+        many = "one sequence" if number == 1 else f"each of {number} sequences in flight"
+        return (
+            f"predicted for {speeds}: {self.ms_per_token:.2f} ms per token of {many}, half full; "
+            f"{self.alone_ps / PS_PER_MS:.2f} ms of one short sequence alone"
         )
 
     def summary(self) -> str:
@@ -165,17 +180,13 @@ class Plan:
         ]
         if workload is not None:
             lines.append(
-                f"requested: {_count(workload.num_sequences, 'sequence')} of "
+                f"{self.asked}: {_count(workload.num_sequences, 'sequence')} of "
                 f"{_count(workload.max_tokens, 'token')}, "
                 f"prompts in chunks of {workload.prefill_chunk}"
             )
         if self.fits:
             tokens = "no budget given" if self.kv_tokens is None else str(self.kv_tokens)
-            speeds = sorted({stage.profile for stage in self.stages})
-            lines.append(
-                f"fits; KV tokens in total: {tokens}; predicted for {', '.join(speeds)}: "
-                f"{self.ms_per_token:.2f} ms per token"
-            )
+            lines += [f"fits; KV tokens in total: {tokens}", self.prediction()]
         else:
             lines.append(
                 f"does not fit: {self.missing_bytes} bytes are missing "
@@ -197,6 +208,7 @@ class Plan:
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "kv_tokens": self.kv_tokens,
             "ms_per_token": round(self.ms_per_token, 6),
+            "ms_per_token_alone": round(self.alone_ps / PS_PER_MS, 6),
             "stages": [
                 {
                     "rank": stage.rank,
@@ -217,6 +229,14 @@ class Plan:
             "missing_bytes": self.missing_bytes,
             "suggestions": list(self.suggestions),
         }
+
+
+def _format_free(stage: StagePlan) -> str:
+    """Formats what is left of a budget; what is missing has its own word instead of a sign."""
+    if stage.free_bytes is None:
+        return "-"
+    lacks = "lacks " if stage.missing_bytes else ""
+    return lacks + format_bytes(abs(stage.free_bytes))
 
 
 def _count(number: int, noun: str) -> str:

@@ -80,7 +80,7 @@ def plan_stages(
         model, devices, formats, workload, options.choose_count, prefill_ratio=ratio
     )
     if options.pinned is not None:
-        stages = _pinned(options.pinned, problem.num_blocks, len(devices))
+        stages = check_pinned(options.pinned, problem.num_blocks, len(devices))
     else:
         check_count(len(devices), problem.num_blocks, options.choose_count)
         stages = cut.cut(problem, options.objective) or cut.least_missing(problem)
@@ -97,7 +97,7 @@ def can_plan(
     """Returns whether a plan would fit, at less cost than making it."""
     problem = make_problem(model, devices, formats, workload, options.choose_count)
     if options.pinned is not None:
-        stages = _pinned(options.pinned, problem.num_blocks, len(devices))
+        stages = check_pinned(options.pinned, problem.num_blocks, len(devices))
         return not any(problem.missing(s.device, s.start, s.end) for s in stages)
     return cut.fits(problem)
 
@@ -207,7 +207,8 @@ def _times(
     return [[time(d.profile, index) for index in range(len(model.blocks))] for d in devices]
 
 
-def _pinned(pinned: Sequence[int], num_blocks: int, num_devices: int) -> list[StageSpan]:
+def check_pinned(pinned: Sequence[int], num_blocks: int, num_devices: int) -> list[StageSpan]:
+    """Returns the stages of these numbers of blocks; ValueError if they do not fit the model."""
     if len(pinned) != num_devices:
         raise ValueError(
             f"plan: stages must be one number of blocks per device, {num_devices} in total, got "

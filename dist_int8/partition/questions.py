@@ -10,8 +10,16 @@ from typing import Any
 from dist_int8.config import DEFAULT_MAX_TOKENS
 from dist_int8.partition import memory
 from dist_int8.partition.activations import Workload
+from dist_int8.partition.alone import predict_alone
 from dist_int8.partition.plan import Plan, format_bytes
-from dist_int8.partition.planner import CutOptions, Device, can_plan, check_count, plan_stages
+from dist_int8.partition.planner import (
+    CutOptions,
+    Device,
+    can_plan,
+    check_count,
+    check_pinned,
+    plan_stages,
+)
 
 MAX_SEQUENCES = 4096  # limit of the answer to a question that leaves the number open
 _MAX_BYTES = 2**50
@@ -54,10 +62,16 @@ def ask(
         ValueError: a count is below 1, there are more tokens than the model has positions, or the
             stages are impossible (see `plan_stages`).
     """
-    _check(model, question)
+    check(model, devices, question)
+    plan = _answer(model, devices, formats, question)
+    alone = predict_alone(model, _find_devices(plan, devices), formats, plan)
+    return replace(plan, alone_ps=alone)
+
+
+def _answer(
+    model: memory.ModelSizes, devices: Sequence[Device], formats: memory.Formats, question: Question
+) -> Plan:
     limit = min(DEFAULT_MAX_TOKENS, model.max_positions or DEFAULT_MAX_TOKENS)
-    if question.options.pinned is None:
-        check_count(len(devices), len(model.blocks), question.options.choose_count)
 
     def fits(workload: Workload) -> bool:
         return can_plan(model, devices, formats, workload, question.options)
@@ -70,10 +84,12 @@ def ask(
     plan = plan_stages(model, devices, formats, workload, question.options)
     if not plan.fits:
         case = _Case(model, devices, formats, workload, question.options)
-        return replace(plan, suggestions=tuple(_suggest(case)))
+        is_open = None in (question.num_sequences, question.max_tokens)
+        asked = "at the least" if is_open else plan.asked
+        return replace(plan, suggestions=tuple(_suggest(case)), asked=asked)
     if question.num_sequences is None:
         return _with_most_sequences(model, devices, formats, question, plan, max_tokens)
-    return plan
+    return replace(plan, asked="room for") if question.max_tokens is None else plan
 
 
 def _with_most_sequences(
@@ -86,7 +102,7 @@ def _with_most_sequences(
 ) -> Plan:
     """Plans the same cut for as many sequences as it has room for."""
     if plan.kv_tokens is None:
-        return plan
+        return replace(plan, asked="assumed")
     used = _find_devices(plan, devices)
     options = CutOptions(pinned=tuple(len(stage.blocks) for stage in plan.stages))
 
@@ -100,8 +116,8 @@ def _with_most_sequences(
     settled_plan = plan_stages(model, used, formats, settled, options)
     if num_sequences == MAX_SEQUENCES:
         note = f"more than {MAX_SEQUENCES} sequences may fit; ask with --sequences"
-        return replace(settled_plan, notes=(note,))
-    return settled_plan
+        settled_plan = replace(settled_plan, notes=(note,))
+    return replace(settled_plan, asked="room for")
 
 
 def _find_devices(plan: Plan, devices: Sequence[Device]) -> list[Device]:
@@ -116,7 +132,21 @@ def _find_devices(plan: Plan, devices: Sequence[Device]) -> list[Device]:
     return used
 
 
-def _check(model: memory.ModelSizes, question: Question) -> None:
+def check(model: memory.ModelSizes, devices: Sequence[Device], question: Question) -> None:
+    """Checks what a plan does not depend on memory for.
+
+    Raises:
+        ValueError: as `ask`.
+    """
+    _check_counts(model, question)
+    pinned = question.options.pinned
+    if pinned is None:
+        check_count(len(devices), len(model.blocks), question.options.choose_count)
+    else:
+        check_pinned(pinned, len(model.blocks), len(devices))
+
+
+def _check_counts(model: memory.ModelSizes, question: Question) -> None:
     for key, value, hint in (
         ("sequences", question.num_sequences, "leave it out for as many as fit"),
         ("context", question.max_tokens, "leave it out for as much as fits"),

@@ -8,6 +8,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from dist_int8.pipeline.rules import Rule
+
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "repetition_penalty")
 
 
@@ -40,6 +42,7 @@ class MicroBatch:
         starts: int64 [R, 2], rows (slot, seed) of sequences whose sampling settings come with this
             micro-batch, their first one.
         settings: float64 [R, len(SAMPLING_FIELDS)].
+        rules: (slot, rule) of the sequences in `starts` that have any.
         spans: (start, end) of the stages that ran it, in order, in nanoseconds of the wall clock.
     """
 
@@ -51,6 +54,7 @@ class MicroBatch:
     emits: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     starts: Tensor = field(default_factory=lambda: _no_rows(2, torch.int64))
     settings: Tensor = field(default_factory=lambda: _no_rows(len(SAMPLING_FIELDS), torch.float64))
+    rules: list[tuple[int, Rule]] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)
 
     @property

@@ -63,7 +63,11 @@ class Trace:
 
     def save(self, path: str | Path, since: int = 0) -> None:
         """Writes what was submitted after `since` as a trace for chrome://tracing and Perfetto."""
-        Path(path).write_text(json.dumps(chrome(self.since(since))))
+        file = Path(path).expanduser()
+        try:
+            file.write_text(json.dumps(chrome(self.since(since))))
+        except OSError as error:  # one of a full disk has no name of a file
+            raise OSError(error.errno, error.strerror, str(file)) from None
 
     def forget_submitted(self) -> None:
         """Drops what was submitted and will not finish."""

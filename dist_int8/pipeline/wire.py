@@ -1,7 +1,7 @@
 """The bytes of a message between stages, and the typed header in front of them.
 
 On the wire a micro-batch is `header` int64 [16], `control` int64 [C] (token ids, segments, sampling
-settings, spans; C follows from the header) and, between stages, hidden_states [num_tokens,
+settings, spans, rules; C follows from the header) and, between stages, hidden_states [num_tokens,
 hidden_size]. A result is `header`, spans, then token ids int64 or logits fp32. An end mark follows.
 Nothing is pickled; a header that no rank of this pipeline sends is refused before any of its sizes
 is used.
@@ -16,16 +16,18 @@ from torch import Tensor
 
 from dist_int8.errors import ProtocolError
 from dist_int8.pipeline.microbatch import SAMPLING_FIELDS, Kind, Limits, MicroBatch, Result
+from dist_int8.pipeline.rules import MAX_RULE_WORDS, Rule, pack_rules, unpack_rules
 
 HEADER_SIZE = 16
 MAGIC = 0x6473745F696E7438  # "dst_int8"
-VERSION = 1
+VERSION = 2
 MAX_STAGES = 256  # maximum number of spans in a message
 LEAST_TEMPERATURE = 1e-3  # as of the settings of a generation
 
 
 def pack(micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
     """`header` int64 [16] and `control` int64 [C] of a micro-batch."""
+    rules = [pack_rules(micro_batch.rules)] if micro_batch.rules else []
     header = _header(
         int(micro_batch.kind),
         micro_batch.lane,
@@ -34,6 +36,7 @@ def pack(micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
         micro_batch.segments.shape[0],
         micro_batch.starts.shape[0],
         len(micro_batch.spans),
+        rules[0].numel() if rules else 0,
     )
     control = torch.cat(
         [
@@ -43,6 +46,7 @@ def pack(micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
             micro_batch.starts.flatten(),
             micro_batch.settings.flatten().view(torch.int64),
             _spans_tensor(micro_batch.spans),
+            *rules,
         ]
     )
     return header, control
@@ -64,8 +68,8 @@ def control_size(header: Tensor, limits: Limits) -> int:
     Raises:
         ProtocolError: the header is not one of this pipeline's.
     """
-    fields = header[:9].tolist()
-    magic, version, kind, lane, step, num_tokens, num_segments, num_starts, num_spans = fields
+    magic, version, kind, lane, step, *sizes, num_words = header[:10].tolist()
+    num_tokens, num_segments, num_starts, num_spans = sizes
     if magic != MAGIC or version != VERSION:
         raise ProtocolError(
             f"header: magic and version must be {MAGIC:#x} {VERSION}, got {magic:#x} {version}"
@@ -83,12 +87,18 @@ def control_size(header: Tensor, limits: Limits) -> int:
         if not 0 <= value <= limits.num_slots:
             raise ProtocolError(f"header: {name} must be 0 to {limits.num_slots}, got {value}")
     _check_num_spans(num_spans, MAX_STAGES - 1)  # the stage that reads it adds its own
-    return _control_size(num_tokens, num_segments, num_starts, num_spans)
+    if not 0 <= num_words <= num_starts * MAX_RULE_WORDS:
+        raise ProtocolError(
+            f"header: words of rules must be 0 to {MAX_RULE_WORDS} per start, got {num_words}"
+        )
+    return _control_size(num_tokens, num_segments, num_starts, num_spans) + num_words
 
 
 def max_control_size(limits: Limits) -> int:
     """Maximum number of int64 in a control tensor."""
-    return _control_size(limits.max_rows, limits.num_slots, limits.num_slots, MAX_STAGES)
+    num_slots = limits.num_slots
+    size = _control_size(limits.max_rows, num_slots, num_slots, MAX_STAGES)
+    return size + num_slots * MAX_RULE_WORDS
 
 
 def _control_size(num_tokens: int, num_segments: int, num_starts: int, num_spans: int) -> int:
@@ -116,8 +126,9 @@ def unpack(header: Tensor, control: Tensor, limits: Limits) -> MicroBatch:
     """
     size = control_size(header, limits)
     assert control.numel() == size
-    kind, lane, step, num_tokens, num_segments, num_starts, num_spans = header[2:9].tolist()
-    token_ids, segments, emits, starts, settings, spans = control.split(
+    kind, lane, step, *sizes, num_words = header[2:10].tolist()
+    num_tokens, num_segments, num_starts, num_spans = sizes
+    token_ids, segments, emits, starts, settings, spans, words = control.split(
         [
             num_tokens,
             num_segments * 3,
@@ -125,6 +136,7 @@ def unpack(header: Tensor, control: Tensor, limits: Limits) -> MicroBatch:
             num_starts * 2,
             num_starts * len(SAMPLING_FIELDS),
             num_spans * 2,
+            num_words,
         ]
     )
     segments = segments.view(-1, 3)
@@ -144,8 +156,15 @@ def unpack(header: Tensor, control: Tensor, limits: Limits) -> MicroBatch:
         emits=emits.clone(),
         starts=starts.clone(),
         settings=settings,
+        rules=_rules_list(words, starts, limits),
         spans=_spans_list(spans),
     )
+
+
+def _rules_list(words: Tensor, starts: Tensor, limits: Limits) -> list[tuple[int, Rule]]:
+    if not words.numel():
+        return []
+    return unpack_rules(words.tolist(), starts[:, 0].tolist(), limits.vocab_size)
 
 
 def _check_control(

@@ -1,6 +1,6 @@
 """The types of `Model.generate` say what the settings accept and what comes back."""
 
-from typing import Literal, get_overloads, get_type_hints
+from typing import Literal, get_args, get_overloads, get_type_hints
 
 import pytest
 
@@ -8,6 +8,9 @@ from dist_int8.api.keywords import GenerationKeywords
 from dist_int8.api.model import Model, TokenStream
 from dist_int8.config import GenerationSettings
 from dist_int8.engine import Completion
+
+LISTS = ("stop", "stop_token_ids", "eos_token_id", "suppress_tokens", "begin_suppress_tokens")
+LISTS += ("forced_eos_token_id",)
 
 
 def test_keywords_are_the_fields_of_the_settings():
@@ -17,8 +20,14 @@ def test_keywords_are_the_fields_of_the_settings():
         if name in GenerationSettings.model_fields
     }
     keywords = get_type_hints(GenerationKeywords)
-    assert keywords.pop("stop") == str | fields.pop("stop") | tuple[str, ...] | None
-    assert keywords == {name: hint | None for name, hint in fields.items()}
+    assert set(keywords) == set(fields)
+    for name, hint in fields.items():  # each takes what the field holds, or None; some take more
+        keyword = set(get_args(keywords[name]))
+        assert set(get_args(hint | None)) <= keyword or name == "sequence_bias", name
+        assert keywords[name] == hint | None or name in (*LISTS, "sequence_bias"), name
+    for name in LISTS:
+        item = str if name == "stop" else int
+        assert keywords[name] == item | list[item] | tuple[item, ...] | None, name
 
 
 @pytest.mark.parametrize("stop", ["end", ["end"], ("end",)])

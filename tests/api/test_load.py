@@ -176,7 +176,7 @@ def test_a_stop_string_and_the_context_end_an_answer(one_stage, expected):
     answer = one_stage.generate(PROMPTS[0], max_new_tokens=12, stop=[stop])[0]
     assert answer.text == text[: text.index(stop)] and answer.finish_reason == "stop"
     long = one_stage.generate([[1] * 90], max_new_tokens=50)[0]
-    assert long.finish_reason == "length" and len(long.token_ids) == 96 - 90 + 1
+    assert long.finish_reason == "length" and len(long.token_ids) == 96 - 90
 
 
 @pytest.mark.parametrize(
@@ -311,6 +311,14 @@ def test_bad_arguments_of_logits_and_generate_are_refused(one_stage):
         one_stage.logits([[10**7]])
     with pytest.raises(ValueError, match="stream must be true or false"):
         one_stage.generate("abc", stream=print)
+    for given, got in (
+        ({"on_token": 5}, "got int"),
+        ({"on_token": print, "stream": True}, "got s"),
+    ):
+        with pytest.raises(ValueError, match=f"on_token must be a function, .* {got}"):
+            one_stage.generate("abc", **given)
+    with pytest.raises(ValueError, match="settings must be GenerationSettings, got dict"):
+        one_stage.request("abc", {"max_new_tokens": 3})
 
 
 SMALL = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128}

@@ -34,7 +34,7 @@ def test_text_is_tokenized(encoder):
     (single,) = encoder.make_requests("abc", SETTINGS)
     first, second = encoder.make_requests(["abc", "de"], SETTINGS)
     assert single.prompt_ids == first.prompt_ids == encoder.tokenizer("abc").input_ids
-    assert encoder.decode(second.prompt_ids) == "de"
+    assert encoder.show(second) == "de"
 
 
 def test_prompt_i_samples_with_seed_plus_i(encoder):
@@ -53,7 +53,7 @@ def test_without_a_seed_one_is_drawn_for_the_whole_call(encoder):
 def test_without_a_tokenizer_only_token_ids_are_accepted(tmp_path):
     encoder = PromptEncoder(tmp_path, vocab_size=288, max_tokens=8)
     (request,) = encoder.make_requests([1, 2], SETTINGS)
-    assert encoder.tokenizer is None and encoder.decode(request.prompt_ids) == ""
+    assert encoder.tokenizer is None and encoder.show(request) == ""
     with pytest.raises(ValueError, match=r"prompts must be token ids, got text, and .* tokenizer"):
         encoder.make_requests("abc", SETTINGS)
 

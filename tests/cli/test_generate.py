@@ -1,5 +1,6 @@
 """Files of prompts on the command line: kills, bad lines, contradicting flags."""
 
+import io
 import json
 import signal
 import subprocess
@@ -81,7 +82,7 @@ def test_bad_lines_get_errors_and_the_others_answers(tmp_path, tiny_llama, expec
     assert figures["tokens"] == len(expected["n0"]) + len(expected["n1"])
     assert figures["tokens_per_s"] > 0 and len(figures["utilisation"]) == 1
     assert all(0 < share <= 1 for share in figures["utilisation"])
-    assert captured.err.startswith("4 of 6 lines have no answer; see `error` in")
+    assert captured.err.startswith("4 of 6 lines could not be answered; see `error` in")
     answers = read(output)
     assert {name: answers[name]["token_ids"] for name in ("n0", "n1")} == {
         name: expected[name] for name in ("n0", "n1")
@@ -98,7 +99,7 @@ def test_other_settings_and_a_finished_file(tmp_path, tiny_llama, capfd):
     codes = [run(*flags), run(*flags), run(*flags, "--outlier-rule", "none")]
     assert codes == [0, 0, 2]
     done, refused = capfd.readouterr().err.splitlines()[-2:]
-    assert done.endswith("has all 2 answers already")
+    assert done.endswith("has 2 answers already, one per line")
     assert "o.jsonl:1: output must hold answers to this input with these settings" in refused
 
 
@@ -123,3 +124,126 @@ def test_a_trace_of_prompts(tmp_path, tiny_llama):
     assert run("-m", tiny_llama, *FLAGS, *flags) == 0
     names = {e["name"] for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"}
     assert names == {"P0", "D0"}
+
+
+FEW = ["--device", "cpu", "--max-tokens", "64", "--threads", "1", "-n", "3", "--quiet"]
+
+
+@pytest.fixture
+def no_weights(tiny_llama, tmp_path):
+    """A copy of the model whose weights cannot be read."""
+    for file in tiny_llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    size = int.from_bytes(content[:8], "little")
+    weights.write_bytes(content[: 8 + size] + b"\xff" * (len(content) - 8 - size))  # all NaN
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["-p", ""], "prompt 0 must have at least one token"),
+        (["-p", "a" * 64], "prompt 0 must be at most 63 tokens long (the context is 64), got 64"),
+        (["-p", "a", "-p", ""], "prompt 1 must have at least one token"),
+        (["-p", "a", "--chat"], "must have a chat template"),
+        (["-p", "a", "--system", "Be brief."], "must have a chat template"),
+        (["-p", "a", "--stop-token-id", "999"], "stop_token_ids must be token ids below 288"),
+        (["-p", "a", "--min-new-tokens", "9"], "min-new-tokens must be at most max_new_tokens (3)"),
+    ],
+)
+@pytest.mark.parametrize("stages", [[], ["--stages", "2"]])
+def test_bad_prompts_are_refused_before_weights_are_read(
+    no_weights, flags, part, stages, monkeypatch, capfd
+):
+    def read(*_):
+        raise AssertionError("weights were read, or ranks started")
+
+    monkeypatch.setattr("dist_int8.api.load.build_stage", read)
+    monkeypatch.setattr("dist_int8.api.load._join_ranks", read)
+    assert run("-m", no_weights, *FEW, *flags, *stages) == 2
+    out, err = capfd.readouterr()
+    assert part in err and out == "" and err.count("\n") == 1
+
+
+def test_lines_that_all_fail_cost_no_weights(no_weights, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("dist_int8.api.load.build_stage", lambda *_: pytest.fail("weights"))
+    lines = [{"prompt": ""}, {"token_ids": [288]}, {"prompt": "a", "temperature": -1}]
+    lines += [{"messages": [{"role": "user", "content": "a"}]}]
+    output = tmp_path / "out.jsonl"
+    files = ["--input", write(tmp_path / "in.jsonl", lines), "--output", output]
+    assert run("-m", no_weights, *FEW, *files) == 1
+    errors = [line["error"] for line in read(output).values()]
+    assert len(errors) == 4 and "at least one token" in errors[0] and "chat template" in errors[3]
+
+
+def give_stdin(monkeypatch, content, is_terminal=False):
+    class Stdin(io.TextIOWrapper):
+        def isatty(self):
+            return is_terminal
+
+    monkeypatch.setattr("sys.stdin", Stdin(io.BytesIO(content)))
+
+
+def test_a_prompt_and_lines_come_from_stdin(tiny_llama, tmp_path, monkeypatch, capfd):
+    run("-m", tiny_llama, *FEW, "-p", "Größe\nb", "--json")
+    expected = capfd.readouterr().out
+    give_stdin(monkeypatch, "\ufeffGröße\nb\r\n".encode())
+    run("-m", tiny_llama, *FEW, "-p", "-", "--json")
+    got = capfd.readouterr().out
+    for key in ("prompt", "token_ids"):
+        assert json.loads(got)[key] == json.loads(expected)[key]
+    give_stdin(monkeypatch, b'{"prompt": "a"}\n\n{"token_ids": [5]}\n')
+    output = tmp_path / "out.jsonl"
+    assert run("-m", tiny_llama, *FEW, "--input", "-", "--output", output) == 0
+    assert set(read(output)) == {1, 3}
+
+
+@pytest.mark.parametrize(
+    ("content", "is_terminal", "flags", "part"),
+    [
+        (b"", False, ["-p", "-"], "--prompt - must have something to read on stdin, got nothing"),
+        (b" \n", False, ["-p", "-"], "got nothing"),
+        (b"a", True, ["-p", "-"], "got a terminal"),
+        (b"a\xff", False, ["-p", "-"], "a byte of another encoding at position 2"),
+        (b"a", False, ["-p", "-", "-p", "-"], "--prompt - must be given once, got it 2 times"),
+        (b"", False, ["--input", "-", "--output", "o"], "--input - must have something to read"),
+        (b"a", True, ["--input", "-", "--output", "o"], "got a terminal"),
+    ],
+)
+def test_a_stdin_that_has_no_prompt_is_refused(
+    content, is_terminal, flags, part, monkeypatch, capfd, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    give_stdin(monkeypatch, content, is_terminal)
+    assert app.run(["generate", "-m", "x", *flags]) == 2
+    assert part in capfd.readouterr().err
+
+
+def test_chats_of_the_command_line(tiny_llama, tmp_path, capfd):
+    for file in tiny_llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    answers = []
+    for flags in (
+        ["-p", "Hi", "--chat"],
+        ["-p", "Hi", "--system", "Go."],
+        ["-p", "user:Hi;"],
+        ["-p", "system:Go.;user:Hi;"],
+    ):
+        assert run("-m", tmp_path, *FEW, "--json", *flags) == 0
+        answers.append(json.loads(capfd.readouterr().out)["token_ids"])
+    assert answers[:2] == answers[2:] and answers[0] != answers[1]
+
+
+def test_the_models_defaults_are_shown_and_left_out(tiny_llama, tmp_path, capfd):
+    for file in tiny_llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    own = {"do_sample": True, "temperature": 0.6, "top_k": 5}
+    (tmp_path / "generation_config.json").write_text(json.dumps(own))
+    flags = ["-m", tmp_path, "-p", "a", *FEW[:-1], "--top-k", "3"]
+    assert run(*flags) == run(*flags, "--no-model-defaults") == 0
+    said = "from the model's generation_config.json: do_sample=True, temperature=0.6\n"
+    assert capfd.readouterr().err.count(said) == 1

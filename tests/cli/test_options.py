@@ -83,7 +83,7 @@ def test_blocks_of_each_stage_on_the_cpu():
 
 @pytest.mark.parametrize(
     ("arguments", "verbosity"),
-    [([], None), (["-q"], -1), (["-v"], 1), (["-vv"], 2), (["--verbose", "--quiet"], -1)],
+    [([], None), (["-q"], -1), (["-v"], 1), (["-vv"], 2)],
 )
 def test_verbosity(monkeypatch, arguments, verbosity):
     configured = []

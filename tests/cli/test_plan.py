@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 BLOOM = str(ROOT / "configs" / "models" / "bloom-176b")
 KEYS = [
     *("fits", "model", "num_blocks", "block_bytes", "model_bytes", "kv_bytes_per_token"),
-    *("kv_tokens", "ms_per_token", "stages", "missing_bytes", "suggestions"),
+    *("kv_tokens", "ms_per_token", "ms_per_token_alone", "stages", "missing_bytes", "suggestions"),
 ]
 
 
@@ -124,7 +124,7 @@ def test_a_config_plans_what_load_reserves(capsys):
         ("--gpus 1000000", "gpus must be at most 1024, got 1000000"),
         ("--gpus 2 --memory 80GB --hot-columns 99984", "at most the model's 14336 features"),
         ("--gpus 2 --profile pin.yaml", "or a YAML file, got 'pin.yaml', which is not there"),
-        ("--gpus many", "Invalid value for '--gpus'"),
+        ("--gpus many", "--gpus must be an integer, got 'many'"),
         ("--gpus 2 --memory -80GB", "byte size above 0, got '-80GB'"),
         ("--gpus 2 --memory 1GB,2GB,3GB", "memory must be one byte size per stage, 2, got 3"),
         ("--gpus 71 --memory 80GB", "stages must be at most the model's 70 blocks, got 71"),
@@ -134,21 +134,27 @@ def test_a_config_plans_what_load_reserves(capsys):
         ),
         ("--gpus 2 --memory 80GB --stages 70", "stages must be the number of devices, 2, got 70"),
         ("--gpus 2 --memory 80GB --stages x", "stages must be a number, `auto`, or numbers"),
-        ("--gpus 2 --memory 80GB --sequences 0", "sequences must be at least 1, got 0"),
-        ("--gpus 2 --memory 80GB --context -5", "context must be at least 1, got -5"),
+        ("--gpus 2 --memory 80GB --sequences 0", "--sequences must be 1 to 2147483647, got 0"),
+        ("--gpus 2 --memory 80GB --context -5", "--context must be 1 to 2147483647, got -5"),
         ("--gpus 2 --memory 80GB --head 4bit", "head must be 'int8' or '16bit'"),
         ("--gpus 2 --memory 80GB --objective x", "objective must be 'throughput'"),
         (
             "--gpus 2 --memory 80GB --prefill-ratio -1",
-            "prefill_ratio must be at least 0.0, got -1.0",
+            "--prefill-ratio must be at least 0.0, got -1.0",
         ),
-        ("--gpus 2 --memory 80GB --prefill-ratio 1e300", "prefill_ratio must be at most 1000000.0"),
+        ("--gpus 2 --memory 80GB --prefill-ratio 1e300", "--prefill-ratio must be at most 1000000.0"),
         ("--gpus 2 --memory 80GB --reserve -1", "reserve must be a byte size above 0"),
         (
             "--gpus 2 --memory 80GB --hot-columns -1",
             "hot_columns must be 0 or a multiple of 16, got -1; write --hot-",
         ),
         ("--gpus 3 --memory 80GB --hosts a,b", "hosts must divide the 3 stages, got 2"),
+        ("--gpus 2 --memory 80", "got '80', which is 80 bytes; write \"80GiB\""),
+        ("--gpus 2 --context 9999999 --stages 3,4", "add up to the model's 70, got [3, 4]"),
+        ("--objective x", "--objective must be 'throughput'"),
+        ("--gpus 2 --gpus 3 --memory 80GB", "--gpus must be given once, got it 2 times; keep one"),
+        ("--gpus 2 --memory 80GB --save /no/x.yaml", "--save must be a file that can be written"),
+        ("--gpus 2 -q -v", "--quiet must be left out with --verbose, got both"),
         ("--gpus 2 --profile a101", "profile must be one of t4, v100"),
         (
             "--gpus 2 --memory 80GB --hot-columns 8",
@@ -203,3 +209,40 @@ def test_bench_and_save_refuse_missing_devices_and_folders(capsys, tmp_path):
     missing = tmp_path / "no" / "x.yaml"
     code, shown = run(capsys, "-m", BLOOM, "--gpus", 4, "--memory", "80GB", "--save", missing)
     assert code == 1 and "must be a file that can be written" in shown.err
+    assert shown.out == "", "nothing is planned for a plan that cannot be saved"
+    code, shown = run(capsys, "-m", BLOOM, "--gpus", 4, "--memory", "80GB", "--save", "/dev/full")
+    assert code == 1 and "/dev/full: must be a file that can be written, got No space" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [
+        ("--memory 80GB", "room for: 12 sequences of 2048 tokens"),
+        ("--memory 80GB --sequences 2 --context 64", "requested: 2 sequences of 64 tokens"),
+        ("--memory 80GB --sequences 2", "room for: 2 sequences of 2048 tokens"),
+        ("--memory 40GB", "at the least: 1 sequence of 1 token"),
+        ("--devices cpu", "assumed: 1 sequence of 2048 tokens"),
+        ("--config configs/bloom-176b-4xa100-80gb.yaml", "reserved by load(): 12 sequences"),
+    ],
+)
+def test_what_was_not_asked_is_not_called_requested(capsys, flags, asked):
+    gpus = [] if "devices" in flags or "config" in flags else ["--gpus", 4]
+    _, shown = run(capsys, "-m", BLOOM, *gpus, *flags.split())
+    assert asked in shown.out and ("requested" in shown.out) == ("requested" in asked)
+
+
+def test_no_memory_is_negative(capsys):
+    _, shown = run(capsys, "-m", BLOOM, "--gpus", 4, "--memory", "40GB")
+    assert "lacks 6.46 GiB" in shown.out and "-6.46" not in shown.out
+
+
+def test_the_time_of_one_sequence_alone(capsys):
+    """Beside many sequences that are half full stands what a first try of a model shows."""
+    flags = ["-m", ROOT / "configs/models/opt-125m", "--devices", "cpu,cpu"]
+    many = as_json(capsys, *flags, "--sequences", 8)[1]
+    one = as_json(capsys, *flags, "--sequences", 1, "--context", 256)[1]
+    assert many["ms_per_token_alone"] == one["ms_per_token_alone"] == one["ms_per_token"]
+    assert many["ms_per_token"] > 2 * many["ms_per_token_alone"]
+    shown = run(capsys, *flags, "--sequences", 8)[1].out
+    assert f"{many['ms_per_token']:.2f} ms per token of each of 8 sequences in flight" in shown
+    assert f"{one['ms_per_token']:.2f} ms of one short sequence alone" in shown

@@ -1,6 +1,7 @@
 """Settings: what is accepted, and that every mistake is one line with file, key and advice."""
 
 import runpy
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from pydantic import TypeAdapter
 from transformers import GenerationConfig
 
 from dist_int8.config import GenerationSettings, Settings, load_settings, parse_byte_size
+from dist_int8.config import write_yaml
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -34,15 +36,16 @@ def settings_file(tmp_path, text) -> Path:
         ("80GB", 80 * 1000**3),
         ("1.5 MiB", 3 * 1024**2 // 2),
         ("512KB", 512_000),
-        (4096, 4096),
-        ("4096", 4096),
+        (1_048_576, 1_048_576),
+        ("80000000000", 80_000_000_000),
+        ("4096B", 4096),
     ],
 )
 def test_byte_sizes(text, num_bytes):
     assert parse_byte_size(text) == num_bytes
 
 
-@pytest.mark.parametrize("text", ["79GiBs", "GiB", "-1GiB", "0GB", 0, True, None, "79 gib", 1.5])
+@pytest.mark.parametrize("text", ["79GiBs", "GiB", "-1GiB", "0GB", 0, True, None, "79 gib", 1.5, "80%", "8e9", "9" * 30 + "GB"])
 def test_other_text_is_refused_as_a_byte_size(text):
     assert repr(text) in error_of(parse_byte_size, text)
 
@@ -65,7 +68,7 @@ def test_an_override_of_the_layout_replaces_all_of_it(tmp_path):
 
 def test_memory_of_a_stage():
     assert load_settings(memory=["1GiB", "2GiB"]).find_budget(1, "cuda:1") == 2 * 1024**3
-    assert load_settings(memory={"cuda:1": 5}).find_budget(0, "cuda:0") is None
+    assert load_settings(memory={"cuda:1": "5MB"}).find_budget(0, "cuda:0") is None
     assert load_settings().find_budget(0, "cpu") is None
 
 
@@ -74,8 +77,13 @@ def test_memory_of_a_stage():
     [
         ("stages: 2\nmodel: x\nstages: 3\n", ["stages", "once", "lines 1 and 3"]),
         ("outlier_treshold: 6\n", ["outlier_treshold", "did you mean outlier_threshold?"]),
-        ("zzz: 6\n", ["zzz", "known: model"]),
-        ("bogus: 6\n", ["bogus", "known: model"]),
+        ("zzz: 6\n", ["zzz", "docs/settings.md lists all settings"]),
+        ("temperature: 1\n", ["it belongs to one generation: give it to generate(temperature=)"]),
+        ("kv: null\nfoo: null\n", ["foo must be a known setting"]),
+        ("memory: [80]\n", ['with its unit, got 80, which is 80 bytes; write "80GiB"']),
+        ("model: &a [*a]\n", ["got more than 20000 values through its aliases"]),
+        ("model: " + "[" * 5000 + "]" * 5000, ["got lists nested too deeply"]),
+        ("model: 2001-99-99\n", ["a value that cannot be read (month must be in 1..12)"]),
         ("stages: two\n", ["stages must be an integer or a list", "got 'two'; write 4 or"]),
         ("gpus: yes\n", ["gpus must be an integer, got True"]),
         ("gpus: 0\n", ["gpus must be at least 1, got 0"]),
@@ -112,10 +120,65 @@ def test_unreadable_files(tmp_path):
     assert "must be the path of a YAML file, got 5" in error_of(load_settings, 5)
     (tmp_path / "number.yaml").write_text("1: 2")
     message = error_of(load_settings, tmp_path / "number.yaml")
-    assert "number.yaml:1: a key must be the name of a setting, got 1; known: model," in message
+    assert "number.yaml:1: a key must be the name of a setting, got 1; docs/" in message
     assert "must be a readable" in error_of(load_settings, tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"model: Gr\xf6\xdfe\n")
     assert "UTF-8" in error_of(load_settings, tmp_path / "latin.yaml")
+
+
+def test_a_file_without_end_and_one_without_a_name(tmp_path):
+    assert "got more than 1048576 bytes" in error_of(load_settings, "/dev/zero")
+    assert "must be the path of a YAML file, got ''" in error_of(load_settings, "")
+    assert "embedded null byte" in error_of(load_settings, "a\0b")
+
+
+def test_aliases_cannot_grow_without_bounds(tmp_path):
+    """A few hundred bytes that stand for a thousand million values, also in the error about it."""
+    names = "abcdefghi"
+    lines = [f"{names[0]}: &a [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{b}: &{b} [{', '.join(['*' + a] * 10)}]" for a, b in pairwise(names)]
+    message = error_of(load_settings, settings_file(tmp_path, "\n".join(lines)))
+    assert "must be a short mapping" in message and len(message) < 300
+
+
+def test_an_alias_saves_writing(tmp_path):
+    path = settings_file(tmp_path, "gpus: 3\nmemory: [&most 79GiB, *most, *most]\n")
+    assert load_settings(path).memory == [79 * 1024**3] * 3
+
+
+def test_null_is_the_default_everywhere(tmp_path):
+    path = settings_file(tmp_path, "kv: null\nstages:\ninterface: ~\nmax_sequences: null\n")
+    assert load_settings(path) == load_settings(kv=None, max_sequences=None) == Settings()
+    assert Settings.from_values({"kv": None}, "x") == Settings()
+
+
+def test_the_home_folder_is_expanded_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "s.yaml").write_text("model: ~/m\ncalibrate: ~/c.txt\nprofile: [~/p.yaml, cpu]\n")
+    for settings in (
+        load_settings("~/s.yaml"),
+        load_settings(model=Path("~/m"), calibrate="~/c.txt", profile=["~/p.yaml", "cpu"]),
+    ):
+        assert settings.model == f"{tmp_path}/m" and settings.calibrate == f"{tmp_path}/c.txt"
+        assert settings.profile == [f"{tmp_path}/p.yaml", "cpu"]
+    write_yaml("~/out.yaml", {"kv": "int8"}, "written")
+    assert load_settings(tmp_path / "out.yaml").kv == "int8"
+
+
+def test_errors_about_flags_are_in_flags():
+    flags = {"threads_per_stage": "--threads", "devices": "--devices", "stages": "--stages"}
+    for values, part in (
+        ({"threads_per_stage": 0}, "--threads must be at least 1, got 0; write it like `--threads 1`"),
+        ({"devices": ["gpu"]}, "--devices must be cpu or cuda:N, got 'gpu'; write it like `--devices cpu,cpu`"),
+        ({"devices": ["cpu"], "stages": 3}, "t:stages: --stages must be the number of devices, 1, got 3"),
+        ({"max_tokens": 0}, "t:max_tokens: max_tokens must be"),
+    ):
+        assert part in error_of(load_settings, source="t", flags=flags, **values)
+
+
+def test_a_wrong_value_is_shown_short():
+    message = error_of(load_settings, model=[["x" * 10**6] * 10**4] * 10**4)
+    assert len(message) < 300
 
 
 def test_two_mistakes_are_both_named():
@@ -204,7 +267,7 @@ def test_generation_config_of_transformers():
 
 
 @pytest.mark.parametrize(
-    "given", [{"num_beams": 4}, {"min_p": 0.1}, {"no_repeat_ngram_size": 2}, {"typical_p": 0.5}]
+    "given", [{"num_beams": 4}, {"penalty_alpha": 0.5}, {"num_beam_groups": 2}]
 )
 def test_other_ways_of_decoding_are_refused_by_name(given):
     call = GenerationSettings.from_generation_config

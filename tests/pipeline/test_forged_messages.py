@@ -11,6 +11,7 @@ import torch
 import dist_int8
 from dist_int8.pipeline import wire
 from dist_int8.pipeline.microbatch import Kind, MicroBatch
+from dist_int8.pipeline.rules import Rule, RuleKind
 from dist_int8.pipeline.transport import TAG
 
 PROMPT = "a prompt of this pipeline"
@@ -47,7 +48,7 @@ def settings(*values: float) -> torch.Tensor:
 
 FORGED = {
     "another protocol": (bytes_of(a_step(), field_0=1), "magic and version must be"),
-    "a later version": (bytes_of(a_step(), field_1=2), "magic and version must be"),
+    "a later version": (bytes_of(a_step(), field_1=3), "magic and version must be"),
     "an unknown kind": (bytes_of(a_step(), field_2=77), "kind must be 1, 2 or 3, got 77"),
     "a result": (bytes_of(a_step(), field_2=4), "kind must be 1, 2 or 3, got 4"),
     "a negative shape": (bytes_of(a_step(), field_5=-3), "num_tokens must be 1 to 544, got -3"),
@@ -77,6 +78,16 @@ FORGED = {
     "an icy temperature": (
         bytes_of(a_step(settings=settings(1e-300, 0, 1, 1))),
         "sampling settings",
+    ),
+    "rules without end": (bytes_of(a_step(), field_9=2**50), "words of rules must be 0 to 2048"),
+    "rules of another slot": (
+        bytes_of(a_step(rules=[(3, Rule(RuleKind.SUPPRESS, token_ids=(1,)))])),
+        "rules must be of slots that start",
+    ),
+    "a rule that does not exist": (bytes_of(a_step(rules=[(1, Rule(99))])), "kinds of rules"),
+    "a token of a rule": (
+        bytes_of(a_step(rules=[(1, Rule(RuleKind.SUPPRESS, token_ids=(288,)))])),
+        "token ids of rules must be 0 to 287",
     ),
     "a cut header": (bytes_of(a_step())[:41], "must"),
     "a cut control": (bytes_of(a_step())[: 128 + 24], "must"),

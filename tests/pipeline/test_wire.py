@@ -52,7 +52,7 @@ def test_shutdown_has_no_tokens():
     ("field", "value", "message"),
     [
         (0, 1, "magic"),
-        (1, 2, "version"),
+        (1, 3, "version"),
         (2, 9, "kind must be 1, 2 or 3, got 9"),
         (2, 4, "kind"),
         (3, -1, "lane"),
