@@ -179,7 +179,7 @@ def _choose_vocab_dtype(
         first = StageSlice(range(0), first=True, last=False)
         source = tensor_sources(spec, first)["embedding.weight"]
         name = next(name for name in source.names[0] if name in reader)
-        stored = {"F16": torch.float16, "BF16": torch.bfloat16}.get(reader.dtype(name), dtype)
+        stored = {"F16": torch.float16, "BF16": torch.bfloat16}.get(reader.float_dtype(name), dtype)
     return stored if dtype == torch.float32 and stored.itemsize == 2 else dtype
 
 

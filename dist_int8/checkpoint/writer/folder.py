@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_int8.checkpoint.reader import INDEX
+from dist_int8.checkpoint.weight_files import INDEX
 from dist_int8.checkpoint.writer import manifest
 from dist_int8.checkpoint.writer.aside import CONFIG, Aside, as_json
 from dist_int8.checkpoint.writer.durable import UNFINISHED, write_file
