@@ -190,7 +190,7 @@ def _choose_limits(settings: Settings, spec: ModelSpec) -> Limits:
     elif spec.max_positions is not None and max_tokens > spec.max_positions:
         raise ValueError(
             f"load(): max_tokens must be at most the model's {spec.max_positions} positions, "
-            f"got {max_tokens}; lower it or leave it out"
+            f"got {max_tokens}; {spec.limit_advice}"
         )
     return Limits(
         num_slots=settings.max_sequences,

@@ -14,8 +14,8 @@ from huggingface_hub.errors import (
 )
 
 from dist_int8.checkpoint.weight_files import WeightFile, list_candidates, read_weight_map
+from dist_int8.models.folder import HUB_ID, explain_no_folder, is_folder
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Never Python files, and only the weights that are read: hubs keep other formats beside them.
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -42,12 +42,12 @@ def resolve_model(
         ValueError: neither a folder nor a hub id, or a hub id that cannot be fetched.
     """
     folder = Path(model).expanduser()
-    if str(model) and folder.is_dir():
+    if str(model) and is_folder(folder):
         return folder
-    if os.path.lexists(folder) or not _HUB_ID.fullmatch(str(model)):
+    if os.path.lexists(folder) or not HUB_ID.fullmatch(str(model)):
         raise ValueError(
             f"model: must be a folder or a hub id such as 'bigscience/bloom', got {str(model)!r}: "
-            "no such folder; check the path"
+            f"{explain_no_folder(folder if str(model) else model)}"
         )
     try:
         # the folder is named after its commit, which pins what is fetched next

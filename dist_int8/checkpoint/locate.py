@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_int8.checkpoint.notice import warn_once
 from dist_int8.checkpoint.piece import Piece
 from dist_int8.checkpoint.reader import CheckpointReader
 from dist_int8.checkpoint.stored_int8 import StoredInt8
 from dist_int8.checkpoint.tensor_files import FLOATING
 from dist_int8.models.config import ignored_tensors, tensor_sources
+from dist_int8.models.notice import warn_once
 from dist_int8.models.sources import TensorSource
 from dist_int8.models.spec import ModelSpec
 from dist_int8.models.stage_slice import StageSlice

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_int8.checkpoint.notice import warn_once
 from dist_int8.models.json_file import read_json_object
+from dist_int8.models.notice import warn_once
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -6,7 +6,7 @@ from typing import Any
 
 from dist_int8.checkpoint.tied_head import EMBEDDING
 from dist_int8.checkpoint.writer.target import Target
-from dist_int8.models.config import INT8_VERSION
+from dist_int8.models.quantization import INT8_VERSION
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a user should know of a checkpoint that loads all the same: logged once, by one rank."""
+"""What a user should know of a model that loads all the same: logged once, by one rank."""
 
 import functools
 import logging
