@@ -19,7 +19,14 @@ from dist_int8.checkpoint import (
     resolve_model,
 )
 from dist_int8.config import DEFAULT_MAX_TOKENS, Settings
-from dist_int8.models import ModelSpec, StageSlice, describe, load_config, tensor_sources
+from dist_int8.models import (
+    ModelSpec,
+    StageSlice,
+    describe,
+    load_config,
+    resolve_skip,
+    tensor_sources,
+)
 from dist_int8.partition import Plan
 from dist_int8.partition.from_settings import (
     choose_formats,
@@ -92,6 +99,9 @@ def prepare(settings: Settings, placement: Placement) -> Prepared:
     )
     hf_config = load_config(folder)
     spec = describe(hf_config)
+    skip = resolve_skip(spec, settings.skip_modules, "load(): skip_modules")
+    if list(skip) != settings.skip_modules:
+        settings = settings.model_copy(update={"skip_modules": list(skip)})
     settings, hot = adopt_stored_format(settings, folder, spec)
     dtype = _choose_dtype(settings, placement.devices, hf_config)
     vocab_dtype = _choose_vocab_dtype(settings, folder, spec, hf_config, dtype)

@@ -104,15 +104,21 @@ class SafetensorsFile:
     def read_into(self, name: str, first: int, out: Tensor) -> None:
         position = self._position(name, first)
         left = as_bytes(out)
-        with self._path.open("rb", buffering=0) as file:
-            while left:
-                count = os.preadv(file.fileno(), [left[:_LARGEST_READ]], position)
-                if not count:
-                    raise ValueError(
-                        f"{self._path}:{name}: file must not change while it is read, got its end "
-                        f"at byte {position}; write the checkpoint aside and rename it"
-                    )
-                left, position = left[count:], position + count
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                while left:
+                    count = os.preadv(file.fileno(), [left[:_LARGEST_READ]], position)
+                    if not count:
+                        raise ValueError(
+                            f"{self._path}:{name}: file must not change while it is read, got its "
+                            f"end at byte {position}; write the checkpoint aside and rename it"
+                        )
+                    left, position = left[count:], position + count
+        except OSError as error:
+            raise ValueError(
+                f"{self._path}:{name}: must be readable, got {error.strerror or error}; check the "
+                "disk, or copy the checkpoint again"
+            ) from None
 
     def _position(self, name: str, row: int) -> int:
         stored = self.tensors[name]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_int8.models.json_file import read_json_object
+from dist_int8.models.json_file import read_json
 from dist_int8.models.notice import warn_once
 
 SINGLE = "model.safetensors"
@@ -80,7 +80,7 @@ def read_weight_map(path: Path) -> dict[str, str]:
     Raises:
         ValueError: not an index.
     """
-    weight_map: Any = read_json_object(path).get("weight_map")
+    weight_map: Any = read_json(path).get("weight_map")
     is_map = isinstance(weight_map, dict)
     if not is_map or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(
@@ -102,7 +102,7 @@ def _warn_of_others(folder: Path, chosen: WeightFile) -> None:
 def _read_named_file(path: Path) -> object:
     """Reads which file config.json names; None: none, or the config is damaged: others say so."""
     try:
-        return read_json_object(path).get(_NAMED_BY_CONFIG)
+        return read_json(path).get(_NAMED_BY_CONFIG)
     except ValueError:
         return None
 

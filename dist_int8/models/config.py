@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from dist_int8.models.config_numbers import check_numbers
 from dist_int8.models.families import BY_MODEL_TYPE, BY_NAME
 from dist_int8.models.folder import HUB_ID, check_contents, explain_no_folder, is_folder
-from dist_int8.models.json_file import read_json_object
+from dist_int8.models.json_file import read_json
 from dist_int8.models.notice import warn_once
 from dist_int8.models.quantization import check_quantization
 from dist_int8.models.rotary import check_one_set
@@ -62,7 +62,7 @@ def load_config(model: str | Path) -> PretrainedConfig:
     if is_folder(model):
         check_contents(Path(model))
         where = str(Path(model) / "config.json")
-        fields = read_json_object(Path(model) / "config.json")
+        fields = read_json(Path(model) / "config.json")
     else:
         where, fields = f"{model}/config.json", _fetch_fields(model)
     _check_fields(where, fields)

@@ -155,7 +155,11 @@ def _check_real(where: str, value: Any, has_zero: bool, most: float) -> None:
 
 
 def _describe(least: int, most: int) -> str:
-    return f"{least} to {most}" if most < _LARGEST_COUNT else f"an integer of at least {least}"
+    return (
+        f"an integer of {least} to {most}"
+        if most < _LARGEST_COUNT
+        else f"an integer of at least {least}"
+    )
 
 
 def _find(fields: Mapping[str, Any], *names: str) -> int:

@@ -19,6 +19,8 @@ def is_folder(model: str | Path) -> bool:
 def explain_no_folder(model: str | Path) -> str:
     """Says why `model` is neither a folder nor a hub id, as the end of a sentence with advice."""
     text = str(model)
+    if not text:
+        return "no such folder; check the path"
     path = Path(model)
     try:
         is_file, is_link = path.is_file(), path.is_symlink()
@@ -32,7 +34,7 @@ def explain_no_folder(model: str | Path) -> str:
         )
     if is_file:
         return f"a file; give the folder that it is in: {path.parent}"
-    if is_link and not path.exists():
+    if is_link and not is_folder(path):
         return f"a link to {os.readlink(path)}, which is not there; check the path"
     if os.path.lexists(path):
         return "neither of them; give the folder of a model"

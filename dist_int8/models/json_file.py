@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 _LFS_POINTER = b"version https://git-lfs"
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object, with or without a byte order mark.
 
     Raises:

@@ -16,7 +16,11 @@ def check_quantization(where: str, written: Any) -> None:
     Raises:
         ValueError: any other form; it is named.
     """
-    if written is None or _is_readable_int8(written):
+    if written is None:
+        return
+    if _is_readable_int8(written):
+        if written.get("quant_method") == "dist_int8":
+            _check_ours(where, written)
         return
     raise ValueError(
         f"{where}:quantization_config: must be absent, or of dist_int8 or bitsandbytes' 8 bits, "
@@ -46,3 +50,25 @@ def _name(written: Any) -> str:
     bits = written.get("bits", written.get("w_bit"))
     shown = f" in {bits} bits" if isinstance(bits, int) else ""
     return f"{method!r}{shown}" if method is not None else "a form without a quant_method"
+
+
+def _check_ours(where: str, written: dict[str, Any]) -> None:
+    """Checks the fields of our own form, which are read as they are."""
+    skip = written.get("skip_modules")
+    if not isinstance(skip, list) or not all(isinstance(name, str) for name in skip):
+        raise ValueError(
+            f"{where}:quantization_config.skip_modules: must be a list of names, got {skip!r}; "
+            "write the checkpoint again"
+        )
+    for key in ("num_hot_columns", "head_hot_columns"):
+        count = written.get(key, 0)
+        if type(count) is not int or count < 0:
+            raise ValueError(
+                f"{where}:quantization_config.{key}: must be an integer of at least 0, got "
+                f"{count!r}; write the checkpoint again"
+            )
+    if written.get("embedding", "int8") not in ("int8", "16bit"):
+        raise ValueError(
+            f"{where}:quantization_config.embedding: must be int8 or 16bit, got "
+            f"{written['embedding']!r}; write the checkpoint again"
+        )

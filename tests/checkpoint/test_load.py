@@ -245,8 +245,8 @@ def test_a_tensor_under_a_wrong_name_is_an_error_with_both_names(folder_of):
     rewrite(folder, rename)
     with pytest.raises(
         ValueError,
-        match="missing tensor model.layers.0.mlp.up_proj.weight.*"
-        "unknown tensor model.layers.0.mlp.up.weight",
+        match=r"missing tensor model\.layers\.0\.mlp\.up_proj\.weight.*"
+        r"unknown tensor model\.layers\.0\.mlp\.up\.weight",
     ):
         load_tiny_stage(folder)
 
