@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
@@ -49,6 +50,16 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 }
 
 
+# Dtypes of stored weights that are not those of any computation, and what holds their values.
+_RUN_IN: dict[torch.dtype | None, torch.dtype] = {
+    torch.float32: torch.float32,
+    torch.float16: torch.float16,
+    torch.bfloat16: torch.bfloat16,
+    torch.float8_e4m3fn: torch.bfloat16,
+    torch.float8_e5m2: torch.bfloat16,
+}
+
+
 def load_config(model: str | Path) -> PretrainedConfig:
     """Reads the config of a model folder or of a hub id ("organization/name").
 
@@ -67,13 +78,23 @@ def load_config(model: str | Path) -> PretrainedConfig:
         where, fields = f"{model}/config.json", _fetch_fields(model)
     _check_fields(where, fields)
     try:
-        return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
-    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
+        config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{where}: must be a valid {fields['model_type']} config, got {reason}; correct the "
             "field"
         ) from None
+    if config.dtype is not None:  # what the model is run in, where it decides
+        config.dtype = _RUN_IN.get(_parse_dtype(config.dtype), torch.float32)
+    return config
+
+
+def _parse_dtype(name: Any) -> torch.dtype | None:
+    """Returns the floating dtype that config.json names; None: it is none."""
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    is_floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    return dtype if is_floating else None
 
 
 def _fetch_fields(model: str | Path) -> dict[str, Any]:
@@ -97,12 +118,24 @@ def _fetch_fields(model: str | Path) -> dict[str, Any]:
 def _check_fields(where: str, fields: dict[str, Any]) -> None:
     """Refuses what transformers' config classes would accept or fail on without a clear message."""
     model_type = fields.get("model_type")
-    if model_type not in BY_MODEL_TYPE:
+    if not isinstance(model_type, str) or model_type not in BY_MODEL_TYPE:
         shown = "nothing" if model_type is None else repr(model_type)
         raise ValueError(
             f"{where}:model_type: must be one of {', '.join(BY_MODEL_TYPE)}, got {shown}; use a "
             "model of a supported family"
         )
+    names = fields.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"{where}:architectures: must be a list of class names, got {names!r}; correct the "
+            "field"
+        )
+    for key in ("dtype", "torch_dtype"):
+        if fields.get(key) is not None and _parse_dtype(fields[key]) is None:
+            raise ValueError(
+                f"{where}:{key}: must be a floating dtype of torch such as bfloat16, got "
+                f"{fields[key]!r}; correct the field"
+            )
     check_quantization(where, fields.get("quantization_config"))
     check_numbers(where, fields)
     check_one_set(fields.get("rope_parameters") or {})

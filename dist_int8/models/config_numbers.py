@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 _LARGEST_SIZE = 131072  # of K in one int8 product; no model has as many blocks
-_LARGEST_COUNT = 2**31 - 1
+_LARGEST_COUNT = 2**27  # of tokens in a vocabulary or a context
+_LARGEST_REAL = 1e18
 
 
 @dataclass(frozen=True)
@@ -61,22 +62,21 @@ _REALS: dict[str, tuple[bool, float]] = {
     "rms_norm_eps": (True, 1.0),
     "layer_norm_eps": (True, 1.0),
     "layer_norm_epsilon": (True, 1.0),
-    "rope_theta": (False, math.inf),
-    "rotary_emb_base": (False, math.inf),
+    "rope_theta": (False, _LARGEST_REAL),
+    "rotary_emb_base": (False, _LARGEST_REAL),
     "rotary_pct": (False, 1.0),
-    "partial_rotary_factor": (False, 1.0),
 }
 _ROPE_REALS: dict[str, tuple[bool, float]] = {
-    "rope_theta": (False, math.inf),
+    "rope_theta": (False, _LARGEST_REAL),
     "partial_rotary_factor": (False, 1.0),
-    "factor": (False, math.inf),
-    "attention_factor": (True, math.inf),
-    "beta_fast": (False, math.inf),
-    "beta_slow": (False, math.inf),
-    "low_freq_factor": (False, math.inf),
-    "high_freq_factor": (False, math.inf),
-    "mscale": (True, math.inf),
-    "mscale_all_dim": (True, math.inf),
+    "factor": (False, _LARGEST_REAL),
+    "attention_factor": (True, _LARGEST_REAL),
+    "beta_fast": (False, _LARGEST_REAL),
+    "beta_slow": (False, _LARGEST_REAL),
+    "low_freq_factor": (False, _LARGEST_REAL),
+    "high_freq_factor": (False, _LARGEST_REAL),
+    "mscale": (True, _LARGEST_REAL),
+    "mscale_all_dim": (True, _LARGEST_REAL),
 }
 _ROPE_SIZE = _Size(("original_max_position_embeddings",), _LARGEST_COUNT)
 _ROPE_LISTS = ("short_factor", "long_factor")
@@ -96,8 +96,15 @@ def check_numbers(where: str, fields: Mapping[str, Any]) -> None:
     for size in _SIZES:
         size.check(where, fields)
     for name, limits in _REALS.items():
-        _check_real(f"{where}:{name}", fields.get(name), *limits)
+        if name in fields:
+            _check_real(f"{where}:{name}", fields[name], *limits)
     _check_heads(where, fields)
+    _check_real(
+        f"{where}:partial_rotary_factor",
+        1.0 if (factor := fields.get("partial_rotary_factor")) is None else factor,
+        False,
+        1.0,
+    )
     for key in ("rope_parameters", "rope_scaling"):
         if isinstance(parameters := fields.get(key), dict):
             _check_rope(f"{where}:{key}", {**parameters, "model_type": fields["model_type"]})
@@ -127,7 +134,8 @@ def _check_heads(where: str, fields: Mapping[str, Any]) -> None:
 
 def _check_rope(where: str, parameters: Mapping[str, Any]) -> None:
     for name, limits in _ROPE_REALS.items():
-        _check_real(f"{where}.{name}", parameters.get(name), *limits)
+        if parameters.get(name) is not None or (name == "factor" and name in parameters):
+            _check_real(f"{where}.{name}", parameters[name], *limits)
     value = parameters.get(_ROPE_SIZE.names[0])
     if value is not None:
         _ROPE_SIZE.check(where, {"model_type": "", _ROPE_SIZE.names[0]: value})
@@ -140,17 +148,15 @@ def _check_rope(where: str, parameters: Mapping[str, Any]) -> None:
                 f"{where}.{name}: must be a list of numbers, got {factors!r}; correct the field"
             )
         for factor in factors:
-            _check_real(f"{where}.{name}", factor, False, math.inf)
+            _check_real(f"{where}.{name}", factor, False, _LARGEST_REAL)
 
 
 def _check_real(where: str, value: Any, has_zero: bool, most: float) -> None:
-    if value is None:
-        return
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number and math.isfinite(value) and (0 < value <= most or (has_zero and value == 0)):
         return
     least = "at least 0" if has_zero else "above 0"
-    limit = "" if math.isinf(most) else f" and at most {most:g}"
+    limit = f" and at most {most:g}"
     raise ValueError(f"{where}: must be a number {least}{limit}, got {value!r}; correct the field")
 
 

@@ -64,20 +64,39 @@ def describe_rotary(config: Any, head_dim: int, max_positions: int) -> tuple[Rot
         exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
         inv_freq, scaling = 1.0 / (parameters["rope_theta"] ** exponent), 1.0
     elif variant in _FIXED or variant in _UP_TO_A_LENGTH:
-        inv_freq, scaling = ROPE_INIT_FUNCTIONS[variant](config, torch.device("cpu"))
+        inv_freq, scaling = _init_scaled(variant, config)
     else:
         known = ", ".join(["default", *_FIXED, *_UP_TO_A_LENGTH])
         raise ValueError(
             f"config.json:rope_parameters.rope_type: must be one of {known}, got {variant!r}; use "
             "a model with one of these rope variants"
         )
-    if 2 * len(inv_freq) > head_dim:
+    if 2 * len(inv_freq) > head_dim or not len(inv_freq):
         raise ValueError(
-            f"config.json:rope_parameters: rotated dimensions must be at most head_dim {head_dim}, "
+            f"config.json:rope_parameters: rotated dimensions must be 2 to head_dim {head_dim}, "
             f"got {2 * len(inv_freq)}; check partial_rotary_factor and head_dim"
         )
     spec = RotarySpec(tuple(inv_freq.float().tolist()), float(scaling), variant)
     return spec, _count_positions(variant, parameters, max_positions)
+
+
+def _init_scaled(variant: str, config: Any) -> tuple[torch.Tensor, float]:
+    """Computes frequencies and attention scaling as transformers does.
+
+    Raises:
+        ValueError: parameters that are missing or give no finite numbers.
+    """
+    try:
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[variant](config, torch.device("cpu"))
+        is_usable = bool(inv_freq.isfinite().all()) and math.isfinite(scaling)
+    except (ArithmeticError, TypeError, ValueError, LookupError, RuntimeError):
+        is_usable = False
+    if not is_usable:
+        raise ValueError(
+            f"config.json:rope_parameters: must be complete and consistent for {variant!r}, got "
+            f"{config.rope_parameters}; correct the fields"
+        )
+    return inv_freq, scaling
 
 
 def _count_positions(variant: str, parameters: dict[str, Any], max_positions: int) -> int:
