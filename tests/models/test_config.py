@@ -5,7 +5,7 @@ import json
 import pytest
 from huggingface_hub import constants
 
-from dist_int8.models import StageSlice, describe, load_config, tensor_sources
+from dist_int8.models import StageSlice, describe, load_config, notice, tensor_sources
 
 LLAMA = {
     "model_type": "llama",
@@ -226,3 +226,27 @@ def test_sources_are_those_of_the_stage_under_every_name(folder_of):
     assert qkv.names[0][0] == "model.layers.1.self_attn.q_proj.weight"
     assert qkv.names[0][1] == "layers.1.self_attn.q_proj.weight"
     assert qkv.shapes == ((48, 48), (24, 48), (24, 48))
+
+
+@pytest.mark.parametrize(
+    ("fields", "change", "warned"),
+    [
+        (LLAMA, {"sliding_window": 4096, "use_sliding_window": False}, ""),
+        (LLAMA, {"sliding_window": 4096}, "sliding_window"),
+        (LLAMA, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        (NEOX, {"sliding_window": 7}, "sliding_window"),
+        (BLOOM, {"sliding_window": 7}, "sliding_window"),
+    ],
+)
+def test_windows_of_families_without_any_are_ignored_as_in_transformers(
+    folder_of, caplog, fields, change, warned
+):
+    plain = describe_fields(folder_of(fields))
+    notice.warn_once.cache_clear()
+    assert describe_fields(folder_of({**fields, **change})) == plain
+    assert (f"{warned}: ignored" in caplog.text) if warned else not caplog.text
+
+
+def test_a_mistral_has_its_window_whatever_its_layer_types_say(folder_of):
+    fields = {**MISTRAL, "sliding_window": 5, "layer_types": ["full_attention"] * 2}
+    assert [block.window for block in describe_fields(folder_of(fields)).blocks] == [5, 5]
