@@ -121,7 +121,10 @@ def _explain_no_checkpoint(folder: Path, candidates: tuple[str, ...]) -> str:
     if not folder.is_dir():
         return f"{folder}: must be a model folder, got no such folder; check the path"
     wanted = f"must hold {' or '.join(candidates[:2])}"
-    names = sorted(path.name for path in folder.iterdir())
+    for name in candidates:
+        if (folder / name).is_symlink() and not (folder / name).exists():
+            return f"{folder}: {wanted}, got a link to a file that is gone; download {name} again"
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
     for suffix, advice in _OTHER_FORMATS.items():
         if others := [name for name in names if name.endswith(suffix)]:
             return f"{folder}: {wanted}, got {others[0]} {advice}"

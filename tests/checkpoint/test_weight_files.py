@@ -154,6 +154,14 @@ def test_weights_that_git_lfs_did_not_fetch_are_named(folder_of):
         CheckpointReader(folder)
 
 
+def test_a_link_to_a_file_that_is_gone_is_named(folder_of):
+    folder = folder_of("llama")
+    (folder / SINGLE).unlink()
+    (folder / SINGLE).symlink_to("/nowhere/blobs/1")
+    with pytest.raises(ValueError, match=f"a link to a file that is gone; download {SINGLE} again"):
+        CheckpointReader(folder)
+
+
 def test_only_rank_0_warns(folder_of, monkeypatch, caplog):
     folder = folder_of("llama")
     (folder / INDEX).write_text('{"weight_map": {}}')
