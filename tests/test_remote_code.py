@@ -1,7 +1,6 @@
 """No code of a model folder runs: every loader of transformers is told so, templates are sandboxed."""
 
 import ast
-import json
 import re
 import subprocess
 import sys

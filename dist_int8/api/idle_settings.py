@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dist_int8.config import Settings
-from dist_int8.models import ModelSpec, StageSlice, tensor_sources
 
 _OF_SEVERAL_STAGES = ("backend", "interface", "rendezvous_timeout", "recover", "in_process")
 _OF_INT8 = ("outlier_rule", "outlier_threshold", "calibrate", "num_hot_columns", "skip_modules")
@@ -91,24 +90,6 @@ def _list_numerics(settings: Settings, facts: Facts) -> Iterator[tuple[str, str]
         yield "calibrate", "num_hot_columns is 0"
     if settings.outlier_rule in ("none", "all"):
         yield "outlier_threshold", f"outlier_rule is {settings.outlier_rule}"
-
-
-def check_skipped(settings: Settings, spec: ModelSpec) -> None:
-    """Refuses names in `skip_modules` that no module has, neither here nor in the checkpoint.
-
-    Raises:
-        ValueError: such a name; the message lists those of a block.
-    """
-    sources = tensor_sources(spec, StageSlice.whole(spec))
-    stored = {name for source in sources.values() for names in source.names for name in names}
-    known = [f".{name}." for name in (*sources, *stored, "lm_head")]
-    for name in settings.skip_modules:
-        if not any(f".{name}." in one for one in known):
-            parts = {target.split(".")[2] for target in sources if target.startswith("blocks.0.")}
-            raise ValueError(
-                f"load(): skip_modules must name modules of the model, got {name!r}; it has "
-                f"lm_head and, in each block, {', '.join(sorted(parts))}"
-            )
 
 
 def describe_idle(idle: dict[str, str]) -> str:

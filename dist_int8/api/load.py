@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from dist_int8.api.idle_settings import Facts, check_skipped, describe_idle, find_idle
+from dist_int8.api.idle_settings import Facts, describe_idle, find_idle
 from dist_int8.api.model import Model
 from dist_int8.api.placement import Placement, divide_cores, find_placement, share_cores
 from dist_int8.api.prepare import Prepared, prepare
@@ -93,7 +93,6 @@ def load(
         raise ValueError("load(): model must be a folder or a hub id, got nothing; name the model")
     placement = find_placement(settings)
     prepared = prepare(settings, placement)
-    check_skipped(prepared.settings, prepared.spec)
     _note_idle(settings, prepared)
     announce = partial(_announce, prepared, on_encoder, on_plan)
     if placement.launched is None:

@@ -21,7 +21,14 @@ from dist_int8.checkpoint import (
 )
 from dist_int8.config import DEFAULT_MAX_TOKENS, GenerationSettings, Settings
 from dist_int8.config.generation_fields import read_model_defaults
-from dist_int8.models import ModelSpec, StageSlice, describe, load_config, tensor_sources
+from dist_int8.models import (
+    ModelSpec,
+    StageSlice,
+    describe,
+    load_config,
+    resolve_skip,
+    tensor_sources,
+)
 from dist_int8.models.generation_config import read_generation_config
 from dist_int8.partition import Plan
 from dist_int8.partition.from_settings import (
@@ -98,6 +105,9 @@ def prepare(settings: Settings, placement: Placement) -> Prepared:
     )
     hf_config = load_config(folder)
     spec = describe(hf_config)
+    skip = resolve_skip(spec, settings.skip_modules, "load(): skip_modules")
+    if list(skip) != settings.skip_modules:
+        settings = settings.model_copy(update={"skip_modules": list(skip)})
     limits = _choose_limits(settings, spec)
     encoder = _make_encoder(folder, hf_config, limits)
     if placement.rank == 0:
@@ -187,7 +197,7 @@ def _choose_vocab_dtype(
         first = StageSlice(range(0), first=True, last=False)
         source = tensor_sources(spec, first)["embedding.weight"]
         name = next(name for name in source.names[0] if name in reader)
-        stored = {"F16": torch.float16, "BF16": torch.bfloat16}.get(reader.dtype(name), dtype)
+        stored = {"F16": torch.float16, "BF16": torch.bfloat16}.get(reader.float_dtype(name), dtype)
     return stored if dtype == torch.float32 and stored.itemsize == 2 else dtype
 
 
@@ -198,7 +208,7 @@ def _choose_limits(settings: Settings, spec: ModelSpec) -> Limits:
     elif spec.max_positions is not None and max_tokens > spec.max_positions:
         raise ValueError(
             f"load(): max_tokens must be at most the model's {spec.max_positions} positions, "
-            f"got {max_tokens}; lower it or leave it out"
+            f"got {max_tokens}; {spec.limit_advice}"
         )
     return Limits(
         num_slots=settings.max_sequences,

@@ -1,6 +1,6 @@
 """Model folders, local or from a hub."""
 
-import json
+import glob
 import os
 import re
 from pathlib import Path
@@ -13,9 +13,9 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
 )
 
-from dist_int8.checkpoint.reader import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE
+from dist_int8.checkpoint.weight_files import WeightFile, list_candidates, read_weight_map
+from dist_int8.models.folder import HUB_ID, explain_no_folder, is_folder
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Never Python files, and only the weights that are read: hubs keep other formats beside them.
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -42,12 +42,12 @@ def resolve_model(
         ValueError: neither a folder nor a hub id, or a hub id that cannot be fetched.
     """
     folder = Path(model).expanduser()
-    if str(model) and folder.is_dir():
+    if str(model) and is_folder(folder):
         return folder
-    if os.path.lexists(folder) or not _HUB_ID.fullmatch(str(model)):
+    if os.path.lexists(folder) or not HUB_ID.fullmatch(str(model)):
         raise ValueError(
             f"model: must be a folder or a hub id such as 'bigscience/bloom', got {str(model)!r}: "
-            "no such folder; check the path"
+            f"{explain_no_folder(folder if str(model) else model)}"
         )
     try:
         # the folder is named after its commit, which pins what is fetched next
@@ -69,18 +69,21 @@ def _list_weight_files(
     model: str, commit: str | None, folder: Path, allow_pickle: bool
 ) -> list[str]:
     """Lists the files that the reader will open."""
-    candidates = [(SINGLE, INDEX)] + [(PICKLE_SINGLE, PICKLE_INDEX)] * allow_pickle
-    for single, index in candidates:
-        if (folder / index).is_file():
-            try:
-                return sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                return []  # the reader says what is wrong with it
-        try:
-            hf_hub_download(model, single, revision=commit)
-        except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError) and single == candidates[-1][0]:
-                raise  # no network, and not in the cache
+    candidates = [WeightFile(name) for name in list_candidates(folder, allow_pickle)]
+    last_single = [candidate for candidate in candidates if not candidate.is_index][-1:]
+    for candidate in candidates:
+        if candidate.is_index:
+            if (folder / candidate.name).is_file():  # one of the small files
+                files = sorted(set(read_weight_map(folder / candidate.name).values()))
+                return [glob.escape(file) for file in files]
             continue
-        return [single]
+        try:
+            hf_hub_download(model, candidate.name, revision=commit)
+        except EntryNotFoundError as error:
+            has_index = any((folder / other.name).is_file() for other in candidates)
+            is_unreachable = isinstance(error, LocalEntryNotFoundError)  # and not in the cache
+            if is_unreachable and not has_index and candidate in last_single:
+                raise
+            continue
+        return [candidate.name]
     return []  # the reader says that there is none

@@ -1,6 +1,7 @@
 """Where a checkpoint stores every parameter of a stage and in which form, or all that is wrong."""
 
 import json
+import logging
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,14 +12,26 @@ from torch import Tensor
 
 from dist_int8.checkpoint.piece import Piece
 from dist_int8.checkpoint.reader import CheckpointReader
-from dist_int8.checkpoint.stored_int8 import FLOATING, StoredInt8
+from dist_int8.checkpoint.stored_int8 import StoredInt8
+from dist_int8.checkpoint.tensor_files import FLOATING
 from dist_int8.models.config import ignored_tensors, tensor_sources
+from dist_int8.models.notice import warn_once
 from dist_int8.models.sources import TensorSource
 from dist_int8.models.spec import ModelSpec
 from dist_int8.models.stage_slice import StageSlice
 
 _SHOWN = 100  # problems named in full in one error
+_NAMED = 5  # tensors named in a warning
 _NEVER_INT8 = ("positions",)
+# Scales and the like of quantized weights, and adapters: a weight means nothing without them.
+_BELONGS_TO_A_WEIGHT = re.compile(
+    r"(^|\.)(col_scale|hot_columns|hot_weight|SCB|CB|weight_format|weight_scale(_inv)?|input_scale"
+    r"|scale_inv|weight_scale_2|weight_packed|weight_shape|weight_zero_point|qweight|qzeros|scales"
+    r"|g_idx|absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*|lora_.*|dora_.*"
+    r"|base_layer\..*)$"
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,8 +48,13 @@ class Located:
 
     @property
     def is_int8(self) -> bool:
-        """Whether it is stored in int8."""
-        return any(piece.scale is not None for piece in self.pieces)
+        """Whether it is stored in int8, all of it."""
+        return bool(self.pieces) and all(piece.scale is not None for piece in self.pieces)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some of its pieces are int8 and others not; it is held in floating point."""
+        return not self.is_int8 and any(piece.scale is not None for piece in self.pieces)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -84,12 +102,13 @@ def locate(
         ValueError: one error with every damaged file, all that is missing, misshapen or of a wrong
             dtype in the stage, and all that is unknown in the whole checkpoint.
     """
-    problems = [*reader.problems, *_find_unknown(reader, spec)]
+    problems = [*reader.problems]
     located = {
         target: _settle(reader, target, source, problems)
         for target, source in tensor_sources(spec, stage_slice).items()
     }
     problems += _find_lost_hot_columns(reader, located)
+    problems += _judge_unknown(reader, spec, has_problems=bool(problems))
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ValueError(
@@ -97,7 +116,19 @@ def locate(
             f"problem(s): {'; '.join(problems[:_SHOWN])}{more}; check that config and weights "
             "belong together"
         )
+    _warn_of_mixed(reader, located)
     return located
+
+
+def _warn_of_mixed(reader: CheckpointReader, located: dict[str, Located]) -> None:
+    mixed = [target for target, entry in located.items() if entry.is_mixed]
+    if mixed:
+        more = ", ..." if len(mixed) > _NAMED else ""
+        warn_once(
+            logger,
+            f"{reader.folder}: {len(mixed)} matrices are made of int8 and floating-point tensors "
+            f"and stay in floating point as a whole: {', '.join(mixed[:_NAMED])}{more}",
+        )
 
 
 def _find_lost_hot_columns(reader: CheckpointReader, located: dict[str, Located]) -> list[str]:
@@ -127,6 +158,25 @@ def _find_lost_hot_columns(reader: CheckpointReader, located: dict[str, Located]
     return problems
 
 
+def _judge_unknown(reader: CheckpointReader, spec: ModelSpec, has_problems: bool) -> list[str]:
+    """Returns unknown tensors that are problems; warns of others, which transformers ignores too.
+
+    Where something else is wrong, any unknown tensor may be what is missing, under another name.
+    """
+    unknown = _find_unknown(reader, spec)
+    wrong = [name for name in unknown if has_problems or _BELONGS_TO_A_WEIGHT.search(name)]
+    passed_over = [name for name in unknown if name not in wrong]
+    if passed_over:
+        more = ", ..." if len(passed_over) > _NAMED else ""
+        warn_once(
+            logger,
+            f"{reader.folder}: {len(passed_over)} tensor(s) that a {spec.model_type} model of this "
+            f"config.json does not have are passed over, as in transformers: "
+            f"{', '.join(passed_over[:_NAMED])}{more}",
+        )
+    return [f"unknown tensor {name}" for name in wrong]
+
+
 def _find_unknown(reader: CheckpointReader, spec: ModelSpec) -> list[str]:
     whole = tensor_sources(spec, StageSlice.whole(spec))
     known = {name for source in whole.values() for names in source.names for name in names}
@@ -136,11 +186,7 @@ def _find_unknown(reader: CheckpointReader, spec: ModelSpec) -> list[str]:
             known |= {base + kind for kind in ("col_scale", "hot_columns", "hot_weight")}
             known |= {base + kind for kind in ("SCB", "weight_format")}
     ignored = re.compile("|".join(ignored_tensors(spec)) or r"(?!)")
-    return [
-        f"unknown tensor {name}"
-        for name in reader.names
-        if name not in known and not ignored.search(name)
-    ]
+    return [name for name in reader.names if name not in known and not ignored.search(name)]
 
 
 def _settle(
@@ -162,14 +208,19 @@ def _settle(
         if reader.shape(name) != shape:
             problems.append(f"{name} must have shape {list(shape)}, got {list(reader.shape(name))}")
         elif reader.dtype(name) not in FLOATING:
-            problems.append(f"{name} must be floating-point, got {reader.dtype(name)}")
+            problems.append(
+                f"{name} must be of a dtype that is read ({', '.join(FLOATING)}), got "
+                f"{reader.dtype(name)}"
+            )
         pieces.append(Piece(name, shape))
         hot.append(None)
     if len({piece.scale is None for piece in pieces}) > 1:
-        problems.append(
-            f"{', '.join(piece.name for piece in pieces)} must be all int8 or all floating-point, "
-            "because they make one matrix here"
-        )
+        if any(columns is not None for columns in hot):
+            problems.append(
+                f"{', '.join(piece.name for piece in pieces)} must be all int8 or all "
+                "floating-point where one has hot columns, because they make one matrix here"
+            )
+        return Located(source, tuple(pieces))
     columns = hot[0] if hot else None
     if any(_as_list(other) != _as_list(columns) for other in hot):
         problems.append(

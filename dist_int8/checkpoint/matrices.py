@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dist_int8.checkpoint.piece import Piece
 from dist_int8.checkpoint.reader import SLICE, CheckpointReader
+from dist_int8.checkpoint.tensor_files import TORCH_DTYPES
 from dist_int8.int8 import reference
 from dist_int8.int8.layouts import transform_layout
 
@@ -62,9 +63,9 @@ class Source:
         return tensor.to(self._device)
 
     def floating(self, piece: Piece, hot_columns: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-        """Yields rows in order, in their stored floating dtype, or fp32 if stored in int8."""
+        """Yields rows in order, in `reader.float_dtype`, or in fp32 if stored in int8."""
         if piece.scale is None:
-            for first, rows in self._slices(piece.name):
+            for first, rows in self._weight_slices(piece.name):
                 self._check_finite(piece.name, first, rows)
                 yield first, rows
             return
@@ -83,7 +84,7 @@ class Source:
             yield from self._stored_int8(piece)
             return
         hot = None if hot_columns is None else hot_columns.long().to(self._device)
-        for first, rows in self._slices(piece.name):
+        for first, rows in self._weight_slices(piece.name):
             hot_weight = None
             if hot is not None:
                 hot_weight = rows[:, hot]
@@ -123,6 +124,12 @@ class Source:
         matrix = transform_layout(tiled, piece.layout, "row", (num_rows, num_columns))
         del tiled
         yield from _split_rows(matrix)
+
+    def _weight_slices(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Yields rows of a weight that is not int8, in its floating dtype."""
+        dtype = TORCH_DTYPES[self.reader.float_dtype(name)]
+        for first, rows in self._slices(name):
+            yield first, rows.to(dtype)
 
     def _slices(self, name: str) -> Iterator[tuple[int, Tensor]]:
         for first, rows in self.reader.slices(name):

@@ -31,7 +31,7 @@ class PickleFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.tensors: Mapping[str, StoredTensor] = {
-            name: StoredTensor(tuple(tensor.shape), _DTYPE_NAMES[tensor.dtype])
+            name: StoredTensor(tuple(tensor.shape), _DTYPE_NAMES[tensor.dtype], tensor.nbytes)
             for name, tensor in self._open().items()
         }
 

@@ -1,7 +1,7 @@
 """Reading checkpoints tensor by tensor, every problem found before the first read."""
 
-import json
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -9,16 +9,14 @@ from torch import Tensor
 
 from dist_int8.checkpoint.pickles import PickleFile
 from dist_int8.checkpoint.tensor_files import (
+    FLOATING,
     TORCH_DTYPES,
     SafetensorsFile,
     StoredTensor,
     TensorFile,
 )
+from dist_int8.checkpoint.weight_files import choose_weight_file, read_weight_map
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PICKLE_SINGLE = "pytorch_model.bin"
-PICKLE_INDEX = "pytorch_model.bin.index.json"
 # Rows are read and processed in slices of about this many elements: the working set, with the fp32
 # temporaries of quantizing, is then a few times 4 MiB, and stays in a CPU's cache.
 SLICE = 1 << 20
@@ -50,49 +48,43 @@ class CheckpointReader:
         self.unreadable: set[str] = set()
         self._files: dict[str, TensorFile] = {}
         self._tensors: dict[str, StoredTensor] = {}
-        problems = self.problems
-        names = [(SINGLE, INDEX)] + [(PICKLE_SINGLE, PICKLE_INDEX)] * allow_pickle
-        for single, index in names:
-            if (self.folder / index).is_file():
-                self._open_index(index, problems)
-            elif (self.folder / single).is_file():
-                self._take(single, None, problems)
-            else:
-                continue
-            break
+        weight_file = choose_weight_file(self.folder, allow_pickle)
+        if weight_file.is_index:
+            self._open_index(weight_file.name)
         else:
-            raise ValueError(_explain_no_checkpoint(self.folder))
-        if problems and (complete or not self._tensors):
+            self._take(weight_file.name)
+        if self.problems and (complete or not self._tensors):
             raise ValueError(
-                f"{self.folder}: checkpoint must be complete, got {len(problems)} problem(s): "
-                f"{'; '.join(problems)}; download the checkpoint again"
+                f"{self.folder}: checkpoint must be complete, got {len(self.problems)} problem(s): "
+                f"{'; '.join(self.problems)}; download the checkpoint again"
             )
 
-    def _open_index(self, index: str, problems: list[str]) -> None:
-        path = self.folder / index
-        try:
-            weight_map = json.loads(path.read_text())["weight_map"]
-            files = sorted(set(weight_map.values()))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-            raise ValueError(
-                f"{path}: must be a JSON object with a weight_map, got something else; download it "
-                "again"
-            ) from None
+    def _open_index(self, index: str) -> None:
+        """Opens every file that an index names; all tensors of each count, as in transformers."""
+        weight_map = read_weight_map(self.folder / index)
         # An index of safetensors files may not name pickles.
         suffix = Path(index.removesuffix(".index.json")).suffix
-        for file in files:
+        absent: dict[str, list[str]] = {}
+        for file in sorted(set(weight_map.values())):
             listed = [name for name, named in weight_map.items() if named == file]
             if Path(file).name != file or Path(file).suffix != suffix:
-                self.unreadable.update(listed)
-                problems.append(f"{index} names {file!r}, which is not a file name of this folder")
+                problem = f"{index} names {file!r}, which is not a file name of this folder"
             elif not (self.folder / file).is_file():
-                self.unreadable.update(listed)
-                problems.append(f"missing file {file} ({len(listed)} tensors)")
+                problem = f"missing file {file} ({len(listed)} tensors)"
             else:
-                self._take(file, listed, problems)
+                absent[file] = self._take(file, listed)
+                continue
+            self.unreadable.update(listed)
+            self.problems.append(problem)
+        for file, names in absent.items():
+            if lost := [name for name in names if name not in self._tensors]:
+                self.unreadable.update(lost)
+                self.problems.append(
+                    f"{file} lacks tensors that the index lists: {', '.join(lost)}"
+                )
 
-    def _take(self, file: str, listed: list[str] | None, problems: list[str]) -> None:
-        """Adds the tensors of a file: those that the index lists there, or all."""
+    def _take(self, file: str, listed: list[str] | None = None) -> list[str]:
+        """Adds the tensors of a file; returns those that are listed there but absent."""
         path = self.folder / file
         try:
             opened: TensorFile = (
@@ -100,17 +92,11 @@ class CheckpointReader:
             )
         except ValueError as error:
             self.unreadable.update(listed or ())
-            problems.append(str(error))
-            return
-        names = list(opened.tensors) if listed is None else listed
-        absent = [name for name in names if name not in opened.tensors]
-        if absent:
-            self.unreadable.update(absent)
-            problems.append(f"{file} lacks tensors that the index lists: {', '.join(absent)}")
-        for name in names:
-            if name in opened.tensors:
-                self._files[name] = opened
-                self._tensors[name] = opened.tensors[name]
+            self.problems.append(str(error))
+            return []
+        self._files.update(dict.fromkeys(opened.tensors, opened))
+        self._tensors.update(opened.tensors)
+        return [name for name in listed or () if name not in opened.tensors]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -127,6 +113,18 @@ class CheckpointReader:
     def dtype(self, name: str) -> str:
         """Returns the dtype of a tensor as the header names it (F32, BF16, F16, I8, ...)."""
         return self._tensors[name].dtype
+
+    def float_dtype(self, name: str) -> str:
+        """Returns the floating dtype that a weight is worked on in, as stored where it can be.
+
+        F64 and integers become F32, as in transformers; 8-bit floats BF16, which is exact.
+        """
+        return FLOATING.get(self.dtype(name), self.dtype(name))
+
+    def common_dtype(self, names: Iterable[str]) -> torch.dtype:
+        """Returns the floating dtype that holds every element of some weights."""
+        dtypes = (TORCH_DTYPES[self.float_dtype(name)] for name in names)
+        return functools.reduce(torch.promote_types, dtypes)
 
     def num_bytes(self, name: str) -> int:
         """Returns the stored size of a tensor in bytes, from the header."""
@@ -152,20 +150,3 @@ class CheckpointReader:
             out = buffer[: end - first]
             file.read_into(name, first, out)
             yield first, out
-
-
-def _explain_no_checkpoint(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"{folder}: must be a model folder, got no such folder; check the path"
-    pickles = sorted(path.name for path in folder.glob("*.bin"))
-    if pickles:
-        return (
-            f"{folder}: must hold {SINGLE}, got {pickles[0]} (a pickle, which can run code); "
-            "convert it: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)"
-            ".save_pretrained(new_folder), "
-            "or, if you trust who made it, allow_pickle (--allow-pickle)"
-        )
-    return (
-        f"{folder}: must hold {SINGLE} or {INDEX}, got neither; give the folder of a complete "
-        "transformers checkpoint"
-    )

@@ -9,6 +9,7 @@ from dist_int8.checkpoint.arena import Arena
 from dist_int8.checkpoint.locate import Located
 from dist_int8.checkpoint.matrices import Source
 from dist_int8.checkpoint.piece import Piece
+from dist_int8.checkpoint.stored_format import list_floating_names
 from dist_int8.checkpoint.tensor_files import TORCH_DTYPES
 from dist_int8.checkpoint.tied_head import EMBEDDING, HEAD, is_shared, share_embedding
 from dist_int8.int8.embedding import Int8Embedding
@@ -72,7 +73,7 @@ class StageFiller:
 
     def _choose_dtype(self, path: str, entry: Located) -> torch.dtype:
         dtype = self._stage.dtype
-        stored = {self._source.reader.dtype(name) for name in entry.names}
+        stored = {self._source.reader.float_dtype(name) for name in entry.names}
         if path in (EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight")):
             keeps_16_bits = dtype == torch.float32 and len(stored) == 1
             if keeps_16_bits and (name := stored.pop()) in ("F16", "BF16"):
@@ -114,8 +115,8 @@ class StageFiller:
                 _put(col_scale, entry.order, begin + part.first, part.col_scale)
                 if part.hot_weight is not None:
                     if hot_weight is None:
-                        shape = (N, part.hot_weight.shape[1])
-                        hot_weight = self._arena.empty(shape, part.hot_weight.dtype)
+                        dtype = self._source.reader.common_dtype(list_floating_names(entry))
+                        hot_weight = self._arena.empty((N, part.hot_weight.shape[1]), dtype)
                     _put(hot_weight, entry.order, begin + part.first, part.hot_weight)
         module.weight_int8, module.col_scale = weight_int8, col_scale
         if hot_columns is not None:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from dist_int8.checkpoint.locate import Located, is_int8_checkpoint, locate, may_be_int8
 from dist_int8.checkpoint.reader import CheckpointReader
-from dist_int8.checkpoint.tensor_files import TORCH_DTYPES
 from dist_int8.checkpoint.tied_head import EMBEDDING, HEAD
 from dist_int8.models.spec import ModelSpec
 from dist_int8.models.stage_slice import StageSlice
@@ -47,9 +46,8 @@ def read_stored_format(
         if entry.hot_columns is not None and target != HEAD:
             num_hot.append(len(entry.hot_columns))
         if target.startswith("blocks.") and may_be_int8(target, entry.source):
-            names = [piece.hot_weight if entry.is_int8 else piece.name for piece in entry.pieces]
-            dtypes = [reader.dtype(name) for name in names if name is not None]
-            sizes += [TORCH_DTYPES[dtype].itemsize for dtype in dtypes]
+            names = list_floating_names(entry)
+            sizes += [reader.common_dtype(names).itemsize] if names else []
     return StoredFormat(
         is_int8_checkpoint(reader),
         list_floating_linears(located),
@@ -67,3 +65,9 @@ def list_floating_linears(located: dict[str, Located]) -> tuple[str, ...]:
         for target, entry in located.items()
         if target != EMBEDDING and may_be_int8(target, entry.source) and not entry.is_int8
     )
+
+
+def list_floating_names(entry: Located) -> list[str]:
+    """Lists the tensors of a weight that stay floating: hot weights, or what is not int8."""
+    names = [piece.hot_weight if piece.scale is not None else piece.name for piece in entry.pieces]
+    return [name for name in names if name is not None]

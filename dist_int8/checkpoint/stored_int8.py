@@ -16,7 +16,7 @@ from dist_int8.checkpoint.piece import Piece
 from dist_int8.checkpoint.reader import CheckpointReader
 from dist_int8.int8.layouts import LAYOUTS, stored_shape
 
-FLOATING = ("F32", "F16", "BF16")
+_HOT_DTYPES = ("F32", "F16", "BF16")
 ABSMAX_PER_SCALE = 127.0
 _INTEGERS = ("U8", "I8", "I16", "I32", "I64")
 
@@ -109,7 +109,7 @@ class StoredInt8:
         num_hot = shape[0] if len(shape) == 1 else -1
         if num_hot < 1:
             self._problems.append(f"{columns_name} must have shape [H], got {shape}")
-        self._expect(weight_name, FLOATING, (num_rows, max(num_hot, 1)))
+        self._expect(weight_name, _HOT_DTYPES, (num_rows, max(num_hot, 1)))
         if len(self._problems) > before:
             return None
         columns = self._reader.read(columns_name)

@@ -15,18 +15,34 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# safetensors' names of the dtypes that our models can be made of.
+from dist_int8.models.json_file import is_lfs_pointer
+
+# safetensors' names of the dtypes that are read.
 TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+}
+# The floating dtype that a weight stored in another one is worked on in. Eight bits with any split
+# of exponent and mantissa fit into bfloat16.
+FLOATING = {
+    name: name if name in ("F32", "F16", "BF16") else "BF16" if name.startswith("F8") else "F32"
+    for name in TORCH_DTYPES
 }
 _LARGEST_READ = 1 << 30  # Linux reads at most 2 GiB at a time
 
@@ -37,14 +53,12 @@ class StoredTensor:
 
     Attributes:
         dtype: safetensors' name: F32, BF16, F16, I8, ...
+        num_bytes: of the whole tensor.
     """
 
     shape: tuple[int, ...]
     dtype: str
-
-    @property
-    def num_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * TORCH_DTYPES[self.dtype].itemsize
+    num_bytes: int
 
 
 class TensorFile(Protocol):
@@ -79,8 +93,9 @@ class SafetensorsFile:
             raise ValueError(describe_damage(path, error)) from None
         header.pop("__metadata__", None)
         self.tensors: Mapping[str, StoredTensor] = {
-            name: StoredTensor(tuple(entry["shape"]), entry["dtype"])
+            name: StoredTensor(tuple(entry["shape"]), entry["dtype"], end - begin)
             for name, entry in header.items()
+            for begin, end in [entry["data_offsets"]]
         }
         self._begin = {
             name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()
@@ -89,15 +104,21 @@ class SafetensorsFile:
     def read_into(self, name: str, first: int, out: Tensor) -> None:
         position = self._position(name, first)
         left = as_bytes(out)
-        with self._path.open("rb", buffering=0) as file:
-            while left:
-                count = os.preadv(file.fileno(), [left[:_LARGEST_READ]], position)
-                if not count:
-                    raise ValueError(
-                        f"{self._path}:{name}: file must not change while it is read, got its end "
-                        f"at byte {position}; write the checkpoint aside and rename it"
-                    )
-                left, position = left[count:], position + count
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                while left:
+                    count = os.preadv(file.fileno(), [left[:_LARGEST_READ]], position)
+                    if not count:
+                        raise ValueError(
+                            f"{self._path}:{name}: file must not change while it is read, got its "
+                            f"end at byte {position}; write the checkpoint aside and rename it"
+                        )
+                    left, position = left[count:], position + count
+        except OSError as error:
+            raise ValueError(
+                f"{self._path}:{name}: must be readable, got {error.strerror or error}; check the "
+                "disk, or copy the checkpoint again"
+            ) from None
 
     def _position(self, name: str, row: int) -> int:
         stored = self.tensors[name]
@@ -113,5 +134,9 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 def describe_damage(path: Path, error: Exception) -> str:
     """Describes in one line what is wrong with a file."""
+    if is_lfs_pointer(path):
+        return f"{path.name} is a pointer of git-lfs: run `git lfs pull` in the folder"
+    if isinstance(error, OSError):
+        return f"{path.name} cannot be read: {error.strerror or error}"
     reason = " ".join((str(error) or type(error).__name__).split())
     return f"damaged or truncated file {path.name} ({path.stat().st_size} bytes): {reason}"

@@ -42,5 +42,10 @@ def share_embedding(stage: DecoderStage) -> None:
 
 
 def _are_equal(reader: CheckpointReader, name: str, other: str) -> bool:
+    if reader.dtype(name) != reader.dtype(other):
+        return False
     pairs = zip(reader.slices(name), reader.slices(other), strict=True)
-    return all(torch.equal(rows, other_rows) for (_, rows), (_, other_rows) in pairs)
+    return all(
+        torch.equal(rows.view(torch.uint8), other_rows.view(torch.uint8))  # of any dtype
+        for (_, rows), (_, other_rows) in pairs
+    )

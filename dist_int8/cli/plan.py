@@ -123,7 +123,7 @@ def plan(options: PlanOptions, given: Given) -> None:
             f"{COMMAND}:model: model must be a folder with a config.json or a hub id, got none; "
             "give --model, as in --model configs/models/bloom-176b"
         )
-    from dist_int8.models import describe, load_config
+    from dist_int8.models import describe, load_config, resolve_skip
     from dist_int8.partition.from_settings import PlanRequest, answer, export_settings
 
     request = PlanRequest(
@@ -134,6 +134,10 @@ def plan(options: PlanOptions, given: Given) -> None:
     )
     model_config = load_config(find_shipped(settings.model))
     spec = describe(model_config)
+    skip = resolve_skip(spec, settings.skip_modules, f"{COMMAND}:skip_modules")
+    if list(skip) != settings.skip_modules:
+        settings = settings.model_copy(update={"skip_modules": list(skip)})
+    assert settings.model is not None
     _check_hot_columns(hot_columns, spec.hidden_size)
     found = answer(settings, request, model_config, spec, COMMAND)
     if options.json:

@@ -14,7 +14,7 @@ from dist_int8.config import Settings
 from dist_int8.evaluation.host import Host
 from dist_int8.int8 import ops
 from dist_int8.int8.linear import Int8Linear
-from dist_int8.models import ModelSpec, StageSlice, tensor_sources
+from dist_int8.models import ModelSpec, StageSlice, resolve_skip, tensor_sources
 
 # The LLM.int8() paper counts an input feature of a layer as an outlier feature (section 4) if its
 # magnitude is at least 6.0 in at least 6% of the tokens.
@@ -168,7 +168,8 @@ def hot_columns(
     calibration = make_calibration(folder, spec, settings.calibrate, settings.num_hot_columns)
     if calibration is None:
         return {}
-    found = find_hot_columns(folder, spec, calibration, skip=settings.skipped)
+    skip = resolve_skip(spec, settings.skipped, "eval:skip_modules")
+    found = find_hot_columns(folder, spec, calibration, skip=skip)
     sources = tensor_sources(spec, StageSlice(range(spec.num_blocks), first=False, last=False))
     named: dict[str, list[int]] = {}
     for ours, columns in found.items():

@@ -4,6 +4,7 @@ from dist_int8.int8.kv import Int8KV
 from dist_int8.models.block import Cache, DecoderBlock
 from dist_int8.models.config import describe, ignored_tensors, load_config, tensor_sources
 from dist_int8.models.decoder import DecoderStage, TokenBatch
+from dist_int8.models.linear_names import resolve_skip
 from dist_int8.models.spec import BlockSpec, ModelSpec, RotarySpec
 from dist_int8.models.stage_slice import StageSlice
 
@@ -20,5 +21,6 @@ __all__ = [
     "describe",
     "ignored_tensors",
     "load_config",
+    "resolve_skip",
     "tensor_sources",
 ]

@@ -1,25 +1,31 @@
 """Reading a config into a `ModelSpec`. No code of the model is ever executed."""
 
-import json
+import logging
 import os
-import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from dist_int8.models.config_numbers import check_numbers
 from dist_int8.models.families import BY_MODEL_TYPE, BY_NAME
+from dist_int8.models.folder import HUB_ID, check_contents, explain_no_folder, is_folder
+from dist_int8.models.json_file import read_json
+from dist_int8.models.notice import warn_once
+from dist_int8.models.quantization import check_quantization
 from dist_int8.models.rotary import check_one_set
 from dist_int8.models.sources import TensorSource
 from dist_int8.models.spec import ModelSpec
 from dist_int8.models.stage_slice import StageSlice
 
+logger = logging.getLogger(__name__)
+
 # Config fields that change what a model computes and that our block does not implement, with the
 # values that mean "not used". Fields that a family's own transformers class lacks are checked too:
 # models derived from a family often carry them.
 _REFUSED: dict[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),
     "compression_config": (None,),
     "attn_logit_softcapping": (None, 0),
     "final_logit_softcapping": (None, 0),
@@ -42,15 +48,16 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
 }
-_WITHOUT_WINDOW = ("llama", "bloom", "opt", "gpt_neox")
-# The `version` in the quantization_config of our int8 checkpoints.
-INT8_VERSION = 1
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-# The sizes that every config states, under the names that the families give them.
-_SIZES = (("hidden_size", "n_embed"), ("num_hidden_layers", "n_layer"))
-_LARGEST_SIZE = 131072  # of K in one int8 product; no model has as many blocks
+# Dtypes of stored weights that are not those of any computation, and what holds their values.
+_RUN_IN: dict[torch.dtype | None, torch.dtype] = {
+    torch.float32: torch.float32,
+    torch.float16: torch.float16,
+    torch.bfloat16: torch.bfloat16,
+    torch.float8_e4m3fn: torch.bfloat16,
+    torch.float8_e5m2: torch.bfloat16,
+}
 
 
 def load_config(model: str | Path) -> PretrainedConfig:
@@ -63,38 +70,38 @@ def load_config(model: str | Path) -> PretrainedConfig:
         ValueError: no such folder or model, no config.json, not JSON, unknown family, invalid
             fields.
     """
-    if str(model) and Path(model).is_dir():
-        where, fields = str(Path(model) / "config.json"), _read_local_fields(Path(model))
+    if is_folder(model):
+        check_contents(Path(model))
+        where = str(Path(model) / "config.json")
+        fields = read_json(Path(model) / "config.json")
     else:
         where, fields = f"{model}/config.json", _fetch_fields(model)
     _check_fields(where, fields)
     try:
-        return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
-    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
+        config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{where}: must be a valid {fields['model_type']} config, got {reason}; correct the "
             "field"
         ) from None
+    if config.dtype is not None:  # what the model is run in, where it decides
+        config.dtype = _RUN_IN.get(_parse_dtype(config.dtype), torch.float32)
+    return config
 
 
-def _read_local_fields(folder: Path) -> Any:
-    path = folder / "config.json"
-    if not path.is_file():
+def _parse_dtype(name: Any) -> torch.dtype | None:
+    """Returns the floating dtype that config.json names; None: it is none."""
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    is_floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    return dtype if is_floating else None
+
+
+def _fetch_fields(model: str | Path) -> dict[str, Any]:
+    if os.path.lexists(model) or not HUB_ID.fullmatch(str(model)):
         raise ValueError(
-            f"{folder}: must hold a config.json, got none; give the folder of a transformers model"
-        )
-    try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: must be JSON, got {error}; download the file again") from None
-
-
-def _fetch_fields(model: str | Path) -> Any:
-    if os.path.lexists(model) or not _HUB_ID.fullmatch(str(model)):
-        raise ValueError(
-            f"model: must be a folder or a hub id such as 'bigscience/bloom', got {str(model)!r}, "
-            "which is neither; check the path"
+            f"model: must be a folder or a hub id such as 'bigscience/bloom', got {str(model)!r}: "
+            f"{explain_no_folder(model)}"
         )
     try:
         fields, _ = PretrainedConfig.get_config_dict(str(model))
@@ -108,29 +115,29 @@ def _fetch_fields(model: str | Path) -> Any:
     return fields
 
 
-def _check_fields(where: str, fields: Any) -> None:
+def _check_fields(where: str, fields: dict[str, Any]) -> None:
     """Refuses what transformers' config classes would accept or fail on without a clear message."""
-    if not isinstance(fields, dict):
-        raise ValueError(
-            f"{where}: must be a JSON object, got {type(fields).__name__}; download the file again"
-        )
     model_type = fields.get("model_type")
-    if model_type not in BY_MODEL_TYPE:
+    if not isinstance(model_type, str) or model_type not in BY_MODEL_TYPE:
+        shown = "nothing" if model_type is None else repr(model_type)
         raise ValueError(
-            f"{where}:model_type: must be one of {', '.join(BY_MODEL_TYPE)}, got {model_type!r}; "
-            "use a model of a supported family"
+            f"{where}:model_type: must be one of {', '.join(BY_MODEL_TYPE)}, got {shown}; use a "
+            "model of a supported family"
         )
-    for names in _SIZES:  # transformers would fill in the sizes of another model
-        found = [fields[name] for name in names if name in fields]
-        if not found:
+    names = fields.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"{where}:architectures: must be a list of class names, got {names!r}; correct the "
+            "field"
+        )
+    for key in ("dtype", "torch_dtype"):
+        if fields.get(key) is not None and _parse_dtype(fields[key]) is None:
             raise ValueError(
-                f"{where}:{names[0]}: must be an integer, got nothing; download the file again"
+                f"{where}:{key}: must be a floating dtype of torch such as bfloat16, got "
+                f"{fields[key]!r}; correct the field"
             )
-        if isinstance(found[0], int) and not 1 <= found[0] <= _LARGEST_SIZE:
-            raise ValueError(
-                f"{where}:{names[0]}: must be 1 to {_LARGEST_SIZE}, got {found[0]}; correct the "
-                "field"
-            )
+    check_quantization(where, fields.get("quantization_config"))
+    check_numbers(where, fields)
     check_one_set(fields.get("rope_parameters") or {})
 
 
@@ -149,21 +156,13 @@ def describe(config: PretrainedConfig) -> ModelSpec:
         )
     for key, unused in _REFUSED.items():
         value = getattr(config, key, None)
-        if key == "quantization_config" and _is_readable_int8(value):
-            continue
         if value not in unused:
-            shown = (
-                value if not isinstance(value, dict) else value.get("quant_method", "a dictionary")
-            )
             raise ValueError(
-                f"config.json:{key}: must be absent or {unused[-1]!r}, got {shown!r}; this feature "
+                f"config.json:{key}: must be absent or {unused[-1]!r}, got {value!r}; this feature "
                 "is not supported, use a model without it"
             )
-    if config.model_type in _WITHOUT_WINDOW and getattr(config, "sliding_window", None):
-        raise ValueError(
-            f"config.json:sliding_window: must be absent for a {config.model_type} model, got "
-            f"{config.sliding_window}; this family has full attention only"
-        )
+    check_quantization("config.json", getattr(config, "quantization_config", None))
+    _warn_of_attention_kinds(config)
     wrong = [name for name in config.architectures or () if not _is_language_model(name)]
     if wrong:
         raise ValueError(
@@ -173,14 +172,23 @@ def describe(config: PretrainedConfig) -> ModelSpec:
     return family.describe(config)
 
 
-def _is_readable_int8(quantization: Any) -> bool:
-    """Whether `checkpoint` reads this form: ours, or bitsandbytes' 8 bits."""
-    if not isinstance(quantization, dict):
-        return False
-    method = quantization.get("quant_method", "bitsandbytes")
-    if method == "dist_int8":
-        return quantization.get("version") == INT8_VERSION
-    return method == "bitsandbytes" and quantization.get("load_in_8bit") is True
+def _warn_of_attention_kinds(config: PretrainedConfig) -> None:
+    """Warns of windows and layer types that the family has not, in transformers either."""
+    if config.model_type == "qwen2":
+        return
+    named = []
+    kinds: Any = getattr(config, "layer_types", None)
+    if isinstance(kinds, list) and len(set(map(str, kinds))) > 1:
+        named.append("layer_types")
+    window = getattr(config, "sliding_window", None)
+    if config.model_type != "mistral" and window and getattr(config, "use_sliding_window", True):
+        named.append("sliding_window")
+    if named:
+        warn_once(
+            logger,
+            f"config.json:{' and '.join(named)}: ignored, as in transformers: all blocks of a "
+            f"{config.model_type} model attend alike",
+        )
 
 
 def _is_language_model(architecture: str) -> bool:

@@ -253,5 +253,5 @@ def _check(spec: ModelSpec, blocks: range, max_tokens: int | None) -> None:
     if max_tokens is not None and limit is not None and max_tokens > limit:
         raise ValueError(
             f"DecoderStage: max_tokens must be at most {limit} for this {spec.model_type} "
-            f"model, got {max_tokens}; lower max_tokens"
+            f"model, got {max_tokens}; {spec.limit_advice}"
         )

@@ -15,7 +15,7 @@ from dist_int8.models.spec import RotarySpec
 # Variants whose frequencies do not depend on how long a sequence has become.
 _FIXED = ("linear", "llama3", "yarn", "proportional")
 # Variants that change frequencies once a sequence outgrows a length; exact up to that length.
-_LENGTH_KEY = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
+_UP_TO_A_LENGTH = ("dynamic", "longrope")
 
 
 def check_one_set(parameters: Any) -> None:
@@ -45,9 +45,7 @@ def describe_rotary(config: Any, head_dim: int, max_positions: int) -> tuple[Rot
         max_positions: the config's max_position_embeddings.
 
     Returns:
-        The rotary spec, and the number of positions for which it is exact. The second is below
-        `max_positions` for longrope, which switches to other frequencies beyond
-        original_max_position_embeddings and would then contradict keys already in the cache.
+        The rotary spec, and how many positions it is made for (`_count_positions`).
 
     Raises:
         ValueError: unknown or per-layer-type rope parameters.
@@ -65,22 +63,56 @@ def describe_rotary(config: Any, head_dim: int, max_positions: int) -> tuple[Rot
         rotary_dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
         exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
         inv_freq, scaling = 1.0 / (parameters["rope_theta"] ** exponent), 1.0
-    elif variant in _FIXED or variant in _LENGTH_KEY:
-        inv_freq, scaling = ROPE_INIT_FUNCTIONS[variant](config, torch.device("cpu"))
+    elif variant in _FIXED or variant in _UP_TO_A_LENGTH:
+        inv_freq, scaling = _init_scaled(variant, config)
     else:
-        known = ", ".join(["default", *_FIXED, *_LENGTH_KEY])
+        known = ", ".join(["default", *_FIXED, *_UP_TO_A_LENGTH])
         raise ValueError(
             f"config.json:rope_parameters.rope_type: must be one of {known}, got {variant!r}; use "
             "a model with one of these rope variants"
         )
-    if variant == "longrope":
-        max_positions = min(max_positions, int(parameters[_LENGTH_KEY[variant]]))
-    if 2 * len(inv_freq) > head_dim:
+    if 2 * len(inv_freq) > head_dim or not len(inv_freq):
         raise ValueError(
-            f"config.json:rope_parameters: rotated dimensions must be at most head_dim {head_dim}, "
+            f"config.json:rope_parameters: rotated dimensions must be 2 to head_dim {head_dim}, "
             f"got {2 * len(inv_freq)}; check partial_rotary_factor and head_dim"
         )
-    return RotarySpec(tuple(inv_freq.float().tolist()), float(scaling)), max_positions
+    spec = RotarySpec(tuple(inv_freq.float().tolist()), float(scaling), variant)
+    return spec, _count_positions(variant, parameters, max_positions)
+
+
+def _init_scaled(variant: str, config: Any) -> tuple[torch.Tensor, float]:
+    """Computes frequencies and attention scaling as transformers does.
+
+    Raises:
+        ValueError: parameters that are missing or give no finite numbers.
+    """
+    try:
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[variant](config, torch.device("cpu"))
+        is_usable = bool(inv_freq.isfinite().all()) and math.isfinite(scaling)
+    except (ArithmeticError, TypeError, ValueError, LookupError, RuntimeError):
+        is_usable = False
+    if not is_usable:
+        raise ValueError(
+            f"config.json:rope_parameters: must be complete and consistent for {variant!r}, got "
+            f"{config.rope_parameters}; correct the fields"
+        )
+    return inv_freq, scaling
+
+
+def _count_positions(variant: str, parameters: dict[str, Any], max_positions: int) -> int:
+    """Counts the positions that a model is made for, as vLLM derives its maximum length.
+
+    linear and yarn stretch the context by their factor. Configs of llama3 have multiplied already.
+    dynamic and longrope end where they would change the frequencies of a sequence that grows, which
+    would contradict keys already in the cache.
+    """
+    factor = parameters.get("factor")
+    if variant == "linear" and factor is not None:
+        return max(max_positions, int(max_positions * factor))
+    original = parameters.get("original_max_position_embeddings") or max_positions
+    if variant == "yarn" and factor is not None:
+        return max(max_positions, int(original * factor))
+    return min(max_positions, original) if variant == "longrope" else max_positions
 
 
 def make_rotary_tables(rotary: RotarySpec, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:

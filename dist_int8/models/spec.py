@@ -20,10 +20,17 @@ class RotarySpec:
         inv_freq: radians per position of each rotated pair, already scaled by the config's rope
             variant.
         attention_scaling: factor on cos and sin (yarn and longrope; 1 elsewhere).
+        variant: transformers' rope_type.
     """
 
     inv_freq: tuple[float, ...]
     attention_scaling: float = 1.0
+    variant: str = "default"
+
+    @property
+    def grows(self) -> bool:
+        """Whether the frequencies change with the length of a sequence, beyond a limit."""
+        return self.variant in ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,17 @@ class ModelSpec:
     def num_blocks(self) -> int:
         """Decoder blocks of the whole model."""
         return len(self.blocks)
+
+    @property
+    def limit_advice(self) -> str:
+        """What to do where more positions are wanted than max_positions."""
+        advice = "lower it or leave it out"
+        if self.rotary is not None and self.rotary.grows:
+            advice += (
+                f" (rope_type {self.rotary.variant!r} changes the frequencies of longer sequences "
+                "as they grow, which is not supported; yarn and linear have fixed ones)"
+            )
+        return advice
 
     @property
     def has_projections(self) -> bool:

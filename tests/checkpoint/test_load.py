@@ -206,12 +206,48 @@ def test_weights_that_are_not_finite_are_named(folder_of, name, value, int8):
         load_tiny_stage(folder, int8=int8)
 
 
-def test_a_config_with_fewer_blocks_than_the_checkpoint_is_refused(folder_of):
+@pytest.mark.parametrize(
+    "extra", ["v_head.summary.weight", "score.weight", "model.layers.3.mlp.up_proj.weight"]
+)
+def test_tensors_that_transformers_passes_over_are_named_in_a_warning(folder_of, caplog, extra):
+    folder = folder_of("llama")
+    before = load_tiny_stage(folder)
+    rewrite(folder, lambda tensors: tensors.update({extra: torch.ones(3, 48)}))
+    assert_same_stage(load_tiny_stage(folder), before)
+    assert "1 tensor(s) that a llama model of this config.json does not have" in caplog.text
+    assert extra in caplog.text
+
+
+def test_a_config_with_fewer_blocks_than_the_checkpoint_loads_those(folder_of, caplog):
     folder = folder_of("llama")
     config = json.loads((folder / "config.json").read_text())
     config["num_hidden_layers"] = 2
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"9 problem.*unknown tensor model\.layers\.2\."):
+    assert len(load_tiny_stage(folder).blocks) == 2
+    assert "9 tensor(s)" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["weight_scale_inv", "qzeros", "lora_A.default.weight"])
+def test_what_changes_the_meaning_of_a_weight_is_refused(folder_of, kind):
+    folder = folder_of("llama")
+    name = f"model.layers.0.mlp.down_proj.{kind}"
+    rewrite(folder, lambda tensors: tensors.update({name: torch.ones(3)}))
+    with pytest.raises(ValueError, match=f"1 problem.*unknown tensor {name}"):
+        load_tiny_stage(folder)
+
+
+def test_a_tensor_under_a_wrong_name_is_an_error_with_both_names(folder_of):
+    folder = folder_of("llama")
+
+    def rename(tensors):
+        tensors["model.layers.0.mlp.up.weight"] = tensors.pop("model.layers.0.mlp.up_proj.weight")
+
+    rewrite(folder, rename)
+    with pytest.raises(
+        ValueError,
+        match=r"missing tensor model\.layers\.0\.mlp\.up_proj\.weight.*"
+        r"unknown tensor model\.layers\.0\.mlp\.up\.weight",
+    ):
         load_tiny_stage(folder)
 
 

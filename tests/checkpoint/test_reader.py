@@ -90,8 +90,9 @@ def test_an_index_that_points_outside_the_folder_is_refused(folder_of):
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": []}'])
 def test_a_broken_index_is_refused(folder_of, text):
     folder = folder_of("llama")
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match="weight_map"):
+    with pytest.raises(ValueError, match=r"index\.json: must be (JSON|a JSON object)"):
         CheckpointReader(folder)
 
 

@@ -8,8 +8,13 @@ import pytest
 from pydantic import TypeAdapter
 from transformers import GenerationConfig
 
-from dist_int8.config import GenerationSettings, Settings, load_settings, parse_byte_size
-from dist_int8.config import write_yaml
+from dist_int8.config import (
+    GenerationSettings,
+    Settings,
+    load_settings,
+    parse_byte_size,
+    write_yaml,
+)
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

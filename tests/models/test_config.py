@@ -5,7 +5,7 @@ import json
 import pytest
 from huggingface_hub import constants
 
-from dist_int8.models import StageSlice, describe, load_config, tensor_sources
+from dist_int8.models import StageSlice, describe, load_config, notice, tensor_sources
 
 LLAMA = {
     "model_type": "llama",
@@ -125,7 +125,7 @@ def test_a_config_that_is_not_json_is_refused(tmp_path):
         ('{"model_type": "opt", "hidden_size": 64}', "num_hidden_layers: must be an integer"),
         (
             '{"model_type": "bloom", "hidden_size": 64, "n_layer": 1000000000}',
-            "num_hidden_layers: must be 1 to 131072, got 1000000000",
+            "n_layer: must be an integer of 1 to 131072, got 1000000000",
         ),
         ('{"model_type": "llama", "hidden_size": -3, "num_hidden_layers": 2}', "got -3"),
     ],
@@ -153,7 +153,9 @@ def test_code_of_a_model_is_never_run(folder_of, tmp_path):
 
 
 def test_a_field_of_a_wrong_type_is_named(folder_of):
-    with pytest.raises(ValueError, match=r"config\.json: must be a valid llama config") as error:
+    with pytest.raises(
+        ValueError, match=r"num_attention_heads: must be an integer of 1 to 131072, got 'four'"
+    ) as error:
         load_config(folder_of({**LLAMA, "num_attention_heads": "four"}))
     assert "num_attention_heads" in str(error.value)
     assert "\n" not in str(error.value)
@@ -171,7 +173,6 @@ REFUSED = {
     "use_qk_norm": (LLAMA, {"use_qk_norm": True}),
     "num_local_experts": (MISTRAL, {"num_local_experts": 8}),
     "is_encoder_decoder": (OPT, {"is_encoder_decoder": True}),
-    "sliding_window": (LLAMA, {"sliding_window": 4096}),
     "architectures": (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}),
     "hidden_act": (LLAMA, {"hidden_act": "gelu"}),
     "hidden_act ": (NEOX, {"hidden_act": "quick_gelu"}),
@@ -189,7 +190,6 @@ REFUSED = {
     ),
     "rope_parameters ": (QWEN2, {"rope_parameters": [1e4]}),
     "layer_types": (QWEN2, {"layer_types": ["full_attention", "linear_attention"]}),
-    "layer_types ": (MISTRAL, {"layer_types": ["full_attention", "sliding_attention"]}),
     "n_inner": (BLOOM, {"n_inner": 100}),
     "n_head": (BLOOM, {"n_head": 5}),
     "slow_but_exact": (BLOOM, {"slow_but_exact": True, "pretraining_tp": 4}),
@@ -226,3 +226,27 @@ def test_sources_are_those_of_the_stage_under_every_name(folder_of):
     assert qkv.names[0][0] == "model.layers.1.self_attn.q_proj.weight"
     assert qkv.names[0][1] == "layers.1.self_attn.q_proj.weight"
     assert qkv.shapes == ((48, 48), (24, 48), (24, 48))
+
+
+@pytest.mark.parametrize(
+    ("fields", "change", "warned"),
+    [
+        (LLAMA, {"sliding_window": 4096, "use_sliding_window": False}, ""),
+        (LLAMA, {"sliding_window": 4096}, "sliding_window"),
+        (LLAMA, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        (NEOX, {"sliding_window": 7}, "sliding_window"),
+        (BLOOM, {"sliding_window": 7}, "sliding_window"),
+    ],
+)
+def test_windows_of_families_without_any_are_ignored_as_in_transformers(
+    folder_of, caplog, fields, change, warned
+):
+    plain = describe_fields(folder_of(fields))
+    notice.warn_once.cache_clear()
+    assert describe_fields(folder_of({**fields, **change})) == plain
+    assert (f"{warned}: ignored" in caplog.text) if warned else not caplog.text
+
+
+def test_a_mistral_has_its_window_whatever_its_layer_types_say(folder_of):
+    fields = {**MISTRAL, "sliding_window": 5, "layer_types": ["full_attention"] * 2}
+    assert [block.window for block in describe_fields(folder_of(fields)).blocks] == [5, 5]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_int8.checkpoint.reader import INDEX
+from dist_int8.checkpoint.weight_files import INDEX
 from dist_int8.checkpoint.writer import manifest
 from dist_int8.checkpoint.writer.aside import CONFIG, Aside, as_json
 from dist_int8.checkpoint.writer.durable import UNFINISHED, write_file
@@ -50,9 +50,21 @@ def write_folder(
         RuntimeError: the disk is, or would become, full. What is finished stays for a rerun.
     """
     out = plan.out.absolute()
-    if not out.parent.is_dir():
-        raise ValueError(f"{out}: its parent must be a folder, got none; create {out.parent}")
     aside = Aside(out)
+    with _errors_in_one_line(out, aside):
+        if not out.parent.is_dir():
+            raise ValueError(f"{out}: its parent must be a folder, got none; create {out.parent}")
+        return _write(plan, out, aside, prepare, progress, note)
+
+
+def _write(
+    plan: RewritePlan,
+    out: Path,
+    aside: Aside,
+    prepare: Callable[[Aside], Make],
+    progress: Progress,
+    note: Callable[[str], object],
+) -> bool:
     index = _make_index(plan.shards)
     if _is_made(out, plan.config, index):
         aside.remove()  # killed between the rename and its end
@@ -61,12 +73,11 @@ def write_folder(
         if _is_made(out, plan.config, index):  # by the process that we waited for
             return False
         aside.begin(plan.identity, note)
-        with _full_disk_in_one_line(out, aside):
-            make = prepare(aside)
-            _check_free_space(out, aside, plan)
-            sums = _write_shards(aside, plan.shards, make, progress)
-            _write_small_files(aside, plan, index, sums)
-            aside.become(out)
+        make = prepare(aside)
+        _check_free_space(out, aside, plan)
+        sums = _write_shards(aside, plan.shards, make, progress)
+        _write_small_files(aside, plan, index, sums)
+        aside.become(out)
     return True
 
 
@@ -159,13 +170,20 @@ def _write_small_files(
 
 
 @contextlib.contextmanager
-def _full_disk_in_one_line(out: Path, aside: Aside) -> Iterator[None]:
+def _errors_in_one_line(out: Path, aside: Aside) -> Iterator[None]:
+    """Names the file in what the system says, which is often without it."""
     try:
         yield
+    except BrokenPipeError:  # of whoever watches the progress
+        raise
     except OSError as error:
         if error.errno not in _FULL:
-            raise
-        aside.remove_unfinished()
+            raise RuntimeError(
+                f"{error.filename or out}: must be a file or folder that can be used, got "
+                f"{error.strerror or error}; name another OUT or mend that one"
+            ) from None
+        with contextlib.suppress(OSError):
+            aside.remove_unfinished()
         raise RuntimeError(
             f"{out}: disk must have room for the checkpoint, got {error.strerror}; free some and "
             "run the same command again, it continues after the last finished shard"

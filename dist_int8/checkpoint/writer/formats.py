@@ -6,7 +6,10 @@ from typing import Any
 
 from dist_int8.checkpoint.tied_head import EMBEDDING
 from dist_int8.checkpoint.writer.target import Target
-from dist_int8.models.config import INT8_VERSION
+from dist_int8.models.quantization import INT8_VERSION
+
+# Fields that describe the source's files: the new folder has others.
+_OF_THE_SOURCE = ("quantization_config", "transformers_weights")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ def make_config(
         floating: what stays floating.
         head_hot_columns: number of hot columns that calibration finds for an int8 head.
     """
-    config = {key: value for key, value in fields.items() if key != "quantization_config"}
+    config = {key: value for key, value in fields.items() if key not in _OF_THE_SOURCE}
     if target.dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = target.dtype
     if target.form == "dist_int8":

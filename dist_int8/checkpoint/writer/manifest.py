@@ -66,11 +66,15 @@ def verify(folder: str | Path, progress: Callable[[int], object] | None = None) 
             problems.append(f"missing file {name}")
             continue
         digest = hashlib.sha256()
-        with path.open("rb", buffering=0) as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-                if progress is not None:
-                    progress(len(block))
+        try:
+            with path.open("rb", buffering=0) as file:
+                while block := file.read(_BLOCK):
+                    digest.update(block)
+                    if progress is not None:
+                        progress(len(block))
+        except OSError as error:
+            problems.append(f"{name} cannot be read: {error.strerror or error}")
+            continue
         if digest.hexdigest() != expected:
             problems.append(f"{name} has changed: sha256 {digest.hexdigest()[:12]}...")
     problems += [

@@ -117,7 +117,9 @@ def _list_recipes_of(
     recipes = []
     for piece, names in zip(entry.pieces, entry.source.names, strict=False):
         if form == "floating":
-            dtype = target.dtype or (source.dtype if piece.scale is not None else None)
+            dtype = target.dtype
+            if dtype is None and piece.scale is not None:  # of a mixed matrix: not rounded again
+                dtype = "float32" if entry.is_mixed else source.dtype
             stored = None if dtype is None else FLOAT_NAMES[dtype]
             outputs = list_floating_outputs(source.reader, piece, names[0], stored)
         elif form == "bitsandbytes":

@@ -34,8 +34,8 @@ class Recipe:
 def list_floating_outputs(
     reader: CheckpointReader, piece: Piece, name: str, dtype: str | None
 ) -> tuple[Output, ...]:
-    """Lists the one tensor of the floating form; dtype (safetensors' name) None: as stored."""
-    return (Output(name, dtype or reader.dtype(piece.name), piece.shape),)
+    """Lists the one tensor of the floating form; dtype None: as it is worked on."""
+    return (Output(name, dtype or reader.float_dtype(piece.name), piece.shape),)
 
 
 def list_int8_outputs(
@@ -46,7 +46,7 @@ def list_int8_outputs(
     num_rows = piece.shape[0]
     outputs = [Output(name, "I8", piece.shape), Output(f"{base}col_scale", "F32", (num_rows,))]
     if num_hot_columns is not None:
-        hot_dtype = reader.dtype(piece.hot_weight or piece.name)
+        hot_dtype = reader.float_dtype(piece.hot_weight or piece.name)
         outputs.append(Output(f"{base}hot_weight", hot_dtype, (num_rows, num_hot_columns)))
         outputs.append(Output(f"{base}hot_columns", "I32", (num_hot_columns,)))
     return tuple(outputs)

@@ -16,6 +16,7 @@ from dist_int8.checkpoint.writer.job import Job
 from dist_int8.checkpoint.writer.plan import FLOAT_NAMES, make_plan
 from dist_int8.checkpoint.writer.stored_model import StoredModel
 from dist_int8.checkpoint.writer.target import Target, TargetFormat
+from dist_int8.models.linear_names import resolve_skip
 
 SHARD_BYTES = 2 * 1000**3
 
@@ -42,7 +43,7 @@ def quantize(
             for it.
         out: new folder.
         target: "dist_int8" or "bitsandbytes" (loads in transformers).
-        skip: linears that stay floating, by name component, as in `load_stage`.
+        skip: linears that stay floating, by components of their names, ours or the checkpoint's.
         embedding_int8: the token embedding too, if the source is floating.
         hot_columns: input features to keep exactly, by our name of a linear ("blocks.0.qkv").
         calibrate: or find them with "random" tokens or a text file, block by block, when the job
@@ -56,6 +57,7 @@ def quantize(
         ValueError: a damaged checkpoint, or arguments that do not fit it.
     """
     source = StoredModel(Path(folder), allow_pickle)
+    skip = resolve_skip(source.spec, skip, "quantize:skip")
     if source.is_int8 and (hot_columns or calibrate != OFF):
         raise ValueError(
             f"{folder}: hot_columns must be chosen when a checkpoint is quantized, got them "

@@ -51,7 +51,7 @@ class StoredModel:
 
     def list_quantized(self, skip: Collection[str]) -> frozenset[str]:
         """Lists the weights that `load_stage` would quantize."""
-        empty = DecoderStage.empty(self.spec, StageSlice.whole(self.spec))
+        empty = DecoderStage.empty(self.spec, StageSlice.whole(self.spec), max_tokens=1)
         modules = dict(convert(empty, skip=skip).named_modules())
         return frozenset(
             target

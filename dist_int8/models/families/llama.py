@@ -26,12 +26,6 @@ def _list_windows(config: Any) -> list[int]:
             )
         window = config.sliding_window or 0
         return [window if kind == "sliding_attention" else 0 for kind in layer_types]
-    if layer_types is not None and len(set(layer_types)) > 1:
-        raise ValueError(
-            f"config.json:layer_types: must be absent or alike for a {config.model_type} model, "
-            f"got {sorted(set(layer_types))}; transformers' own {config.model_type} ignores them "
-            "too"
-        )
     window = config.sliding_window or 0 if config.model_type == "mistral" else 0
     return [window] * num_blocks
 

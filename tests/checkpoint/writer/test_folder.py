@@ -145,6 +145,29 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(job, tmp_path):
     assert contents(tmp_path / "out") == expected
 
 
+@pytest.mark.parametrize("room", [0, 50])
+def test_a_disk_without_room_for_the_first_file_is_named(job, tmp_path, room):
+    make, expected = job
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(RuntimeError, match=f"{tmp_path}/out: disk must have room"):
+            make(tmp_path / "out").run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    make(tmp_path / "out").run()
+    assert contents(tmp_path / "out") == expected
+
+
+def test_a_name_that_the_system_refuses_is_in_the_error(job, tmp_path):
+    make, _ = job
+    with pytest.raises(ValueError, match=r"x+\.partial: OUT must be in a folder .*File name too l"):
+        make(tmp_path / ("x" * 250)).run()
+    with pytest.raises(RuntimeError, match=r"y+: must be a file or folder .*File name too long"):
+        make(tmp_path / ("y" * 300) / "out").run()
+
+
 def test_a_second_process_is_refused(job, tmp_path):
     make, _ = job
     (tmp_path / ".out.partial").mkdir()
