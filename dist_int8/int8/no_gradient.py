@@ -1,12 +1,7 @@
-"""The ops without a gradient refuse an input that requires one, instead of cutting the graph."""
-
-from collections.abc import Callable
-from typing import Any
+"""What has no gradient refuses an input that requires one, instead of cutting the graph."""
 
 import torch
 from torch import Tensor
-
-from dist_int8.int8.registry import OPS, has_op
 
 
 def refuse_gradients(op: str, *inputs: object) -> None:
@@ -24,21 +19,3 @@ def _requires_grad(value: object) -> bool:
     if isinstance(value, Tensor):
         return value.requires_grad
     return isinstance(value, list | tuple) and any(map(_requires_grad, value))
-
-
-def _refusing(name: str) -> Callable[..., Any]:
-    op = getattr(torch.ops.dist_int8, name).default
-
-    def refuse_or_run(keyset: torch.DispatchKeySet, *args: Any) -> Any:
-        refuse_gradients(name, *args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-    return refuse_or_run
-
-
-# torch takes a compiled op without an autograd kernel for one whose gradient is None, and warns
-# when it is too late. In inference mode these kernels are not reached.
-_library = torch.library.Library("dist_int8", "IMPL")
-for _name in filter(has_op, OPS):
-    _library.impl(_name, _refusing(_name), "Autograd", with_keyset=True)
