@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_int8.int8.convert import convert
+from dist_int8.int8.convert import swap_linears
 from dist_int8.models.decoder import DecoderStage
 from dist_int8.models.spec import ModelSpec
 from dist_int8.models.stage_slice import StageSlice
@@ -43,7 +43,7 @@ class StageFormat:
         """
         stage = DecoderStage.empty(spec, stage_slice, self.dtype, self.max_tokens)
         if self.int8:
-            convert(
+            swap_linears(
                 stage,
                 outlier_threshold=self.outlier_threshold,
                 outlier_rule=self.outlier_rule,

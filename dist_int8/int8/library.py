@@ -41,7 +41,7 @@ def load() -> bool:
             raise ImportError(f"environment: DIST_INT8_LIBRARY: {_error}") from None
         return False
     _path, _error = path, None
-    from dist_int8.int8 import fakes  # noqa: F401 (what it describes must be known)
+    from dist_int8.int8 import autograd_kernels, fakes  # noqa: F401 (they describe its ops)
 
     return True
 

@@ -1,13 +1,14 @@
 """`Int8Linear`: a linear layer that keeps int8 weights and multiplies in int8."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from dist_int8.int8 import ops, reference
+from dist_int8.int8 import convertible, ops, reference, straight_through
 from dist_int8.int8.module import Int8Module
+from dist_int8.int8.weight_view import Int8Weight
 
 # quantize_ works through the weight in slices of about this many elements, so that the fp32
 # temporaries of a very large weight stay small (64 MiB each).
@@ -23,9 +24,12 @@ class Int8Linear(Int8Module):
 
     x is [..., K] in fp32, bf16 or fp16 and y is [..., N] in the same dtype: the layer has no
     compute dtype of its own, and casting the module (`.half()`, `.to(torch.bfloat16)`) leaves its
-    buffers as they are. `outlier_rule` and `outlier_threshold` say which elements of a row of x are
-    outliers (see `reference.outlier_mask`); they are settings, not part of the state dict. The
-    formulas are in `dist_int8.int8.reference`.
+    buffers as they are; the dtype of `weight` alone follows. `outlier_rule` and `outlier_threshold`
+    say which elements of a row of x are outliers (see `reference.outlier_mask`); they are settings,
+    not part of the state dict. The formulas are in `dist_int8.int8.reference`.
+
+    The layer does not train, but the gradient of x passes through it: that of a frozen `nn.Linear`
+    with the dequantized weight. `weight` is that matrix, made when an operation needs its values.
 
     Made directly the layer is all zeros (or on the meta device, without storage); fill it with
     `quantize_` or `load_state_dict`, or make it with `from_linear`.
@@ -49,13 +53,14 @@ class Int8Linear(Int8Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """`dtype` is that of the bias and the hot weights (default: torch's default dtype)."""
+        """`dtype`: of bias, hot weights and what `weight` says (default: torch's default)."""
         super().__init__()
         reference.check_outlier_rule(outlier_rule, outlier_threshold)
         self.in_features = in_features
         self.out_features = out_features
         self.outlier_threshold = outlier_threshold
         self.outlier_rule = outlier_rule
+        self.weight_dtype = dtype or torch.get_default_dtype()
         n, k = out_features, in_features
         self.register_buffer("weight_int8", torch.zeros(n, k, dtype=torch.int8, device=device))
         self.register_buffer("col_scale", torch.zeros(n, dtype=torch.float32, device=device))
@@ -69,7 +74,7 @@ class Int8Linear(Int8Module):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         outlier_threshold: float = 6.0,
         outlier_rule: str = "absolute",
         hot_columns: Sequence[int] | Tensor | None = None,
@@ -77,26 +82,29 @@ class Int8Linear(Int8Module):
         """Makes the int8 layer of a floating one (which stays unchanged), on the same device.
 
         The defaults are the paper's. A linear on the meta device gives a layer on the meta device.
-        Raises ValueError for an unknown rule, a bad threshold, or hot columns that are repeated or
-        outside 0 .. K - 1.
+        `linear` may also be GPT-2's Conv1D, or of a subclass without a forward of its own. Raises
+        ValueError for another class, an unknown rule, a bad threshold, or hot columns that are
+        repeated or outside 0 .. K - 1.
         """
-        if not isinstance(linear, nn.Linear):
+        found = convertible.inherited(linear)
+        if found is None:
             raise ValueError(
                 f"Int8Linear.from_linear: linear must be a torch.nn.Linear, got "
                 f"{type(linear).__name__}; give the linear layer itself"
             )
+        weight, bias = found
         layer = cls(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
+            weight.shape[1],
+            weight.shape[0],
+            bias is not None,
             outlier_threshold=outlier_threshold,
             outlier_rule=outlier_rule,
             hot_columns=hot_columns,
             device="meta",
-            dtype=linear.weight.dtype,
+            dtype=weight.dtype,
         )
-        if not linear.weight.is_meta:
-            layer.quantize_(linear.weight, linear.bias)
+        if not weight.is_meta:
+            layer.quantize_(weight, bias)
         return layer.train(linear.training)
 
     @torch.no_grad()
@@ -136,6 +144,7 @@ class Int8Linear(Int8Module):
             self.weight_int8[start : start + rows] = weight_int8
             self.col_scale[start : start + rows] = col_scale
 
+        self.weight_dtype = weight.dtype
         if bias is not None:
             self.bias = bias.detach().to(device, copy=True)
         if hot is not None:
@@ -145,10 +154,33 @@ class Int8Linear(Int8Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns the floating weight [N, K], within col_scale / 2; hot columns are exact."""
-        weight = reference.dequantize_weight(self.weight_int8, self.col_scale, dtype)
-        if self.hot_columns is not None and self.hot_weight is not None:
-            weight[:, self.hot_columns.long()] = self.hot_weight.to(dtype)
-        return weight
+        return straight_through.dequantize(
+            self.weight_int8, self.col_scale, self.hot_columns, self.hot_weight, dtype
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The floating weight [N, K] to read, in the dtype that the linear had; see `Int8Weight`.
+
+        It is neither a parameter nor in the state dict, and its first use as a number dequantizes.
+        Assigning it raises AttributeError: `quantize_` fills a layer.
+        """
+        return Int8Weight.of(
+            self.weight_int8, self.col_scale, self.hot_columns, self.hot_weight, self.weight_dtype
+        )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuses a floating weight, for example one that is tied to an embedding's."""
+        if name == "weight":
+            raise AttributeError(
+                "Int8Linear: weight is in int8 and cannot be assigned; fill the layer with "
+                "quantize_(weight, bias), or keep it in floating point"
+            )
+        super().register_parameter(name, param)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        return super()._apply(fn, recurse)
 
     @property
     def quantization(self) -> tuple[str, float, Tensor | None]:

@@ -8,6 +8,7 @@ from dist_int8.int8.library import load
 from dist_int8.int8.reference import QuantizedRows
 from dist_int8.int8.registry import has_kernel, has_op
 from dist_int8.int8.rows import rule_index
+from dist_int8.int8.straight_through import StraightThrough, is_recorded
 
 _COMPILED = load()
 # The compiled ops, resolved once; None where the library does not have them.
@@ -36,6 +37,9 @@ def int8_linear(
     integer; see `reference.int8_linear`. On CPU equal to it bit for bit without hot columns, whose
     products are summed in fp32; on a GPU see `int8_matmul`. Raises ValueError for shapes, dtypes,
     rules, and K > 131072.
+
+    The gradient of x and of the bias is that of a linear layer with the dequantized weight; see
+    `straight_through`. Raises RuntimeError where another input requires grad.
     """
     if x.dim() != 2:
         rows = int8_linear(
@@ -49,17 +53,30 @@ def int8_linear(
             hot_weight=hot_weight,
         )
         return rows.reshape(*x.shape[:-1], weight_int8.shape[0])
+    inputs = (x, weight_int8, col_scale, bias, hot_columns, hot_weight)
+    if is_recorded(x, col_scale, bias, hot_weight):
+        return StraightThrough.apply(_product, *inputs, outlier_rule, outlier_threshold)
+    return _product(*inputs, outlier_rule, outlier_threshold)
+
+
+def _product(
+    x: Tensor,
+    weight_int8: Tensor,
+    col_scale: Tensor,
+    bias: Tensor | None,
+    hot_columns: Tensor | None,
+    hot_weight: Tensor | None,
+    outlier_rule: str,
+    outlier_threshold: float,
+) -> Tensor:
+    """`int8_linear` of a matrix x, outside autograd."""
     if _int8_linear is not None and _has_kernels(x):
-        return _int8_linear(
-            x.contiguous(),
-            weight_int8,
-            col_scale,
-            bias,
-            rule_index(outlier_rule, outlier_threshold),
-            outlier_threshold,
-            hot_columns,
-            hot_weight,
-        )
+        rule = rule_index(outlier_rule, outlier_threshold)
+        inputs = (x.contiguous(), weight_int8, col_scale, bias, rule, outlier_threshold)
+        if torch.compiler.is_compiling():
+            return _int8_linear(*inputs, hot_columns, hot_weight)
+        with torch._C._AutoDispatchBelowAutograd():  # spares no_grad() the kernel that refuses
+            return _int8_linear(*inputs, hot_columns, hot_weight)
     return reference.int8_linear(
         x,
         weight_int8,

@@ -6,6 +6,7 @@ In plain torch, as specifications. x [M, K] and weight [N, K] floating -> y [M, 
 import torch
 from torch import Tensor
 
+from dist_int8.int8.no_gradient import refuse_gradients
 from dist_int8.int8.reference import (
     PLANE_MAX,
     check_matrix,
@@ -19,6 +20,7 @@ from dist_int8.int8.reference import (
 
 def absmax_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Absmax quantization (section 2.1): one scale for all of x, one for all of weight."""
+    refuse_gradients("absmax_linear", x)
     x_float, weight_float = x.float(), weight.float()
     return _scaled_linear(
         x, x_float.abs().amax() / PLANE_MAX, weight_float, weight_float.abs().amax() / PLANE_MAX
@@ -27,6 +29,7 @@ def absmax_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def row_wise_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Row-wise quantization (Table 1): one scale per row of x, one for all of weight."""
+    refuse_gradients("row_wise_linear", x)
     weight_float = weight.float()
     return _scaled_linear(
         x,
@@ -48,6 +51,7 @@ def zeropoint_linear(x: Tensor, weight: Tensor) -> Tensor:
     max - min is spread over 254 steps; the offsets are added back before the product, which is
     algebraically the paper's product of shifted integers.
     """
+    refuse_gradients("zeropoint_linear", x)
     return (_zeropoint_round(x.float()).double() @ _zeropoint_round(weight.float()).double().T).to(
         x.dtype
     )
@@ -64,6 +68,7 @@ def llm_int8_linear(
     count in their rows' scales; and its weights are the dequantized int8 ones.
     """
     check_matrix("llm_int8_linear", "x", x)
+    refuse_gradients("llm_int8_linear", x)
     weight_int8, col_scale = quantize_weight(weight)
     values = x.float()
     outliers = outlier_mask(values, "absolute", threshold)

@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dist_int8.int8.no_gradient import refuse_gradients
+
 OUTLIER_RULES = ("none", "absolute", "row_rms", "all")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -129,6 +131,7 @@ def quantize_rows(
     NaN. Neither touches another row.
     """
     check_matrix("quantize_rows", "x", x)
+    refuse_gradients("quantize_rows", x)
     values = x.float()
     if hot_columns is not None:
         values = values.index_fill(1, hot_columns.long(), 0.0)
@@ -214,6 +217,7 @@ def int8_matmul(
     ValueError for a weight of another shape, and for hot columns without their weights.
     """
     _check_weight("int8_matmul", weight_int8, rows.x_int8.shape[1])
+    refuse_gradients("int8_matmul", *rows, col_scale, bias, hot_weight, residual)
     num_hot = rows.x_hot.shape[1]
     if num_hot and hot_weight is None:
         raise ValueError(
@@ -246,6 +250,7 @@ def int8_weight_linear(
     """
     check_matrix("int8_weight_linear", "x", x)
     _check_weight("int8_weight_linear", weight_int8, x.shape[1])
+    refuse_gradients("int8_weight_linear", x, col_scale, bias, residual)
     M, N = x.shape[0], weight_int8.shape[0]
     for argument, value, shape in (
         ("col_scale", col_scale, [N]),

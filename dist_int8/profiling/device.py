@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dist_int8.int8 import ops, reference
-from dist_int8.int8.convert import convert
+from dist_int8.int8.convert import swap_linears
 from dist_int8.models import BlockSpec, DecoderStage, ModelSpec, StageSlice, TokenBatch
 from dist_int8.partition.profiles import DEFAULT_GPU, PROFILES
 
@@ -167,7 +167,7 @@ def _overhead(place: torch.device, dtype: torch.dtype) -> float:
     stage = DecoderStage(model, StageSlice(range(count), first=False, last=False), dtype)
     for parameter in stage.parameters():
         parameter.fill_(1.0)
-    convert(stage, **_RULE).to(place)
+    swap_linears(stage, **_RULE).to(place)
     cache = torch.zeros(1, 1, size, size, device=place, dtype=dtype)
     caches = _OneLayer((cache, cache))
     batch = TokenBatch.from_segments(None, [(0, 0, 1)], device=place)

@@ -1,5 +1,6 @@
 """`convert`: which linears it swaps, on what devices, and what becomes of the floating weights."""
 
+import copy
 import gc
 import weakref
 
@@ -7,7 +8,13 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import dist_int8
 from dist_int8.int8.convert import convert
@@ -62,7 +69,7 @@ def test_the_public_convert_keeps_the_logits_close_with_default_arguments():
 def test_skip_names_whole_components():
     model = a_llama()
     names = linears(model)
-    convert(model, skip=("lm_head", "layers.0", "mlp.up_proj", "proj", "own"))
+    convert(model, skip=("lm_head", "layers.0", "mlp.up_proj"))
     kept = {n for n in names if n == "lm_head" or "layers.0." in n or n.endswith("mlp.up_proj")}
     assert linears(model) == kept
     assert swapped(model) == names - kept
@@ -98,11 +105,98 @@ def test_a_linear_under_two_names_stays_one_layer():
     assert model.rest[1] is model.first
 
 
-def test_subclasses_of_linear_are_left_alone():
-    attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
-    x = torch.randn(1, 3, 8)
-    before = attention(x, x, x)[0]
-    assert torch.equal(convert(attention)(x, x, x)[0], before)
+@pytest.mark.parametrize(
+    "config",
+    [
+        FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    ],
+    ids=["falcon", "gpt2"],
+)
+@torch.inference_mode()
+def test_linears_of_other_classes_compute_the_dequantized_function(config, caplog):
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), torch.arange(40)[None]
+    dequantized = copy.deepcopy(model)
+    convert(model, outlier_rule="all")  # no rounding of x to speak of
+    assert len(swapped(model)) == 2 * 4 and not caplog.records
+    for name in swapped(model):
+        layer, floating = model.get_submodule(name), dequantized.get_submodule(name)
+        weight = layer.dequantize()
+        floating.weight.copy_(weight.T if type(floating).__name__ == "Conv1D" else weight)
+    expected = dequantized(ids).logits
+    assert (model(ids).logits - expected).norm() / expected.norm() < 1e-4
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 43)
+
+
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.randn(4, 32, 16))
+        self.scale = nn.Parameter(torch.ones(32))
+
+
+def linears_left_alone() -> dict[str, nn.Module]:
+    """What is linear-like but not swapped, by what the message has to say of it."""
+    hooked = nn.Linear(16, 16)
+    hooked.register_forward_hook(lambda module, inputs, output: output)
+    weight_norm = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    int8 = bitsandbytes.nn.Linear8bitLt(16, 16, has_fp16_weights=False)
+    return {
+        "Doubling, may do more": Doubling(16, 16),
+        "ParametrizedLinear, may do more": weight_norm,
+        "Linear, has hooks": hooked,
+        "NonDynamicallyQuantizableLinear, may do more": nn.MultiheadAttention(16, 2),
+        "Experts, may do more": Experts(),
+        "LSTM, may do more": nn.LSTM(16, 16),
+        "Linear8bitLt, may do more": int8,
+    }
+
+
+def test_what_is_left_alone_is_named(caplog):
+    for message, child in linears_left_alone().items():
+        caplog.clear()
+        alone = nn.ModuleDict({"odd": child, "table": nn.Embedding(64, 32)})
+        kept = dict(alone.named_modules())
+        with pytest.raises(
+            ValueError, match=f"must contain linears to swap, got none; .*{message}"
+        ):
+            convert(alone)
+        assert dict(alone.named_modules()) == kept
+        beside = nn.ModuleDict({"odd": child, "linear": nn.Linear(16, 16)})
+        assert swapped(convert(beside)) == {"linear"}
+        assert message in caplog.text and "left as it is: odd" in caplog.text
+        assert beside["odd"] is child
+
+
+def test_a_module_without_matrices_is_refused():
+    with pytest.raises(ValueError, match="Sequential must contain linears to swap, got none"):
+        convert(nn.Sequential(nn.ReLU(), nn.LayerNorm(32), nn.Conv2d(16, 16, 16)))
+
+
+def test_long_lists_are_cut(caplog):
+    convert(nn.Sequential(nn.Linear(4, 4), *(Doubling(4, 4) for _ in range(5))))
+    assert "left as it is: 1, 2, 3 and 2 more (Doubling, may do more" in caplog.text
+
+
+def test_adapters_stay_and_their_base_layer_is_swapped(caplog):
+    class Lora(nn.Module):  # what peft's layers declare
+        adapter_layer_names = ("lora_A", "lora_B")
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_layer = nn.Linear(8, 8)
+            self.lora_A = nn.ModuleDict({"default": nn.Linear(8, 2, bias=False)})
+            self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 8, bias=False)})
+
+    model = nn.Sequential(Lora())
+    assert swapped(convert(model)) == {"0.base_layer"}
+    assert "0.lora_A.default, 0.lora_B.default (Linear, adapters)" in caplog.text
 
 
 def test_floating_weights_are_freed_one_by_one(monkeypatch):
@@ -128,3 +222,19 @@ def test_bad_arguments_are_named():
         convert(a_llama(), skip="lm_head")
     with pytest.raises(ValueError, match="outlier_rule must be one of"):
         convert(a_llama(), outlier_rule="some")
+    with pytest.raises(ValueError, match=r"skip must name modules of LlamaForC.*, got 'up_pro'"):
+        convert(a_llama(), skip=["lm_head", "up_pro"])
+    with pytest.raises(ValueError, match=r"names of linears that are swapped, got 'lm_head'"):
+        convert(a_llama(), hot_columns={"lm_head": [1]})
+
+
+def test_nothing_is_swapped_where_one_linear_cannot_be():
+    name = "model.layers.1.mlp.up_proj"
+    model = a_llama()
+    with pytest.raises(ValueError, match=r"hot_columns must be input features 0 .. 31, got \[99\]"):
+        convert(model, hot_columns={name: [99]})
+    model.get_submodule(name).double()
+    with pytest.raises(ValueError, match=rf"{name}.weight must be float32, .*got torch.float64"):
+        convert(model)
+    assert swapped(model) == set()
+    assert len(swapped(convert(model, skip=["lm_head", name]))) == 13

@@ -10,7 +10,7 @@ from accelerate import init_empty_weights
 from tiny_models import make_config
 from transformers import AutoModelForCausalLM
 
-from dist_int8.int8.convert import convert
+from dist_int8.int8.convert import swap_linears
 from dist_int8.int8.linear import Int8Linear
 from dist_int8.models import DecoderStage, StageSlice, describe, load_config
 from dist_int8.partition import memory
@@ -72,7 +72,7 @@ def test_stage_bytes_equal_those_of_loaded_stages(name, int8, skip):
     ):
         stage = DecoderStage.empty(spec, part, torch.float16, 64)
         if int8:
-            convert(stage, skip=skip)
+            swap_linears(stage, skip=skip)
         ends = {"first": part.first, "last": part.last}
         counted = memory.stage_weight_bytes(spec, part.blocks, formats, **ends)
         assert counted == held_bytes(stage)

@@ -9,7 +9,7 @@ import torch
 
 from dist_int8.checkpoint.locate import Located, is_int8_checkpoint, locate
 from dist_int8.checkpoint.reader import CheckpointReader
-from dist_int8.int8.convert import convert
+from dist_int8.int8.convert import swap_linears
 from dist_int8.int8.linear import Int8Linear
 from dist_int8.models.config import describe, load_config
 from dist_int8.models.decoder import DecoderStage
@@ -52,7 +52,7 @@ class StoredModel:
     def list_quantized(self, skip: Collection[str]) -> frozenset[str]:
         """Lists the weights that `load_stage` would quantize."""
         empty = DecoderStage.empty(self.spec, StageSlice.whole(self.spec), max_tokens=1)
-        modules = dict(convert(empty, skip=skip).named_modules())
+        modules = dict(swap_linears(empty, skip=skip).named_modules())
         return frozenset(
             target
             for target in self.located
