@@ -137,8 +137,12 @@ def connect(
     boxes: list[queue.Queue[_Message]] = [queue.Queue()]
     boxes += [queue.Queue(maxsize=BUFFERS) for _ in devices[1:]]
 
+    begun = threading.Semaphore(0)
+
     def run(stage: int) -> None:
         rendezvous.stay_on(cores[stage])
+        torch.get_num_threads()  # from now on this thread has as many as are set, for good
+        begun.release()
         if devices[stage].type == "cuda":
             torch.cuda.set_device(devices[stage])
         try:
@@ -153,4 +157,5 @@ def connect(
     ]
     for thread in threads:
         thread.start()
+        begun.acquire()
     return InProcessTransport(0, devices, boxes, threads)
