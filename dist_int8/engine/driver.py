@@ -33,7 +33,7 @@ class _Job:
         try:
             self.result = self._work()
         except BaseException as error:  # raised again where it is awaited
-            _forget_frames(error)
+            forget_frames(error)
             self.error = error
         self._work = None
         self._done.release()
@@ -146,12 +146,16 @@ class Driver:
             self._line.run_rest()
 
 
-def _forget_frames(error: BaseException) -> None:
+def forget_frames(error: BaseException, handled: BaseException | None = None) -> None:
     """Clears the local variables of an exception's frames, which would keep tensors alive.
 
     In a notebook the last traceback lives until the next one.
+
+    Args:
+        error: the exception.
+        handled: one that the caller was handling already; its frames are not ours.
     """
     seen: BaseException | None = error
-    while seen is not None:
+    while seen is not None and seen is not handled:
         traceback.clear_frames(seen.__traceback__)
         seen = seen.__context__

@@ -68,3 +68,9 @@ def give_back_memory() -> None:
         torch.cuda.empty_cache()
     with suppress(AttributeError, OSError):  # a C library other than glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_num_threads(num_threads: int) -> None:
+    """Gives the calling thread's ops this many threads, whatever is set for others later."""
+    torch.get_num_threads()  # a thread takes the number of the process when it first needs one
+    torch.set_num_threads(num_threads)
