@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ import torch
 
 from dist_int8.api.idle_settings import Facts, describe_idle, find_idle
 from dist_int8.api.model import Model
-from dist_int8.api.placement import Placement, divide_cores, find_placement, share_cores
+from dist_int8.api.placement import divide_cores, find_placement, share_cores
 from dist_int8.api.prepare import Prepared, prepare
 from dist_int8.api.prompts import PromptEncoder
 from dist_int8.api.stages import build_stage
@@ -28,12 +30,13 @@ from dist_int8.distributed.logs import RankLogger
 from dist_int8.distributed.states import State, StateReport
 from dist_int8.distributed.world import World
 from dist_int8.engine import Engine, EngineConfig
+from dist_int8.engine.driver import forget_frames
 from dist_int8.errors import RankError
 from dist_int8.partition import Plan, StagePlan
 from dist_int8.pipeline.in_process import InProcessTransport, connect
 from dist_int8.pipeline.recovery import Links, Recovery, serve_until_shutdown
 from dist_int8.pipeline.runner import Pipeline, serve
-from dist_int8.pipeline.stage import Stage
+from dist_int8.pipeline.stage import Stage, keep_num_threads
 from dist_int8.pipeline.transport import Transport
 
 LOAD_TIMEOUT_S = 3600.0
@@ -97,28 +100,40 @@ def load(
     announce = partial(_announce, prepared, on_encoder, on_plan)
     if placement.launched is None:
         announce()
+    handled = sys.exc_info()[1]
     try:
-        return _start(prepared, placement, announce, progress)
-    except RankError as error:  # a damaged checkpoint is a ValueError on whichever rank
-        raise find_original(error) from None
+        with _torch_as_it_was():
+            return _start(prepared, announce, progress)
+    except BaseException as error:
+        forget_frames(error, handled)  # whoever keeps it must not keep the weights that were read
+        if isinstance(error, RankError):  # a damaged checkpoint is a ValueError on whichever rank
+            raise find_original(error) from None
+        raise
 
 
-def _start(
-    prepared: Prepared, placement: Placement, announce: Callable[[], None], progress: bool
-) -> Model:
-    """Meets the other ranks and builds this one's stage; a rank above 0 serves it and leaves."""
-    cores = share_cores(prepared.settings, placement)
-    world = _join_ranks(prepared, cores)
-    with _failures_reported(world, placement):
-        if placement.launched is not None:  # the other ranks hear of what is refused
+def _start(prepared: Prepared, announce: Callable[[], None], progress: bool) -> Model:
+    """Joins the ranks and builds the stage of this one, which it serves unless it is rank 0."""
+    rank, world = prepared.placement.rank, None
+    cores = share_cores(prepared.settings, prepared.placement)
+    try:
+        world = _join_ranks(prepared, cores)
+        if prepared.placement.launched is not None:  # the other ranks hear of what is refused
             announce()
         began = time.monotonic()
-        stage = build_stage(prepared, placement.rank, progress)
-        _log_stage(prepared.plan.stages[placement.rank], time.monotonic() - began)
-        if placement.rank:
+        stage = build_stage(prepared, rank, progress)
+        _log_stage(prepared.plan.stages[rank], time.monotonic() - began)
+        if rank:
             serve_until_shutdown(stage, _links(world, prepared), prepared.settings.recover)
             raise SystemExit(0)
         return _make_handle(prepared, world, stage, cores, progress)
+    except SystemExit:
+        if world is not None and not rank:  # a signal handler of the session raised it
+            _finish(world.kill)
+        raise
+    except BaseException as error:
+        if world is not None:
+            _report_failure(error, world, rank)
+        raise
 
 
 def _announce(
@@ -210,30 +225,47 @@ def _make_handle(
     settings, plan = prepared.settings, prepared.plan
     num_stages = len(plan.stages)
     links = _links(world, prepared)
-    transport: Transport | InProcessTransport | None = None
-    if settings.in_process and num_stages > 1:
-        others = [build_stage(prepared, rank, progress) for rank in range(1, num_stages)]
-        transport = _start_threads([stage, *others], plan, len(cores))
-    elif num_stages > 1:
-        try:
-            transport = links.connect()
-        except RankError as error:
-            raise world.find_cause(error) from None
-        world.wait_for(State.READY, LOAD_TIMEOUT_S)
-    recovery = Recovery(links, settings.max_recoveries) if settings.recover else None
-    engine = Engine(
-        Pipeline(stage, world, transport),
-        prepared.limits,
-        _configure_engine(prepared),
-        restore=recovery.restore if recovery else None,
-    )
-    return Model(
-        engine=engine,
-        plan=plan,
-        settings=settings,
-        encoder=prepared.encoder,
-        spec=prepared.spec,
-    )
+    pipeline = Pipeline(stage, world, transport=None)
+    try:
+        if settings.in_process and num_stages > 1:
+            others = [build_stage(prepared, rank, progress) for rank in range(1, num_stages)]
+            pipeline.transport = _start_threads([stage, *others], plan, len(cores))
+        elif num_stages > 1:
+            pipeline.transport = _connect(links)
+            world.wait_for(State.READY, LOAD_TIMEOUT_S)
+        recovery = Recovery(links, settings.max_recoveries) if settings.recover else None
+        engine = Engine(
+            pipeline,
+            prepared.limits,
+            _configure_engine(prepared),
+            restore=recovery.restore if recovery else None,
+            begin=partial(_begin_driving, stage.device, torch.get_num_threads()),
+        )
+        return Model(
+            engine=engine,
+            plan=plan,
+            settings=settings,
+            encoder=prepared.encoder,
+            spec=prepared.spec,
+        )
+    except BaseException:
+        _finish(pipeline.kill)
+        raise
+
+
+def _connect(links: Links) -> Transport:
+    try:
+        return links.connect()
+    except RankError as error:
+        raise links.world.find_cause(error) from None
+
+
+def _begin_driving(device: torch.device, num_threads: int) -> None:
+    """Gives the thread that runs stage 0 what the one that loaded it had."""
+    keep_num_threads(num_threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.synchronize(device)  # the weights were written on a stream of another thread
 
 
 def _configure_engine(prepared: Prepared) -> EngineConfig:
@@ -259,18 +291,31 @@ def _start_threads(stages: list[Stage], plan: Plan, num_threads: int) -> InProce
 
 
 @contextmanager
-def _failures_reported(world: World, placement: Placement) -> Iterator[None]:
-    """Tells the other ranks what fails here; a rank above 0 then ends."""
+def _torch_as_it_was() -> Iterator[None]:
+    """Gives the caller its number of threads and its GPU back; the stages have their own."""
+    num_threads = torch.get_num_threads()
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
     try:
         yield
-    except SystemExit:
-        raise
-    except BaseException as error:
-        if placement.rank:
-            world.report_error(error)
-            _leave(error, placement.rank)
-        world.kill()
-        raise
+    finally:
+        torch.set_num_threads(num_threads)
+        if torch.cuda.is_initialized():
+            torch.cuda.set_device(gpu)
+
+
+def _report_failure(error: BaseException, world: World, rank: int) -> None:
+    """Tells the other ranks what failed here; a rank above 0 then ends."""
+    if rank:
+        world.report_error(error)
+        _leave(error, rank)
+    _finish(world.kill)
+
+
+def _finish(undo: Callable[[], None]) -> None:
+    """Runs it to its end, even if Ctrl-C is pressed once more."""
+    thread = threading.Thread(target=undo, name="dist_int8 undo")
+    thread.start()
+    thread.join()
 
 
 def _log_stage(stage: StagePlan, seconds: float) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
-import threading
 import time
+import warnings
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from types import TracebackType
 from typing import Any, Literal, Unpack, overload
 
@@ -52,19 +52,19 @@ class Model:
         self._spec = spec
         self._engine = engine
         self._encoder = encoder
-        self._closed = False
-        self._closing = threading.Lock()
-        atexit.register(self.shutdown)
+        # When the last reference goes, and at the end of the session, whichever comes first. The
+        # engine does not know the handle, so nothing but the session keeps that alive.
+        weakref.finalize(self, engine.close)
         world = engine.pipeline.world
         if world.monitor is not None:
-            world.monitor.on_loss = self._handle_lost_rank
+            world.monitor.on_loss = engine.notice_loss
 
     def __repr__(self) -> str:
         stages = ", ".join(
             f"{stage.device}: blocks {stage.first_block}-{stage.last_block}"
             for stage in self.plan.stages
         )
-        closed = ", closed" if self._closed else ""
+        closed = ", closed" if self._engine.closed else ""
         return f"<Model {self._spec.model_type} {str(self.folder)!r}, {stages}{closed}>"
 
     @property
@@ -155,13 +155,14 @@ class Model:
         tokens = self._stream(self._encoder.make_requests(prompts, chosen))
         if stream:
             return tokens
-        while True:
-            try:
-                token = next(tokens)
-            except StopIteration as stop:
-                return stop.value
-            if on_token is not None:
-                on_token(token)
+        with closing(tokens):  # even while the traceback of an exception still refers to it
+            while True:
+                try:
+                    token = next(tokens)
+                except StopIteration as stop:
+                    return stop.value
+                if on_token is not None:
+                    on_token(token)
 
     def request(self, prompt: Prompt, settings: GenerationSettings, index: int = 0) -> Request:
         """Makes a request of one prompt with settings of its own, for `run`.
@@ -191,8 +192,8 @@ class Model:
             RequestError: the model's logits are NaN.
             ShuttingDownError: the model was shut down before the last token.
         """
-        with self._running():
-            yield from self._engine.run(requests, keep_going)
+        self._check_open()
+        yield from self._engine.run(requests, keep_going)
 
     @property
     def num_micro_batches(self) -> int:
@@ -226,12 +227,12 @@ class Model:
     def iter_logits(self, sequences: Sequence[Ids] | Encoding) -> Iterator[tuple[int, int, Tensor]]:
         """Computes logits of token ids of any lengths piece by piece, so that memory stays bounded.
 
-        Short sequences share a micro-batch. Other calls wait until the last piece was taken, or the
-        iterator closed.
+        Short sequences share a micro-batch. Other calls may run between two pieces; one that needs
+        a slot that this one has takes it, and the sequence under way is then prefilled again.
 
         Returns:
             An iterator of (sequence, first position, logits fp32 [tokens, vocab] on the CPU), in
-            order; all pieces come again after a lost rank was replaced.
+            order, every position once.
 
         Raises:
             ValueError: a sequence is empty, longer than the context, or has an invalid token id.
@@ -240,8 +241,17 @@ class Model:
         return self._iter_logits(self._encoder.check_sequences(sequences))
 
     def _iter_logits(self, sequences: list[list[int]]) -> Iterator[tuple[int, int, Tensor]]:
-        with self._running():
-            yield from self._engine.logits(sequences)
+        self._check_open()
+        yield from self._engine.logits(sequences)
+
+    def logits_of(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, Tensor]]:
+        """The former name of `iter_logits`."""
+        warnings.warn(
+            "Model.logits_of is called iter_logits now; the old name will go in the next version",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.iter_logits(sequences)
 
     def schedule(self, num_prompts: int = 1, num_decode_steps: int = 4) -> str:
         """Draws the order of work, one line per stage, for a number of short prompts."""
@@ -254,24 +264,13 @@ class Model:
         return schedule.draw(grid)
 
     def shutdown(self) -> None:
-        """Ends every stage and its process. Safe to call twice.
+        """Ends every stage and its process, and frees their memory. Safe to call twice.
 
+        It also happens when the last reference to the handle goes, and when the session ends.
         Calls of other threads that are under way get `ShuttingDownError`; `drain` lets them end
         first. In a forked child it does nothing: the stages are its parent's.
         """
-        if not self._engine.pipeline.world.owner.is_here:
-            return
-        with self._closing:
-            if self._closed:
-                return
-            self._closed = True
-            atexit.unregister(self.shutdown)
-            self._engine.stop()
-            try:
-                self._engine.drain()
-                self._engine.pipeline.close()
-            except RuntimeError:  # a stage is gone already; end the others all the same
-                self._engine.pipeline.kill()
+        self._engine.close()
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Shuts down in an orderly way: running prompts get their answers first.
@@ -338,32 +337,10 @@ class Model:
             stages=self.stages,
         )
 
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        """Guards a call: the handle must be open, and a failure inside the pipeline closes it."""
+    def _check_open(self) -> None:
         self._engine.pipeline.world.owner.check()
         failure = self._engine.failure
         if isinstance(failure, RankError):
             raise type(failure)(f"{failure}; load the model again, it stays closed", failure.rank)
-        if self._closed:
+        if self._engine.closed:
             raise ShuttingDownError("the model is shut down; call load() again")
-        try:
-            yield
-        finally:
-            self._close_if_failed()
-
-    def _handle_lost_rank(self) -> None:
-        """Recovers from a lost rank even if no call is under way, or ends the other ranks."""
-        try:
-            self._engine.check()
-        except Exception:  # the engine remembers it for the next call
-            self._close_if_failed()
-
-    def _close_if_failed(self) -> None:
-        if not self._engine.pipeline.world.owner.is_here:  # a stream of the parent's ends here
-            return
-        with self._closing:
-            if self._engine.failed and not self._closed:
-                self._closed = True
-                atexit.unregister(self.shutdown)
-                self._engine.pipeline.kill()

@@ -17,11 +17,13 @@ class Call:
         keep_going: a request that fails by itself does not end the call.
 
     Attributes:
-        active: requests that were taken and whose last token has not been handed out.
+        taken: requests that were made and are not queued yet.
+        active: requests that are queued and whose last token has not been handed out.
         refused: whether a shutdown left some of the requests unanswered.
     """
 
     def __init__(self, requests: Iterable[Request], keep_going: bool) -> None:
+        self.taken: list[Request] = []
         self.active: list[Request] = []
         self.refused = False
         self._left = iter(requests)
@@ -33,34 +35,47 @@ class Call:
     @property
     def unfinished(self) -> bool:
         """Whether there are tokens to come."""
-        return self._has_more or bool(self.active)
+        return self._has_more or bool(self.taken or self.active)
 
     @property
     def waits(self) -> bool:
         """Whether nothing can be handed out before the engine makes a step."""
-        return bool(self.active) and not any(
+        return bool(self.taken or self.active) and not any(
             request.outbox or request.ended for request in self.active
         )
 
-    def take(self, room: int) -> list[Request]:
-        """Takes the next requests for which there is room, and the first one in any case.
+    def take(self, room: int) -> None:
+        """Makes the next requests for which there is room, and the first one in any case.
 
-        So a call that finds the queue full is refused instead of waiting for room.
+        In the caller's thread: its iterator may do what it likes.
         """
-        count = max(room, 0 if self._has_begun else 1) if self._has_more else 0
-        batch = list(islice(self._left, count))
-        self._has_more = self._has_more and len(batch) == count
-        return batch
+        count = self._fitting(room) - len(self.taken) if self._has_more else 0
+        batch = list(islice(self._left, max(0, count)))
+        self._has_more = self._has_more and len(batch) == max(0, count)
+        self.taken += batch
+
+    def next_batch(self, room: int) -> list[Request]:
+        """Lists the taken requests that are to be queued; `begin` says that they are.
+
+        Other calls may have come in between: there may be less room than when they were taken.
+        But a call whose first request finds the queue full is refused instead of waiting for room.
+        """
+        return self.taken[: self._fitting(room)]
 
     def begin(self, batch: list[Request]) -> None:
         """Notes requests that the engine has queued."""
+        self.taken = self.taken[len(batch) :]
         self.active += batch
         self._has_begun = True
 
     def refuse_rest(self) -> None:
         """Takes no more requests."""
-        self.refused |= self._has_more
+        self.refused |= self._has_more or bool(self.taken)
         self._has_more = False
+        self.taken = []
+
+    def _fitting(self, room: int) -> int:
+        return max(room, 0 if self._has_begun else 1)
 
     def note_ended(self) -> None:
         """Notes which requests have their last token, under the engine's lock.

@@ -2,32 +2,43 @@
 
 Requests join and leave while others run. Whoever wants tokens calls `step`: it submits what is
 ready, takes one result and puts its tokens into the outboxes of their requests, no matter who
-called. So callers in several threads drive the same pipeline, which needs no thread of its own.
+called. The driver's thread does all of it, so that callers in several threads share the pipeline,
+and one that is interrupted leaves nothing half done. Between steps that thread sleeps.
 """
 
 from __future__ import annotations
 
 import copy
-import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
+from functools import partial
+from typing import TypeVar
 
 from torch import Tensor
 
 from dist_int8.engine.call import Call
 from dist_int8.engine.config import EngineConfig
+from dist_int8.engine.driver import Driver
 from dist_int8.engine.lanes import Turn
-from dist_int8.engine.pieces import SequencePiece, form_micro_batch, pack
+from dist_int8.engine.logits_call import LogitsCall, LogitsTurn
+from dist_int8.engine.pieces import form_micro_batch
 from dist_int8.engine.requests import Request, Token
 from dist_int8.engine.scheduler import Scheduler
 from dist_int8.errors import RankError, ShuttingDownError
-from dist_int8.pipeline.microbatch import Limits, Result
+from dist_int8.pipeline.microbatch import Limits
 from dist_int8.pipeline.runner import Pipeline
+
+Outcome = TypeVar("Outcome")
+CLOSE_S = 10.0  # for a step that is under way when the engine is closed
 
 
 class Engine:
     """Runs the requests of one pipeline. Safe to call from several threads.
+
+    What begins with an underscore runs in the driver's thread, where no signal handler raises, but
+    for that of `run` and `logits`, which only wait for it.
 
     Args:
         pipeline: rank 0's end of it.
@@ -35,10 +46,12 @@ class Engine:
         config: how requests are scheduled.
         restore: makes a pipeline work again after a RankError, or raises it; None: a lost rank
             is final.
+        begin: called in the thread of the driver before anything else.
 
     Attributes:
         num_steps: micro-batches submitted so far.
-        failure: what went wrong in the pipeline, for good.
+        failure: what went wrong in the pipeline, for good; the engine is closed then.
+        closed: nothing can be run any more.
     """
 
     def __init__(
@@ -47,18 +60,20 @@ class Engine:
         limits: Limits,
         config: EngineConfig,
         restore: Callable[[Pipeline, RankError], None] | None = None,
+        begin: Callable[[], None] | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.limits = limits
         self.config = config
         self.num_steps = 0
         self.failure: BaseException | None = None
-        self._lock = threading.RLock()
+        self.closed = False
         self._scheduler = Scheduler(config, limits.num_slots)
-        self._in_flight: deque[Turn] = deque()
+        self._in_flight: deque[Turn | LogitsTurn] = deque()
+        self._logits_calls: list[LogitsCall] = []
         self._restore = restore
         self._draining = False
-        self._stopped = False
+        self._driver = Driver(pipeline.world.owner, begin)
 
     @property
     def num_micro_batches(self) -> int:
@@ -91,18 +106,12 @@ class Engine:
             QueueFullError: more would wait than max_queue.
             ShuttingDownError: no more are taken.
         """
-        with self._lock:
-            if self._draining:
-                raise ShuttingDownError("the model is shutting down and takes no new requests")
-            self._scheduler.queue(requests)
+        self._driver.call(partial(self._add, requests))
 
     def cancel(self, request: Request) -> None:
         """Ends a request; its slot is free again within one step."""
-        if not self.pipeline.world.owner.is_here:  # in a forked child the lock may never be free
-            return
-        with self._lock:
-            if not request.ended:
-                self._scheduler.cancel(request)
+        if self._driver.is_here:
+            self._driver.call(partial(self._cancel, [request]))
 
     def step(self) -> bool:
         """Submits what is ready and takes a result; False when there is nothing to do.
@@ -110,27 +119,7 @@ class Engine:
         Raises:
             RankError: a rank ended or failed; nothing more will come.
         """
-        with self._lock, self._guarded():
-            try:
-                return self._step()
-            except RankError as error:
-                self._recover(error)
-                return True
-
-    def _step(self) -> bool:
-        self._scheduler.admit()
-        turn = None
-        if len(self._in_flight) < self._scheduler.in_flight_limit:
-            turn = self._scheduler.next_turn(self.num_steps + 1)
-        if turn is not None:
-            self.num_steps += 1
-            self.pipeline.submit(turn.micro_batch)
-            self._in_flight.append(turn)
-        if not self._in_flight:
-            assert not self._scheduler.unfinished, "a sequence waits for another"
-            return False
-        self._take_result(wait=turn is None)
-        return True
+        return self._driver.call(partial(self._guard, self._step))
 
     def check(self) -> None:
         """Checks that every rank lives, and recovers, while no call waits for a token.
@@ -138,36 +127,37 @@ class Engine:
         Raises:
             RankError: a rank ended or failed; nothing more will come.
         """
-        with self._lock, self._guarded():
-            if self._stopped:
-                return
-            try:
-                self.pipeline.check()
-            except RankError as error:
-                self._recover(error)
+        self._driver.call(partial(self._guard, self._check))
+
+    def notice_loss(self) -> None:
+        """Recovers from a lost rank although no call is under way, or closes."""
+        with suppress(Exception):  # it is remembered for the next call
+            self.check()
+
+    def drain(self) -> None:
+        """Takes the results that are still under way."""
+        self._driver.call(self._drain)
 
     def refuse_new(self) -> None:
         """Runs only what has a slot from now on; other callers get ShuttingDownError."""
-        with self._lock:
-            self._draining = True
-            for request in self._scheduler.clear_queue():
-                request.finish_reason = "cancelled"
+        self._driver.call(self._refuse_new)
 
     def give_up(self, error: Exception) -> None:
         """Ends whatever runs or waits; its callers get the error."""
-        with self._lock:
-            for request in self._scheduler.unfinished:
-                if not request.ended:
-                    request.error = error
-            self._scheduler.clear_queue()
+        self._driver.call(partial(self._give_up, error))
 
-    def stop(self) -> None:
-        """Ends whatever runs or waits, for a shutdown; nothing is recovered from now on."""
-        with self._lock:
-            self._stopped = True
-            self._restore = None
-            self.refuse_new()
-            self.give_up(ShuttingDownError("the model was shut down before the answer ended"))
+    def close(self) -> None:
+        """Ends whatever runs, every stage, and the driver's thread; frees their memory.
+
+        Safe to call twice, from any thread and from a finalizer. A call that is interrupted does
+        not interrupt the end: a second one waits for it. In a fork of the process that loaded the
+        model it does nothing.
+        """
+        if not self._driver.is_here:
+            return
+        self._restore = None  # nothing is recovered from now on
+        self.pipeline.give_up_at(time.monotonic() + CLOSE_S)
+        self._driver.finish(self._close)
 
     def run(self, requests: Iterable[Request], keep_going: bool = False) -> Iterator[Token]:
         """Runs the requests to their ends; yields every token as it arrives.
@@ -189,89 +179,174 @@ class Engine:
         call = Call(requests, keep_going)
         try:
             while call.unfinished:
-                with self._lock:
-                    self._advance(call)
+                if not self._draining:
+                    call.take(self._room(call))
+                self._driver.call(partial(self._advance, call))
                 yield from call.hand_out()
             if call.refused:
                 raise ShuttingDownError("the model was shut down before every prompt was started")
-        finally:  # the caller may have lost interest
-            for request in call.active:
-                self.cancel(request)
+        finally:  # the caller may have lost interest, or been interrupted
+            self._driver.post(lambda: self._cancel(call.active))
+
+    def logits(self, input_ids: list[list[int]]) -> Iterator[tuple[int, int, Tensor]]:
+        """Yields (sequence, first position, logits fp32 [tokens, V]) of every piece, in order.
+
+        Raises:
+            RankError: a rank ended or failed.
+            ShuttingDownError: the model is being shut down.
+        """
+        call = LogitsCall(input_ids)
+        try:
+            while not call.ended or call.outbox:
+                if not call.outbox:
+                    self._driver.call(partial(self._advance_logits, call))
+                while call.outbox:
+                    yield call.outbox.popleft()
+        finally:
+            self._driver.post(lambda: self._end_logits(call))
+
+    def _room(self, call: Call) -> int:
+        return min(self._scheduler.room, 2 * self.limits.num_slots - len(call.active))
+
+    def _add(self, requests: list[Request]) -> None:
+        if self._draining:
+            raise ShuttingDownError("the model is shutting down and takes no new requests")
+        self._scheduler.queue(requests)
+
+    def _cancel(self, requests: list[Request]) -> None:
+        for request in requests:
+            if not request.ended:
+                self._scheduler.cancel(request)
 
     def _advance(self, call: Call) -> None:
         """Queues more of a call's requests, and makes a step if it has nothing to hand out."""
         if self._draining:
             call.refuse_rest()
-        room = min(self._scheduler.room, 2 * self.limits.num_slots - len(call.active))
-        batch = call.take(room)
+        batch = call.next_batch(self._room(call))
         if batch:
-            self.add(batch)
+            self._add(batch)
             call.begin(batch)
         if call.waits:
-            self.step()
+            self._guard(self._step)
         call.note_ended()
 
-    def logits(self, input_ids: list[list[int]]) -> Iterator[tuple[int, int, Tensor]]:
-        """Yields (sequence, first position, logits fp32 [tokens, V]) of every piece.
+    def _step(self) -> bool:
+        if self.closed:
+            return False
+        self._scheduler.admit()
+        if self._scheduler.starves:
+            for call in self._logits_calls:
+                self._reclaim_slots(call)
+            self._scheduler.admit()
+        turn = None
+        if len(self._in_flight) < self._scheduler.in_flight_limit:
+            turn = self._scheduler.next_turn(self.num_steps + 1)
+        if turn is not None:
+            self.num_steps += 1
+            self.pipeline.submit(turn.micro_batch)
+            self._in_flight.append(turn)
+        if not self._in_flight:
+            assert not self._scheduler.unfinished, "a sequence waits for another"
+            return False
+        self._take_result(wait=turn is None)
+        return True
 
-        After a recovery all of them come again.
+    def _advance_logits(self, call: LogitsCall) -> None:
+        """Runs a call until it has something to hand out, or has ended."""
+        if self.closed or (self._draining and call not in self._logits_calls):
+            raise ShuttingDownError("the model was shut down before the last of the logits")
+        if call not in self._logits_calls:
+            self._logits_calls.append(call)
+        self._guard(partial(self._run_logits, call))
 
-        Raises:
-            RankError: a rank ended or failed.
-        """
-        with self._lock, self._guarded():
-            while True:
-                try:
-                    yield from self._logits(input_ids)
-                    return
-                except RankError as error:
-                    self._recover(error)
-
-    def _logits(self, input_ids: list[list[int]]) -> Iterator[tuple[int, int, Tensor]]:
-        self.drain()
-        while not self._scheduler.free_slots:
-            self._step()
-            self.drain()
-        slots = self._scheduler.free_slots
-        size = self._scheduler.choose_chunk(sum(map(len, input_ids)))
-        under_way: deque[list[SequencePiece]] = deque()
-        try:
-            for pieces in pack(input_ids, size, len(slots)):
-                if len(under_way) >= self._scheduler.in_flight_limit:
-                    yield from self._take_logits(under_way.popleft())
+    def _run_logits(self, call: LogitsCall) -> None:
+        while not call.outbox and not call.ended:
+            if call.has_more and not call.slots:
+                self._lend_slots(call)
+                continue
+            while call.has_more and len(self._in_flight) < self._scheduler.in_flight_limit:
+                pieces = call.next_pieces()
                 self.num_steps += 1
-                self.pipeline.submit(form_micro_batch(pieces, slots, self.num_steps))
-                under_way.append(pieces)
-            while under_way:
-                yield from self._take_logits(under_way.popleft())
-        except GeneratorExit:  # the caller has seen enough; the next one finds an empty pipeline
-            for _ in under_way:
-                self._wait_for_result()
-            raise
+                self.pipeline.submit(form_micro_batch(pieces, call.slots, self.num_steps))
+                self._in_flight.append(call.note_submitted(pieces))
+            self._take_result(wait=True)
 
-    def _take_logits(self, pieces: list[SequencePiece]) -> Iterator[tuple[int, int, Tensor]]:
-        result = self._wait_for_result()
-        values = result.values.split([len(piece.token_ids) for piece in pieces])
-        for piece, logits in zip(pieces, values, strict=True):
-            yield piece.sequence, piece.start, logits
+    def _lend_slots(self, call: LogitsCall) -> None:
+        """Lends a call every free slot, or makes a step towards the next one."""
+        self._scheduler.admit()
+        slots = self._scheduler.lend_slots()
+        if slots:
+            call.begin(slots, self._scheduler.choose_chunk(call.num_tokens))
+        elif not self._scheduler.running:  # other calls like this one have them all
+            for other in self._logits_calls:
+                self._reclaim_slots(other)
+        else:
+            self._step()
 
-    def drain(self) -> None:
-        """Takes the results that are still under way."""
-        with self._lock:
-            while self._in_flight:
-                self._take_result(wait=True)
+    def _reclaim_slots(self, call: LogitsCall) -> None:
+        self._scheduler.take_back(call.slots)
+        call.slots = []
 
-    @contextmanager
-    def _guarded(self) -> Iterator[None]:
-        """Remembers what went wrong, for the callers that come after."""
+    def _end_logits(self, call: LogitsCall) -> None:
+        """Forgets a call; what is under way of it is dropped when it comes."""
+        call.closed = True
+        call.outbox.clear()
+        self._reclaim_slots(call)
+        if call in self._logits_calls:
+            self._logits_calls.remove(call)
+
+    def _check(self) -> None:
+        if not self.closed:
+            self.pipeline.check()
+
+    def _refuse_new(self) -> None:
+        self._draining = True
+        for request in self._scheduler.clear_queue():
+            request.finish_reason = "cancelled"
+
+    def _give_up(self, error: Exception) -> None:
+        for request in self._scheduler.unfinished:
+            if not request.ended:
+                request.error = error
+        self._scheduler.clear_queue()
+
+    def _close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self._refuse_new()
+        self._give_up(ShuttingDownError("the model was shut down before the answer ended"))
+        try:
+            self._drain()
+            self.pipeline.close()
+        except RuntimeError:  # a stage is gone already; end the others all the same
+            self.pipeline.kill()
+        self._release()
+
+    def _fail(self, error: BaseException) -> None:
+        """Remembers what went wrong, for the callers that come after, and ends the other stages."""
+        self.failure = error
+        self.closed = self._draining = True
+        self.pipeline.kill()
+        self._release()
+
+    def _release(self) -> None:
+        self._in_flight.clear()
+        self._restore = None
+        self.pipeline.release()
+
+    def _guard(self, work: Callable[[], Outcome]) -> Outcome:
+        """Does what needs the pipeline, again after a recovery; what else goes wrong is final."""
         if self.failure is not None:
             raise copy.copy(self.failure)  # several threads may wait; each has its own traceback
         try:
-            yield
-        except GeneratorExit:  # the caller of `logits` has seen enough
-            raise
+            while True:
+                try:
+                    return work()
+                except RankError as error:
+                    self._recover(error)
         except BaseException as error:
-            self.failure = error
+            self._fail(error)
             raise
 
     def _recover(self, error: RankError) -> None:
@@ -280,22 +355,26 @@ class Engine:
             raise error
         self._restore(self.pipeline, error)
         self._in_flight.clear()
+        for call in self._logits_calls:
+            call.replay()
         for request in self._scheduler.running:
             if request.ended:  # cancelled while its token was computed
                 self._scheduler.release(request)
             else:
                 request.replay()
 
-    def _wait_for_result(self) -> Result:
-        result = self.pipeline.result()
-        assert result is not None
-        return result
+    def _drain(self) -> None:
+        while self._in_flight:
+            self._take_result(wait=True)
 
     def _take_result(self, wait: bool) -> None:
         result = self.pipeline.result(wait)
         if result is None:
             return
         turn = self._in_flight.popleft()
+        if isinstance(turn, LogitsTurn):
+            turn.take(result.values)
+            return
         for request, token_id in zip(turn.emitting, result.values.tolist(), strict=True):
             request.pending = False
             if request.finish_reason != "cancelled":

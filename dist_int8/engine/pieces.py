@@ -25,18 +25,21 @@ class SequencePiece:
     token_ids: list[int]
 
 
-def pack(sequences: list[list[int]], size: int, num_slots: int) -> Iterator[list[SequencePiece]]:
+def pack(
+    sequences: list[list[int]], size: int, num_slots: int, first: int = 0
+) -> Iterator[list[SequencePiece]]:
     """Cuts the sequences, in order, and groups the pieces.
 
     Args:
         sequences: token ids.
         size: maximum number of tokens in a group.
         num_slots: maximum number of pieces in a group.
+        first: index of the sequence to begin with.
     """
     pieces: list[SequencePiece] = []
     room = size
-    for index, token_ids in enumerate(sequences):
-        start = 0
+    for index in range(first, len(sequences)):
+        token_ids, start = sequences[index], 0
         while start < len(token_ids):
             if not room or len(pieces) == num_slots:
                 yield pieces

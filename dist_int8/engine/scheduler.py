@@ -36,6 +36,7 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._lanes = Lanes(self.num_micro_batches, num_slots)
         self._chunk = config.prefill_chunk
+        self._num_lent = 0
 
     def count_lanes(self, num_requests: int) -> int:
         """Counts the micro-batches that this many requests are dealt to."""
@@ -69,7 +70,32 @@ class Scheduler:
     @property
     def room(self) -> int:
         """How many more requests may be queued."""
-        return len(self._lanes.free_slots) + self.config.max_queue - len(self._waiting)
+        return self._num_open + self.config.max_queue - len(self._waiting)
+
+    @property
+    def starves(self) -> bool:
+        """Whether a request waits, and no other will free a slot for it."""
+        return bool(self._waiting) and not self._lanes.free_slots and not self._lanes.running
+
+    @property
+    def _num_open(self) -> int:
+        """Slots that no request holds; those that are lent come back when they are needed."""
+        return len(self._lanes.free_slots) + self._num_lent
+
+    def lend_slots(self) -> list[int]:
+        """Takes the free slots away from requests, for sequences whose logits are asked for."""
+        slots = list(self._lanes.free_slots)
+        self._lanes.free_slots.clear()
+        self._num_lent += len(slots)
+        return slots
+
+    def take_back(self, slots: list[int]) -> None:
+        """Gives slots that were lent to requests again.
+
+        What is under way may still write to them: stages run micro-batches in order.
+        """
+        self._num_lent -= len(slots)
+        self._lanes.free_slots.extend(slots)
 
     def queue(self, requests: list[Request]) -> None:
         """Queues requests, all or none of them, and admits those that find a slot.
@@ -78,7 +104,7 @@ class Scheduler:
             QueueFullError: more would wait than max_queue.
         """
         if len(requests) > self.room:
-            num_waiting = len(self._waiting) + len(requests) - len(self._lanes.free_slots)
+            num_waiting = len(self._waiting) + len(requests) - self._num_open
             raise QueueFullError(
                 f"engine: at most {self.config.max_queue} requests may wait for a slot, got "
                 f"{num_waiting}; try again later, or raise max_queue or max_sequences"

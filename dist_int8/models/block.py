@@ -9,6 +9,7 @@ never travel through memory in floating point. On CPUs `int8_linear` quantizes i
 like Llama's run in one call (`run_blocks.py`), with the same result.
 """
 
+from functools import partial
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -42,14 +43,18 @@ class PositionTables(NamedTuple):
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over rows of [T, hidden], fused with the addition of the residual."""
 
-    def __init__(self, hidden_size: int, kind: NormKind, eps: float) -> None:
+    def __init__(
+        self, hidden_size: int, kind: NormKind, eps: float, device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
         self.kind = kind
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(hidden_size), requires_grad=False)
-        has_bias = kind == "layer"
-        bias = nn.Parameter(torch.empty(hidden_size), requires_grad=False) if has_bias else None
-        self.register_parameter("bias", bias)
+
+        def make() -> nn.Parameter:
+            return nn.Parameter(torch.empty(hidden_size, device=device), requires_grad=False)
+
+        self.weight = make()
+        self.register_parameter("bias", make() if kind == "layer" else None)
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns (norm(x + residual), x + residual), both [T, hidden]."""
@@ -80,24 +85,25 @@ class DecoderBlock(nn.Module):
     `Int8Linear`.
     """
 
-    def __init__(self, spec: BlockSpec) -> None:
+    def __init__(self, spec: BlockSpec, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.spec = spec
+        linear = partial(nn.Linear, device=device)
         hidden, inner = spec.hidden_size, spec.intermediate_size
         self.scale = spec.head_dim**-0.5
-        self.attention_norm = Norm(hidden, spec.norm, spec.norm_eps)
-        self.qkv = nn.Linear(hidden, spec.qkv_size, bias=spec.qkv_bias)
-        self.attention_output = nn.Linear(
+        self.attention_norm = Norm(hidden, spec.norm, spec.norm_eps, device)
+        self.qkv = linear(hidden, spec.qkv_size, bias=spec.qkv_bias)
+        self.attention_output = linear(
             spec.num_heads * spec.head_dim, hidden, bias=spec.attention_output_bias
         )
-        self.mlp_norm = Norm(hidden, spec.norm, spec.norm_eps)
+        self.mlp_norm = Norm(hidden, spec.norm, spec.norm_eps, device)
         if spec.gated:
             assert spec.activation == "silu", "the gated MLP is silu_mul"
-            self.gate_up = nn.Linear(hidden, 2 * inner, bias=spec.mlp_bias)
+            self.gate_up = linear(hidden, 2 * inner, bias=spec.mlp_bias)
         else:
-            self.up = nn.Linear(hidden, inner, bias=spec.mlp_bias)
+            self.up = linear(hidden, inner, bias=spec.mlp_bias)
             self.activation = ACTIVATIONS[spec.activation]
-        self.down = nn.Linear(inner, hidden, bias=spec.mlp_bias)
+        self.down = linear(inner, hidden, bias=spec.mlp_bias)
 
     def _attention(
         self,

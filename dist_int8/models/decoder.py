@@ -6,7 +6,6 @@ from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from dist_int8.int8 import ops
@@ -91,6 +90,8 @@ class DecoderStage(nn.Module):
         stage_slice: the part of it that this stage holds.
         dtype: dtype of parameters and hidden states.
         max_tokens: longest sequence the position tables serve; None: the model's max_positions.
+        device: of the parameters. Each layer is told: what changes torch for a while, as
+            accelerate's init_empty_weights does, changes it for the caller's other threads too.
 
     Raises:
         ValueError: blocks outside the model, or max_tokens beyond what the model's positions allow.
@@ -106,6 +107,7 @@ class DecoderStage(nn.Module):
         stage_slice: StageSlice,
         dtype: torch.dtype = torch.float32,
         max_tokens: int | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         _check(spec, stage_slice.blocks, max_tokens)
@@ -113,12 +115,12 @@ class DecoderStage(nn.Module):
         self.slice = stage_slice
         self.dtype = dtype
         if stage_slice.first:
-            self._add_embedding()
+            self._add_embedding(device)
         self.blocks = nn.ModuleDict(
-            {str(i): DecoderBlock(spec.blocks[i]) for i in stage_slice.blocks}
+            {str(i): DecoderBlock(spec.blocks[i], device) for i in stage_slice.blocks}
         )
         if stage_slice.last:
-            self._add_head()
+            self._add_head(device)
         self.to(dtype).requires_grad_(False)
         self._add_position_tables(max_tokens)
 
@@ -131,27 +133,31 @@ class DecoderStage(nn.Module):
         max_tokens: int | None = None,
     ) -> Self:
         """Makes the stage with all parameters on the meta device (position tables are real)."""
-        with init_empty_weights(include_buffers=False):
-            return cls(spec, stage_slice, dtype, max_tokens)
+        return cls(spec, stage_slice, dtype, max_tokens, device="meta")
 
-    def _add_embedding(self) -> None:
+    def _add_embedding(self, device: torch.device | str | None) -> None:
         spec = self.spec
-        table = nn.Embedding(spec.vocab_size, spec.embedding_size)
+        table = nn.Embedding(spec.vocab_size, spec.embedding_size, device=device)
         self.embedding: nn.Embedding | Int8Embedding = table
         if spec.num_position_rows:
-            self.positions = nn.Embedding(spec.num_position_rows, spec.hidden_size)
+            shape = (spec.num_position_rows, spec.hidden_size)
+            self.positions = nn.Embedding(*shape, device=device)
         if spec.embedding_norm:
-            self.embedding_norm = self._make_norm()
+            self.embedding_norm = self._make_norm(device)
         if spec.has_projections:
-            self.project_in = nn.Linear(spec.embedding_size, spec.hidden_size, bias=False)
+            self.project_in = nn.Linear(
+                spec.embedding_size, spec.hidden_size, bias=False, device=device
+            )
 
-    def _add_head(self) -> None:
+    def _add_head(self, device: torch.device | str | None) -> None:
         spec = self.spec
         if spec.final_norm:
-            self.final_norm = self._make_norm()
+            self.final_norm = self._make_norm(device)
         if spec.has_projections:
-            self.project_out = nn.Linear(spec.hidden_size, spec.embedding_size, bias=False)
-        self.lm_head = nn.Linear(spec.embedding_size, spec.vocab_size, bias=False)
+            self.project_out = nn.Linear(
+                spec.hidden_size, spec.embedding_size, bias=False, device=device
+            )
+        self.lm_head = nn.Linear(spec.embedding_size, spec.vocab_size, bias=False, device=device)
 
     def make_embedding_int8(self) -> None:
         """Replaces the embedding of a first stage with an `Int8Embedding` without content."""
@@ -159,9 +165,9 @@ class DecoderStage(nn.Module):
             shape = (self.spec.vocab_size, self.spec.embedding_size)
             self.embedding = Int8Embedding(*shape, device="meta")
 
-    def _make_norm(self) -> Norm:
+    def _make_norm(self, device: torch.device | str | None) -> Norm:
         block = self.spec.blocks[0]
-        return Norm(self.spec.hidden_size, block.norm, block.norm_eps)
+        return Norm(self.spec.hidden_size, block.norm, block.norm_eps, device)
 
     def _add_position_tables(self, max_tokens: int | None) -> None:
         cos = sin = slopes = None

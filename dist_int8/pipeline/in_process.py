@@ -21,6 +21,7 @@ from torch import Tensor
 from dist_int8.distributed import rendezvous
 from dist_int8.errors import ProtocolError, RankError
 from dist_int8.pipeline.microbatch import Kind, MicroBatch, Result
+from dist_int8.pipeline.stage import keep_num_threads
 from dist_int8.pipeline.transport import BUFFERS
 
 
@@ -137,8 +138,13 @@ def connect(
     boxes: list[queue.Queue[_Message]] = [queue.Queue()]
     boxes += [queue.Queue(maxsize=BUFFERS) for _ in devices[1:]]
 
+    num_threads = torch.get_num_threads()
+    begun = threading.Semaphore(0)
+
     def run(stage: int) -> None:
         rendezvous.stay_on(cores[stage])
+        keep_num_threads(num_threads)
+        begun.release()
         if devices[stage].type == "cuda":
             torch.cuda.set_device(devices[stage])
         try:
@@ -153,4 +159,5 @@ def connect(
     ]
     for thread in threads:
         thread.start()
+        begun.acquire()
     return InProcessTransport(0, devices, boxes, threads)

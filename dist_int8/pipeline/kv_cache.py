@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import numpy
+import math
+import mmap
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
@@ -65,6 +68,11 @@ def _int8_zeros(
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy takes zeroed pages lazily (calloc); torch.zeros would touch all of them at once
-    num_bytes = int(numpy.prod(shape)) * dtype.itemsize
-    return torch.from_numpy(numpy.zeros(num_bytes, dtype=numpy.uint8)).view(dtype).view(shape)
+    # Pages of its own, which the kernel hands out zeroed when they are first written. torch.zeros
+    # would write all of them at once. Nor may they be huge, as numpy asks for: the first token of a
+    # sequence writes one element in each of head_dim rows of keys, 2 MiB apart in a long context.
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with suppress(OSError):  # a kernel that was built without huge pages
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

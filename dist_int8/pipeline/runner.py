@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 
@@ -12,7 +13,7 @@ from dist_int8.errors import ProtocolError, RankError
 from dist_int8.pipeline import schedule
 from dist_int8.pipeline.in_process import InProcessTransport
 from dist_int8.pipeline.microbatch import Kind, MicroBatch, Result
-from dist_int8.pipeline.stage import Stage
+from dist_int8.pipeline.stage import Stage, give_back_memory
 from dist_int8.pipeline.trace import Trace
 from dist_int8.pipeline.transport import Transport
 
@@ -39,6 +40,7 @@ class Pipeline:
         self.trace = Trace()
         self._in_flight: deque[int] = deque()  # steps submitted whose result has not come
         self._results: deque[Result] = deque()
+        self._given_up_at = math.inf
 
     def submit(self, micro_batch: MicroBatch) -> None:
         """Runs stage 0 on a micro-batch and sends it on; `result` returns its Result later.
@@ -83,7 +85,7 @@ class Pipeline:
                 return None
             else:
                 self.check()
-                if time.monotonic() > deadline:
+                if time.monotonic() > min(deadline, self._given_up_at):
                     raise self.world.hung(self._in_flight[0])
         self._in_flight.popleft()
         done = self._results.popleft()
@@ -104,6 +106,10 @@ class Pipeline:
             self.world.check()
         except RankError as error:
             raise self.world.find_cause(error) from None
+
+    def give_up_at(self, deadline: float) -> None:
+        """Waits for no result beyond this time of the monotonic clock. From any thread."""
+        self._given_up_at = deadline
 
     def reconnect(self, transport: Transport) -> None:
         """Continues over new links; what was in flight is dropped."""
@@ -128,6 +134,16 @@ class Pipeline:
             return
         self.world.kill()
         self._join(HANG_UP_S)
+
+    def release(self) -> None:
+        """Frees the stage and the links, whoever still refers to this; nothing works afterwards."""
+        del self.stage
+        self.transport = None
+        self._results.clear()
+        self.world.children.start = None  # it refers to the world that it is in
+        if self.world.monitor is not None:
+            self.world.monitor.on_loss = None
+        give_back_memory()
 
     def _join(self, patience_s: float) -> None:
         if self.transport is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -58,3 +60,17 @@ class Stage:
         self.sampler.observe(micro_batch)
         tokens = self.sampler.sample(output, micro_batch.emitting_slots())
         return Result(micro_batch.lane, micro_batch.step, tokens)
+
+
+def give_back_memory() -> None:
+    """Returns what stages have freed to the operating system, and to other users of the GPUs."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    with suppress(AttributeError, OSError):  # a C library other than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_num_threads(num_threads: int) -> None:
+    """Gives the calling thread's ops this many threads, whatever is set for others later."""
+    torch.get_num_threads()  # a thread takes the number of the process when it first needs one
+    torch.set_num_threads(num_threads)

@@ -75,7 +75,8 @@ class Trace:
 
     def since(self, step: int) -> list[Record]:
         """The records of submissions after `step`."""
-        return [record for record in self.records if record.step > step]
+        # of a copy: a step of another call, or of one that was interrupted, may end meanwhile
+        return [record for record in list(self.records) if record.step > step]
 
 
 def utilisation(

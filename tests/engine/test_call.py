@@ -21,22 +21,45 @@ def give_token(request: Request, token_id: int) -> None:
 def begin(count: int, keep_going: bool = False) -> Call:
     """A call whose requests are all taken."""
     call = Call((make_request(index) for index in range(count)), keep_going)
-    call.begin(call.take(count))
+    call.take(count)
+    call.begin(call.next_batch(count))
     return call
 
 
 def test_requests_are_taken_as_there_is_room():
     call = Call((make_request(index) for index in range(5)), keep_going=False)
-    assert [request.index for request in call.take(2)] == [0, 1]
-    call.begin([])
-    assert call.take(0) == [] and call.unfinished
-    assert [request.index for request in call.take(9)] == [2, 3, 4]
-    assert call.take(9) == [] and not call.unfinished
+
+    def take(room: int) -> list[int]:
+        call.take(room)
+        batch = call.next_batch(room)
+        call.begin(batch)
+        return [request.index for request in batch]
+
+    assert take(2) == [0, 1]
+    assert take(0) == [] and call.unfinished
+    assert take(9) == [2, 3, 4]
+    assert take(9) == [] and call.unfinished
+    call.active.clear()
+    assert not call.unfinished
+
+
+def test_requests_that_no_longer_find_room_wait_in_the_call():
+    """Another call came in between their making and their queueing."""
+    call = Call((make_request(index) for index in range(4)), keep_going=False)
+    call.take(3)
+    call.begin(call.next_batch(1))
+    assert [request.index for request in call.active] == [0] and call.waits
+    assert call.next_batch(0) == [] and call.unfinished
+    call.take(2)  # has made them already
+    call.begin(call.next_batch(2))
+    call.take(2)
+    assert [request.index for request in call.active + call.taken] == [0, 1, 2, 3]
 
 
 def test_the_first_request_is_taken_even_from_a_full_queue():
     call = Call((make_request(index) for index in range(2)), keep_going=False)
-    assert len(call.take(-3)) == 1
+    call.take(-3)
+    assert len(call.next_batch(-3)) == 1
 
 
 def test_a_call_waits_only_while_it_has_nothing_to_hand_out():
@@ -86,6 +109,7 @@ def test_a_shutdown_ends_every_call():
 
 def test_requests_that_a_shutdown_refuses_are_reported():
     call = Call(iter([make_request(0)]), keep_going=False)
+    call.take(1)  # made, and not queued
     call.refuse_rest()
     assert call.refused and not call.unfinished
     call = begin(1)
