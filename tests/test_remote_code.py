@@ -1,7 +1,6 @@
-"""No code of a model folder runs: every loader of transformers is told so, templates are sandboxed."""
+"""No code of a model folder runs: every loader is told so, and templates are sandboxed."""
 
 import ast
-import json
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LOADERS = ("from_pretrained", "from_config")
-# Loaders of transformers that have no `trust_remote_code`, because nothing they do imports a module.
+# Loaders that have no `trust_remote_code`, because nothing they do imports a module.
 SAFE = {"AutoHfQuantizer.from_config"}  # from a config object made in the same line
 # What loads code under another name, or renders a template outside of transformers' sandbox.
 FORBIDDEN = {

@@ -14,7 +14,7 @@ from torch import Tensor
 from dist_int8.config import GenerationSettings
 from dist_int8.engine import Request
 from dist_int8.engine.text import TextStream
-from dist_int8.models.tokenizer import load_tokenizer
+from dist_int8.models.tokenizer import read_tokenizer
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
 
@@ -36,10 +36,7 @@ class PromptEncoder:
     @cached_property
     def tokenizer(self) -> Any:
         """transformers' tokenizer of the model, or None if its folder has none."""
-        try:
-            return load_tokenizer(self.folder)
-        except ValueError:
-            return None
+        return read_tokenizer(self.folder, self.vocab_size)
 
     def make_requests(self, prompts: Prompts, settings: GenerationSettings) -> list[Request]:
         """Makes one request per prompt; prompt i samples with seed + i.

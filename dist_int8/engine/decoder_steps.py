@@ -36,13 +36,11 @@ _CLEANED_WORDS = (*CLEANED[:7], (" do not", " don't"), *CLEANED[7:])
 
 
 class Step(Protocol):
-    """One component of a decoder.
+    """One component of a decoder."""
 
-    Attributes:
-        held: what later pieces may still change.
-    """
-
-    held: str | bytes | None
+    @property
+    def held(self) -> str | bytes | None:
+        """What later pieces may still change."""
 
     def feed(self, pieces: list[str]) -> list[str]:
         """Takes pieces and returns those that are certain."""

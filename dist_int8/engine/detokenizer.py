@@ -126,7 +126,7 @@ class WindowDetokenizer:
         return made
 
 
-_Known = tuple[tuple[int, bool], list[Step] | None, frozenset[int]]
+_Known = tuple[bool, list[Step] | None, frozenset[int]]
 _KNOWN: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
 
 
@@ -135,7 +135,7 @@ def make_detokenizer(tokenizer: Any) -> Detokenizer:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return WindowDetokenizer(tokenizer)
     backend = tokenizer.backend_tokenizer
-    state = len(tokenizer), bool(tokenizer.clean_up_tokenization_spaces)
+    state = bool(tokenizer.clean_up_tokenization_spaces)
     known = _KNOWN.get(tokenizer)
     if known is None or known[0] != state:
         added = backend.get_added_tokens_decoder()

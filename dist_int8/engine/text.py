@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from dist_int8.engine.detokenizer import Detokenizer, list_special_ids, make_detokenizer
 from dist_int8.engine.decoder_steps import measure_begun
+from dist_int8.engine.detokenizer import Detokenizer, list_special_ids, make_detokenizer
 
 
 class _Piece(NamedTuple):
     """What one token added: to the text that stop strings are looked for in, and to the answer."""
 
-    index: int  # of the token in the answer
+    token: int  # its place in the answer
     shown: str  # with special tokens
     text: str  # without
 
@@ -85,14 +85,14 @@ class TextStream:
         keep = max(measure_begun(candidate, stop) for stop in self.stop)
         certain = ""
         while self._held and keep < len(candidate):
-            index, shown, text = self._held.pop(0)
+            token, shown, text = self._held.pop(0)
             after = len(candidate) - len(shown)  # of the characters that follow this piece
             candidate = candidate[len(shown) :]
             if after < keep:  # a stop string may begin within it
                 kept = keep - after
                 cut = max(0, len(text) - kept)
                 certain += text[:cut]
-                self._held.insert(0, _Piece(index, shown[len(shown) - kept :], text[cut:]))
+                self._held.insert(0, _Piece(token, shown[len(shown) - kept :], text[cut:]))
                 break
             certain += text
         self.text += certain
@@ -119,7 +119,7 @@ class TextStream:
         for piece in reversed(self._held):
             if -place <= after:
                 break
-            index = piece.index
+            index = piece.token
             after += len(piece.shown)
         decode = self.tokenizer.decode
         shown = len(decode(self._token_ids[: index + 1], skip_special_tokens=False))
