@@ -1,6 +1,7 @@
 """No code of a model folder runs: every loader is told so, and templates are sandboxed."""
 
 import ast
+import json
 import re
 import shutil
 import subprocess

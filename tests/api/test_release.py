@@ -138,7 +138,7 @@ def test_nothing_is_left_of_a_load_that_fails(load, without_gc, monkeypatch):
     def fail(*args, **kwargs):
         raise MemoryError("no room for the engine")
 
-    monkeypatch.setattr("dist_int8.api.load.Engine", fail)
+    monkeypatch.setattr("dist_int8.api.start.Engine", fail)
     with pytest.raises(MemoryError) as kept:
         load()
     assert storages() - held == set() and kept is not None

@@ -160,15 +160,15 @@ def test_bad_prompts_are_refused_before_weights_are_read(
     def read(*_):
         raise AssertionError("weights were read, or ranks started")
 
-    monkeypatch.setattr("dist_int8.api.load.build_stage", read)
-    monkeypatch.setattr("dist_int8.api.load._join_ranks", read)
+    monkeypatch.setattr("dist_int8.api.start.build_stage", read)
+    monkeypatch.setattr("dist_int8.api.start._join_ranks", read)
     assert run("-m", no_weights, *FEW, *flags, *stages) == 2
     out, err = capfd.readouterr()
     assert part in err and out == "" and err.count("\n") == 1
 
 
 def test_lines_that_all_fail_cost_no_weights(no_weights, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("dist_int8.api.load.build_stage", lambda *_: pytest.fail("weights"))
+    monkeypatch.setattr("dist_int8.api.start.build_stage", lambda *_: pytest.fail("weights"))
     lines = [{"prompt": ""}, {"token_ids": [288]}, {"prompt": "a", "temperature": -1}]
     lines += [{"messages": [{"role": "user", "content": "a"}]}]
     output = tmp_path / "out.jsonl"
