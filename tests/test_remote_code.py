@@ -13,7 +13,6 @@ import torch
 from transformers import LlamaForCausalLM
 
 import dist_int8
-from dist_int8.cli.answers import apply_chat_template
 from dist_int8.evaluation.floating import load_floating_model
 from dist_int8.evaluation.host import Host
 
@@ -175,9 +174,9 @@ def test_a_chat_template_cannot_leave_its_sandbox(tiny_llama, tmp_path, template
     for path in tiny_llama.iterdir():
         shutil.copy(path, tmp_path / path.name)
     (tmp_path / "chat_template.jinja").write_text(template)
-    fits = pytest.raises(ValueError, match="messages must fit the chat template, got")
+    fits = pytest.raises(ValueError, match="messages of prompt 0 must fit the chat template, got")
     with dist_int8.load(tmp_path, devices=["cpu"], progress=False) as model, fits as error:
-        apply_chat_template(model, [{"role": "user", "content": "Hi"}])
+        model.generate([{"role": "user", "content": "Hi"}], max_new_tokens=1)
     assert "\n" not in str(error.value) and "unsafe" in str(error.value)
 
 

@@ -79,7 +79,7 @@ class _DriverThread(threading.Thread):
     """A thread of a driver; what it runs may outlive any other thread."""
 
 
-class Owner(Protocol):
+class ThreadOwner(Protocol):
     """The process that has the thread; one forked from it has not."""
 
     @property
@@ -100,7 +100,7 @@ class Driver:
         begin: called in the thread before any job.
     """
 
-    def __init__(self, owner: Owner, begin: Callable[[], None] | None = None) -> None:
+    def __init__(self, owner: ThreadOwner, begin: Callable[[], None] | None = None) -> None:
         self._line = _Line()
         self._owner = owner
         self._thread = _DriverThread(target=self._line.work, name="dist_int8 driver", daemon=True)
