@@ -53,7 +53,7 @@ MAY_IMPORT = {
 CLOSER = {
     "int8/reference": set(),
     "launcher/logs": set(),
-    "launcher/signals": set(),
+    "launcher/signals": {"distributed"},
     "launcher/supervisor": {"distributed", "launcher"},
     "partition/memory": set(),
     "pipeline/schedule": set(),

@@ -157,6 +157,7 @@ def _rank_command(command: Sequence[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits; `arguments` defaults to those of the process."""
+    signals.end_on_second_interrupt()
     code = run(arguments)
     sys.exit(signals.EXIT_CODE if signals.received() else code)
 
