@@ -25,11 +25,13 @@ def random_numbers_are_the_same():
 
 @pytest.fixture(autouse=True)
 def command_line_leaves_no_trace():
-    """Undoes what the command line, run in this process, does to it: SIGTERM and the log."""
-    handler, logger = signal.getsignal(signal.SIGTERM), logging.getLogger("dist_int8")
+    """Undoes what the command line, run in this process, does to it: signals and the log."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    logger = logging.getLogger("dist_int8")
     level, log = logger.level, os.environ.get("DIST_INT8_LOG")
     yield
-    signal.signal(signal.SIGTERM, handler)  # pools of other libraries end by it
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)  # pools of other libraries end by SIGTERM
     logger.handlers.clear()  # a handler holds the stderr of its test
     logger.propagate = True
     logger.setLevel(level)
@@ -84,6 +86,7 @@ ALONE = (
     "benchmarks/test_first_light.py",
     "benchmarks/test_process.py",
     "checkpoint/test_memory.py",
+    "cli/test_interrupt.py",
     "distributed/test_children.py",
     "distributed/test_failure.py",
     "distributed/test_heartbeat.py",

@@ -53,7 +53,7 @@ MAY_IMPORT = {
 CLOSER = {
     "int8/reference": set(),
     "launcher/logs": set(),
-    "launcher/signals": set(),
+    "launcher/signals": {"distributed"},
     "launcher/supervisor": {"distributed", "launcher"},
     "partition/memory": set(),
     "pipeline/schedule": set(),
@@ -347,6 +347,71 @@ def test_a_python_that_imports_from_the_working_directory_is_found():
         assert list(commands_with_the_folder_on_the_path(ast.parse(code)))
     good = ast.parse("[sys.executable, '-P', '-m', 'x']")
     assert not list(commands_with_the_folder_on_the_path(good))
+
+
+ENDS = {"kill", "killpg", "rmtree", "say_bye", "terminate"}  # calls that end what others may need
+AT_THE_END = {"atexit.register", "weakref.finalize"}
+# Functions that need not ask whether they run in a forked child, and why.
+NEVER_IN_A_CHILD = {
+    "api/load._failures_reported": "calls World.kill, which asks",
+    "checkpoint/writer/aside": "rewriting is one call, which forks nobody",
+    "cli/demo_model": "conversion is one call, which forks nobody",
+    "distributed/children.remove_folders": "called by handlers of the command line",
+    "distributed/heartbeat.say_bye": "its connection is closed in a child",
+    "distributed/monitor.say_bye": "its connections are closed in a child",
+    "distributed/rendezvous.join": "calls World.kill, which asks",
+    "distributed/spawn.spawn": "calls World.kill, which asks",
+    "distributed/world.kill": "calls Children.kill and _end, which ask",
+    "launcher/supervisor._signal": "its children replace themselves by other programs",
+}
+
+
+def teardown_without_owner(name, tree):
+    """Functions that end a process or remove a folder and do not ask whose it is.
+
+    A forked child has copies of everything and must end nothing of its parent's.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            called = {ast.unparse(n.func).split(".")[-1] for n in ast.walk(node) if is_call(n)}
+            asks = "is_here" in ast.unparse(node) or "owner.check" in ast.unparse(node)
+            known = {name, f"{name}.{node.name}"} & NEVER_IN_A_CHILD.keys()
+            if called & ENDS and not asks and not known:
+                yield f"{name}.py:{node.lineno} {node.name} ends something and does not ask whose"
+    text = ast.unparse(tree)
+    for node in ast.walk(tree):
+        late = is_call(node) and ast.unparse(node.func) in AT_THE_END
+        late |= isinstance(node, ast.FunctionDef) and node.name == "__del__"
+        if late and "owner.is_here" not in text:
+            yield f"{name}.py:{node.lineno} runs at the end of forked children too"
+
+
+def is_call(node):
+    return isinstance(node, ast.Call)
+
+
+def test_what_ends_something_asks_whose_it_is():
+    rooms = ("api", "cli", "checkpoint", "distributed", "engine", "launcher", "pipeline")
+    assert not [
+        found
+        for name, tree in modules()
+        if name.startswith(rooms)
+        for found in teardown_without_owner(name, tree)
+    ]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def close(self): self.child.kill()",
+        "def close(self): shutil.rmtree(self.folder)",
+        "atexit.register(close)",
+        "class A:\n    def __del__(self): pass",
+        "weakref.finalize(model, close)",
+    ],
+)
+def test_a_teardown_that_does_not_ask_is_found(code):
+    assert list(teardown_without_owner("api/model", ast.parse(code)))
 
 
 def test_importing_the_package_and_its_command_line_loads_no_torch():

@@ -192,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(FAILED)
+    signals.end_on_second_interrupt()
     code = run(arguments)
     try:
         sys.stdout.flush()

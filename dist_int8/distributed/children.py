@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,6 +24,22 @@ def leave_report(folder: Path, rank: int, report: StateReport) -> None:
     unfinished = folder / f".{_REPORT.format(rank=rank)}"
     unfinished.write_text(report.pack())
     unfinished.rename(folder / _REPORT.format(rank=rank))
+
+
+_folders: set[Path] = set()  # of the rendezvous of this process, while they are there
+
+
+def make_folder() -> Path:
+    """A new folder in which ranks meet."""
+    folder = Path(tempfile.mkdtemp(prefix="dist_int8-"))
+    _folders.add(folder)
+    return folder
+
+
+def remove_folders() -> None:
+    """Removes all that `make_folder` made, before a process ends without further ado."""
+    for folder in list(_folders):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Children(dict[int, "subprocess.Popen[bytes]"]):
@@ -103,4 +120,5 @@ class Children(dict[int, "subprocess.Popen[bytes]"]):
             self.end(rank)
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+            _folders.discard(self.folder)
             self.folder = None

@@ -123,5 +123,5 @@ def _check_exists(name: str, source: str, otherwise: str) -> None:
     if name not in names:
         raise ValueError(
             f"{source} must be an interface of this machine ({', '.join(names)}), got {name!r}; "
-            f"{otherwise} for loopback on one machine, else the one that leads to MASTER_ADDR"
+            f"{otherwise} to use loopback on one machine, or the one that leads to MASTER_ADDR"
         )

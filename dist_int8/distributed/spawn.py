@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import tempfile
 import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dist_int8.distributed import interfaces, interpreter, rendezvous
+from dist_int8.distributed.children import make_folder
 from dist_int8.distributed.logs import RankLogger
 from dist_int8.distributed.monitor import Monitor
 from dist_int8.distributed.states import State
@@ -38,7 +38,7 @@ def spawn(
     input, and ends when that pipe closes, so none outlives this process however it ends.
     """
     world = World(0, world_size, step_timeout_s, cores)
-    world.children.folder = Path(tempfile.mkdtemp(prefix="dist_int8-"))
+    world.children.folder = make_folder()
     line = json.dumps(settings).encode() + b"\n"
     world.children.start = lambda rank: _start_rank(world, rank, line)
     try:

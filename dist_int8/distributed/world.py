@@ -190,6 +190,8 @@ class World:
 
         Ranks of a launcher see the closed connection and end by themselves.
         """
+        if self.monitor is not None:
+            self.monitor.on_loss = None  # what is noticed from now on was meant
         self.children.kill()
         self._end(SHUTDOWN_TIMEOUT_S, on_purpose=False)
 
