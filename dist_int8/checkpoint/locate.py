@@ -24,12 +24,12 @@ _SHOWN = 100  # problems named in full in one error
 _NAMED = 5  # tensors named in a warning
 _NEVER_INT8 = ("positions",)
 # Scales and the like of quantized weights, and adapters: a weight means nothing without them.
-_BELONGS_TO_A_WEIGHT = re.compile(
-    r"(^|\.)(col_scale|hot_columns|hot_weight|SCB|CB|weight_format|weight_scale(_inv)?|input_scale"
-    r"|scale_inv|weight_scale_2|weight_packed|weight_shape|weight_zero_point|qweight|qzeros|scales"
-    r"|g_idx|absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*|lora_.*|dora_.*"
-    r"|base_layer\..*)$"
+_OF_OTHER_FORMS = re.compile(
+    r"(^|\.)(weight_scale(_inv)?|input_scale|scale_inv|weight_scale_2|weight_packed|weight_shape"
+    r"|weight_zero_point|qweight|qzeros|scales|g_idx|absmax|quant_map|nested_absmax"
+    r"|nested_quant_map|quant_state\..*|lora_.*|dora_.*|base_layer\..*)$"
 )
+_OF_OURS = re.compile(r"(^|\.)(col_scale|hot_columns|hot_weight|SCB|CB|weight_format)$")
 
 logger = logging.getLogger(__name__)
 
@@ -111,10 +111,15 @@ def locate(
     problems += _judge_unknown(reader, spec, has_problems=bool(problems))
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        is_quantized = any(_OF_OTHER_FORMS.search(name) for name in reader.names)
+        advice = (
+            "these are quantized weights or an adapter, which are not read: give the original model"
+            if is_quantized
+            else "check that config and weights belong together"
+        )
         raise ValueError(
             f"{reader.folder}: checkpoint must fit its config.json, got {len(problems)} "
-            f"problem(s): {'; '.join(problems[:_SHOWN])}{more}; check that config and weights "
-            "belong together"
+            f"problem(s): {'; '.join(problems[:_SHOWN])}{more}; {advice}"
         )
     _warn_of_mixed(reader, located)
     return located
@@ -164,7 +169,7 @@ def _judge_unknown(reader: CheckpointReader, spec: ModelSpec, has_problems: bool
     Where something else is wrong, any unknown tensor may be what is missing, under another name.
     """
     unknown = _find_unknown(reader, spec)
-    wrong = [name for name in unknown if has_problems or _BELONGS_TO_A_WEIGHT.search(name)]
+    wrong = [name for name in unknown if has_problems or _belongs_to_a_weight(name)]
     passed_over = [name for name in unknown if name not in wrong]
     if passed_over:
         more = ", ..." if len(passed_over) > _NAMED else ""
@@ -175,6 +180,10 @@ def _judge_unknown(reader: CheckpointReader, spec: ModelSpec, has_problems: bool
             f"{', '.join(passed_over[:_NAMED])}{more}",
         )
     return [f"unknown tensor {name}" for name in wrong]
+
+
+def _belongs_to_a_weight(name: str) -> bool:
+    return bool(_OF_OTHER_FORMS.search(name) or _OF_OURS.search(name))
 
 
 def _find_unknown(reader: CheckpointReader, spec: ModelSpec) -> list[str]:

@@ -103,3 +103,16 @@ def test_only_files_that_are_read_are_fetched_all_of_one_commit(hub, originals):
     assert folder.name == COMMITS["old"]
     assert {p.name for p in folder.iterdir()} >= {"pytorch_model.bin"}
     assert not (folder / "modeling_evil.py").exists()
+
+
+def test_a_single_file_is_fetched_before_the_shards_of_an_index(hub):
+    main = hub.folders[COMMITS["main"]]
+    (main / "model-1.safetensors").write_bytes(b"older")
+    index = {"weight_map": {"x": "model-1.safetensors"}}
+    (main / "model.safetensors.index.json").write_text(json.dumps(index))
+    names = {path.name for path in resolve_model("org/model").iterdir()}
+    assert "model.safetensors" in names and "model-1.safetensors" not in names
+    (main / "model.safetensors").rename(main / "model-2.safetensors")
+    hub.folders["c" * 40] = main  # a commit without it
+    names = {path.name for path in resolve_model("org/model", "c" * 40).iterdir()}
+    assert "model-1.safetensors" in names and "model-2.safetensors" not in names
