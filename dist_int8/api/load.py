@@ -17,6 +17,7 @@ from dist_int8.api.placement import Placement, divide_cores, find_placement, sha
 from dist_int8.api.prepare import Prepared, prepare
 from dist_int8.api.stages import build_stage
 from dist_int8.config import Settings, load_settings
+from dist_int8.config.log_level import read_log_level
 from dist_int8.distributed import rendezvous, spawn
 from dist_int8.distributed import world as worlds
 from dist_int8.distributed.logs import RankLogger
@@ -72,6 +73,7 @@ def load(
             fit; the message says what to change.
         RankError: another rank failed or never joined.
     """
+    read_log_level()  # a wrong one is refused here, not by each rank that is started
     settings = load_settings(
         config,
         model=None if model is None else str(model),

@@ -74,6 +74,12 @@ def test_a_full_disk_is_exit_code_1(tiny_llama, tmp_path, capsys, monkeypatch):
     assert run(capsys, "quantize", tiny_llama, tmp_path / "out")[0] == 0
 
 
+def test_verify_gives_its_verdict_quietly_too(tiny_llama, tmp_path, capsys):
+    assert run(capsys, "quantize", tiny_llama, tmp_path / "int8", "-q")[0] == 0
+    code, out, err = run(capsys, "verify", tmp_path / "int8", "-q")
+    assert (code, err) == (0, "") and out.endswith("files are as they were written\n")
+
+
 def test_hot_columns_from_a_file(tiny_llama, tmp_path, capsys):
     path = tmp_path / "hot.json"
     path.write_text('{"blocks.0.qkv": [1, 2]}')
