@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "profiling": {"int8", "models", "partition"},
     "engine": {"config", "errors", "pipeline"},
     "api": ROOMS_OF_API,
-    "launcher": {"api", "distributed"},  # api: the rank alone
+    "launcher": {"api", "config", "distributed"},  # api: the rank alone; config: the log level
     "evaluation": {"api", "checkpoint", "config", "engine", "int8", "models"},
     "server": {"api", "config", "engine", "errors"},
     "cli": ALL,
@@ -52,7 +52,7 @@ MAY_IMPORT = {
 # File -> rooms it may import, where that is less.
 CLOSER = {
     "int8/reference": set(),
-    "launcher/logs": set(),
+    "launcher/logs": {"config"},
     "launcher/signals": {"distributed"},
     "launcher/supervisor": {"distributed", "launcher"},
     "partition/memory": set(),

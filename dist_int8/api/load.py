@@ -16,6 +16,7 @@ from dist_int8.api.prepare import Prepared, prepare
 from dist_int8.api.prompts import PromptEncoder
 from dist_int8.api.start import start
 from dist_int8.config import Settings, load_settings
+from dist_int8.config.log_level import read_log_level
 from dist_int8.distributed.logs import RankLogger
 from dist_int8.partition import Plan
 
@@ -57,6 +58,7 @@ def load(
             fit; the message says what to change.
         RankError: another rank failed or never joined.
     """
+    read_log_level()  # a wrong one is refused here, not by each rank that is started
     settings = load_settings(
         config,
         model=None if model is None else str(model),

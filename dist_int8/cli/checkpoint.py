@@ -197,19 +197,21 @@ def _run(job: Any, verb: str, verify: bool, quiet: bool) -> None:
     if not is_new:
         note(f"{job.out}: complete already")
     if verify:
-        _verify(job.out, quiet)
-    else:
+        _verify(job.out, quiet, told=not quiet)
+    elif not quiet:
         shards = count(job.num_shards, "file")
         typer.echo(f"{job.out}: {shards}, {count(job.num_bytes, 'byte')} of tensors")
 
 
-def _verify(folder: Path, quiet: bool) -> None:
+def _verify(folder: Path, quiet: bool, told: bool = True) -> None:
+    """Verifies with a bar unless `quiet`; the verdict is on stdout unless nobody is `told`."""
     from dist_int8.checkpoint.writer import manifest
 
     with _open_bar("verifying", manifest.num_bytes(folder), quiet) as progress:
         num_files = manifest.verify(folder, progress)
     are = "is as it was" if num_files == 1 else "are as they were"
-    typer.echo(f"{folder}: {count(num_files, 'file')} {are} written")
+    if told:
+        typer.echo(f"{folder}: {count(num_files, 'file')} {are} written")
 
 
 @contextlib.contextmanager

@@ -59,7 +59,11 @@ def check_picture(source: str, key: str, path: Path | None) -> None:
     if path is not None:
         from importlib.util import find_spec
 
-        if find_spec("matplotlib") is None:
+        try:
+            found = find_spec("matplotlib.figure") is not None
+        except ModuleNotFoundError:
+            found = False
+        if not found:
             raise ValueError(
                 f"{source}:{key}: matplotlib must be installed, got none; "
                 'pip install "dist_int8[plot]"'

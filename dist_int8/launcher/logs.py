@@ -9,8 +9,7 @@ import logging
 import os
 import sys
 
-VARIABLE = "DIST_INT8_LOG"
-LEVELS = {-1: "ERROR", 0: "WARNING", 1: "INFO", 2: "DEBUG"}
+from dist_int8.config.log_level import LEVELS, VARIABLE, read_log_level
 
 
 def configure(verbosity: int | None = None) -> None:
@@ -23,16 +22,7 @@ def configure(verbosity: int | None = None) -> None:
     Raises:
         ValueError: DIST_INT8_LOG names no level.
     """
-    if verbosity is None:
-        level = (os.environ.get(VARIABLE) or LEVELS[0]).upper()
-    else:
-        level = LEVELS[max(-1, min(2, verbosity))]
-    if level not in LEVELS.values():
-        names = ", ".join(level.lower() for level in LEVELS.values())
-        raise ValueError(
-            f"environment: {VARIABLE} must be one of {names}, got {os.environ[VARIABLE]!r}; "
-            "unset it for warnings"
-        )
+    level = read_log_level() if verbosity is None else LEVELS[max(-1, min(2, verbosity))]
     os.environ[VARIABLE] = level
     logger = logging.getLogger("dist_int8")
     logger.setLevel(level)

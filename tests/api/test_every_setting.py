@@ -121,12 +121,12 @@ def check_max_sequences(llama, base, **_):
 
 
 def check_max_queue(llama, **_):
-    with load(llama, max_queue=3) as model:
+    with load(llama, max_sequences=1, max_queue=2) as model:
         settings = GenerationSettings(max_new_tokens=1)
         requests = [model.request([3, 4], settings, index) for index in range(4)]
         with pytest.raises(QueueFullError):
             model._engine.add(requests)
-        model._engine.add(requests[:3])
+        model._engine.add(requests[:3])  # one runs, two wait
 
 
 def check_max_tokens(llama, base, **_):
@@ -319,6 +319,14 @@ def test_it_does_something_or_is_refused(name, request, tiny_llama):
     if "llama" in wanted:
         found["llama"] = tiny_llama
     CHECKS[name](**found)
+
+
+def test_a_level_of_the_log_that_does_not_exist_is_refused(tiny_llama, monkeypatch, capsys):
+    monkeypatch.setenv("DIST_INT8_LOG", "foo")
+    assert "DIST_INT8_LOG must be one of error" in refused(tiny_llama)
+    for command in ("plan --gpus 1", "doctor", "launch true", "verify x", "bench --profile x.yaml"):
+        assert app.run(command.split()) > 0
+        assert "DIST_INT8_LOG must be one of error" in capsys.readouterr().err
 
 
 def test_what_changes_nothing_is_said_once_for_all_ranks(tiny_llama, tmp_path):

@@ -23,7 +23,7 @@ def test_quantize_and_dequantize_round_trip(tiny_llama, tmp_path, capsys):
     assert code == 0 and "complete already" in err
     assert run(capsys, "quantize", int8, bnb, "--format", "bitsandbytes", "-q") == (0, "", "")
     code, out, _ = run(capsys, "dequantize", bnb, again, "--dtype", "bfloat16")
-    assert code == 0 and out.startswith(f"{again}: 1 file(s), ")
+    assert code == 0 and out.startswith(f"{again}: 1 file, ")
     config = json.loads((again / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and "quantization_config" not in config
     assert run(capsys, "verify", again)[0] == 0
@@ -44,7 +44,7 @@ def test_quantize_and_dequantize_round_trip(tiny_llama, tmp_path, capsys):
     ("arguments", "part"),
     [
         (["quantize", "MODEL", "OUT", "--format", "gguf"], "format must be one of dist_int8"),
-        (["quantize", "MODEL", "OUT", "--shard-size", "big"], "shard_size must be a byte size"),
+        (["quantize", "MODEL", "OUT", "--shard-size", "big"], "--shard-size must be a byte size"),
         (["quantize", "MODEL", "OUT", "--hot-columns", "/no.json"], "must be a JSON file"),
         (["quantize", "/no/such", "OUT"], "no such folder"),
         (["quantize", "MODEL", "OUT", "--num-hot-columns", "7"], "must be a multiple of 16, got 7"),
@@ -72,6 +72,12 @@ def test_a_full_disk_is_exit_code_1(tiny_llama, tmp_path, capsys, monkeypatch):
     # with room on the disk, the same arguments continue
     monkeypatch.undo()
     assert run(capsys, "quantize", tiny_llama, tmp_path / "out")[0] == 0
+
+
+def test_verify_gives_its_verdict_quietly_too(tiny_llama, tmp_path, capsys):
+    assert run(capsys, "quantize", tiny_llama, tmp_path / "int8", "-q")[0] == 0
+    code, out, err = run(capsys, "verify", tmp_path / "int8", "-q")
+    assert (code, err) == (0, "") and out.endswith("files are as they were written\n")
 
 
 def test_hot_columns_from_a_file(tiny_llama, tmp_path, capsys):
