@@ -96,6 +96,7 @@ OWNERS = {  # outside dependency -> the only files or rooms that import it
     "tqdm": {"cli/batch", "cli/checkpoint", "cli/demo_model", "evaluation", "api/stages"},
     "transformers": {
         "models",
+        "engine/detokenizer",
         "engine/sampling",
         "api/prepare",
         "evaluation",

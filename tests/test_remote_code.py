@@ -1,17 +1,25 @@
-"""No code of a model folder runs: every loader of transformers is told so, templates are sandboxed."""
+"""No code of a model folder runs: every loader is told so, and templates are sandboxed."""
 
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+import dist_int8
+from dist_int8.cli.answers import apply_chat_template
+from dist_int8.evaluation.floating import load_floating_model
+from dist_int8.evaluation.host import Host
 
 ROOT = Path(__file__).resolve().parent.parent
 LOADERS = ("from_pretrained", "from_config")
-# Loaders of transformers that have no `trust_remote_code`, because nothing they do imports a module.
+# Loaders that have no `trust_remote_code`, because nothing they do imports a module.
 SAFE = {"AutoHfQuantizer.from_config"}  # from a config object made in the same line
 # What loads code under another name, or renders a template outside of transformers' sandbox.
 FORBIDDEN = {
@@ -99,18 +107,101 @@ def test_an_example_that_trusts_is_found():
     assert not list(offences("AutoModel.from_pretrained(f, trust_remote_code=False)", "x"))
 
 
-def poison(folder, name):
-    """Writes a module that leaves a trace when it is imported."""
-    trace = folder / "executed"
-    (folder / f"{name}.py").write_text(f"open({str(trace)!r}, 'w').close()\n")
-    return trace
+@pytest.fixture
+def poisoned(tiny_llama, tmp_path):
+    """A folder whose every file that may name code names a module that leaves a trace."""
+    for path in tiny_llama.iterdir():
+        shutil.copy(path, tmp_path / path.name)
+    trace = f"open({str(tmp_path / 'executed')!r}, 'w').close()\n"
+    (tmp_path / "own.py").write_text(trace)
+    (tmp_path / "custom_generate").mkdir()
+    (tmp_path / "custom_generate" / "generate.py").write_text(trace)
+    own = {name: f"own.{name}" for name in ("AutoConfig", "AutoModelForCausalLM", "AutoProcessor")}
+    added = {
+        "config.json": {"auto_map": own},
+        "tokenizer_config.json": {
+            "auto_map": {"AutoTokenizer": ["own.Tokenizer", "own.Tokenizer"]}
+        },
+        "generation_config.json": {"custom_generate": str(tmp_path)},
+        "processor_config.json": {"auto_map": own},
+    }
+    for name, fields in added.items():
+        path = tmp_path / name
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps(before | fields))
+    return tmp_path
 
 
-def run_with_yes(code, *arguments):
-    """Runs Python that answers every question with yes."""
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        input="y\n" * 5,
-        capture_output=True,
-        text=True,
+CALLS = {
+    "load": "with dist_int8.load(folder, devices=['cpu'], progress=False) as model: "
+    "model.generate([[1, 2]], max_new_tokens=2)",
+    "tokenizer": "from dist_int8.models.tokenizer import load_tokenizer; load_tokenizer(folder)",
+    "host": "from dist_int8.evaluation.host import Host; Host(folder)",
+    "outliers": "from dist_int8.config import Settings\n"
+    "from dist_int8.evaluation.evaluate import with_outlier_features\n"
+    "with with_outlier_features(Settings(model=folder), 0): pass",
+    "harness": "from dist_int8.evaluation.harness import PipelineLM; "
+    "PipelineLM(folder, devices=['cpu'], progress=False)",
+}
+
+
+OTHER_CLASSES = ("OwnTokenizer", "AutoTokenizer", "RagTokenizer")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "tokenizer_class"),
+    [*((name, None) for name in CALLS), *(("tokenizer", other) for other in OTHER_CLASSES)],
+)
+def test_no_code_of_the_folder_runs_even_if_yes_is_typed(poisoned, name, tokenizer_class):
+    path = poisoned / "tokenizer_config.json"
+    fields = json.loads(path.read_text()) | {"tokenizer_class": tokenizer_class}
+    path.write_text(json.dumps(fields))
+    code = f"import sys, dist_int8; folder = sys.argv[1]\n{CALLS[name]}"
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(poisoned)], input="y\n" * 9, capture_output=True, text=True
     )
+    assert "Do you wish" not in ran.stdout + ran.stderr
+    assert not (poisoned / "executed").exists()
+    if ran.returncode:  # it refused, for a reason
+        assert "ValueError" in ran.stderr, ran.stderr
+
+
+ESCAPES = (
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ messages.__class__.__init__.__globals__ }}",
+    "{% for x in ().__class__.__base__.__subclasses__() %}{{ x }}{% endfor %}",
+    "{{ cycler.__init__.__globals__.os.popen('true').read() }}",
+    "{{ messages.append(1) }}",
+)
+
+
+@pytest.mark.parametrize("template", ESCAPES)
+def test_a_chat_template_cannot_leave_its_sandbox(tiny_llama, tmp_path, template):
+    for path in tiny_llama.iterdir():
+        shutil.copy(path, tmp_path / path.name)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    fits = pytest.raises(ValueError, match="messages must fit the chat template, got")
+    with dist_int8.load(tmp_path, devices=["cpu"], progress=False) as model, fits as error:
+        apply_chat_template(model, [{"role": "user", "content": "Hi"}])
+    assert "\n" not in str(error.value) and "unsafe" in str(error.value)
+
+
+def test_an_evaluation_takes_no_pickle_unless_told(tiny_llama, tmp_path):
+    for path in tiny_llama.iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copy(path, tmp_path / path.name)
+    model = LlamaForCausalLM.from_pretrained(tiny_llama)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="must be a model that transformers loads"):
+        Host(tmp_path)
+    assert Host(tmp_path, allow_pickle=True).linears
+
+
+def test_an_evaluation_fetches_no_kernel_that_a_config_names(tiny_llama, tmp_path):
+    for path in tiny_llama.iterdir():
+        shutil.copy(path, tmp_path / path.name)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text()) | {"attn_implementation": "someone/kernel"}
+    path.write_text(json.dumps(fields))
+    assert load_floating_model(tmp_path, torch.float32).config._attn_implementation == "sdpa"

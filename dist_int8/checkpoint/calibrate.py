@@ -74,7 +74,7 @@ def make_calibration(
         seed = torch.Generator().manual_seed(0)
         token_ids = torch.randint(spec.vocab_size, (NUM_TOKENS,), generator=seed)
         return Calibration(token_ids, num_hot_columns, RANDOM)
-    token_ids = read_tokens(folder, calibrate, NUM_TOKENS)
+    token_ids = read_tokens(folder, calibrate, NUM_TOKENS, spec.vocab_size)
     if len(token_ids) == 0:
         raise ValueError(
             f"calibrate: calibrate must be a file with text, got {calibrate!r} without a token; "

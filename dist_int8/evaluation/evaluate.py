@@ -23,7 +23,7 @@ from dist_int8.evaluation.outlier_features import inject_outlier_features
 from dist_int8.evaluation.perplexity import Scores, Window, log_probabilities_, windows
 from dist_int8.evaluation.progress import Progress
 from dist_int8.models import ModelSpec, describe, load_config
-from dist_int8.models.tokenizer import load_tokenizer
+from dist_int8.models.tokenizer import read_tokenizer
 
 DEFAULT_WINDOW = 1024
 
@@ -250,8 +250,9 @@ def with_outlier_features(settings: Settings, seed: int) -> Iterator[Settings]:
         inject_outlier_features(model, seed)
         with without_bars():
             model.save_pretrained(name)
-        with contextlib.suppress(OSError, ValueError):
-            load_tokenizer(settings.model).save_pretrained(name)
+        tokenizer = read_tokenizer(settings.model)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(name)
         del model
         yield settings.model_copy(update={"model": name})
 

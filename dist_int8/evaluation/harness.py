@@ -253,7 +253,6 @@ class PipelineLM(TemplateLM):
             options = {"do_sample": False, "temperature": 0.0, "repetition_penalty": penalty}
         settings = GenerationSettings.from_generation_config(
             None,  # the handle adds the model's own
-            # a stop string that is a special token never appears: the text omits special tokens
             options | {"max_new_tokens": num_new, "stop": [stop for stop in until if stop]},
         )
         return self.handle.request(token_ids or [self.prefix_token_id], settings, number)

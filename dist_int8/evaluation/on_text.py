@@ -92,7 +92,7 @@ def measure_text(
     if settings.threads_per_stage is not None:
         torch.set_num_threads(settings.threads_per_stage)
     spec = describe(load_config(folder))
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, vocab_size=spec.vocab_size)
     tokens = _read_tokens(tokenizer, content, text_name, options)
     calibration = None if other is None else tokens_of(tokenizer, other[0], CALIBRATION_TOKENS)
     asked = _evaluation_options(settings, spec, options)
