@@ -95,12 +95,14 @@ ALONE = (
 # `make test-fast` leaves these files out as well: they start ranks or other processes, compile C++,
 # or evaluate models.
 SLOW = (
+    "api/test_every_setting.py",
     "api/test_formats.py",
     "api/test_load.py",
     "checkpoint/test_calibrate.py",
     "checkpoint/writer/test_folder.py",
     "cli/test_app.py",
     "cli/test_checkpoint.py",
+    "cli/test_command.py",
     "cli/test_demo_model.py",
     "cli/test_doctor.py",
     "cli/test_eval.py",

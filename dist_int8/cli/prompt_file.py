@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from dist_int8.cli.targets import named
 from dist_int8.config import GenerationSettings
 
 KINDS = ("prompt", "token_ids", "messages")
@@ -244,15 +245,14 @@ class Answers:
     def add(self, item: Item, **values: Any) -> None:
         """Appends the line of the item, with its answer or `error`."""
         line = _format_line({"id": item.id, **values, "request": item.fingerprint})
-        try:
+        with named(self.path):
             self._file.write(line)
             self._file.flush()
-        except OSError as error:  # what it says has no name of a file
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with named(self.path):  # it tries again to write what did not fit
+            self._file.close()
 
     def __enter__(self) -> Answers:
         return self
@@ -302,15 +302,13 @@ class Answers:
     def _replace(self, content: bytes) -> None:
         """Writes a copy and renames it, so that a kill leaves the old file or the new one."""
         copy = self.path.with_name(self.path.name + ".tmp")
-        try:
+        with named(copy):
             file = copy.open("wb")
             self._lock(file)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
             os.replace(copy, self.path)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(copy)) from None
         self._file.close()
         self._file = file
 

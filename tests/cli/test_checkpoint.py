@@ -23,7 +23,7 @@ def test_quantize_and_dequantize_round_trip(tiny_llama, tmp_path, capsys):
     assert code == 0 and "complete already" in err
     assert run(capsys, "quantize", int8, bnb, "--format", "bitsandbytes", "-q") == (0, "", "")
     code, out, _ = run(capsys, "dequantize", bnb, again, "--dtype", "bfloat16")
-    assert code == 0 and out.startswith(f"{again}: 1 file(s), ")
+    assert code == 0 and out.startswith(f"{again}: 1 file, ")
     config = json.loads((again / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and "quantization_config" not in config
     assert run(capsys, "verify", again)[0] == 0
@@ -44,7 +44,7 @@ def test_quantize_and_dequantize_round_trip(tiny_llama, tmp_path, capsys):
     ("arguments", "part"),
     [
         (["quantize", "MODEL", "OUT", "--format", "gguf"], "format must be one of dist_int8"),
-        (["quantize", "MODEL", "OUT", "--shard-size", "big"], "shard_size must be a byte size"),
+        (["quantize", "MODEL", "OUT", "--shard-size", "big"], "--shard-size must be a byte size"),
         (["quantize", "MODEL", "OUT", "--hot-columns", "/no.json"], "must be a JSON file"),
         (["quantize", "/no/such", "OUT"], "no such folder"),
         (["quantize", "MODEL", "OUT", "--num-hot-columns", "7"], "must be a multiple of 16, got 7"),

@@ -142,7 +142,10 @@ def test_a_config_plans_what_load_reserves(capsys):
             "--gpus 2 --memory 80GB --prefill-ratio -1",
             "--prefill-ratio must be at least 0.0, got -1.0",
         ),
-        ("--gpus 2 --memory 80GB --prefill-ratio 1e300", "--prefill-ratio must be at most 1000000.0"),
+        (
+            "--gpus 2 --memory 80GB --prefill-ratio 1e300",
+            "ratio must be at most 1000000.0",
+        ),
         ("--gpus 2 --memory 80GB --reserve -1", "reserve must be a byte size above 0"),
         (
             "--gpus 2 --memory 80GB --hot-columns -1",

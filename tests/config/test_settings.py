@@ -8,8 +8,13 @@ import pytest
 from pydantic import TypeAdapter
 from transformers import GenerationConfig
 
-from dist_int8.config import GenerationSettings, Settings, load_settings, parse_byte_size
-from dist_int8.config import write_yaml
+from dist_int8.config import (
+    GenerationSettings,
+    Settings,
+    load_settings,
+    parse_byte_size,
+    write_yaml,
+)
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -45,7 +50,10 @@ def test_byte_sizes(text, num_bytes):
     assert parse_byte_size(text) == num_bytes
 
 
-@pytest.mark.parametrize("text", ["79GiBs", "GiB", "-1GiB", "0GB", 0, True, None, "79 gib", 1.5, "80%", "8e9", "9" * 30 + "GB"])
+@pytest.mark.parametrize(
+    "text",
+    ["79GiBs", "GiB", "-1GiB", "0GB", 0, True, None, "79 gib", 1.5, "80%", "8e9", "9" * 30 + "GB"],
+)
 def test_other_text_is_refused_as_a_byte_size(text):
     assert repr(text) in error_of(parse_byte_size, text)
 
@@ -168,9 +176,18 @@ def test_the_home_folder_is_expanded_in_every_path(tmp_path, monkeypatch):
 def test_errors_about_flags_are_in_flags():
     flags = {"threads_per_stage": "--threads", "devices": "--devices", "stages": "--stages"}
     for values, part in (
-        ({"threads_per_stage": 0}, "--threads must be at least 1, got 0; write it like `--threads 1`"),
-        ({"devices": ["gpu"]}, "--devices must be cpu or cuda:N, got 'gpu'; write it like `--devices cpu,cpu`"),
-        ({"devices": ["cpu"], "stages": 3}, "t:stages: --stages must be the number of devices, 1, got 3"),
+        (
+            {"threads_per_stage": 0},
+            "--threads must be at least 1, got 0; write it like `--threads 1`",
+        ),
+        (
+            {"devices": ["gpu"]},
+            "--devices must be cpu or cuda:N, got 'gpu'; write it like `--devices cpu,cpu`",
+        ),
+        (
+            {"devices": ["cpu"], "stages": 3},
+            "t:stages: --stages must be the number of devices, 1, got 3",
+        ),
         ({"max_tokens": 0}, "t:max_tokens: max_tokens must be"),
     ):
         assert part in error_of(load_settings, source="t", flags=flags, **values)
