@@ -136,16 +136,22 @@ CALLS = {
     "model.generate([[1, 2]], max_new_tokens=2)",
     "tokenizer": "from dist_int8.models.tokenizer import load_tokenizer; load_tokenizer(folder)",
     "host": "from dist_int8.evaluation.host import Host; Host(folder)",
-    "outliers": "from dist_int8.evaluation.evaluate import with_outlier_features as put\n"
-    "with put(dist_int8.Settings(model=folder), 0): pass",
+    "outliers": "from dist_int8.config import Settings\n"
+    "from dist_int8.evaluation.evaluate import with_outlier_features\n"
+    "with with_outlier_features(Settings(model=folder), 0): pass",
     "harness": "from dist_int8.evaluation.harness import PipelineLM; "
     "PipelineLM(folder, devices=['cpu'], progress=False)",
 }
 
 
+OTHER_CLASSES = ("OwnTokenizer", "AutoTokenizer", "RagTokenizer")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("tokenizer_class", [None, "OwnTokenizer", "AutoTokenizer", "RagTokenizer"])
+@pytest.mark.parametrize(
+    ("name", "tokenizer_class"),
+    [*((name, None) for name in CALLS), *(("tokenizer", other) for other in OTHER_CLASSES)],
+)
 def test_no_code_of_the_folder_runs_even_if_yes_is_typed(poisoned, name, tokenizer_class):
     path = poisoned / "tokenizer_config.json"
     fields = json.loads(path.read_text()) | {"tokenizer_class": tokenizer_class}

@@ -248,8 +248,9 @@ class PromptEncoder:
     ) -> None:
         """Checks what only a model and a prompt can tell of the settings."""
         if settings.count_new_tokens(len(prompt_ids)) < 1:
+            length = _count(len(prompt_ids))
             raise ValueError(
-                f"generate: max_length must be above the {_count(len(prompt_ids))} of prompt {index}, "
+                f"generate: max_length must be above the {length} of prompt {index}, "
                 f"got {settings.max_length}; raise it or give max_new_tokens"
             )
         lists = {

@@ -21,10 +21,6 @@ from dist_int8.config import Settings
 from dist_int8.engine import Request, Token
 
 
-class _NothingToAskError(Exception):
-    """No line that is left can be answered."""
-
-
 def answer_file(
     settings: Settings,
     items: Sequence[Item],
@@ -55,7 +51,9 @@ def answer_file(
             batch.run(model, display.quiet)
             if display.trace is not None:
                 model.trace.save(display.trace)
-        except _NothingToAskError:
+        except ValueError:
+            if not batch.all_fail:
+                raise
             batch.fail_all()
         figures = batch.count()
     if display.as_json:
@@ -82,6 +80,9 @@ class Batch:
         items: all items of the file.
         answers: the output, which knows what is answered already; None on ranks above 0.
         talk: how prompts become chats.
+
+    Attributes:
+        all_fail: whether no line that is left can be answered.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Batch:
         self._running: dict[int, tuple[Item, Request]] = {}
         self._num_prompt_tokens = self._num_tokens = self._num_errors = 0
         self._begin, self._seconds = 0.0, 0.0
+        self.all_fail = False
         self._model: Model | None = None
         self._encoder: PromptEncoder
         self._bar: tqdm[Any] | None = None
@@ -101,14 +103,15 @@ class Batch:
         """Looks for a line that can be answered, before weights are read for nothing.
 
         Raises:
-            _NothingToAskError: there is none.
+            ValueError: there is none; `all_fail` is set then.
         """
         self._encoder = encoder
         for item in self._left:
             with contextlib.suppress(ValueError):
                 self._make_request(item)
                 return
-        raise _NothingToAskError
+        self.all_fail = True
+        raise ValueError("no line that is left can be answered")
 
     def fail_all(self) -> None:
         """Notes the errors of all lines that are left; none can be answered."""

@@ -53,7 +53,7 @@ def check_tokenizer_files(folder: Path, names: list[str]) -> None:
         _check_content(folder / name)
     for name in _ADDITIONS:
         if name in names:
-            fields = _read_object(folder / name)
+            fields = _read_fields(folder / name)
             if name == CONFIG:
                 check_class(folder / name, fields.get("tokenizer_class"))
     vocabularies = [name for name in names if _is_vocabulary(name)]
@@ -123,7 +123,7 @@ def _check_content(path: Path) -> None:
         )
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_fields(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:  # not JSON, not UTF-8
