@@ -1,6 +1,7 @@
 """A model for lm-evaluation-harness that does what its own `hf` model does, over a pipeline.
 
-Importing this module registers it as `dist_int8`. Texts are tokenized, truncated from the left,
+Importing this module registers it as `dist_int8`; `python -m dist_int8.evaluation` is the harness's
+command line with it. Texts are tokenized, truncated from the left,
 started and stopped as `lm_eval.models.huggingface.HFLM` does with a causal model, so that the same
 weights give the same scores. There is no padding, because micro-batches have none.
 """
@@ -78,8 +79,9 @@ class PipelineLM(TemplateLM):
             `hf`, the length in the model's config (2,048 where it has none), limited to the length
             that the handle was loaded for.
         progress: whether to show progress bars.
-        batch_size, max_batch_size, device: passed by the harness to every model and ignored: the
-            pipeline forms its own micro-batches, on the devices in the settings.
+        batch_size, max_batch_size: passed by the harness to every model and ignored: the pipeline
+            forms its own micro-batches.
+        device: the one device of a model to load, where the settings have no `devices`.
         **settings: settings of `dist_int8.load`, for a model to load.
 
     Raises:
@@ -100,6 +102,13 @@ class PipelineLM(TemplateLM):
         **settings: Any,
     ) -> None:
         super().__init__()
+        if device is not None:
+            if "devices" in settings:
+                raise ValueError(
+                    f"harness: device must not be given beside devices, got {device!r}; "
+                    "leave it out"
+                )
+            settings["devices"] = [device]
         if not isinstance(pretrained, Model):
             pretrained = load(pretrained, progress=progress, **settings)
         elif settings:
