@@ -11,9 +11,7 @@ import sys
 def main() -> None:
     if importlib.util.find_spec("lm_eval") is None:
         sys.exit("lm-eval is not installed; pip install 'dist_int8[eval]'")
-    from lm_eval.__main__ import cli_evaluate
-
-    from dist_int8.evaluation import harness  # noqa: F401 (registers the model)
+    from dist_int8.evaluation.harness import cli_evaluate  # which registers the model
 
     sys.argv[0] = "python -m dist_int8.evaluation"
     cli_evaluate()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -31,6 +32,8 @@ from dist_int8.api.load import load
 from dist_int8.api.model import Model
 from dist_int8.config import GenerationSettings
 from dist_int8.engine import Request
+
+__all__ = ["PipelineLM", "cli_evaluate"]
 
 SEED = 1234  # of sampled answers; the harness's default
 MAX_GEN_TOKS = 256  # where a task does not say; the harness's default
