@@ -7,7 +7,8 @@ Measures what `dist-int8 eval` does (docs/accuracy.md), on the model as it is an
 with outlier features injected; `ours` is what `quantize` makes, with hot columns. The work is split
 into groups of a few methods. The figures of a group are written as soon as it is done (`--parts`)
 and not measured again, so the benchmark can be stopped and resumed at any time. At the end it
-prints one table of all groups measured with these settings and writes results/accuracy.json.
+prints one table of all groups measured with these settings and writes
+build/benchmarks/accuracy.json, or the file that --json names.
 """
 
 import json
@@ -110,10 +111,11 @@ def main() -> None:
             path = args.parts / f"{time.time_ns()}.json"
             part = {"question": [*question, seed], "seconds": seconds, "figures": figures}
             write_result("accuracy", part, path, raw=True)
-            print(f"{path.name}: {seconds:.0f} s\n{table(figures)}\n", flush=True)
+            print(f"{seconds:.0f} s\n{table(figures)}\n", flush=True)
         values = merged(measured_so(args.parts, question, seed))
         columns.append((heading, {k: v for k, v in values.items() if k not in TOO_LONG}))
-    path = write_result(
+    print(markdown(columns), end="\n\n")
+    write_result(
         "accuracy",
         {
             "int8_ops": ops.library_info()["cpu_instruction_set"],
@@ -122,7 +124,6 @@ def main() -> None:
         args.json,
         args.raw,
     )
-    print(f"{markdown(columns)}\n\n{path}")
 
 
 if __name__ == "__main__":

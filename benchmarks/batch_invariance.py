@@ -126,13 +126,13 @@ def main() -> None:
     for title, figures in found.items():
         difference, others = figures["largest_relative_difference"], figures["other_next_tokens"]
         print(f"| {title} | {difference:.1e} | {others} |")
-    path = write_result(
+    print()
+    write_result(
         "batch_invariance",
         {"tokens": args.tokens, "subjects": subjects, "threads": args.threads, "methods": found},
         args.json,
         args.raw,
     )
-    print(f"\n{path}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import torch
-from results import write_result
+from results import add_json, write_result
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -47,7 +47,7 @@ def main() -> None:
         default=20,
         help="number of times to kill `quantize` at a random moment",
     )
-    parser.add_argument("--json", type=Path)
+    add_json(parser)
     parser.add_argument("--step", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -92,7 +92,7 @@ def main() -> None:
         figures["kills"] = killed_at_random(source, args.kills)
     for run in rows.values():
         assert run["peak_bytes"] <= 2 * figures["largest_tensor_bytes"], run
-    print(f"written: {write_result('checkpoint', figures | {'steps': rows}, args.json)}")
+    write_result("checkpoint", figures | {"steps": rows}, args.json)
 
 
 def make(folder: Path, num_bytes: int) -> None:

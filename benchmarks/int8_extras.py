@@ -109,7 +109,7 @@ def main() -> None:
         model.shutdown()
     show(figures, args.batches)
     setting = {key: getattr(args, key) for key in ("threads", "prompt", "tokens", "repeats")}
-    print(f"\n{write_result('int8_extras', {**setting, 'extras': figures}, args.json, args.raw)}")
+    write_result("int8_extras", {**setting, "extras": figures}, args.json, args.raw)
 
 
 def show(figures: dict[str, dict[str, Any]], batches: list[int]) -> None:

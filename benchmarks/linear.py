@@ -12,12 +12,14 @@ layer that fits into the last-level cache (16 MB of int8 at 4096x4096) may stay 
 import statistics
 import time
 
-import bitsandbytes
 import torch
 from results import make_parser, write_result
 from torch.nn import functional
 
+from dist_int8.evaluation.linears import import_bitsandbytes
 from dist_int8.int8 import ops, reference
+
+bitsandbytes = import_bitsandbytes()
 
 SHAPES = [(4096, 4096), (14336, 4096)]  # N, K
 OUTLIER_COLUMNS = [1, 77, 500, 1000, 2000, 4000]

@@ -73,10 +73,8 @@ def main() -> None:
             model.save_pretrained(folder)
             real.append(planned_and_real(name, Path(folder)))
     print_real(real)
-    path = write_result(
-        "plan", {"machines": machines, "planned_and_real": real}, args.json, args.raw
-    )
-    print(f"\nwritten to {path}")
+    print()
+    write_result("plan", {"machines": machines, "planned_and_real": real}, args.json, args.raw)
 
 
 def compare(config: PretrainedConfig, count: int, profile: str) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from gpu.records import commit, is_clean
 
-FOLDER = Path(__file__).parent / "results"
+# What a run writes, unless told otherwise; the committed figures in results/ stay as they are.
+FOLDER = Path(__file__).parents[1] / "build" / "benchmarks"
 # keys whose lists of numbers are samples of one quantity; a result keeps their summary
 SAMPLES = {"windows", "row_losses", "errors", "factors"}
 _WIDTH = 140
@@ -27,11 +28,22 @@ def make_parser(documentation: str) -> argparse.ArgumentParser:
         description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="folder of a checkpoint; default: the demo model")
-    parser.add_argument("--json", type=Path, help="file of the figures; default: in results/")
+    add_json(parser)
     parser.add_argument(
         "--raw", action="store_true", help="keep every sample instead of medians and quartiles"
     )
     return parser
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Adds --json, the file that `write_result` writes."""
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="file of the figures; default: NAME.json in build/benchmarks. To renew a committed "
+        "result, name its file in benchmarks/results",
+    )
 
 
 def folder_of(args: argparse.Namespace) -> str:
@@ -46,7 +58,9 @@ def folder_of(args: argparse.Namespace) -> str:
 def write_result(
     name: str, figures: dict[str, Any], path: Path | None = None, raw: bool = False
 ) -> Path:
-    """Writes figures, command, device, versions, commit and date to `path` or results/<name>.json.
+    """Writes figures, command, device, versions, commit and date to `path`.
+
+    Without one, to build/benchmarks/<name>.json, which git ignores.
 
     Args:
         raw: keep the samples (SAMPLES) instead of their summaries.
@@ -75,6 +89,7 @@ def write_result(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(format_json(record) + "\n")
+    print(f"written: {path}")
     return path
 
 

@@ -1,6 +1,8 @@
-"""Makes the data of the tasks beside it, from the plays that the witness was not trained on.
+"""Makes the data of the tasks of this folder, from the plays that the witness was not trained on.
 
-    python benchmarks/tasks/make.py [--documents 125] [--seed 0] [--to FOLDER]
+    python benchmarks/tasks/make.py [--documents 125] [--seed 0] [--to build/tasks]
+
+The files in this folder are committed: `--to benchmarks/tasks` renews them.
 
 `cloze.jsonl`: a passage without its last word, which stands in it before (as in LAMBADA).
 `next_line.jsonl`: a passage and four lines, one of which is the next (as in HellaSwag).
@@ -18,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from public_domain import HELD_OUT, works
 
+TO = Path(__file__).parents[2] / "build" / "tasks"
 LEAST_WORDS = 30  # of a passage
 _LINE = re.compile(r"[A-Z][A-Za-z',;:.!? -]{24,60}")
 
@@ -58,8 +61,11 @@ def main() -> None:
     )
     parser.add_argument("--documents", type=int, default=125, help="of each task")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--to", type=Path, default=Path(__file__).parent)
+    parser.add_argument(
+        "--to", type=Path, default=TO, help="folder of the files (default: build/tasks)"
+    )
     args = parser.parse_args()
+    args.to.mkdir(parents=True, exist_ok=True)
     texts = works()
     plays = [texts[name] for name in HELD_OUT]
     others = [line for play in plays for line in play.split("\n") if _LINE.fullmatch(line)]

@@ -1,6 +1,7 @@
 """A model for lm-evaluation-harness that does what its own `hf` model does, over a pipeline.
 
-Importing this module registers it as `dist_int8`. Texts are tokenized, truncated from the left,
+Importing this module registers it as `dist_int8`; `python -m dist_int8.evaluation` is the harness's
+command line with it. Texts are tokenized, truncated from the left,
 started and stopped as `lm_eval.models.huggingface.HFLM` does with a causal model, so that the same
 weights give the same scores. There is no padding, because micro-batches have none.
 """
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -30,6 +32,8 @@ from dist_int8.api.model import Model
 from dist_int8.config import GenerationSettings
 from dist_int8.engine import Request
 from dist_int8.models import load_config
+
+__all__ = ["PipelineLM", "cli_evaluate"]
 
 SEED = 1234  # of sampled answers; the harness's default
 MAX_GEN_TOKS = 256  # where a task does not say; the harness's default
@@ -78,8 +82,9 @@ class PipelineLM(TemplateLM):
             `hf`, the length in the model's config (2,048 where it has none), limited to the length
             that the handle was loaded for.
         progress: whether to show progress bars.
-        batch_size, max_batch_size, device: passed by the harness to every model and ignored: the
-            pipeline forms its own micro-batches, on the devices in the settings.
+        batch_size, max_batch_size: passed by the harness to every model and ignored: the pipeline
+            forms its own micro-batches.
+        device: the one device of a model to load, where the settings have no `devices`.
         **settings: settings of `dist_int8.load`, for a model to load.
 
     Raises:
@@ -100,6 +105,13 @@ class PipelineLM(TemplateLM):
         **settings: Any,
     ) -> None:
         super().__init__()
+        if device is not None:
+            if "devices" in settings:
+                raise ValueError(
+                    f"harness: device must not be given beside devices, got {device!r}; "
+                    "leave it out"
+                )
+            settings["devices"] = [device]
         if not isinstance(pretrained, Model):
             pretrained = load(pretrained, progress=progress, **settings)
         elif settings:

@@ -6,6 +6,7 @@ exact. "All of x" means all rows of the call: a window of tokens.
 
 import logging
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -183,12 +184,21 @@ class SmoothQuant(_Replacement):
         return product * (scale * self.weight_scale)
 
 
-def bitsandbytes_linear(matrix: Matrix, threshold: float) -> nn.Module:
-    """Makes bitsandbytes' own `Linear8bitLt`."""
-    # it warns once per layer that it computes in fp16
+def import_bitsandbytes() -> Any:
+    """Imports bitsandbytes without its warnings.
+
+    On import it names kernels that it cannot fetch from the hub (CPUs with AVX512-BF16), and each
+    layer says that it computes in fp16: nothing that the reader of a table can change.
+    """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import bitsandbytes
 
+    return bitsandbytes
+
+
+def bitsandbytes_linear(matrix: Matrix, threshold: float) -> nn.Module:
+    """Makes bitsandbytes' own `Linear8bitLt`."""
+    bitsandbytes = import_bitsandbytes()
     linear = matrix.linear
     theirs = bitsandbytes.nn.Linear8bitLt(
         linear.in_features,

@@ -5,20 +5,29 @@ for one whose gradient is None, and warns when it is too late. In inference mode
 works, these kernels are not reached. (`ops.int8_linear` has a gradient: `straight_through`.)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from dist_int8.int8.no_gradient import refuse_gradients
+from dist_int8.int8.reference import refuse_gradients
 from dist_int8.int8.registry import OPS, has_op
+
+
+def _iter_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _iter_tensors(value)
 
 
 def _refusing(name: str) -> Callable[..., Any]:
     op = getattr(torch.ops.dist_int8, name).default
 
     def refuse_or_run(keyset: torch.DispatchKeySet, *args: Any) -> Any:
-        refuse_gradients(name, *args)
+        refuse_gradients(name, *_iter_tensors(args))
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 

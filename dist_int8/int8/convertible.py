@@ -16,28 +16,28 @@ _NOT_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
 _MATRIX = 16  # the smallest number of rows and columns of what counts as a matrix
 
 
-class Floating(NamedTuple):
+class Parameters(NamedTuple):
     """The weight [N, K] and the bias [N] of a linear layer, views of its parameters."""
 
     weight: Tensor
     bias: Tensor | None
 
 
-def floating(module: nn.Module) -> Floating | None:
+def floating(module: nn.Module) -> Parameters | None:
     """Weight and bias of a module that is a linear layer and nothing more, else None."""
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if weight is not None and name in LINEARS:
-        return Floating(weight, bias)
+        return Parameters(weight, bias)
     if weight is not None and name in TRANSPOSED:
-        return Floating(weight.t(), bias)
+        return Parameters(weight.t(), bias)
     return None
 
 
-def inherited(module: nn.Module) -> Floating | None:
+def inherited(module: nn.Module) -> Parameters | None:
     """`floating`, also of a subclass of `nn.Linear` that has no forward of its own."""
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-        return Floating(module.weight, module.bias)
+        return Parameters(module.weight, module.bias)
     return floating(module)
 
 

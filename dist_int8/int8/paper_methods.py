@@ -6,7 +6,6 @@ In plain torch, as specifications. x [M, K] and weight [N, K] floating -> y [M, 
 import torch
 from torch import Tensor
 
-from dist_int8.int8.no_gradient import refuse_gradients
 from dist_int8.int8.reference import (
     PLANE_MAX,
     check_matrix,
@@ -14,6 +13,7 @@ from dist_int8.int8.reference import (
     int8_linear,
     outlier_mask,
     quantize_weight,
+    refuse_gradients,
     row_absmax,
 )
 

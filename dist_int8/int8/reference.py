@@ -21,8 +21,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dist_int8.int8.no_gradient import refuse_gradients
-
 OUTLIER_RULES = ("none", "absolute", "row_rms", "all")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -287,6 +285,17 @@ def row_absmax(x: Tensor) -> Tensor:
 def _divide(values: Tensor, by: int) -> Tensor:
     """values / by, rounded once: on a GPU torch multiplies by the reciprocal of a Python number."""
     return values / values.new_full((), by)
+
+
+def refuse_gradients(op: str, *inputs: Tensor | None) -> None:
+    """Raises RuntimeError where autograd would record `op`: rounding would cut the graph."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        raise RuntimeError(
+            f"{op} has no gradient, but one of its inputs requires grad. Call it inside "
+            "torch.no_grad() or torch.inference_mode(), or detach the input; train through "
+            "dist_int8.Int8Linear, which passes the gradient of x on, or keep the layer in "
+            "floating point"
+        )
 
 
 def check_matrix(op: str, argument: str, value: Tensor) -> None:

@@ -1,6 +1,8 @@
 """The harness scores our pipeline as it scores transformers' own model with the same weights."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,6 +185,25 @@ def test_the_harness_knows_our_model_by_name(tiny_llama):
         assert model.max_length == 64
         ((logs, _),) = model.loglikelihood(instances("loglikelihood", ("a" * 200, "b")))
         assert logs < 0
+
+
+def test_the_command_line_of_the_harness_knows_our_model(tiny_llama, tmp_path):
+    arguments = f"pretrained={tiny_llama},int8=False,threads_per_stage=1,max_tokens=256"
+    command = [sys.executable, "-m", "dist_int8.evaluation", "run", "--model", "dist_int8"]
+    command += ["--model_args", f"{arguments},dtype=float32", "--device", "cpu", "--limit", "3"]
+    command += ["--tasks", "plays_next_line", "--include_path", "."]
+    command += ["--output_path", str(tmp_path)]  # data files are named relative to where it runs
+    subprocess.run(command, check=True, capture_output=True, cwd=TASKS)
+    (written,) = tmp_path.rglob("results_*.json")
+    found = json.loads(written.read_text())
+    assert found["config"]["model"] == "dist_int8"
+    (expected, *_) = run_tasks(str(tiny_llama), ["plays_next_line"], task_folder=TASKS, limit=3)
+    assert found["results"]["plays_next_line"]["acc,none"] == pytest.approx(expected.value)
+
+
+def test_device_beside_devices_is_refused(tiny_llama):
+    with pytest.raises(ValueError, match="device must not be given beside devices, got 'cpu'"):
+        PipelineLM(tiny_llama, device="cpu", devices=["cpu"], **OPTIONS)
 
 
 @pytest.mark.parametrize(

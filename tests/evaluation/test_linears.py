@@ -1,5 +1,8 @@
 """Each method's linear layer against the formula of its paper, written again in float64."""
 
+import logging
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -156,3 +159,18 @@ def test_the_integer_product_is_exact_up_to_the_largest_values(K):
     product = linears.integer_product(x, weight)
     assert product.dtype == torch.int32
     assert torch.equal(product.double(), x.double() @ weight.double().t())
+
+
+def test_bitsandbytes_is_imported_without_its_warnings(caplog):
+    pytest.importorskip("bitsandbytes")
+    assert linears.import_bitsandbytes().nn.Linear8bitLt
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community")
+    assert not caplog.records
+
+
+def test_nothing_else_imports_bitsandbytes():
+    root = Path(__file__).parents[2]
+    files = [*(root / "dist_int8").rglob("*.py"), *(root / "benchmarks").glob("*.py")]
+    importing = {path.name for path in files if "import bitsandbytes\n" in path.read_text()}
+    assert importing == {"linears.py"}
