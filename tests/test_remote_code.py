@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-import dist_int8
+from dist_int8.cli.app import run
 from dist_int8.evaluation.floating import load_floating_model
 from dist_int8.evaluation.host import Host
 
@@ -176,14 +176,14 @@ ESCAPES = (
 
 
 @pytest.mark.parametrize("template", ESCAPES)
-def test_a_chat_template_cannot_leave_its_sandbox(tiny_llama, tmp_path, template):
+def test_a_chat_template_cannot_leave_its_sandbox(tiny_llama, tmp_path, capsys, template):
     for path in tiny_llama.iterdir():
         shutil.copy(path, tmp_path / path.name)
     (tmp_path / "chat_template.jinja").write_text(template)
-    fits = pytest.raises(ValueError, match="messages of prompt 0 must fit the chat template, got")
-    with dist_int8.load(tmp_path, devices=["cpu"], progress=False) as model, fits as error:
-        model.generate([{"role": "user", "content": "Hi"}], max_new_tokens=1)
-    assert "\n" not in str(error.value) and "unsafe" in str(error.value)
+    arguments = ["generate", "-m", str(tmp_path), "--device", "cpu", "-q", "--chat", "-p", "Hi"]
+    assert run(arguments) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(said) == 1 and "must fit the chat template, got" in said[0] and "unsafe" in said[0]
 
 
 def test_an_evaluation_takes_no_pickle_unless_told(tiny_llama, tmp_path):
