@@ -217,7 +217,7 @@ class Transport:
                 except ProtocolError as error:
                     self.refuse(error)
         except BaseException as error:  # whatever ends this thread is raised where it is awaited
-            self._received.put(error)
+            self._received.put(error.with_traceback(None))  # its frames refer to this
 
     def refuse(self, error: ProtocolError) -> None:
         """Logs that a message was dropped, and why."""

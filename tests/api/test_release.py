@@ -68,8 +68,23 @@ def use(model):
     return [weakref.ref(stage), weakref.ref(stage.model), weakref.ref(stage.kv_cache)]
 
 
-@pytest.mark.parametrize("ending", ["shutdown", "del", "replaced", "with", "drain"])
-def test_nothing_is_left(load, without_gc, ending):
+def test_nothing_is_left_after_shutdown(load, without_gc):
+    check_that_nothing_is_left(load, "shutdown")
+
+
+def test_nothing_is_left_when_the_last_reference_goes(load, without_gc):
+    check_that_nothing_is_left(load, "replaced")
+
+
+@pytest.mark.parametrize("ending", ["del", "with", "drain"])
+def test_nothing_is_left_after_other_ends(tiny_llama, without_gc, ending):
+    def load():
+        return dist_int8.load(tiny_llama, **OPTIONS, **KINDS["two threads"])
+
+    check_that_nothing_is_left(load, ending)
+
+
+def check_that_nothing_is_left(load, ending):
     use(load())  # what is made once and for all
     before, native, held = count_resources(), count_native_threads(), storages()
     model = load()
