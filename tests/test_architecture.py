@@ -353,7 +353,6 @@ ENDS = {"kill", "killpg", "rmtree", "say_bye", "terminate"}  # calls that end wh
 AT_THE_END = {"atexit.register", "weakref.finalize"}
 # Functions that need not ask whether they run in a forked child, and why.
 NEVER_IN_A_CHILD = {
-    "api/load._failures_reported": "calls World.kill, which asks",
     "checkpoint/writer/aside": "rewriting is one call, which forks nobody",
     "cli/demo_model": "conversion is one call, which forks nobody",
     "distributed/children.remove_folders": "called by handlers of the command line",
@@ -362,6 +361,7 @@ NEVER_IN_A_CHILD = {
     "distributed/rendezvous.join": "calls World.kill, which asks",
     "distributed/spawn.spawn": "calls World.kill, which asks",
     "distributed/world.kill": "calls Children.kill and _end, which ask",
+    "engine/steps": "runs in the thread of the driver, which a child has not",
     "launcher/supervisor._signal": "its children replace themselves by other programs",
 }
 

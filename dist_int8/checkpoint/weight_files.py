@@ -139,10 +139,11 @@ def _explain_no_checkpoint(folder: Path, candidates: tuple[str, ...]) -> str:
 
 _OTHER_FORMATS = {
     ".bin": "(a pickle, which can run code); convert it: "
-    "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), or, if you trust "
-    "who made it, allow_pickle (--allow-pickle)",
+    "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)"
+    ".save_pretrained(new_folder), or, if you trust who made it, allow_pickle (--allow-pickle)",
     ".gguf": "(a format of llama.cpp); give the folder of the original model instead, or convert "
-    "it: AutoModelForCausalLM.from_pretrained(folder, gguf_file=...).save_pretrained(new_folder)",
+    "it: AutoModelForCausalLM.from_pretrained(folder, gguf_file=..., trust_remote_code=False)"
+    ".save_pretrained(new_folder)",
     ".h5": "(weights of TensorFlow); give a folder with safetensors files of the same model",
     ".msgpack": "(weights of Flax); give a folder with safetensors files of the same model",
     ".pth": "(a pickle of the original release); give the same model in transformers' format",

@@ -50,8 +50,8 @@ def check_contents(folder: Path) -> None:
     if (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(
             f"{folder}: must hold a model, got an adapter ({ADAPTER_CONFIG}); merge it into its "
-            "model: AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()"
-            ".save_pretrained(new_folder)"
+            "model: AutoPeftModelForCausalLM.from_pretrained(folder, trust_remote_code=False)"
+            ".merge_and_unload().save_pretrained(new_folder)"
         )
     if not (folder / "config.json").is_file():
         raise ValueError(
