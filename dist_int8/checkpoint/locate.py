@@ -1,6 +1,5 @@
 """Where a checkpoint stores every parameter of a stage and in which form, or all that is wrong."""
 
-import json
 import logging
 import re
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from dist_int8.checkpoint.reader import CheckpointReader
 from dist_int8.checkpoint.stored_int8 import StoredInt8
 from dist_int8.checkpoint.tensor_files import FLOATING
 from dist_int8.models.config import ignored_tensors, tensor_sources
+from dist_int8.models.json_file import read_json
 from dist_int8.models.notice import warn_once
 from dist_int8.models.sources import TensorSource
 from dist_int8.models.spec import ModelSpec
@@ -139,7 +139,7 @@ def _warn_of_mixed(reader: CheckpointReader, located: dict[str, Located]) -> Non
 def _find_lost_hot_columns(reader: CheckpointReader, located: dict[str, Located]) -> list[str]:
     """Finds linears without the hot columns of config.json; int8 weights leave those out."""
     path = reader.folder / "config.json"
-    fields = json.loads(path.read_text()) if path.is_file() else {}
+    fields = read_json(path) if path.is_file() else {}
     written = fields.get("quantization_config")
     if not isinstance(written, dict) or written.get("quant_method") != "dist_int8":
         return []

@@ -278,3 +278,11 @@ def test_int8_weights_are_placed_in_the_order_a_step_reads_them(folder_of):
     floating = load_tiny_stage(folder, int8=False)
     weight = floating.blocks["0"].qkv.weight
     assert weight.untyped_storage().nbytes() == weight.nbytes
+
+
+def test_a_config_with_a_byte_order_mark_loads(folder_of):
+    folder = folder_of("llama")
+    before = load_tiny_stage(folder)
+    content = (folder / "config.json").read_bytes()
+    (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + content)
+    assert_same_stage(load_tiny_stage(folder), before)

@@ -1,6 +1,5 @@
 """What a rewriting will write, as data."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from dist_int8.checkpoint.writer.recipe import (
 from dist_int8.checkpoint.writer.shards import cut
 from dist_int8.checkpoint.writer.stored_model import StoredModel
 from dist_int8.checkpoint.writer.target import Target
+from dist_int8.models.json_file import read_json
 from dist_int8.models.stage_slice import StageSlice
 
 FLOAT_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -73,7 +73,7 @@ def make_plan(source: StoredModel, target: Target, out: Path, shard_bytes: int) 
     calibration = target.calibration if calibrated else None
     calibrates_head = "lm_head" in calibrated
     config = make_config(
-        json.loads((source.folder / CONFIG).read_text()),
+        read_json(source.folder / CONFIG),
         target,
         _list_floating_linears(source, target),
         calibration.num_hot_columns if calibration is not None and calibrates_head else 0,
