@@ -15,12 +15,15 @@ Written by `python docs/cli.py` from `dist_int8/cli`; a test keeps it true. `dis
 flags with examples.
 
 Flags that stand for a [setting](settings.md) win over the YAML file of `--config`. One of `--device`, `--stages`,
-`--gpus` and `--devices` replaces the whole layout of the file.
+`--gpus` and `--devices` replaces the whole layout of the file. A flag of one value is given once, and not empty; `~` in
+a path is the home folder. In `--stop`, `\\n`, `\\t`, `\\r` and `\\uXXXX` are what they are in JSON, and `\\\\` is a
+backslash: `--stop '\\n'` ends an answer at a newline.
 
 ## stdout, stderr and the log
 
 Text, tables and JSON that a command was asked for go to stdout; plans, progress, figures and the log go to stderr.
-`-v` logs information and `-vv` debugging output, on every rank; `-q` logs errors only. Without either, the
+`-v` logs information and `-vv` debugging output, on every rank; `-q` shows no progress and logs errors only, and
+excludes `-v`. What a command was asked for is on stdout either way; a stdout that is closed is refused. Without either, the
 environment variable `DIST_INT8_LOG` names the level: `debug`, `info`, `warning` (the default) or `error`.
 
 ## Exit codes

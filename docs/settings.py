@@ -12,8 +12,11 @@ Written by `python docs/settings.py` from `dist_int8/config`; a test keeps it tr
 
 The same names are keys of a YAML file (`--config`), arguments of `dist_int8.load()` and, for most,
 flags of `dist-int8 generate`. Flags and arguments win over the file. Unknown and duplicate keys are
-refused. Byte sizes are written like `79GiB` (1024**3) or `80GB` (1000**3). YAML reads `1e3` as
-text, so write `1000.0`. The flags of every command: [command line](cli.md).
+refused; `null` is the default, as if the key were left out. `~` in a path is the home folder. Byte
+sizes are written like `79GiB` (1024**3) or `80GB` (1000**3); a number without a unit is bytes, and
+refused below 1 MiB. YAML reads `1e3` as text, so write `1000.0`. A setting that changes nothing, as
+`max_recoveries` without `recover`, is named in one warning when the model is loaded. The flags of
+every command: [command line](cli.md).
 """
 
 

@@ -278,6 +278,13 @@ def _check_values(options: EvalOptions) -> None:
             f"{COMMAND}:inject_outliers: inject_outliers must be a seed in 0..2^63-1, got {seed}; "
             "write --inject-outliers 0"
         )
+    for key in ("text", "calibration_text"):
+        path = getattr(options, key)
+        if path is not None and path.is_char_device():  # /dev/zero has no end
+            raise ValueError(
+                f"{COMMAND}:{key}: --{key.replace('_', '-')} must be a file or a folder, got the "
+                f"device {str(path)!r}; check the path"
+            )
     for key, least in _LOWEST.items():
         value = getattr(options, key)
         if value is not None and value < least:

@@ -35,6 +35,8 @@ _SPELLINGS = {
     "skip_modules": ("--skip",),
     "max_new_tokens": ("--max-new-tokens", "-n"),
 }
+# What is so on a command line alone, after the sentence of the setting.
+_ON_A_COMMAND_LINE = {"stop": r" \n, \t, \r and \uXXXX are read as in JSON, and \\ is a backslash."}
 _REPEATED = ("skip_modules", "stop")  # one value per flag; other lists are split at commas
 
 
@@ -239,6 +241,7 @@ def _find_field(key: str) -> Any:
 def _describe(key: str) -> str:
     """The sentence of a setting and its default: one text, written once."""
     default, text = _find_field(key).default, str(_find_field(key).description)
+    text += _ON_A_COMMAND_LINE.get(key, "")
     if default is None or default is False or default == []:
         return text
     if default is True:

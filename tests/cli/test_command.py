@@ -94,6 +94,7 @@ def test_no_option_takes_two_values_or_an_empty_one(name, flag, many, key, capsy
         ("bench --profile /no/x.yaml", "--profile must be a file that can be written"),
         ("bench --plot x.png --trace /no.json", "/no.json: trace must be a file of dist-int8"),
         ("eval -m x --limit 3", "--limit must be left out without --tasks, got '3'"),
+        ("eval -m x --text /dev/zero", "--text must be a file or a folder, got the device"),
         ("eval -m x --tasks y --stride 3", "--stride must be left out with --tasks, got '3'"),
         ("eval -m x --plot /no/x.png", "--plot must be a file that can be written"),
         ("generate -m x -p y --trace /no/t.json", "--trace must be a file that can be written"),
