@@ -109,5 +109,5 @@ def test_norms_that_quantize_give_the_same_bits(name, dtype, hot_columns, monkey
 def test_a_floating_linear_gets_rows_that_are_not_quantized(monkeypatch):
     monkeypatch.setattr("dist_int8.models.block.FUSED_DEVICES", {"cpu"})
     block = int8_block(torch.float32, **BLOCKS["llama"])
-    block.qkv = nn.Linear(64, block.spec.qkv_size, bias=False)
+    block.qkv = nn.Linear(64, block.spec.qkv_size, bias=False).requires_grad_(False)
     assert two_steps(block, torch.float32)[0].isfinite().all()
