@@ -124,6 +124,23 @@ def test_nothing_is_left_while_a_traceback_refers_to_the_handle(load, without_gc
     assert kept is not None and model.stages and model.trace.last_step > 0
 
 
+def test_a_traceback_does_not_keep_the_handle(load, without_gc):
+    """An interrupted cell, and the one that loads the model run again."""
+    model = load()
+    watched = use(model)
+
+    def fail(token):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as kept:
+        model.generate("abc", max_new_tokens=3, on_token=fail)
+    with pytest.raises(ZeroDivisionError) as kept_too:
+        list(model.run(1 // 0 for _ in "a"))
+    del model
+    assert all(reference() is None for reference in watched)
+    assert kept is not None and kept_too is not None
+
+
 def test_nothing_is_left_of_a_model_that_failed(load, without_gc, monkeypatch):
     before = count_resources()
     model = load()
