@@ -228,7 +228,7 @@ def test_models_are_loaded_in_threads_beside_other_modules(load):
         while not done.is_set():
             devices.add(nn.Linear(3, 3).weight.device.type)
 
-    threads = [threading.Thread(target=answer) for _ in range(3)]
+    threads = [threading.Thread(target=answer) for _ in range(2)]
     others = threading.Thread(target=make_modules)
     for thread in [others, *threads]:
         thread.start()
@@ -236,4 +236,4 @@ def test_models_are_loaded_in_threads_beside_other_modules(load):
         thread.join(120)
     done.set()
     others.join()
-    assert answers == [wanted] * 3 and devices == {"cpu"}
+    assert answers == [wanted] * 2 and devices == {"cpu"}
