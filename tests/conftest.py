@@ -82,6 +82,8 @@ def tiny_llama(tmp_path_factory):
 # `make test` runs these files one after the other: they assert how long something takes, kill
 # processes that others wait for, or measure memory.
 ALONE = (
+    "api/test_interrupts.py",
+    "api/test_release.py",
     "benchmarks/test_cells.py",
     "benchmarks/test_first_light.py",
     "benchmarks/test_process.py",
@@ -102,7 +104,10 @@ ALONE = (
 SLOW = (
     "api/test_every_setting.py",
     "api/test_formats.py",
+    "api/test_interrupts.py",
     "api/test_load.py",
+    "api/test_notebook.py",
+    "api/test_release.py",
     "checkpoint/test_calibrate.py",
     "checkpoint/writer/test_folder.py",
     "cli/test_app.py",

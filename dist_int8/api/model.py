@@ -26,6 +26,7 @@ from dist_int8.pipeline import schedule
 from dist_int8.pipeline.trace import Trace
 
 TokenStream = Generator[Token, None, list[Completion]]
+LogitsStream = Generator[tuple[int, int, Tensor], None, None]
 
 
 class Model:
@@ -155,14 +156,17 @@ class Model:
         tokens = self._stream(self._encoder.make_requests(prompts, chosen))
         if stream:
             return tokens
-        with closing(tokens):  # even while the traceback of an exception still refers to it
-            while True:
-                try:
-                    token = next(tokens)
-                except StopIteration as stop:
-                    return stop.value
-                if on_token is not None:
-                    on_token(token)
+        try:
+            with closing(tokens):  # even while the traceback of an exception still refers to it
+                while True:
+                    try:
+                        token = next(tokens)
+                    except StopIteration as stop:
+                        return stop.value
+                    if on_token is not None:
+                        on_token(token)
+        finally:
+            del self  # here and below: a notebook keeps the last traceback, not this handle
 
     def request(self, prompt: Prompt, settings: GenerationSettings, index: int = 0) -> Request:
         """Makes a request of one prompt with settings of its own, for `run`.
@@ -193,7 +197,10 @@ class Model:
             ShuttingDownError: the model was shut down before the last token.
         """
         self._check_open()
-        yield from self._engine.run(requests, keep_going)
+        try:
+            yield from self._engine.run(requests, keep_going)
+        finally:
+            del self
 
     @property
     def num_micro_batches(self) -> int:
@@ -220,11 +227,15 @@ class Model:
         rows = self._encoder.check_rows(input_ids)
         pieces = self.iter_logits(rows.tolist())
         logits = torch.empty(*rows.shape, self._spec.vocab_size, dtype=torch.float32)
-        for index, start, values in pieces:
-            logits[index, start : start + values.shape[0]] = values
-        return logits
+        try:
+            with closing(pieces):
+                for index, start, values in pieces:
+                    logits[index, start : start + values.shape[0]] = values
+            return logits
+        finally:
+            del self
 
-    def iter_logits(self, sequences: Sequence[Ids] | Encoding) -> Iterator[tuple[int, int, Tensor]]:
+    def iter_logits(self, sequences: Sequence[Ids] | Encoding) -> LogitsStream:
         """Computes logits of token ids of any lengths piece by piece, so that memory stays bounded.
 
         Short sequences share a micro-batch. Other calls may run between two pieces; one that needs
@@ -240,11 +251,14 @@ class Model:
         """
         return self._iter_logits(self._encoder.check_sequences(sequences))
 
-    def _iter_logits(self, sequences: list[list[int]]) -> Iterator[tuple[int, int, Tensor]]:
+    def _iter_logits(self, sequences: list[list[int]]) -> LogitsStream:
         self._check_open()
-        yield from self._engine.logits(sequences)
+        try:
+            yield from self._engine.logits(sequences)
+        finally:
+            del self
 
-    def logits_of(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, Tensor]]:
+    def logits_of(self, sequences: Sequence[Sequence[int]]) -> LogitsStream:
         """The former name of `iter_logits`."""
         warnings.warn(
             "Model.logits_of is called iter_logits now; the old name will go in the next version",
@@ -318,10 +332,13 @@ class Model:
 
     def _stream(self, requests: list[Request]) -> TokenStream:
         speed = Speed(requests)
-        for token in self.run(requests):
-            speed.note(token.index)
-            yield token
-        return [self._complete(request, speed, len(requests)) for request in requests]
+        try:
+            for token in self.run(requests):
+                speed.note(token.index)
+                yield token
+            return [self._complete(request, speed, len(requests)) for request in requests]
+        finally:
+            del self
 
     def _complete(self, request: Request, speed: Speed, num_requests: int) -> Completion:
         """Makes the answer of a request that ended, one of num_requests in its call."""

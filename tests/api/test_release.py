@@ -124,6 +124,23 @@ def test_nothing_is_left_while_a_traceback_refers_to_the_handle(load, without_gc
     assert kept is not None and model.stages and model.trace.last_step > 0
 
 
+def test_a_traceback_does_not_keep_the_handle(load, without_gc):
+    """An interrupted cell, and the one that loads the model run again."""
+    model = load()
+    watched = use(model)
+
+    def fail(token):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as kept:
+        model.generate("abc", max_new_tokens=3, on_token=fail)
+    with pytest.raises(ZeroDivisionError) as kept_too:
+        list(model.run(1 // 0 for _ in "a"))
+    del model
+    assert all(reference() is None for reference in watched)
+    assert kept is not None and kept_too is not None
+
+
 def test_nothing_is_left_of_a_model_that_failed(load, without_gc, monkeypatch):
     before = count_resources()
     model = load()
@@ -169,11 +186,12 @@ def test_what_belongs_to_the_session_is_as_it_was(load):
 
     import numpy
 
+    load().shutdown()  # what is imported then, and the interface named to NCCL, stay
     torch.set_num_threads(2)
     before = None
-    for model in (None, load(threads_per_stage=1)):
-        if model is not None:
-            model.generate("abc", max_new_tokens=3, temperature=1.0)
+    for is_loaded in (False, True):
+        if is_loaded:
+            load().generate("abc", max_new_tokens=3, temperature=1.0)
         state = (
             torch.get_num_threads(),
             torch.random.get_rng_state().tolist(),
@@ -190,8 +208,9 @@ def test_what_belongs_to_the_session_is_as_it_was(load):
             sys.excepthook,
             threading.excepthook,
         )
-        assert before in (None, state)
-        before = state
+        before = before or state
+        differing = [k for k, (a, b) in enumerate(zip(before, state, strict=True)) if a != b]
+        assert not differing
     with torch.random.fork_rng():
         assert torch.rand(1).requires_grad is False
     torch.set_num_threads(1)
@@ -209,7 +228,7 @@ def test_models_are_loaded_in_threads_beside_other_modules(load):
         while not done.is_set():
             devices.add(nn.Linear(3, 3).weight.device.type)
 
-    threads = [threading.Thread(target=answer) for _ in range(3)]
+    threads = [threading.Thread(target=answer) for _ in range(2)]
     others = threading.Thread(target=make_modules)
     for thread in [others, *threads]:
         thread.start()
@@ -217,4 +236,4 @@ def test_models_are_loaded_in_threads_beside_other_modules(load):
         thread.join(120)
     done.set()
     others.join()
-    assert answers == [wanted] * 3 and devices == {"cpu"}
+    assert answers == [wanted] * 2 and devices == {"cpu"}
