@@ -32,7 +32,7 @@ from dist_int8.partition import Plan, StagePlan
 from dist_int8.pipeline.in_process import InProcessTransport, connect
 from dist_int8.pipeline.recovery import Links, Recovery, serve_until_shutdown
 from dist_int8.pipeline.runner import Pipeline, serve
-from dist_int8.pipeline.stage import Stage, keep_num_threads
+from dist_int8.pipeline.stage import Stage, end_idle_threads, keep_num_threads
 from dist_int8.pipeline.transport import Transport
 
 LOAD_TIMEOUT_S = 3600.0
@@ -219,6 +219,7 @@ def _torch_as_it_was() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(num_threads)
+        end_idle_threads()
         if torch.cuda.is_initialized():
             torch.cuda.set_device(gpu)
 

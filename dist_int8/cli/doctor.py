@@ -19,7 +19,6 @@ from dist_int8.partition.gpus import Gpus, probe
 REQUIRED = {
     "torch": "2.10",
     "transformers": "5",
-    "accelerate": None,
     "safetensors": None,
     "pyyaml": None,
     "pydantic": "2",
@@ -30,7 +29,10 @@ REQUIRED = {
 # The other packages, with their minimum version and what needs them.
 OPTIONAL = {
     "cuda-bindings": (None, "GPUs"),  # installed by cuda-python, imported by partition/gpus
+    "accelerate": (None, "the accelerate launcher"),
     "deepspeed": ("0.19.6", "the deepspeed launcher"),
+    "protobuf": (None, "tokenizers of SentencePiece"),
+    "sentencepiece": (None, "tokenizers of SentencePiece"),
     "gguf": (None, "dist-int8 demo-model"),
 }
 GIBIBYTE = 1024**3

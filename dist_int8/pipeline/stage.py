@@ -74,3 +74,13 @@ def keep_num_threads(num_threads: int) -> None:
     """Gives the calling thread's ops this many threads, whatever is set for others later."""
     torch.get_num_threads()  # a thread takes the number of the process when it first needs one
     torch.set_num_threads(num_threads)
+
+
+def end_idle_threads() -> None:
+    """Ends the threads that ops keep for the calling thread; the next op that needs some has them.
+
+    With more threads than cores OpenMP lets each of them spin only briefly between two ops, and
+    those of the stages are then woken late.
+    """
+    with suppress(AttributeError):  # an OpenMP before 5.0
+        ctypes.CDLL(None).omp_pause_resource_all(1)  # omp_pause_soft

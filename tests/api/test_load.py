@@ -203,7 +203,7 @@ def test_bad_prompts_are_refused_and_the_model_goes_on(one_stage, prompts, messa
         ({"devices": ["cpu"] * 5}, "stages must be at most the model's 4 blocks, got 5"),
         ({"gpus": 400}, "gpus must be at most the number of GPUs seen"),
         ({"devices": ["cpu"], "max_tokens": 300}, "at most the model's 256 positions, got 300"),
-        ({"devices": ["cpu"], "memory": [1000]}, "stage 0 on cpu must fit 1000 B"),
+        ({"devices": ["cpu"], "memory": ["1000B"]}, "stage 0 on cpu must fit 1000 B"),
         ({"devices": ["cpu"], "threads": 2}, "threads"),
         ({"devices": ["cpu"], "threads_per_stage": 10**6}, "at most this machine's .* cores"),
     ],

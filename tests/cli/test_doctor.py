@@ -46,7 +46,7 @@ NO_PACKAGE = """
 import importlib.metadata
 real = importlib.metadata.version
 def version(name):
-    if name == "accelerate":
+    if name == "safetensors":
         raise importlib.metadata.PackageNotFoundError(name)
     return real(name)
 importlib.metadata.version = version
@@ -75,7 +75,7 @@ importlib.util.find_spec = lambda name, *rest: (
     ("before", "name", "said"),
     [
         (OLD_TORCH, "torch", "2.9.1+cu128, older than 2.10"),
-        (NO_PACKAGE, "accelerate", "not installed"),
+        (NO_PACKAGE, "safetensors", "not installed"),
         (DAMAGED_LIBRARY, "kernels", "_ops.so did not load"),
     ],
 )

@@ -1,6 +1,5 @@
 """Pictures of traces: drawn by matplotlib, refused in one line where something is missing."""
 
-import json
 import sys
 
 import pytest
@@ -38,15 +37,14 @@ def test_plot_without_a_trace_runs_a_short_generation(tiny_llama, tmp_path, caps
     command = ["bench", "--plot", picture, "--model", tiny_llama, "--stages", "1"]
     assert app.run([str(argument) for argument in command]) == 0
     assert picture.read_bytes().startswith(PNG) and "stage 0 busy" in capsys.readouterr().out
-    events = json.loads((tmp_path / "run.trace.json").read_text())["traceEvents"]
-    assert {e["name"] for e in events if e["ph"] == "X"} == {"P0", "D0"}
+    assert [path.name for path in tmp_path.iterdir()] == ["run.png"]
 
 
 @pytest.mark.parametrize(
     ("flags", "part"),
     [
         ([], "--profile or --plot must be given, got neither"),
-        (["--trace", "t.json"], "--plot must be given with --trace or --model, got none"),
+        (["--trace", "t.json"], "--plot must be given with --trace, got none"),
         (["--plot", "a.png", "--trace", "t", "--model", "m"], "--model must be left out with"),
         (["--plot", "a.png", "--trace", "/none"], "/none: trace must be a file of"),
     ],
@@ -77,7 +75,7 @@ def test_file_that_is_not_a_trace_is_refused(tmp_path, content, capsys):
 def test_unwritable_picture_is_refused(trace, tmp_path, capsys):
     for name in ("a.xyz", "no/a.png"):
         assert app.run(["bench", "--plot", str(tmp_path / name), "--trace", str(trace)]) == 2
-        assert "plot must be a picture that can be written" in capsys.readouterr().err
+        assert "--plot must be a file that can be written" in capsys.readouterr().err
 
 
 def test_missing_matplotlib_says_what_to_install(trace, tmp_path, capsys, monkeypatch):
