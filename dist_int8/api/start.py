@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -10,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, NoReturn
 
 import torch
@@ -58,12 +59,24 @@ def start(prepared: Prepared, announce: Callable[[], None], progress: bool) -> M
     handled = sys.exc_info()[1]
     try:
         with _torch_as_it_was():
-            return _start(prepared, announce, progress)
+            model = _start(prepared, announce, progress)
+        _free_importing_frames()
+        return model
     except BaseException as error:
         forget_frames(error, handled)  # whoever keeps it must not keep the weights that were read
         if isinstance(error, RankError):
             raise find_original(error) from None
         raise
+
+
+@cache
+def _free_importing_frames() -> None:
+    """Frees the frames under which torch was imported, once per process.
+
+    `torch.fx` leaves its frame in a reference cycle, and with it every frame below: those of load()
+    have the weights, that of the caller has the handle.
+    """
+    gc.collect()
 
 
 def _start(prepared: Prepared, announce: Callable[[], None], progress: bool) -> Model:

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import subprocess
 import sys
 import threading
 import weakref
@@ -237,3 +238,21 @@ def test_models_are_loaded_in_threads_beside_other_modules(load):
     done.set()
     others.join()
     assert answers == [wanted] * 2 and devices == {"cpu"}
+
+
+def test_the_first_load_of_a_process_is_freed_without_a_collection(tiny_llama):
+    """Everything is imported under its frames, and some imports leave them in a cycle."""
+    code = """
+import gc, sys, weakref
+import dist_int8
+gc.disable()
+def use():
+    model = dist_int8.load(sys.argv[1], devices=["cpu"], progress=False)
+    model.generate([[1]], max_new_tokens=1)
+    return weakref.ref(model), weakref.ref(model._engine.pipeline.stage)
+print([ref() for ref in use()])
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(tiny_llama)], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.strip() == "[None, None]"
