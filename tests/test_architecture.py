@@ -42,12 +42,12 @@ MAY_IMPORT = {
     "engine": {"config", "errors", "pipeline"},
     "api": ROOMS_OF_API,
     "launcher": {"api", "config", "distributed"},  # api: the rank alone; config: the log level
-    "evaluation": {"api", "checkpoint", "config", "engine", "int8", "models"},
+    "evaluation": {"api", "checkpoint", "config", "distributed", "engine", "int8", "models"},
     "server": {"api", "config", "engine", "errors"},
     "cli": ALL,
     # the doors
     "__init__": {"api", "errors", "evaluation", "int8"},
-    "__main__": {"cli"},
+    "__main__": {"cli", "distributed"},
 }
 # File -> rooms it may import, where that is less.
 CLOSER = {

@@ -33,6 +33,12 @@ def render_chat(tokenizer: Any, messages: Sequence[Any], index: int, folder: Pat
         text = tokenizer.apply_chat_template(checked, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # a template is a program and may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
+        is_text = isinstance(tokenizer.chat_template, str | dict)
+        if not is_text or type(error).__name__ == "TemplateSyntaxError":  # whatever the messages
+            raise ValueError(
+                f"generate: the chat template in {folder} must be a template of Jinja, got "
+                f"{reason}; download the tokenizer's files again, or write the prompt as text"
+            ) from None
         raise ValueError(
             f"generate: messages of prompt {index} must fit the chat template, got {reason}; "
             'write them like {"role": "user", "content": "Hi"}'

@@ -247,6 +247,12 @@ class PromptEncoder:
         self, settings: GenerationSettings, prompt_ids: list[int], index: int
     ) -> None:
         """Checks what only a model and a prompt can tell of the settings."""
+        if settings.stop and self.tokenizer is None:
+            raise ValueError(
+                f"generate: stop must be left out where there is no tokenizer, got "
+                f"{settings.stop!r}, and {self.folder} has none; give stop_token_ids or add its "
+                "tokenizer files"
+            )
         if settings.count_new_tokens(len(prompt_ids)) < 1:
             length = _count(len(prompt_ids))
             raise ValueError(

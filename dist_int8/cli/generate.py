@@ -217,6 +217,11 @@ def _check_files(options: GenerateOptions) -> None:
             f"{COMMAND}:show_schedule: --show-schedule must be left out with --input, got both; "
             "use --trace, which has the times"
         )
+    if str(options.output) == "-":
+        raise ValueError(
+            f"{COMMAND}:output: --output must be a file, which a later run can continue, got '-'; "
+            "name a file, or give each prompt with --prompt to have the answers on stdout"
+        )
     check_target(COMMAND, "trace", options.trace)
     check_target(COMMAND, "output", options.output)
     if options.output is not None and options.input is not None:

@@ -156,10 +156,8 @@ def lay_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, An
         values["do_sample"] = False
     if "temperature" in above and "do_sample" not in above:
         values.pop("do_sample", None)
-    for name, stronger in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        if name in above:
-            values.pop(stronger, None)
     values |= above
+    _settle_lengths(values, above)
     if not values.get("do_sample", values.get("temperature")):
         idle = [name for name in _SAMPLING_ONLY if above.get(name, 0) not in (0, 1)]
         if idle:
@@ -169,6 +167,20 @@ def lay_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, An
                 ", ".join(idle),
             )
     return values
+
+
+def _settle_lengths(values: dict[str, Any], above: Mapping[str, Any]) -> None:
+    """Settles lengths that come from several places as transformers does, and says so."""
+    for name, stronger in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        if name in above and stronger in values:
+            _log.warning(
+                "%s %s has no effect beside %s %s", name, above[name], stronger, values[stronger]
+            )
+    least, most = values.get("min_new_tokens"), values.get("max_new_tokens")
+    together = {"min_new_tokens", "max_new_tokens"} <= above.keys()  # checked as any wrong value
+    if isinstance(least, int) and isinstance(most, int) and least > most and not together:
+        _log.warning("min_new_tokens %s counts as max_new_tokens, %s", least, most)
+        values["min_new_tokens"] = most
 
 
 def _shorten(value: object) -> str:

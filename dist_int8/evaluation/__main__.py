@@ -7,6 +7,8 @@ wants another model imports it first, as this does. Every argument is `lm_eval`'
 import importlib.util
 import sys
 
+from dist_int8.distributed.safe_path import leave_working_directory
+
 
 def main() -> None:
     if importlib.util.find_spec("lm_eval") is None:
@@ -18,4 +20,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    leave_working_directory()
     main()

@@ -35,7 +35,9 @@ def check_one_set(parameters: Any) -> None:
         )
 
 
-def describe_rotary(config: Any, head_dim: int, max_positions: int) -> tuple[RotarySpec, int]:
+def describe_rotary(
+    config: Any, head_dim: int, max_positions: int, *, whole_head: bool = False
+) -> tuple[RotarySpec, int]:
     """Reads a config's `rope_parameters`.
 
     Args:
@@ -43,6 +45,8 @@ def describe_rotary(config: Any, head_dim: int, max_positions: int) -> tuple[Rot
             files too).
         head_dim: dimensions of one attention head.
         max_positions: the config's max_position_embeddings.
+        whole_head: the family rotates whole heads, whatever partial_rotary_factor says, unless
+            the rope is scaled.
 
     Returns:
         The rotary spec, and how many positions it is made for (`_count_positions`).
@@ -60,7 +64,8 @@ def describe_rotary(config: Any, head_dim: int, max_positions: int) -> tuple[Rot
     variant = parameters.get("rope_type", "default")
     if variant == "default":
         # Su et al. 2021, equation 15: theta_i = base^(-2i/d), in fp32 as in transformers' models.
-        rotary_dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+        factor = 1.0 if whole_head else parameters.get("partial_rotary_factor", 1.0)
+        rotary_dim = int(head_dim * factor)
         exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
         inv_freq, scaling = 1.0 / (parameters["rope_theta"] ** exponent), 1.0
     elif variant in _FIXED or variant in _UP_TO_A_LENGTH:

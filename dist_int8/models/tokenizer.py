@@ -80,11 +80,11 @@ def _load(folder: Path, **options: Any) -> Any:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        if "trust_remote_code" in reason:
+        if "trust_remote_code" in reason or _names_code(folder):
             raise ValueError(
                 f"{folder}: tokenizer must be one of transformers, got one that is Python code of "
-                "the folder (auto_map in tokenizer_config.json), which is never run; use a "
-                "tokenizer.json"
+                "the folder (auto_map in tokenizer_config.json or config.json), which is never "
+                "run; use a tokenizer.json and remove auto_map and tokenizer_class"
             ) from None
         raise ValueError(
             f"{folder}: must hold a tokenizer that transformers reads, got "
@@ -96,6 +96,16 @@ def _load(folder: Path, **options: Any) -> Any:
             "tokenizer_class in tokenizer_config.json"
         )
     return tokenizer
+
+
+def _names_code(folder: Path) -> bool:
+    """Whether config.json names code of the folder as its tokenizer."""
+    try:
+        fields = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    auto_map = fields.get("auto_map") if isinstance(fields, dict) else None
+    return isinstance(auto_map, dict) and "AutoTokenizer" in auto_map
 
 
 def _check_config(folder: Path) -> None:

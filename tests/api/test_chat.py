@@ -116,6 +116,13 @@ def test_no_template_and_one_that_refuses(tiny_llama, tmp_path):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("template", ["{% broken", "{{ messages[0] "])
+def test_a_damaged_template_is_not_the_fault_of_the_messages(tiny_llama, tmp_path, template):
+    encoder = PromptEncoder(copy_with_template(tiny_llama, tmp_path, template), 288, 96)
+    with pytest.raises(ValueError, match=r"the chat template in .* must be a template of Jinja"):
+        encoder.make_requests(HELLO, SETTINGS)
+
+
 def test_a_template_runs_in_a_sandbox(tiny_llama, tmp_path):
     template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     encoder = PromptEncoder(copy_with_template(tiny_llama, tmp_path, template), 288, 96)

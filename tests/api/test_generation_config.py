@@ -225,6 +225,18 @@ def test_the_models_own_config_is_the_default(tiny_llama, tmp_path, theirs, ours
         assert model.generate([PROMPT], generation_config=config)[0].token_ids == plain[:7]
 
 
+@pytest.mark.parametrize(
+    ("own", "given"),
+    [({"min_new_tokens": 9}, {"max_new_tokens": 3}), ({"max_new_tokens": 5}, {"max_length": 12})],
+)
+def test_lengths_beside_those_of_the_models_own_config(tiny_llama, tmp_path, own, given):
+    folder = copy_with(tiny_llama, tmp_path, own | {"eos_token_id": 287, "pad_token_id": 0})
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = reference.generate(torch.tensor([PROMPT]), **given)[0, len(PROMPT) :].tolist()
+    with dist_int8.load(folder, devices=["cpu"], int8=False, **OPTIONS) as model:
+        assert model.generate([PROMPT], **given)[0].token_ids == expected
+
+
 def test_sampling_of_the_models_own_config(tiny_llama, tmp_path, ours, plain):
     folder = copy_with(tiny_llama, tmp_path, {"do_sample": True, "temperature": 1.5, "top_k": 0})
     with dist_int8.load(folder, devices=["cpu"], int8=False, **OPTIONS) as model:

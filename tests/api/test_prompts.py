@@ -56,6 +56,8 @@ def test_without_a_tokenizer_only_token_ids_are_accepted(tmp_path):
     assert encoder.tokenizer is None and encoder.show(request) == ""
     with pytest.raises(ValueError, match=r"prompts must be token ids, got text, and .* tokenizer"):
         encoder.make_requests("abc", SETTINGS)
+    with pytest.raises(ValueError, match=r"stop must be left out where there is no tokenizer"):
+        encoder.make_requests([1, 2], SETTINGS.model_copy(update={"stop": ["x"]}))
 
 
 def test_a_prompt_leaves_room_for_a_token_and_logits_need_none(encoder):

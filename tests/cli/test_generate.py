@@ -110,6 +110,7 @@ def test_other_settings_and_a_finished_file(tmp_path, tiny_llama, capfd):
         (["--output", "x", "-p", "y"], "got one; add --input"),
         (["--input", "x", "--output", "y", "-p", "z"], "--prompt must be left out with --input"),
         (["--input", "x", "--output", "y", "--show-schedule"], "--show-schedule must be left out"),
+        (["--input", "x", "--output", "-"], "--output must be a file, which a later run can"),
         (["--input", "/none", "--output", "y"], "/none: input must be a file of JSON lines"),
     ],
 )

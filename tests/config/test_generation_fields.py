@@ -129,6 +129,30 @@ def test_arguments_win_over_the_config_and_that_over_the_models(
     assert got == got.over(defaults)  # completing what is complete changes nothing
 
 
+@pytest.mark.parametrize(
+    ("defaults", "overrides", "expected"),
+    [
+        ({"max_new_tokens": 5}, {"max_length": 12}, (5, None)),
+        ({"min_new_tokens": 9}, {"max_new_tokens": 3}, (3, 3)),
+        ({"max_new_tokens": 3}, {"min_new_tokens": 9}, (3, 3)),
+        ({"min_new_tokens": 2}, {"max_new_tokens": 3}, (3, 2)),
+    ],
+)
+def test_lengths_from_several_places_are_settled_as_in_transformers(
+    defaults, overrides, expected, caplog
+):
+    got = GenerationSettings.from_generation_config(None, overrides, defaults)
+    assert (got.count_new_tokens(2), got.min_new_tokens) == expected
+    assert bool(caplog.records) == (expected != (3, 2))
+
+
+def test_lengths_that_contradict_each_other_are_refused():
+    with pytest.raises(ValueError, match=r"min_new_tokens must be at most max_new_tokens \(3\)"):
+        GenerationSettings.from_generation_config(None, {"min_new_tokens": 9, "max_new_tokens": 3})
+    config = GenerationConfig(min_new_tokens=9, max_new_tokens=3)  # of which transformers warns
+    assert GenerationSettings.from_generation_config(config, {}).min_new_tokens == 3
+
+
 def test_sampling_settings_without_sampling_are_warned_of(caplog):
     GenerationSettings.from_generation_config(None, {"top_p": 0.9, "top_k": 0})
     assert [r.getMessage().split(":")[0] for r in caplog.records] == ["top_p"]

@@ -64,6 +64,13 @@ def test_no_rank_runs_a_file_of_the_working_directory(tiny_llama, trapped, how):
     assert answer.returncode == 0, answer.stderr
 
 
+def test_the_harness_runs_no_file_of_the_working_directory(trapped):
+    answer = run([sys.executable, "-m", "dist_int8.evaluation", "--help"], trapped)
+    marker = trapped.parent / "marker"
+    assert not marker.exists(), marker.read_text()
+    assert answer.returncode == 0 and "lm-eval" in answer.stdout, answer.stderr
+
+
 def copy_package(target: Path, marker: Path) -> None:
     """A copy of the package that leaves its place in `marker` in every process that imports it."""
     ignored = shutil.ignore_patterns("__pycache__", "*.so")

@@ -49,6 +49,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
     "llama_rope_dynamic": make_config("llama", **_rope("dynamic", factor=2.0)),
     "llama_rope_longrope": make_config("llama", **_LONGROPE),
+    "llama_partial_rotary": make_config("llama", partial_rotary_factor=0.5),
     "mistral": make_config("mistral", num_key_value_heads=2, sliding_window=None),
     "mistral_window": make_config("mistral", num_key_value_heads=2, sliding_window=4),
     "qwen2": make_config("qwen2", num_key_value_heads=2),

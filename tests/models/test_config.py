@@ -178,7 +178,10 @@ REFUSED = {
     "hidden_act ": (NEOX, {"hidden_act": "quick_gelu"}),
     "activation_function": (OPT, {"activation_function": "silu"}),
     "num_key_value_heads": (LLAMA, {"num_key_value_heads": 3}),
-    "partial_rotary_factor": (LLAMA, {"partial_rotary_factor": 0.5}),
+    "partial_rotary_factor": (
+        LLAMA,
+        {"partial_rotary_factor": 0.5, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+    ),
     "rope_type": (LLAMA, {"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}),
     "mrope_section": (QWEN2, {"rope_scaling": {"type": "default", "mrope_section": [2, 2, 2]}}),
     "rope_parameters": (

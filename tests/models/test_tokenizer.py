@@ -173,6 +173,10 @@ def test_code_of_a_tokenizer_is_refused_and_not_run(folder):
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match=r"got one that is Python code of the folder"):
         load_tokenizer(folder)
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(fields | {"tokenizer_class": "XTokenizer"}))
+    with pytest.raises(ValueError, match=r"got one that is Python code of the folder"):
+        load_tokenizer(folder)
     assert not (folder / "executed").exists()
 
 

@@ -36,7 +36,9 @@ def describe(config: Any) -> ModelSpec:
     head_dim = getattr(config, "head_dim", None) or hidden // num_heads
     num_kv_heads = config.num_key_value_heads
     _check(config)
-    rotary, max_positions = describe_rotary(config, head_dim, config.max_position_embeddings)
+    rotary, max_positions = describe_rotary(
+        config, head_dim, config.max_position_embeddings, whole_head=True
+    )
     is_llama = config.model_type == "llama"
     attention_bias = bool(is_llama and config.attention_bias)
 
@@ -81,7 +83,9 @@ def _check(config: Any) -> None:
             f"config.json:hidden_act: must be 'silu' for a {config.model_type} model, got "
             f"{config.hidden_act!r}; gated MLPs with other activations are not supported"
         )
-    if (config.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
+    parameters = config.rope_parameters or {}
+    scaled = parameters.get("rope_type", "default") != "default"
+    if scaled and parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
             "config.json:rope_parameters.partial_rotary_factor: must be 1 for a "
             f"{config.model_type} model, got {config.rope_parameters['partial_rotary_factor']}; "
