@@ -63,7 +63,9 @@ def test_ctrl_c_while_answers_come(tiny_llama, tmp_path, kind, times):
         time.sleep(0.05)
     _, said = command.communicate(timeout=60)
     said = "".join(read) + said
-    assert command.returncode == 130, said
+    # the second one may come when Python, at its very end, has given the signal back to the kernel:
+    # for a shell both are 130
+    assert command.returncode in ((130,) if times == 1 else (130, -signal.SIGINT)), said
     assert not any(word in said for word in ("Traceback", "Exception", "error: ", "[rank")), said
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{pid}").exists() for pid in processes):
