@@ -20,6 +20,8 @@ TRAP = "import os; open({marker!r}, 'a').write(__file__ + chr(10))\nraise Import
 ASK = "[answer.token_ids for answer in model.generate([[1, 2]], max_new_tokens=2)]"
 SESSION = f"""
 import sys
+# an editable install would be found first, whatever is on the path
+sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__module__.startswith("_editable")]
 sys.path.insert(0, sys.argv[1])
 import dist_int8
 sys.path.remove(sys.argv[1])  # what lies beside the package is not for rank 0 either
@@ -79,6 +81,9 @@ def copy_package(target: Path, marker: Path) -> None:
         (target / "dist_int8" / library.name).symlink_to(library)
     with (target / "dist_int8" / "__init__.py").open("a") as file:
         file.write(f"\nopen({str(marker)!r}, 'a').write(f'{{__file__}}\\n')\n")
+    with (target / "dist_int8" / "errors.py").open("a") as file:
+        inside = str(marker.with_name("inside"))
+        file.write(f"\nopen({inside!r}, 'a').write(f'{{__file__}}\\n')\n")
 
 
 @pytest.mark.parametrize("kind", ["checkout", "beside other files", "zip"])
@@ -100,4 +105,5 @@ def test_ranks_run_the_package_of_rank_0(tiny_llama, tmp_path, kind):
     assert answer.returncode == 0, answer.stderr
     assert str(place) in answer.stdout
     assert marker.read_text().split() == [f"{place}/dist_int8/__init__.py"] * 2
+    assert set((tmp_path / "inside").read_text().split()) == {f"{place}/dist_int8/errors.py"}
     assert not (tmp_path / "marker").exists()
