@@ -21,7 +21,7 @@ KINDS = {
     "two ranks": {"devices": ["cpu"] * 2},
     "two threads": {"devices": ["cpu"] * 2, "in_process": True},
 }
-NUM_INTERRUPTS = 120
+NUM_INTERRUPTS = 60
 
 
 class Interrupted(BaseException):

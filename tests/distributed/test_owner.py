@@ -65,8 +65,7 @@ assert model.generate([[1, 2]], max_new_tokens=8)[0].token_ids == before
 print("still answers")
 model.shutdown()
 """
-ONE, TWO, THREADS = (
-    "{'devices': ['cpu']}",
+TWO, THREADS = (
     "{'devices': ['cpu', 'cpu']}",
     "{'devices': ['cpu', 'cpu'], 'in_process': True}",
 )
@@ -93,7 +92,7 @@ def test_an_owner_is_the_process_that_made_it():
     owner.check()
 
 
-@pytest.mark.parametrize("kind", [ONE, TWO, THREADS], ids=["one", "two", "threads"])
+@pytest.mark.parametrize("kind", [TWO, THREADS], ids=["two", "threads"])
 def test_a_forked_child_leaves_the_model_as_it_was(tiny_llama, kind):
     steps = "".join(
         child + "\n" + AFTER.replace("model.shutdown()\n", "") for child in CHILDREN.values()
