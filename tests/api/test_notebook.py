@@ -29,9 +29,9 @@ CHAT = """
 model.tokenizer.chat_template = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 )
-text = model.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
-assert text == "<user>Hi"
-assert len(model.generate(text, max_new_tokens=4)[0].token_ids) > 0
+answer = model.generate([{"role": "user", "content": "Hi"}], max_new_tokens=4)[0]
+assert answer.prompt == "<user>Hi"
+assert answer.token_ids == model.generate("<user>Hi", max_new_tokens=4)[0].token_ids
 """
 SHUTDOWN = """
 stage = model._engine.pipeline.stage
