@@ -79,23 +79,15 @@ def tiny_llama(tmp_path_factory):
     return folder
 
 
-# `make test` runs these files one after the other: they assert how long something takes, kill
-# processes that others wait for, or measure memory.
+# `make test` runs these files one after the other: a neighbour would make them too late, or they
+# measure memory.
 ALONE = (
-    "api/test_interrupts.py",
-    "api/test_release.py",
     "benchmarks/test_cells.py",
     "benchmarks/test_first_light.py",
     "benchmarks/test_process.py",
     "checkpoint/test_memory.py",
-    "cli/test_interrupt.py",
-    "distributed/test_children.py",
     "distributed/test_failure.py",
     "distributed/test_heartbeat.py",
-    "distributed/test_rendezvous.py",
-    "distributed/test_sockets.py",
-    "launch/test_ends.py",
-    "launch/test_generate.py",
     "launcher/test_supervisor.py",
 )
 # `make test-fast` leaves these files out as well: they start ranks or other processes, compile C++,
@@ -107,6 +99,7 @@ SLOW = (
     "api/test_load.py",
     "api/test_notebook.py",
     "api/test_release.py",
+    "benchmarks/test_rehearsal.py",
     "checkpoint/test_calibrate.py",
     "checkpoint/writer/test_folder.py",
     "cli/test_app.py",
@@ -116,8 +109,7 @@ SLOW = (
     "cli/test_doctor.py",
     "cli/test_eval.py",
     "cli/test_generate.py",
-    "distributed/test_interpreter.py",
-    "distributed/test_owner.py",
+    "cli/test_interrupt.py",
     "csrc/test_attention.py",
     "csrc/test_csrc.py",
     "csrc/test_emulator.py",
@@ -126,11 +118,17 @@ SLOW = (
     "csrc/test_int8_weight_linear.py",
     "csrc/test_rows.py",
     "csrc/test_transform_layout.py",
+    "distributed/test_interpreter.py",
+    "distributed/test_owner.py",
+    "distributed/test_rendezvous.py",
+    "distributed/test_sockets.py",
     "evaluation/test_harness.py",
     "evaluation/test_linears.py",
     "evaluation/test_outlier_features.py",
     "evaluation/test_perplexity.py",
     "evaluation/test_witness.py",
+    "launch/test_ends.py",
+    "launch/test_generate.py",
     "pipeline/test_forged_messages.py",
     "pipeline/test_transport.py",
 )
@@ -138,12 +136,17 @@ SLOW = (
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    """Marks the tests of the files above `alone` and `slow`."""
+    """Marks the tests of the files above `alone` and `slow`; slow files first, so that no worker is
+    left with one at the end."""
     root = Path(__file__).parent
-    for names, mark in ((ALONE, pytest.mark.alone), (SLOW, pytest.mark.slow)):
-        paths = {root / name for name in names}
+    slow = {root / name for name in SLOW}
+    for paths, mark in (
+        ({root / name for name in ALONE}, pytest.mark.alone),
+        (slow, pytest.mark.slow),
+    ):
         if gone := sorted(str(path) for path in paths if not path.is_file()):
             raise pytest.UsageError(f"tests/conftest.py names files that are gone: {gone}")
         for item in items:
             if item.path in paths:
                 item.add_marker(mark)
+    items.sort(key=lambda item: item.path not in slow)

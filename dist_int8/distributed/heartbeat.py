@@ -134,7 +134,9 @@ class Beating:
             if paused_s > BEAT_S:  # this process itself was stopped and could not hear its peers
                 self._excuse_silence(paused_s)
             for key, _ in ready:
-                if not self._closed and key.fileobj is not self._wakened:
+                if key.fileobj is self._wakened:
+                    self._wakened.recv(1)  # what is not read would wake it again at once
+                elif not self._closed:
                     self._read(key)
             if time.monotonic() >= due and not self._closed:
                 due = time.monotonic() + BEAT_S

@@ -1,47 +1,25 @@
-"""The runner of first light: budget, limits, resuming, kills; and a rehearsal of the real steps."""
+"""The runner of first light: budget, limits, resuming, kills."""
 
 import json
 import random
-import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from xml.etree import ElementTree
 
 import bundle
 import first_light
 import pytest
 import records
-import report
+from outcome import assert_whole, ends, statuses
 from steps import STEPS, Place, Step
 
 SCRIPTS = Path(first_light.__file__).parent
-MOST_FILES, MOST_BYTES = 8, 4 << 20  # little enough to carry away by hand
 
 
 def step(name, code, limit_s=20, least_s=0):
     return Step(name, lambda _: [sys.executable, "-c", code], 1, limit_s, least_s, "a test")
-
-
-def ends(folder):
-    return {r["name"]: r for r in records.read(folder / "results.jsonl") if r["kind"] == "end"}
-
-
-def statuses(folder):
-    return {name: end["status"] for name, end in ends(folder).items()}
-
-
-def assert_whole(folder):
-    """Every file can be read, is small, and has a name that travels."""
-    files = list(folder.iterdir())
-    assert len(files) <= MOST_FILES
-    for file in files:
-        assert re.fullmatch(r"[A-Za-z0-9._-]+", file.name) and file.stat().st_size < MOST_BYTES
-        if file.suffix == ".xml":
-            ElementTree.parse(file)
-    return records.read(folder / "results.jsonl")
 
 
 @pytest.fixture
@@ -369,68 +347,3 @@ def test_kill_at_any_moment_leaves_complete_files(tmp_path, seed):
     done = subprocess.run([*command, "--resume"], stdout=subprocess.DEVNULL)
     assert done.returncode == 0 and len(ends(out)) == 6
     assert_whole(out)
-
-
-REHEARSED = [s.name for s in STEPS if not s.name.startswith("test_")]
-REHEARSED += ["test_matmul", "test_rows", "test_models", "test_sanitizer"]  # one stands for many
-
-
-@pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory):
-    """Real steps on the CPU, one made to hang, one to crash."""
-    out = tmp_path_factory.mktemp("rehearsal") / "out"
-    command = [sys.executable, str(SCRIPTS / "first_light.py"), "--out", str(out)]
-    command += ["--device", "cpu", "--small", "--budget", "240"]
-    flags = [flag for name in REHEARSED for flag in ("--only", name)]
-    flags += ["--break", "test_rows=hang", "--break", "block=crash"]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True, cwd=out.parent)
-    return out, done, command
-
-
-def test_rehearsal_reports_failures_and_runs_the_rest(rehearsal):
-    out, done, _ = rehearsal
-    assert done.returncode == 1
-    found = statuses(out)
-    assert sorted(found) == sorted(REHEARSED)
-    wrong = {name: status for name, status in found.items() if status not in report.GOOD}
-    assert wrong == {"test_rows": "timed out", "block": "crashed"}, done.stdout
-    assert done.stdout.splitlines()[-1].endswith("steps passed; not: test_rows, block")
-
-
-def test_a_rehearsal_has_records_of_every_kind(rehearsal):
-    out, _, _ = rehearsal
-    found = assert_whole(out)
-    kinds = {(record["step"], record["kind"]) for record in found}
-    assert {
-        ("card", "environment"),
-        ("card", "op"),
-        ("test_matmul", "tests"),
-        ("model", "decode"),
-        ("model", "prefill"),
-        ("stages", "layout"),
-        ("linear", "cell"),
-        ("device_profile", "profile"),
-    } <= kinds
-    suites = ElementTree.parse(out / "tests.xml").getroot()
-    names = {suite.get("name") for suite in suites}
-    assert "tests.gpu.test_matmul" in names and "tests.gpu.test_rows" not in names
-    engines = {r["engine"] for r in found if (r["step"], r["kind"]) == ("model", "decode")}
-    assert engines == {"ours", "transformers"}
-
-
-def test_rehearsal_contributes_no_figures(rehearsal):
-    out, _, _ = rehearsal
-    figures = report.Figures([out / "results.jsonl"])
-    assert not figures.runs and report.NONE in report.linear(figures)
-
-
-def test_rehearsal_can_be_resumed_until_its_budget_ends(rehearsal):
-    """The step that crashed is run again by name; the next takes all that is left."""
-    out, _, command = rehearsal
-    names = ["block", "device_profile", "counters"]
-    flags = ["--resume", *(flag for name in names for flag in ("--only", name))]
-    budget = ["--budget", "26", "--break", "device_profile=overrun"]
-    done = subprocess.run([*command, *flags, *budget], capture_output=True, text=True)
-    assert done.returncode == 1
-    found = statuses(out)
-    assert [found[name] for name in names] == ["passed", "cut short", "not run"], done.stdout

@@ -63,6 +63,19 @@ def test_states_of_an_older_generation_do_not_count(monitor, pulse_of):
     wait_until(lambda: monitor.peers[1].report.state == State.JOINED)
 
 
+def test_the_thread_sleeps_after_ranks_were_regrouped(monitor, pulse_of, monkeypatch):
+    """One that does not would take a core, and Python's lock, from rank 0's stage."""
+    pulse_of(1)
+    looks = []
+    look = monitor._look
+    monkeypatch.setattr(monitor, "_look", lambda: looks.append(look()))
+    for _ in range(3):
+        monitor.regroup({2})
+    pulse_of(2)
+    time.sleep(0.5)
+    assert 0 < len(looks) < 100
+
+
 def test_a_closed_connection_is_told_from_a_goodbye(monitor, pulse_of):
     first, second = pulse_of(1)[0], pulse_of(2)[0]
     first.say_bye()
