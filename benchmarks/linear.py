@@ -88,7 +88,7 @@ def measure(N, K, rows, num_outliers, repeats):
 
 
 def main():
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, takes_model=False)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 8, 64, 512])

@@ -22,12 +22,13 @@ SAMPLES = {"windows", "row_losses", "errors", "factors"}
 _WIDTH = 140
 
 
-def make_parser(documentation: str) -> argparse.ArgumentParser:
-    """A parser with --model (the demo model if not given), --json and --raw."""
+def make_parser(documentation: str, takes_model: bool = True) -> argparse.ArgumentParser:
+    """A parser with --json and --raw, and --model (the demo model if not given) if it takes one."""
     parser = argparse.ArgumentParser(
         description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="folder of a checkpoint; default: the demo model")
+    if takes_model:
+        parser.add_argument("--model", help="folder of a checkpoint; default: the demo model")
     add_json(parser)
     parser.add_argument(
         "--raw", action="store_true", help="keep every sample instead of medians and quartiles"

@@ -39,7 +39,15 @@ def install(site: Path, python: str) -> dict[str, str]:
     """Puts the packages for that Python into `site`; their versions by name."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     platforms = [flag for name in PLATFORMS for flag in ("--platform", f"{name}_x86_64")]
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "install",
+        "--quiet",
+    ]
     command += ["--no-deps", "--no-compile", "--only-binary=:all:", "--python-version", python]
     command += [*platforms, "--target", str(site)]
     subprocess.run([*command, *(f"{n}=={v}" for n, v in versions.items())], check=True)

@@ -11,7 +11,7 @@ from dist_int8.config.byte_size import parse_byte_size
 from dist_int8.config.checked import show
 
 MAX_STAGES = 1024  # no model has as many blocks
-_DEVICE = re.compile(r"cpu|cuda:(0|[1-9]\d*)")
+_DEVICE = re.compile(r"cpu|cuda:(0|[1-9]\d{0,2})")
 
 
 def _check_device(device: object) -> str:

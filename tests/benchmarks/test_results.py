@@ -66,6 +66,13 @@ def test_no_script_names_a_committed_folder_to_write_to(script):
             assert "args.json" in text or "path, raw=True" in text, text
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_that_takes_a_model_reads_it(script):
+    source = script.read_text()
+    if "= make_parser(" in source and "takes_model=False" not in source:
+        assert "folder_of(args" in source or "args.model" in source
+
+
 def test_make_bench_runs_scripts_that_take_json():
     makefile = (BENCHMARKS.parent / "Makefile").read_text()
     names = makefile.split("BENCHMARKS :=")[1].split("\n\n")[0].replace("\\", "").split()

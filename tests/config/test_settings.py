@@ -188,6 +188,7 @@ def test_errors_about_flags_are_in_flags():
             {"devices": ["cpu"], "stages": 3},
             "t:stages: --stages must be the number of devices, 1, got 3",
         ),
+        ({"devices": ["cuda:1000"]}, "--devices must be cpu or cuda:N, got 'cuda:1000'"),
         ({"max_tokens": 0}, "t:max_tokens: max_tokens must be"),
     ):
         assert part in error_of(load_settings, source="t", flags=flags, **values)
