@@ -92,8 +92,8 @@ run: install ## Fetch the demo model and stream an answer through two CPU stages
 	$(BIN)/dist-int8 generate --model "$$model" --device $(DEVICE) --stages $(STAGES) \
 	    --chat --prompt "$(PROMPT)" --max-new-tokens $(MAX_NEW_TOKENS)
 
-# Files run side by side in the order of tests/conftest.py, but for those that measure time or memory. One thread each, so that two do
-# not slow each other down.
+# Files run side by side in the order of tests/conftest.py, but for those that measure time or
+# memory. One thread each, so that two do not slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(addprefix --ignore=tests/,gpu multi_node test_packaging.py)
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 

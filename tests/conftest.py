@@ -136,14 +136,13 @@ SLOW = (
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    """Marks the tests of the files above `alone` and `slow`; slow files first, so that no worker is
-    left with one at the end."""
+    """Marks the tests of the files above `alone` and `slow`, and puts the slow ones first.
+
+    No worker of `make test` is then left with a slow file at the end.
+    """
     root = Path(__file__).parent
-    slow = {root / name for name in SLOW}
-    for paths, mark in (
-        ({root / name for name in ALONE}, pytest.mark.alone),
-        (slow, pytest.mark.slow),
-    ):
+    alone, slow = ({root / name for name in names} for names in (ALONE, SLOW))
+    for paths, mark in ((alone, pytest.mark.alone), (slow, pytest.mark.slow)):
         if gone := sorted(str(path) for path in paths if not path.is_file()):
             raise pytest.UsageError(f"tests/conftest.py names files that are gone: {gone}")
         for item in items:

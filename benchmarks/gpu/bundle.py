@@ -39,17 +39,9 @@ def install(site: Path, python: str) -> dict[str, str]:
     """Puts the packages for that Python into `site`; their versions by name."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     platforms = [flag for name in PLATFORMS for flag in ("--platform", f"{name}_x86_64")]
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "install",
-        "--quiet",
-    ]
-    command += ["--no-deps", "--no-compile", "--only-binary=:all:", "--python-version", python]
-    command += [*platforms, "--target", str(site)]
+    command = [sys.executable, "-P", "-m", "pip", "--disable-pip-version-check", "install"]
+    command += ["--quiet", "--no-deps", "--no-compile", "--only-binary=:all:"]
+    command += ["--python-version", python, *platforms, "--target", str(site)]
     subprocess.run([*command, *(f"{n}=={v}" for n, v in versions.items())], check=True)
     return versions
 

@@ -10,16 +10,8 @@ from pathlib import Path
 import pytest
 
 BIN = Path(sys.executable).parent
-LONG = [
-    "--device",
-    "cpu",
-    "--max-tokens",
-    "256",
-    "-n",
-    "200",
-    "--show-schedule",
-    *["-p", "To be"] * 2000,
-]
+LONG = ["--device", "cpu", "--max-tokens", "256", "-n", "200", *["-p", "To be"] * 2000]
+LONG += ["--show-schedule"]  # it is drawn once the model is loaded
 KINDS = {
     "one stage": ["generate", "--stages", "1"],
     "two stages": ["generate", "--stages", "2"],
@@ -58,6 +50,7 @@ def members(session):
 
 @pytest.mark.parametrize(("kind", "times"), [(kind, 1) for kind in KINDS] + [("two stages", 2)])
 def test_ctrl_c_ends_everything(tiny_llama, tmp_path, kind, times):
+    """Pressed once while answers come, or twice while the model is loaded."""
     command = start(tiny_llama, tmp_path, kind)
     read = []
     loaded, planned = "schedule: ", "predicted for "
