@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from dist_int8.models.json_file import read_json
 from dist_int8.models.tokenizer_files import (
     check_class,
     check_tokenizer_files,
@@ -100,23 +100,19 @@ def _load(folder: Path, **options: Any) -> Any:
 
 def _names_code(folder: Path) -> bool:
     """Whether config.json names code of the folder as its tokenizer."""
-    try:
-        fields = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    auto_map = fields.get("auto_map") if isinstance(fields, dict) else None
+    auto_map = _read_config(folder).get("auto_map")
     return isinstance(auto_map, dict) and "AutoTokenizer" in auto_map
 
 
 def _check_config(folder: Path) -> None:
     """Checks the class that config.json names, where tokenizer_config.json names none."""
+    check_class(folder / "config.json", _read_config(folder).get("tokenizer_class"))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Reads config.json; {} if there is none. Raises ValueError for one that is not JSON."""
     path = folder / "config.json"
-    try:
-        fields = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return  # whoever reads the config says what is wrong with it
-    if isinstance(fields, dict):
-        check_class(path, fields.get("tokenizer_class"))
+    return read_json(path) if path.exists() else {}
 
 
 def _check_use(folder: Path, tokenizer: Any, vocab_size: int | None) -> None:

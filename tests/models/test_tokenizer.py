@@ -55,6 +55,13 @@ def test_nothing_is_made_up_where_there_is_no_vocabulary(tmp_path, family):
         read_tokenizer(tmp_path, 100)
 
 
+@pytest.mark.parametrize("text", ['{"model_type": ', "[" * 100_000, '{"a": NaN}', "[]"])
+def test_a_config_that_is_not_json_is_named(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config.json: must be (a )?JSON"):
+        load_tokenizer(folder)
+
+
 CUT = '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vo'
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
