@@ -51,7 +51,8 @@ MAY_IMPORT = {
 }
 # File -> rooms it may import, where that is less.
 CLOSER = {
-    "int8/reference": set(),
+    "int8/checks": set(),
+    "int8/rotation": set(),
     "launcher/logs": {"config"},
     "launcher/signals": {"distributed"},
     "launcher/supervisor": {"distributed", "launcher"},

@@ -34,6 +34,7 @@ struct Settings {
   double eps;
   int64_t kind, rule;
   double threshold;
+  int64_t rotation;
 };
 
 struct Block {
@@ -53,7 +54,7 @@ struct Block {
   Tensor linear_at(int index, const Tensor& x) const {
     const Tensor* parts = linears + 5 * index;
     return int8_linear(x, parts[0], parts[1], present(parts[2]), s.rule, s.threshold,
-                       present(parts[3]), present(parts[4]));
+                       present(parts[3]), present(parts[4]), s.rotation);
   }
 
   Tensor attention_of(const Tensor& qkv) const {
@@ -77,7 +78,7 @@ std::tuple<Tensor, Tensor> decoder_blocks(
     Tensors linears, Tensors caches, bool int8_kv, int64_t num_heads, int64_t num_kv_heads,
     double scale, const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
     const std::optional<Tensor>& alibi_slopes, int64_t window, double eps, int64_t kind,
-    int64_t rule, double threshold) {
+    int64_t rule, double threshold, int64_t rotation) {
   const size_t num_blocks = norms.size() / kNormTensors;
   const size_t cache_tensors = int8_kv ? 4 : 2;
   if (num_blocks == 0) fail(kOp, "norms must be of 1 block or more, got none; give the blocks");
@@ -87,7 +88,7 @@ std::tuple<Tensor, Tensor> decoder_blocks(
   const Settings settings{
       segments, int8_kv, {num_heads, num_kv_heads, scale, cos, sin, alibi_slopes, window},
       eps,      kind,    rule,
-      threshold};
+      threshold, rotation};
 
   Tensor hidden = x;
   std::optional<Tensor> rest = residual;

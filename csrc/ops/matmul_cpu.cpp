@@ -8,7 +8,7 @@ namespace dist_int8 {
 Tensor int8_linear(const Tensor& x, const Tensor& weight_int8, const Tensor& col_scale,
                    const std::optional<Tensor>& bias, int64_t rule, double threshold,
                    const std::optional<Tensor>& hot_columns,
-                   const std::optional<Tensor>& hot_weight) {
+                   const std::optional<Tensor>& hot_weight, int64_t rotation) {
   constexpr const char* op = "int8_linear";
   Int8LinearArgs args{};
   args.rows = check_rows(op, x);
@@ -26,6 +26,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight_int8, const Tensor& col
   }
   rows.rule = outlier_rule(op, rule, threshold);
   rows.threshold = threshold;
+  rows.rotation = check_rotation(op, K, rotation);
   Tensor out = empty({M, N}, x.scalar_type(), x);
   args.weight = weight_int8.const_data_ptr<int8_t>();
   args.col_scale = col_scale.const_data_ptr<float>();

@@ -142,13 +142,13 @@ Tensor int8_matmul(const Tensor& x_int8, const Tensor& x_high, const Tensor& row
 Tensor int8_linear(const Tensor& x, const Tensor& weight_int8, const Tensor& col_scale,
                    const std::optional<Tensor>& bias, int64_t rule, double threshold,
                    const std::optional<Tensor>& hot_columns,
-                   const std::optional<Tensor>& hot_weight) {
+                   const std::optional<Tensor>& hot_weight, int64_t rotation) {
   constexpr const char* op = "int8_linear";
   check_hot_pair(op, hot_columns, hot_weight);
   check_shape(op, "x", x, {{"M", -1}, {"K", -1}});
   check_weight(op, x, x.size(1), weight_int8, col_scale, bias);
   const auto [x_int8, x_high, row_scale, high_tiles, x_hot] =
-      quantize_on_cuda(op, x, {rule, threshold, hot_columns});
+      quantize_on_cuda(op, x, {rule, threshold, hot_columns, rotation});
   const bool has_high = outlier_rule(op, rule, threshold) != OutlierRule::kNone;
   return matmul(op,
                 {x_int8, x_high, row_scale, high_tiles, x_hot, weight_int8, col_scale, bias,

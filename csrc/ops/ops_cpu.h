@@ -18,7 +18,7 @@ Tensor silu_mul(const Tensor& gate_up);
 Tensor int8_linear(const Tensor& x, const Tensor& weight_int8, const Tensor& col_scale,
                    const std::optional<Tensor>& bias, int64_t rule, double threshold,
                    const std::optional<Tensor>& hot_columns,
-                   const std::optional<Tensor>& hot_weight);
+                   const std::optional<Tensor>& hot_weight, int64_t rotation);
 
 // attention, or int8_kv_attention where the caches have scales; errors carry that name.
 Tensor attend(const AttentionInputs& inputs);

@@ -25,6 +25,15 @@ inline OutlierRule outlier_rule(const char* op, int64_t rule, double threshold) 
   return has_threshold && threshold == 0 ? OutlierRule::kNone : chosen;
 }
 
+inline int64_t check_rotation(const char* op, int64_t K, int64_t rotation) {
+  const bool power = rotation >= 2 && rotation <= kLargestRotation && !(rotation & (rotation - 1));
+  if (rotation != 0 && !power) {
+    fail(op, "rotation must be 0 or a power of two from 2 to " + std::to_string(kLargestRotation) +
+                 ", got " + std::to_string(rotation) + "; 64 is a good size, 0 turns it off");
+  }
+  return rotation_block(K, rotation);
+}
+
 // int32 [H] in 0..K-1. On a GPU the range is not checked: it would take a host read.
 inline void check_hot_columns(const char* op, const Tensor& hot_columns, int64_t K,
                               const Tensor& x) {
@@ -46,6 +55,7 @@ struct Quantization {
   int64_t outlier_rule;
   double outlier_threshold;
   const std::optional<Tensor>& hot_columns;
+  int64_t rotation;
 };
 
 // The results of quantizing rows [M, K] of x's dtype, and the kernel's view of them.
@@ -68,6 +78,7 @@ struct QuantizedOutputs {
     x_hot = empty({M, args.num_hot}, x.scalar_type(), x);
     args.rule = outlier_rule(op, how.outlier_rule, how.outlier_threshold);
     args.threshold = how.outlier_threshold;
+    args.rotation = check_rotation(op, K, how.rotation);
     args.x_int8 = static_cast<int8_t*>(x_int8.mutable_data_ptr());
     args.x_high = static_cast<int8_t*>(x_high.mutable_data_ptr());
     args.row_scale = static_cast<float*>(row_scale.mutable_data_ptr());

@@ -37,29 +37,29 @@ Tensor silu_mul_into(const char* op, const Tensor& gate_up) {
 }
 
 QuantizedRows quantize_rows(const Tensor& x, int64_t rule, double threshold,
-                            const std::optional<Tensor>& hot_columns) {
-  return quantize("quantize_rows", x, {rule, threshold, hot_columns});
+                            const std::optional<Tensor>& hot_columns, int64_t rotation) {
+  return quantize("quantize_rows", x, {rule, threshold, hot_columns, rotation});
 }
 
 // The fused ops are their two halves here: a row passes through the cache anyway.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_norm_quantize(
     const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
     const std::optional<Tensor>& bias, double eps, int64_t kind, int64_t rule, double threshold,
-    const std::optional<Tensor>& hot_columns) {
+    const std::optional<Tensor>& hot_columns, int64_t rotation) {
   constexpr const char* op = "add_norm_quantize";
   Tensor total;
   if (!residual.has_value()) total = empty({0}, x.scalar_type(), x);
   const Tensor normed = norm_into(op, x, residual.has_value() ? &*residual : nullptr,
                                   {weight, bias, eps, kind}, &total);
   auto [x_int8, x_high, row_scale, high_tiles, x_hot] =
-      quantize(op, normed, {rule, threshold, hot_columns});
+      quantize(op, normed, {rule, threshold, hot_columns, rotation});
   return {total, x_int8, x_high, row_scale, high_tiles, x_hot};
 }
 
 QuantizedRows silu_mul_quantize(const Tensor& gate_up, int64_t rule, double threshold,
-                                const std::optional<Tensor>& hot_columns) {
+                                const std::optional<Tensor>& hot_columns, int64_t rotation) {
   constexpr const char* op = "silu_mul_quantize";
-  return quantize(op, silu_mul_into(op, gate_up), {rule, threshold, hot_columns});
+  return quantize(op, silu_mul_into(op, gate_up), {rule, threshold, hot_columns, rotation});
 }
 
 }  // namespace

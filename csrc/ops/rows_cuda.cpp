@@ -8,8 +8,8 @@ namespace dist_int8 {
 namespace {
 
 QuantizedRows quantize_rows(const Tensor& x, int64_t rule, double threshold,
-                            const std::optional<Tensor>& hot_columns) {
-  return quantize_on_cuda("quantize_rows", x, {rule, threshold, hot_columns});
+                            const std::optional<Tensor>& hot_columns, int64_t rotation) {
+  return quantize_on_cuda("quantize_rows", x, {rule, threshold, hot_columns, rotation});
 }
 
 AddNormArgs check_norm_on_cuda(const char* op, const Tensor& x, const Tensor* residual,
@@ -44,13 +44,13 @@ Tensor norm(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_norm_quantize(
     const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
     const std::optional<Tensor>& bias, double eps, int64_t kind, int64_t rule, double threshold,
-    const std::optional<Tensor>& hot_columns) {
+    const std::optional<Tensor>& hot_columns, int64_t rotation) {
   constexpr const char* op = "add_norm_quantize";
   const bool adds = residual.has_value();
   AddNormArgs args =
       check_norm_on_cuda(op, x, adds ? &*residual : nullptr, {weight, bias, eps, kind});
   const QuantizedOutputs out(op, x, args.num_rows, args.num_features,
-                             {rule, threshold, hot_columns});
+                             {rule, threshold, hot_columns, rotation});
   Tensor total = adds ? empty({args.num_rows, args.num_features}, x.scalar_type(), x)
                       : empty({0}, x.scalar_type(), x);
   if (adds) args.total = total.mutable_data_ptr();
@@ -69,18 +69,18 @@ Tensor silu_mul(const Tensor& gate_up) {
 }
 
 QuantizedRows silu_mul_quantize(const Tensor& gate_up, int64_t rule, double threshold,
-                                const std::optional<Tensor>& hot_columns) {
+                                const std::optional<Tensor>& hot_columns, int64_t rotation) {
   constexpr const char* op = "silu_mul_quantize";
   SiluMulArgs args = check_silu_mul(op, gate_up);
   const QuantizedOutputs out(op, gate_up, args.num_rows, args.num_features,
-                             {rule, threshold, hot_columns});
+                             {rule, threshold, hot_columns, rotation});
   args.out = out.args;
   launch_on(op, gate_up, [&](void* stream) { return cuda_silu_mul_quantize(args, stream); });
   return out.rows();
 }
 
 QuantizedRows activation_quantize(const Tensor& x, int64_t activation, int64_t rule,
-                                  double threshold, const std::optional<Tensor>& hot_columns) {
+                                  double threshold, const std::optional<Tensor>& hot_columns, int64_t rotation) {
   constexpr const char* op = "activation_quantize";
   ActivationArgs args{};
   args.x_type = data_type(op, "x", x);
@@ -94,7 +94,7 @@ QuantizedRows activation_quantize(const Tensor& x, int64_t activation, int64_t r
   args.num_rows = x.size(0);
   args.num_features = x.size(1);
   const QuantizedOutputs out(op, x, args.num_rows, args.num_features,
-                             {rule, threshold, hot_columns});
+                             {rule, threshold, hot_columns, rotation});
   args.out = out.args;
   launch_on(op, x, [&](void* stream) { return cuda_activation_quantize(args, stream); });
   return out.rows();

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_int8.int8.reference import refuse_gradients
+from dist_int8.int8.checks import refuse_gradients
 from dist_int8.int8.registry import OPS, has_op
 
 

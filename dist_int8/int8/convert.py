@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from dist_int8.int8 import convertible, reference
+from dist_int8.int8 import checks, convertible
 from dist_int8.int8.linear import Int8Linear
+from dist_int8.int8.rotation import check_rotation
 
 HEAD = "lm_head"  # skipped by default, whether a module has one or not
 
@@ -35,6 +36,7 @@ def convert(
     outlier_rule: str = "absolute",
     skip: Collection[str] = (HEAD,),
     hot_columns: Mapping[str, Sequence[int]] | None = None,
+    rotation: int = 0,
 ) -> nn.Module:
     """Swaps every linear inside `module` for an `Int8Linear`, in place; returns `module`.
 
@@ -57,12 +59,13 @@ def convert(
         skip: linears to leave alone, whose qualified name has one of these as one or several whole
             components ("lm_head"; "mlp.down"; "layers.0").
         hot_columns: by qualified name, the input features that a linear keeps in floating point.
+        rotation: as of `Int8Linear`.
 
     Raises:
-        ValueError: an unknown rule, a bad threshold, hot columns that a linear does not have, a
-            name in `skip` or `hot_columns` that is none of a linear, weights in a dtype that is not
-            read, a `module` that is itself a linear, or one in which there is nothing to swap.
-            Nothing is swapped then.
+        ValueError: an unknown rule, a bad threshold or rotation, hot columns that a linear does not
+            have, a name in `skip` or `hot_columns` that is none of a linear, weights in a dtype
+            that is not read, a `module` that is itself a linear, or one in which there is nothing
+            to swap. Nothing is swapped then.
     """
     if convertible.floating(module) is not None:
         raise ValueError(
@@ -71,7 +74,8 @@ def convert(
         )
     if isinstance(skip, str):
         raise ValueError(f"convert: skip must be a list of names, got {skip!r}; write [{skip!r}]")
-    reference.check_outlier_rule(outlier_rule, outlier_threshold)
+    checks.check_outlier_rule(outlier_rule, outlier_threshold)
+    check_rotation(rotation)
     places = _list_places(module, skip)
     _check_names(module, places, skip, hot_columns or {})
     _check_weights(module, places)
@@ -88,6 +92,7 @@ def convert(
         outlier_rule=outlier_rule,
         skip=skip,
         hot_columns=hot_columns,
+        rotation=rotation,
     )
     logger.info("convert: %d linears are int8: %s", len(swapped), ", ".join(swapped))
     if left := _describe(module, [place for place in places if place.why != _SKIPPED]):
@@ -102,6 +107,7 @@ def swap_linears(
     outlier_rule: str = "absolute",
     skip: Collection[str] = (HEAD,),
     hot_columns: Mapping[str, Sequence[int]] | None = None,
+    rotation: int = 0,
 ) -> nn.Module:
     """`convert` for a module whose make is known: it may have nothing to swap or to skip."""
     for names, why in _list_places(module, skip):
@@ -109,7 +115,7 @@ def swap_linears(
             continue
         columns = next((c for name in names if (c := (hot_columns or {}).get(name))), None)
         linear = module.get_submodule(names[0])
-        layer = Int8Linear.from_linear(linear, outlier_threshold, outlier_rule, columns)
+        layer = Int8Linear.from_linear(linear, outlier_threshold, outlier_rule, columns, rotation)
         del linear
         for name in names:
             module.set_submodule(name, layer)
@@ -180,7 +186,7 @@ def _check_names(
 def _check_weights(module: nn.Module, places: list[Place]) -> None:
     for names, why in places:
         linear = convertible.floating(module.get_submodule(names[0]))
-        if why is None and linear and linear.weight.dtype not in reference.FLOAT_DTYPES:
+        if why is None and linear and linear.weight.dtype not in checks.FLOAT_DTYPES:
             raise ValueError(
                 f"convert: {names[0]}.weight must be float32, bfloat16 or float16, got "
                 f"{linear.weight.dtype}; convert the module with .float() first, or skip it"

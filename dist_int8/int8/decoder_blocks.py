@@ -46,18 +46,24 @@ def runs(x: Tensor) -> bool:
     return _decoder_blocks is not None and x.is_cpu and x.dtype == torch.float32
 
 
+class LinearRule(NamedTuple):
+    """How rows are quantized for every linear of a call: see `reference.quantize_rows`."""
+
+    outlier_rule: str
+    outlier_threshold: float
+    rotation: int
+
+
 class BlockSettings(NamedTuple):
     """What the blocks of one call have in common.
 
     Attributes:
         norm_kind: as of `ops.add_norm`, of all norms.
-        outlier_threshold: of all linears.
     """
 
     norm_eps: float
     norm_kind: str
-    outlier_rule: str
-    outlier_threshold: float
+    linears: LinearRule
     attention: AttentionArgs
 
 
@@ -95,6 +101,7 @@ def decoder_blocks(
         *settings.attention,
         settings.norm_eps,
         ops.norm_kind_index("decoder_blocks", settings.norm_kind),
-        ops.rule_index(settings.outlier_rule, settings.outlier_threshold),
-        settings.outlier_threshold,
+        ops.rule_index(settings.linears.outlier_rule, settings.linears.outlier_threshold),
+        settings.linears.outlier_threshold,
+        settings.linears.rotation,
     )

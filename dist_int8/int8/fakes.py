@@ -36,7 +36,11 @@ def _quantized(x: Tensor, num_features: int, hot_columns: Tensor | None) -> Rows
 
 @_fake("quantize_rows")
 def _quantize_rows(
-    x: Tensor, outlier_rule: int, outlier_threshold: float, hot_columns: Tensor | None
+    x: Tensor,
+    outlier_rule: int,
+    outlier_threshold: float,
+    hot_columns: Tensor | None,
+    rotation: int = 0,
 ) -> Rows:
     return _quantized(x, x.shape[1], hot_columns)
 
@@ -52,6 +56,7 @@ def _add_norm_quantize(
     outlier_rule: int,
     outlier_threshold: float,
     hot_columns: Tensor | None,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     total = x.new_empty(0) if residual is None else torch.empty_like(x)
     return total, *_quantized(x, x.shape[1], hot_columns)
@@ -59,7 +64,11 @@ def _add_norm_quantize(
 
 @_fake("silu_mul_quantize")
 def _silu_mul_quantize(
-    gate_up: Tensor, outlier_rule: int, outlier_threshold: float, hot_columns: Tensor | None
+    gate_up: Tensor,
+    outlier_rule: int,
+    outlier_threshold: float,
+    hot_columns: Tensor | None,
+    rotation: int = 0,
 ) -> Rows:
     return _quantized(gate_up, gate_up.shape[1] // 2, hot_columns)
 
@@ -71,6 +80,7 @@ def _activation_quantize(
     outlier_rule: int,
     outlier_threshold: float,
     hot_columns: Tensor | None,
+    rotation: int = 0,
 ) -> Rows:
     return _quantized(x, x.shape[1], hot_columns)
 
@@ -85,6 +95,7 @@ def _int8_linear(
     outlier_threshold: float,
     hot_columns: Tensor | None,
     hot_weight: Tensor | None,
+    rotation: int = 0,
 ) -> Tensor:
     return x.new_empty(x.shape[0], weight_int8.shape[0])
 

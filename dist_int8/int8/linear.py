@@ -6,8 +6,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from dist_int8.int8 import convertible, ops, reference, straight_through
+from dist_int8.int8 import checks, convertible, ops, reference, straight_through
 from dist_int8.int8.module import Int8Module
+from dist_int8.int8.rotation import check_rotation, rotate_weight
 from dist_int8.int8.weight_view import Int8Weight
 
 # quantize_ works through the weight in slices of about this many elements, so that the fp32
@@ -26,7 +27,10 @@ class Int8Linear(Int8Module):
     compute dtype of its own, and casting the module (`.half()`, `.to(torch.bfloat16)`) leaves its
     buffers as they are; the dtype of `weight` alone follows. `outlier_rule` and `outlier_threshold`
     say which elements of a row of x are outliers (see `reference.outlier_mask`); they are settings,
-    not part of the state dict. The formulas are in `dist_int8.int8.reference`.
+    not part of the state dict. With a `rotation` (`rotation.rotation_block` says which block size
+    holds) weight_int8 and col_scale are of the rotated weight and rows of x are rotated before they
+    are quantized; `weight` and `dequantize` rotate back. The formulas are in
+    `dist_int8.int8.reference`.
 
     The layer does not train, but the gradient of x passes through it: that of a frozen `nn.Linear`
     with the dequantized weight. `weight` is that matrix, made when an operation needs its values.
@@ -50,16 +54,19 @@ class Int8Linear(Int8Module):
         outlier_threshold: float = 6.0,
         outlier_rule: str = "absolute",
         hot_columns: Sequence[int] | Tensor | None = None,
+        rotation: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         """`dtype`: of bias, hot weights and what `weight` says (default: torch's default)."""
         super().__init__()
-        reference.check_outlier_rule(outlier_rule, outlier_threshold)
+        checks.check_outlier_rule(outlier_rule, outlier_threshold)
+        check_rotation(rotation)
         self.in_features = in_features
         self.out_features = out_features
         self.outlier_threshold = outlier_threshold
         self.outlier_rule = outlier_rule
+        self.rotation = rotation
         self.weight_dtype = dtype or torch.get_default_dtype()
         n, k = out_features, in_features
         self.register_buffer("weight_int8", torch.zeros(n, k, dtype=torch.int8, device=device))
@@ -78,13 +85,14 @@ class Int8Linear(Int8Module):
         outlier_threshold: float = 6.0,
         outlier_rule: str = "absolute",
         hot_columns: Sequence[int] | Tensor | None = None,
+        rotation: int = 0,
     ) -> Self:
         """Makes the int8 layer of a floating one (which stays unchanged), on the same device.
 
         The defaults are the paper's. A linear on the meta device gives a layer on the meta device.
         `linear` may also be GPT-2's Conv1D, or of a subclass without a forward of its own. Raises
-        ValueError for another class, an unknown rule, a bad threshold, or hot columns that are
-        repeated or outside 0 .. K - 1.
+        ValueError for another class, an unknown rule, a bad threshold or rotation, or hot columns
+        that are repeated or outside 0 .. K - 1.
         """
         found = convertible.inherited(linear)
         if found is None:
@@ -100,6 +108,7 @@ class Int8Linear(Int8Module):
             outlier_threshold=outlier_threshold,
             outlier_rule=outlier_rule,
             hot_columns=hot_columns,
+            rotation=rotation,
             device="meta",
             dtype=weight.dtype,
         )
@@ -116,7 +125,7 @@ class Int8Linear(Int8Module):
         dtype, and for a bias that is given but has no place, or has a place but is not given.
         """
         expected = [self.out_features, self.in_features]
-        if list(weight.shape) != expected or weight.dtype not in reference.FLOAT_DTYPES:
+        if list(weight.shape) != expected or weight.dtype not in checks.FLOAT_DTYPES:
             raise ValueError(
                 f"Int8Linear.quantize_: weight must be floating {expected}, got {weight.dtype} "
                 f"{list(weight.shape)}; give the weight [N, K] of a linear of this size"
@@ -140,6 +149,7 @@ class Int8Linear(Int8Module):
             piece = weight[start : start + rows]
             if hot is not None:
                 piece = piece.index_fill(1, hot, 0.0)  # so that they do not count in col_scale
+            piece = rotate_weight(piece, self.rotation)
             weight_int8, col_scale = reference.quantize_weight(piece)
             self.weight_int8[start : start + rows] = weight_int8
             self.col_scale[start : start + rows] = col_scale
@@ -153,10 +163,11 @@ class Int8Linear(Int8Module):
         return self
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns the floating weight [N, K], within col_scale / 2; hot columns are exact."""
-        return straight_through.dequantize(
-            self.weight_int8, self.col_scale, self.hot_columns, self.hot_weight, dtype
-        )
+        """Returns the floating weight [N, K], within col_scale / 2 (before it is rotated back).
+
+        Hot columns are exact.
+        """
+        return straight_through.dequantize(*self._parts, dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -165,9 +176,11 @@ class Int8Linear(Int8Module):
         It is neither a parameter nor in the state dict, and its first use as a number dequantizes.
         Assigning it raises AttributeError: `quantize_` fills a layer.
         """
-        return Int8Weight.of(
-            self.weight_int8, self.col_scale, self.hot_columns, self.hot_weight, self.weight_dtype
-        )
+        return Int8Weight.of(*self._parts, self.weight_dtype)
+
+    @property
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
+        return self.weight_int8, self.col_scale, self.hot_columns, self.hot_weight, self.rotation
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuses a floating weight, for example one that is tied to an embedding's."""
@@ -183,9 +196,14 @@ class Int8Linear(Int8Module):
         return super()._apply(fn, recurse)
 
     @property
-    def quantization(self) -> tuple[str, float, Tensor | None]:
-        """Rule, threshold, hot columns: what an op that quantizes rows for this layer takes."""
-        return self.outlier_rule, self.outlier_threshold, self._buffers["hot_columns"]
+    def quantization(self) -> tuple[str, float, Tensor | None, int]:
+        """Rule, threshold, hot columns, rotation: what an op that quantizes rows for it takes."""
+        return (
+            self.outlier_rule,
+            self.outlier_threshold,
+            self._buffers["hot_columns"],
+            self.rotation,
+        )
 
     def forward(self, x: Tensor | ops.QuantizedRows) -> Tensor:
         """x [..., K] (fp32, bf16 or fp16) -> y [..., N] in x's dtype; rows are independent.
@@ -214,6 +232,7 @@ class Int8Linear(Int8Module):
             outlier_threshold=self.outlier_threshold,
             hot_columns=buffers["hot_columns"],
             hot_weight=buffers["hot_weight"],
+            rotation=self.rotation,
         )
 
     def extra_repr(self) -> str:
@@ -221,7 +240,8 @@ class Int8Linear(Int8Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, outlier_rule={self.outlier_rule!r}, "
-            f"outlier_threshold={self.outlier_threshold}, num_hot_columns={num_hot_columns}"
+            f"outlier_threshold={self.outlier_threshold}, num_hot_columns={num_hot_columns}, "
+            f"rotation={self.rotation}"
         )
 
     def _load_from_state_dict(

@@ -30,13 +30,14 @@ def int8_linear(
     outlier_threshold: float,
     hot_columns: Tensor | None = None,
     hot_weight: Tensor | None = None,
+    rotation: int = 0,
 ) -> Tensor:
     """x [..., K] (fp32, bf16, fp16), weight_int8 [N, K], col_scale fp32 [N] -> [..., N] like x.
 
-    bias [N]; hot_columns int32 [H] with hot_weight [N, H], floating. The sum over k is an exact
-    integer; see `reference.int8_linear`. On CPU equal to it bit for bit without hot columns, whose
-    products are summed in fp32; on a GPU see `int8_matmul`. Raises ValueError for shapes, dtypes,
-    rules, and K > 131072.
+    bias [N]; hot_columns int32 [H] with hot_weight [N, H], floating; `rotation` as of the weight.
+    The sum over k is an exact integer; see `reference.int8_linear`. On CPU equal to it bit for bit
+    without hot columns, whose products are summed in fp32; on a GPU see `int8_matmul`. Raises
+    ValueError for shapes, dtypes, rules, rotations, and K > 131072.
 
     The gradient of x and of the bias is that of a linear layer with the dequantized weight; see
     `straight_through`. Raises RuntimeError where another input requires grad.
@@ -51,12 +52,13 @@ def int8_linear(
             outlier_threshold=outlier_threshold,
             hot_columns=hot_columns,
             hot_weight=hot_weight,
+            rotation=rotation,
         )
         return rows.reshape(*x.shape[:-1], weight_int8.shape[0])
     inputs = (x, weight_int8, col_scale, bias, hot_columns, hot_weight)
     if is_recorded(x, col_scale, bias, hot_weight):
-        return StraightThrough.apply(_product, *inputs, outlier_rule, outlier_threshold)
-    return _product(*inputs, outlier_rule, outlier_threshold)
+        return StraightThrough.apply(_product, *inputs, rotation, outlier_rule, outlier_threshold)
+    return _product(*inputs, rotation, outlier_rule, outlier_threshold)
 
 
 def _product(
@@ -66,6 +68,7 @@ def _product(
     bias: Tensor | None,
     hot_columns: Tensor | None,
     hot_weight: Tensor | None,
+    rotation: int,
     outlier_rule: str,
     outlier_threshold: float,
 ) -> Tensor:
@@ -74,9 +77,9 @@ def _product(
         rule = rule_index(outlier_rule, outlier_threshold)
         inputs = (x.contiguous(), weight_int8, col_scale, bias, rule, outlier_threshold)
         if torch.compiler.is_compiling():
-            return _int8_linear(*inputs, hot_columns, hot_weight)
+            return _int8_linear(*inputs, hot_columns, hot_weight, rotation)
         with torch._C._AutoDispatchBelowAutograd():  # spares no_grad() the kernel that refuses
-            return _int8_linear(*inputs, hot_columns, hot_weight)
+            return _int8_linear(*inputs, hot_columns, hot_weight, rotation)
     return reference.int8_linear(
         x,
         weight_int8,
@@ -86,6 +89,7 @@ def _product(
         outlier_threshold=outlier_threshold,
         hot_columns=hot_columns,
         hot_weight=hot_weight,
+        rotation=rotation,
     )
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dist_int8.int8 import plain, reference
+from dist_int8.int8 import checks, plain, reference
 from dist_int8.int8.activations import ACTIVATIONS
 from dist_int8.int8.library import load
 from dist_int8.int8.reference import QuantizedRows
@@ -21,19 +21,24 @@ _silu_mul_quantize = _ops.silu_mul_quantize.default if has_op("silu_mul_quantize
 _activation_quantize = _ops.activation_quantize.default if has_op("activation_quantize") else None
 _ON_CUDA = has_kernel("quantize_rows", "CUDA")  # all of them, or none
 
-_RULES = {rule: index for index, rule in enumerate(reference.OUTLIER_RULES)}
+_RULES = {rule: index for index, rule in enumerate(checks.OUTLIER_RULES)}
 _KINDS = {"rms": 0, "layer": 1}
 _ACTIVATIONS = {name: index for index, name in enumerate(ACTIVATIONS)}
 
 
 def quantize_rows(
-    x: Tensor, outlier_rule: str, outlier_threshold: float, hot_columns: Tensor | None = None
+    x: Tensor,
+    outlier_rule: str,
+    outlier_threshold: float,
+    hot_columns: Tensor | None = None,
+    rotation: int = 0,
 ) -> QuantizedRows:
     """x [M, K] (fp32, bf16, fp16) -> its planes, scales, flags of outlier tiles and hot columns.
 
-    x ~= row_scale * (x_int8 + 128 * x_high); see `reference.quantize_rows`, which this equals bit
-    for bit. hot_columns: int32 [H] in 0..K-1 (on a GPU the range is not checked: it would take a
-    host read). Raises ValueError for shapes, dtypes and rules, and for K > 131072.
+    x ~= row_scale * (x_int8 + 128 * x_high), of x rotated where there is a `rotation`; see
+    `reference.quantize_rows`, which this equals bit for bit. hot_columns: int32 [H] in 0..K-1 (on a
+    GPU the range is not checked: it would take a host read). Raises ValueError for shapes, dtypes,
+    rules and rotations, and for K > 131072.
     """
     if _quantize_rows is not None and _has_kernels(x):
         return QuantizedRows(
@@ -42,9 +47,10 @@ def quantize_rows(
                 rule_index(outlier_rule, outlier_threshold),
                 outlier_threshold,
                 hot_columns,
+                rotation,
             )
         )
-    return reference.quantize_rows(x, outlier_rule, outlier_threshold, hot_columns)
+    return reference.quantize_rows(x, outlier_rule, outlier_threshold, hot_columns, rotation)
 
 
 def add_norm(
@@ -92,6 +98,7 @@ def add_norm_quantize(
     outlier_rule: str,
     outlier_threshold: float,
     hot_columns: Tensor | None = None,
+    rotation: int = 0,
 ) -> tuple[QuantizedRows, Tensor]:
     """`add_norm` and `quantize_rows` of its first result in one pass -> (rows, total).
 
@@ -111,14 +118,19 @@ def add_norm_quantize(
             rule_index(outlier_rule, outlier_threshold),
             outlier_threshold,
             hot_columns,
+            rotation,
         )
         return QuantizedRows(*rows), x if residual is None else total
     normed, total = add_norm(x, residual, weight, bias, eps, kind)
-    return quantize_rows(normed, outlier_rule, outlier_threshold, hot_columns), total
+    return quantize_rows(normed, outlier_rule, outlier_threshold, hot_columns, rotation), total
 
 
 def silu_mul_quantize(
-    gate_up: Tensor, outlier_rule: str, outlier_threshold: float, hot_columns: Tensor | None = None
+    gate_up: Tensor,
+    outlier_rule: str,
+    outlier_threshold: float,
+    hot_columns: Tensor | None = None,
+    rotation: int = 0,
 ) -> QuantizedRows:
     """`silu_mul` and `quantize_rows` of its result in one pass; gate_up [T, 2 * I].
 
@@ -132,9 +144,10 @@ def silu_mul_quantize(
                 rule_index(outlier_rule, outlier_threshold),
                 outlier_threshold,
                 hot_columns,
+                rotation,
             )
         )
-    return quantize_rows(silu_mul(gate_up), outlier_rule, outlier_threshold, hot_columns)
+    return quantize_rows(silu_mul(gate_up), outlier_rule, outlier_threshold, hot_columns, rotation)
 
 
 def activation_quantize(
@@ -143,6 +156,7 @@ def activation_quantize(
     outlier_rule: str,
     outlier_threshold: float,
     hot_columns: Tensor | None = None,
+    rotation: int = 0,
 ) -> QuantizedRows:
     """One of `activations.ACTIVATIONS` and `quantize_rows` of its result in one pass; x [T, K].
 
@@ -164,9 +178,12 @@ def activation_quantize(
                 rule_index(outlier_rule, outlier_threshold),
                 outlier_threshold,
                 hot_columns,
+                rotation,
             )
         )
-    return quantize_rows(ACTIVATIONS[activation](x), outlier_rule, outlier_threshold, hot_columns)
+    return quantize_rows(
+        ACTIVATIONS[activation](x), outlier_rule, outlier_threshold, hot_columns, rotation
+    )
 
 
 def _has_kernels(x: Tensor) -> bool:
@@ -186,7 +203,7 @@ def rule_index(outlier_rule: str, outlier_threshold: float) -> int:
     """Returns outlier_rule of the compiled ops; ValueError for an unknown one."""
     index = _RULES.get(outlier_rule)
     if index is None:
-        reference.check_outlier_rule(outlier_rule, outlier_threshold)
+        checks.check_outlier_rule(outlier_rule, outlier_threshold)
         raise AssertionError("check_outlier_rule accepts only the rules of OUTLIER_RULES")
     return index
 
@@ -200,6 +217,7 @@ if _activation_quantize is not None:
         outlier_rule: int,
         outlier_threshold: float,
         hot_columns: Tensor | None,
+        rotation: int = 0,
     ) -> list[Tensor]:
         """Runs torch's own activation, as a model on CPUs does: the result has to equal that."""
         if not 0 <= activation < len(ACTIVATIONS):
@@ -209,4 +227,4 @@ if _activation_quantize is not None:
             )
         activated = list(ACTIVATIONS.values())[activation](x)
         assert _quantize_rows is not None
-        return _quantize_rows(activated, outlier_rule, outlier_threshold, hot_columns)
+        return _quantize_rows(activated, outlier_rule, outlier_threshold, hot_columns, rotation)

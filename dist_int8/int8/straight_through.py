@@ -28,20 +28,28 @@ def dequantize(
     col_scale: Tensor,
     hot_columns: Tensor | None,
     hot_weight: Tensor | None,
+    rotation: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The floating weight [N, K] of an int8 layer; hot columns as they are kept."""
-    weight = reference.dequantize_weight(weight_int8, col_scale, dtype)
+    """The floating weight [N, K] of an int8 layer, rotated back; hot columns as they are kept."""
+    weight = reference.dequantize_weight(weight_int8, col_scale, dtype, rotation=rotation)
     if hot_columns is not None and hot_weight is not None:
         at = hot_columns.to(weight.device).long()  # of a layer on meta they are on the CPU
         weight[:, at] = hot_weight.to(dtype)
     return weight
 
 
-class StraightThrough(torch.autograd.Function):
-    """`product(x, weight_int8, col_scale, bias, hot_columns, hot_weight, *rule)` with its gradient.
+def _weight_of(ctx: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
+    weight_int8, col_scale, hot_columns, hot_weight = ctx.saved_tensors
+    return weight_int8, col_scale, hot_columns, hot_weight, ctx.rotation
 
-    The weight does not train: col_scale or hot_weight that requires grad is a RuntimeError.
+
+class StraightThrough(torch.autograd.Function):
+    """`product(x, weight_int8, col_scale, bias, hot_columns, hot_weight, rotation, *rule)`.
+
+
+    Its gradient is that of a linear layer with the floating weight. The weight does not train:
+    col_scale or hot_weight that requires grad is a RuntimeError.
     """
 
     generate_vmap_rule = True
@@ -52,7 +60,7 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, x, weight_int8, col_scale, bias, hot_columns, hot_weight, *_ = inputs
+        _, x, weight_int8, col_scale, bias, hot_columns, hot_weight, rotation, *_ = inputs
         for name, tensor in (("col_scale", col_scale), ("hot_weight", hot_weight)):
             if tensor is not None and tensor.requires_grad:
                 raise RuntimeError(
@@ -62,6 +70,7 @@ class StraightThrough(torch.autograd.Function):
                 )
         ctx.save_for_backward(weight_int8, col_scale, hot_columns, hot_weight)
         ctx.x_dtype = x.dtype
+        ctx.rotation = rotation
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
@@ -71,8 +80,7 @@ class StraightThrough(torch.autograd.Function):
         grad_x = grad_bias = None
         with torch.autocast(grad.device.type, enabled=False):
             if wants_x:
-                weight_int8, col_scale, hot_columns, hot_weight = ctx.saved_tensors
-                weight = dequantize(weight_int8, col_scale, hot_columns, hot_weight, ctx.x_dtype)
+                weight = dequantize(*_weight_of(ctx), ctx.x_dtype)
                 grad_x = grad @ weight
             if wants_bias:
                 grad_bias = grad.float().sum(0).to(ctx.bias_dtype)

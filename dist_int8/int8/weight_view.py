@@ -36,7 +36,7 @@ class Int8Weight(Tensor):
     and gives plain tensors, views included. It can be neither changed nor trained: RuntimeError.
     """
 
-    _parts: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+    _parts: tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]
 
     @classmethod
     def of(
@@ -45,13 +45,14 @@ class Int8Weight(Tensor):
         col_scale: Tensor,
         hot_columns: Tensor | None,
         hot_weight: Tensor | None,
+        rotation: int,
         dtype: torch.dtype,
     ) -> Self:
         """The view of weight_int8 [N, K] and col_scale [N]; of hot columns [H] and [N, H]."""
         self: Self = Tensor._make_wrapper_subclass(
             cls, weight_int8.shape, dtype=dtype, device=weight_int8.device
         )
-        self._parts = weight_int8, col_scale, hot_columns, hot_weight
+        self._parts = weight_int8, col_scale, hot_columns, hot_weight, rotation
         return self
 
     def _floating(self) -> Tensor:

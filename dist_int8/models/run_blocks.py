@@ -10,7 +10,13 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from dist_int8.int8 import kv, ops
 from dist_int8.int8.attention_args import AttentionArgs
-from dist_int8.int8.decoder_blocks import BlockSettings, BlockTensors, decoder_blocks, runs
+from dist_int8.int8.decoder_blocks import (
+    BlockSettings,
+    BlockTensors,
+    LinearRule,
+    decoder_blocks,
+    runs,
+)
 from dist_int8.int8.linear import Int8Linear
 from dist_int8.models.block import Cache, DecoderBlock, Norm, PositionTables
 
@@ -77,14 +83,18 @@ def _rule_in_one_call(block: DecoderBlock) -> tuple[Any, ...] | None:
             return None
     norm, linear = modules[NORMS[0]], modules[LINEARS[0]]
     norm_rule = norm.kind, norm.eps
-    linear_rule = linear.outlier_rule, linear.outlier_threshold
+    linear_rule = _rule_of(linear)
     for name in NORMS:
         if (modules[name].kind, modules[name].eps) != norm_rule:
             return None
     for name in LINEARS:
-        if (modules[name].outlier_rule, modules[name].outlier_threshold) != linear_rule:
+        if _rule_of(modules[name]) != linear_rule:
             return None
-    return spec, block.scale, *norm_rule, *linear_rule
+    return spec, block.scale, *norm_rule, linear_rule
+
+
+def _rule_of(linear: Int8Linear) -> LinearRule:
+    return LinearRule(linear.outlier_rule, linear.outlier_threshold, linear.rotation)
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -101,10 +111,10 @@ def _in_one_call(
     segments: Tensor,
     tables: PositionTables,
 ) -> Hidden:
-    spec, scale, norm_kind, norm_eps, outlier_rule, outlier_threshold = rule
+    spec, scale, norm_kind, norm_eps, linear_rule = rule
     attention = AttentionArgs(spec.num_heads, spec.num_kv_heads, scale, *tables, window=spec.window)
     tensors = [_collect_tensors(*item) for item in group]
-    settings = BlockSettings(norm_eps, norm_kind, outlier_rule, outlier_threshold, attention)
+    settings = BlockSettings(norm_eps, norm_kind, linear_rule, attention)
     return decoder_blocks(x, residual, segments, tensors, settings)
 
 

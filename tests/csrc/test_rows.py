@@ -11,7 +11,7 @@ import numpy
 import pytest
 import torch
 
-from dist_int8.int8 import plain, reference
+from dist_int8.int8 import checks, plain, reference
 from dist_int8.int8.activations import ACTIVATIONS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -50,10 +50,10 @@ class Case:
     def encoded(self):
         M, K = self.size
         num_hot = 0 if self.hot is None else len(self.hot)
-        rule = reference.check_outlier_rule(self.rule, self.threshold)
+        rule = checks.check_outlier_rule(self.rule, self.threshold)
         weight_dtype = torch.float32 if self.weight is None else self.weight.dtype
         numbers = [OPS.index(self.op), DTYPES.index(self.x.dtype), DTYPES.index(weight_dtype)]
-        numbers += [reference.OUTLIER_RULES.index(rule), M, K, num_hot]
+        numbers += [checks.OUTLIER_RULES.index(rule), M, K, num_hot]
         numbers += [int(self.kind == "layer"), int(self.residual is not None)]
         numbers += [int(self.bias is not None), list(ACTIVATIONS).index(self.activation)]
         numbers += [self.shift, self.max_shared_bytes, ORDERS[self.order], self.seed, 0]

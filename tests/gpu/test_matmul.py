@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_int8.int8 import ops, reference
+from dist_int8.int8 import checks, ops, reference
 from dist_int8.int8.reference import QuantizedRows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -125,7 +125,7 @@ def test_prefill_tile_matches_the_specification(device, rows_with_outliers, dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rule", reference.OUTLIER_RULES)
+@pytest.mark.parametrize("rule", checks.OUTLIER_RULES)
 @pytest.mark.parametrize("M", [1, 17, 130])
 def test_int8_linear_is_close_to_the_cpu(device, rows_with_outliers, dtype, rule, M):
     x = rows_with_outliers(M, 1024, dtype)

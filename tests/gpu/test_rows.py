@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_int8.int8 import ops, reference
+from dist_int8.int8 import checks, ops, reference
 from dist_int8.int8.activations import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,7 +34,7 @@ def assert_rows_are_near(got, values, dtype, rounding=0.0):
 
 @pytest.mark.parametrize("hot", [False, True], ids=["no-hot", "hot"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rule", reference.OUTLIER_RULES)
+@pytest.mark.parametrize("rule", checks.OUTLIER_RULES)
 @pytest.mark.parametrize(("M", "K"), SHAPES)
 def test_quantize_rows_equals_the_cpu(device, rows_with_outliers, dtype, rule, M, K, hot):
     x = rows_with_outliers(M, K, dtype)

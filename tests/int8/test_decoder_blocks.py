@@ -5,14 +5,13 @@ import torch
 
 from dist_int8.int8 import reference
 from dist_int8.int8.attention_args import AttentionArgs
-from dist_int8.int8.decoder_blocks import BlockSettings, BlockTensors, decoder_blocks
+from dist_int8.int8.decoder_blocks import BlockSettings, BlockTensors, LinearRule, decoder_blocks
 
 HIDDEN, INNER, HEAD_DIM, TOKENS = 32, 24, 16, 8
 SETTINGS = BlockSettings(
     norm_eps=1e-5,
     norm_kind="rms",
-    outlier_rule="row_rms",
-    outlier_threshold=4.0,
+    linears=LinearRule("row_rms", 4.0, rotation=0),
     attention=AttentionArgs(num_heads=2, num_kv_heads=1, scale=0.25),
 )
 

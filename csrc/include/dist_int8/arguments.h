@@ -14,6 +14,7 @@ struct QuantizedRowsArgs {
   const int32_t* hot_columns;  // [H], or null: columns of x that are zeroed before anything else.
                                // On a GPU, one outside 0..K-1 matches nothing
   int64_t num_hot;             // H
+  int64_t rotation;            // block size of the rotation, a power of two that divides K; 1: none
   int8_t* x_int8;              // [M, K] low plane
   int8_t* x_high;              // [M, K] high plane
   float* row_scale;            // [M]

@@ -106,6 +106,16 @@ DIST_INT8_INLINE Float16 narrow_float16(float value) {
 #endif
 }
 
+constexpr int64_t kLargestRotation = 1024;
+
+// Block size that holds for K input features where `rotation` is asked for (0: none); 1: none. The
+// same as rotation.rotation_block in Python.
+DIST_INT8_INLINE int64_t rotation_block(int64_t K, int64_t rotation) {
+  const int64_t whole = K == 0 ? 1 : K & -K;
+  const int64_t wanted = rotation < 1 ? 1 : rotation;
+  return whole < wanted ? whole : wanted;
+}
+
 DIST_INT8_INLINE void narrow(float value, float* out) { *out = value; }
 DIST_INT8_INLINE void narrow(float value, BFloat16* out) { *out = narrow_bfloat16(value); }
 DIST_INT8_INLINE void narrow(float value, Float16* out) { *out = narrow_float16(value); }
