@@ -71,8 +71,12 @@ def test_bad_tensors(change, message):
         ({"segments": ((0, 0, 2),)}, "segments must cover T=3 tokens"),
         ({"residual": torch.ones(2, HIDDEN)}, r"residual must be \[T=3, K=32\]"),
         ({"norm_kind": "batch"}, "kind must be 'rms' or 'layer', got 'batch'"),
-        ({"outlier_rule": "most"}, "most"),
-        ({"outlier_threshold": float("nan")}, "outlier_threshold must be a finite number"),
+        ({"linears": LinearRule("most", 4.0, 0)}, "most"),
+        (
+            {"linears": LinearRule("all", float("nan"), 0)},
+            "outlier_threshold must be a finite number",
+        ),
+        ({"linears": LinearRule("none", 0.0, 48)}, "rotation must be 0 or a power of two"),
     ],
 )
 def test_bad_settings(change, message):

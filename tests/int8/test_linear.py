@@ -207,7 +207,7 @@ def test_repr_tells_shapes_rule_and_threshold():
     layer = Int8Linear.from_linear(a_linear(), 4.0, "row_rms", HOT)
     assert repr(layer) == (
         "Int8Linear(in_features=96, out_features=56, bias=True, outlier_rule='row_rms', "
-        "outlier_threshold=4.0, num_hot_columns=4)"
+        "outlier_threshold=4.0, num_hot_columns=4, rotation=0)"
     )
     assert "outlier_rule='absolute', outlier_threshold=6.0" in repr(
         Int8Linear.from_linear(a_linear())
