@@ -2,11 +2,14 @@
 
     python benchmarks/train_witness.py [--to FOLDER] [--steps 2000] [--hidden 192] [--layers 4]
         [--tokens-per-step 1024] [--window 256] [--vocab 4096] [--lr 3e-3] [--seed 0] [--threads 1]
+        [--llama-mlp N]
 
 transformers' BloomForCausalLM on Shakespeare and Milton (`public_domain.py`), with a byte-level BPE
 trained on the same text. Three plays are held out; the perplexity on them is compared with that of
 a unigram and an interpolated bigram model (Witten-Bell) of the same tokens, which shows how much
-was learned. The same seed and number of threads give the same weights on the same machine.
+was learned. --llama-mlp makes a Llama with that many features in its MLPs instead: it takes any
+--hidden that is a multiple of 10, so that K can have few factors of two (`frontier.py`). The same
+seed and number of threads give the same weights on the same machine.
 
 FOLDER (default: witness-bloom in the cache of dist-int8) gets an ordinary fp32 checkpoint with its
 tokenizer, `held_out.txt`, and `witness.json`, which records how it was made and its perplexity.
@@ -24,7 +27,14 @@ import torch
 import torch.nn.functional as F
 from public_domain import HELD_OUT, works
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
+from torch import nn
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from dist_int8.cli.demo_model import cache_folder
 
@@ -51,9 +61,27 @@ def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def new_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> BloomForCausalLM:
+def new_model(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast
+) -> BloomForCausalLM | LlamaForCausalLM:
     """Makes a model with random weights, drawn from the seed."""
     torch.manual_seed(args.seed)
+    if args.llama_mlp:
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=args.hidden,
+                intermediate_size=args.llama_mlp,
+                num_hidden_layers=args.layers,
+                num_attention_heads=5,
+                num_key_value_heads=5,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                tie_word_embeddings=True,
+                use_cache=False,
+            )
+        )
     return BloomForCausalLM(
         BloomConfig(
             vocab_size=len(tokenizer),
@@ -69,7 +97,7 @@ def new_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> B
     )
 
 
-def train(model: BloomForCausalLM, ids: torch.Tensor, args: argparse.Namespace) -> None:
+def train(model: nn.Module, ids: torch.Tensor, args: argparse.Namespace) -> None:
     """Runs AdamW on random windows, with matrix products in bfloat16.
 
     The learning rate warms up, then decays linearly to zero.
@@ -106,7 +134,7 @@ def train(model: BloomForCausalLM, ids: torch.Tensor, args: argparse.Namespace) 
 
 
 @torch.inference_mode()
-def perplexity(model: BloomForCausalLM, ids: torch.Tensor, window: int) -> float:
+def perplexity(model: nn.Module, ids: torch.Tensor, window: int) -> float:
     """Computes the perplexity over consecutive windows, all tokens but the first of each."""
     total, count = 0.0, 0
     for row in ids.split(window):
@@ -138,7 +166,13 @@ def main() -> None:
     )
     parser.add_argument("--to", type=Path, help="folder to write the checkpoint to")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--hidden", type=int, default=192, help="a multiple of 32")
+    parser.add_argument(
+        "--hidden",
+        type=int,
+        default=192,
+        help="a multiple of 32; of 10 for a Llama, which has five heads",
+    )
+    parser.add_argument("--llama-mlp", type=int, default=0, metavar="N")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens-per-step", type=int, default=1024)
     parser.add_argument("--window", type=int, default=256)

@@ -13,7 +13,7 @@ import dist_int8
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ARGUMENTS = argparse.Namespace(
-    hidden=64, layers=2, seed=0, steps=40, window=32, tokens_per_step=256, lr=4e-3
+    hidden=64, layers=2, llama_mlp=0, seed=0, steps=40, window=32, tokens_per_step=256, lr=4e-3
 )
 
 
