@@ -58,8 +58,10 @@ POINTS = (
     Point(64, 16, choose="absmax"),
     *(Point(64, 16, down) for down in (32, 64)),
     *(Point(size, 16) for size in (16, 128, LARGEST)),
+    Point(LARGEST, 16, 64),
     Point(64, 16, rule="row_rms", threshold=4.0),
     Point(64, 16, rule="all"),
+    Point(64, 16, 64, rule="all"),
     Point(64, 64, rule="all"),
     # groups
     Point(0, 0, activation_group=32, weight_group=32),
@@ -68,6 +70,7 @@ POINTS = (
     Point(64, 16, weight_group=64),
     Point(64, 16, activation_group=128, weight_group=128),
     Point(64, 16, activation_group=64, weight_group=64),
+    Point(64, 16, 64, activation_group=64, weight_group=64),
     Point(64, 32, activation_group=64, weight_group=64),
     Point(64, 64, activation_group=64, weight_group=64),
     # beyond the blocks
