@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from frontier_models import Subject
+from frontier_models import Subject, rounds_kv
 from frontier_points import LARGEST, Point, check_linear
 from public_domain import HELD_OUT, works
 from results import FOLDER, folder_of, make_parser, write_result
@@ -176,6 +176,16 @@ def measure_all(args: argparse.Namespace, points: Sequence[Point]) -> dict[str, 
     return rows
 
 
+def choose_points(args: argparse.Namespace) -> list[Point]:
+    """The points asked for, without those that the model's attention does not allow."""
+    points = [BY_NAME[name] for name in args.points] if args.points else list(POINTS)
+    if rounds_kv(args.model):
+        return points
+    left_out = [point.name for point in points if point.int8_kv]
+    print(f"left out, since the attention cannot be replaced: {'; '.join(left_out) or 'nothing'}")
+    return [point for point in points if not point.int8_kv]
+
+
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """A Markdown table: for each text the change of perplexity in percent, and KL in 1e-4 nats."""
     columns = list(next(iter(rows.values())))
@@ -214,8 +224,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     check_linear()
     args.model = folder_of(args)
-    points = [BY_NAME[name] for name in args.points] if args.points else POINTS
-    rows = measure_all(args, points)
+    rows = measure_all(args, choose_points(args))
     print(table(rows))
     write_result("frontier", {"model": Path(args.model).name, "rows": rows}, args.json, args.raw)
 

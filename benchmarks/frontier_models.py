@@ -17,18 +17,20 @@ from dist_int8.evaluation.host import Host
 from dist_int8.evaluation.outlier_features import inject_outlier_features
 from dist_int8.int8 import reference
 from dist_int8.int8.rotation import rotate, rotation_block
+from dist_int8.models import load_config
 
 # the second linear of an MLP, by the names that transformers has for it
 DOWN = ("down_proj", "dense_4h_to_h", "fc2", "c_proj")
 INT8_KV = "frontier_int8_kv"
 
 
-class Subject:
-    """A model that is measured at one point after the other.
+def rounds_kv(folder: str | Path) -> bool:
+    """Whether the model's attention can be replaced by one that rounds keys and values."""
+    return load_config(folder).model_type != "bloom"  # its ALiBi is in code of its own
 
-    Attributes:
-        rounds_kv: whether its attention can be replaced, so that keys and values can be rounded.
-    """
+
+class Subject:
+    """A model that is measured at one point after the other."""
 
     def __init__(self, folder: str | Path, seed: int | None) -> None:
         """Loads the model, injects features if there is a seed, and runs random tokens through."""
@@ -36,7 +38,6 @@ class Subject:
         model = self._host.model
         if seed is not None:
             inject_outlier_features(model, seed)
-        self.rounds_kv = model.config.model_type != "bloom"  # ALiBi in code of its own
         self._head: nn.Linear = model.get_output_embeddings()
         self._features: dict[nn.Linear, Features] = {}
         self._made: dict[Point, dict[nn.Linear, PointLinear]] = {}
