@@ -3,8 +3,10 @@
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 #else
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #endif
@@ -15,8 +17,10 @@ namespace dist_int8 {
 
 static_assert(sizeof(std::atomic<uint32_t>) == 4, "a futex is the word itself");
 
-void sleep_while(std::atomic<uint32_t>& word, uint32_t expected) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, expected, nullptr,
+void sleep_while(std::atomic<uint32_t>& word, uint32_t expected, int64_t timeout_us) {
+  const timespec timeout{static_cast<time_t>(timeout_us / 1000000),
+                         static_cast<long>(timeout_us % 1000000 * 1000)};
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, expected, &timeout,
           nullptr, 0);
 }
 
@@ -33,9 +37,10 @@ std::mutex& mutex = *new std::mutex;
 std::condition_variable& changed = *new std::condition_variable;
 }  // namespace
 
-void sleep_while(std::atomic<uint32_t>& word, uint32_t expected) {
+void sleep_while(std::atomic<uint32_t>& word, uint32_t expected, int64_t timeout_us) {
   std::unique_lock<std::mutex> lock(mutex);
-  changed.wait(lock, [&] { return word.load() != expected; });
+  changed.wait_for(lock, std::chrono::microseconds(timeout_us),
+                   [&] { return word.load() != expected; });
 }
 
 void wake_sleeper(std::atomic<uint32_t>&) {

@@ -22,6 +22,8 @@ constexpr int kPausesPerLook = 16;
 // Small enough that the last tasks of an op end together, large enough that claiming costs nothing.
 constexpr int64_t kTasksPerThread = 16;
 constexpr int64_t kMostThreads = 1024;
+// A helper ends, with its scratch memory, when nobody has needed it for so long.
+constexpr int64_t kIdleUs = 1000000;
 
 void pause_core() {
 #if defined(__x86_64__)
@@ -44,7 +46,7 @@ struct Ticket {
   uint64_t word() const { return uint64_t{round} << 32 | uint64_t{front} << 16 | back; }
 };
 
-enum State : uint32_t { kAwake, kAsleep };
+enum State : uint32_t { kAwake, kAsleep, kEnded };
 
 // One thread of a team; 0 is the calling thread.
 struct alignas(64) Lane {
@@ -81,7 +83,7 @@ class Team {
         lanes_(new Lane[num_threads]),
         // Where threads must share cores, one that spins keeps another from working.
         spin_us_(num_threads > count_allowed_cores() ? 0 : kSpinUs) {
-    for (int64_t i = 1; i < num_threads; ++i) helpers_.emplace_back([this, i] { help(i); });
+    for (int64_t i = 1; i < num_threads; ++i) helpers_.emplace_back([this, i] { help(i, 0); });
   }
 
   // The threads of a team made before a fork are not there in the child.
@@ -109,6 +111,7 @@ class Team {
     }
     const int64_t used = std::min(limit_.update(num_threads, lost_us, now), num_tasks);
     if (used == 1) return job.body(job.begin, job.end, job.context);
+    if (num_ended_.load(std::memory_order_relaxed) != 0) restart_helpers();
 
     job_ = job;
     caller_core_.store(current_core(), std::memory_order_relaxed);
@@ -132,8 +135,19 @@ class Team {
   }
 
   static void ring(Lane& lane) {
-    if (lane.state.load(std::memory_order_seq_cst) == kAwake) return;
-    if (lane.state.exchange(kAwake, std::memory_order_seq_cst) == kAsleep) wake_sleeper(lane.state);
+    uint32_t asleep = kAsleep;
+    if (lane.state.load(std::memory_order_seq_cst) != kAsleep) return;
+    if (lane.state.compare_exchange_strong(asleep, kAwake)) wake_sleeper(lane.state);
+  }
+
+  void restart_helpers() {
+    for (int64_t i = 1; i < num_threads_; ++i) {
+      if (lanes_[i].state.load(std::memory_order_acquire) != kEnded) continue;
+      helpers_[i - 1].join();
+      lanes_[i].state.store(kAwake, std::memory_order_relaxed);
+      num_ended_.fetch_sub(1, std::memory_order_relaxed);
+      helpers_[i - 1] = std::thread([this, i, round = round_] { help(i, round); });
+    }
   }
 
   // Every thread wakes two others, so that no one pays for all.
@@ -144,24 +158,36 @@ class Team {
     }
   }
 
-  // Sleeps until done() may be true.
+  // Sleeps until done() may be true. False: for kIdleUs nobody rang, and the lane is kEnded.
   template <typename Done>
-  static void sleep_until(Lane& lane, const Done& done) {
+  static bool sleep_until(Lane& lane, const Done& done) {
     lane.state.store(kAsleep, std::memory_order_seq_cst);
-    if (!done()) sleep_while(lane.state, kAsleep);
+    const int64_t began = now_us();
+    while (!done() && lane.state.load(std::memory_order_relaxed) == kAsleep) {
+      sleep_while(lane.state, kAsleep, kIdleUs);
+      uint32_t asleep = kAsleep;
+      if (now_us() - began >= kIdleUs && lane.state.compare_exchange_strong(asleep, kEnded)) {
+        return false;
+      }
+    }
     lane.state.store(kAwake, std::memory_order_seq_cst);
+    return true;
   }
 
-  void help(int64_t index) {
+  // seen: the last round that is none of this helper's.
+  void help(int64_t index, uint32_t seen) {
     Lane& lane = lanes_[index];
     LostTime time;
-    uint32_t seen = 0;
     const auto called = [&] {
       return Ticket::of(lane.ticket.load(std::memory_order_seq_cst)).round != seen;
     };
     inside_ = true;
     for (;;) {
-      while (!spin_until(called, spin_us_)) sleep_until(lane, called);
+      while (!spin_until(called, spin_us_)) {
+        if (sleep_until(lane, called)) continue;
+        num_ended_.fetch_add(1, std::memory_order_relaxed);
+        return;
+      }
       if (stop_.load(std::memory_order_relaxed)) return;
       seen = Ticket::of(lane.ticket.load(std::memory_order_acquire)).round;
       wake_next(index);
@@ -232,6 +258,7 @@ class Team {
   const int64_t spin_us_;
   std::atomic<bool> stop_{false};
   std::atomic<int64_t> helpers_lost_us_{0};
+  std::atomic<int64_t> num_ended_{0};
   alignas(64) std::atomic<int64_t> pending_{0};
   std::atomic<int64_t> used_{0};
   std::atomic<int> caller_core_{-1};
