@@ -1,4 +1,4 @@
-"""The threads of CPU kernels: tasks run once, nobody waits for whoever has not begun, clean ends."""
+"""The threads of CPU kernels: tasks run once, nobody waits for who has not begun, clean ends."""
 
 import subprocess
 
