@@ -40,8 +40,8 @@ def read_quota(process: Path = PROCESS) -> float | None:
 
 def _quotas_of(folder: Path) -> Iterator[float]:
     with suppress(OSError, ValueError):  # not there, "max" in version 2
-        quota, period = (folder / "cpu.max").read_text().split()
-        yield int(quota) / int(period)
+        numbers = (folder / "cpu.max").read_text().split()
+        yield int(numbers[0]) / int(numbers[1])
     with suppress(OSError, ValueError):
         quota = int((folder / "cpu.cfs_quota_us").read_text())
         if quota > 0:  # -1: no limit
