@@ -27,7 +27,7 @@ def read_quota(process: Path = PROCESS) -> float | None:
     Args:
         process: folder with the process's `cgroup` and `mountinfo`.
     """
-    quotas = []
+    quotas: list[float] = []
     try:
         for folder, top in _find_cgroups(process):
             while folder.is_relative_to(top):
