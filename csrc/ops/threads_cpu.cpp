@@ -17,7 +17,10 @@
 namespace dist_int8 {
 namespace {
 
-constexpr int64_t kSpinUs = 50;
+// A helper sleeps after what an op that one thread runs alone takes, so that the next one has it.
+constexpr int64_t kHelperSpinUs = 200;
+// The caller sleeps sooner: a helper whose task takes so long has lost its core, and gets this one.
+constexpr int64_t kCallerSpinUs = 50;
 constexpr int kPausesPerLook = 16;
 // Small enough that the last tasks of an op end together, large enough that claiming costs nothing.
 constexpr int64_t kTasksPerThread = 16;
@@ -82,7 +85,7 @@ class Team {
       : num_threads_(num_threads),
         lanes_(new Lane[num_threads]),
         // Where threads must share cores, one that spins keeps another from working.
-        spin_us_(num_threads > count_allowed_cores() ? 0 : kSpinUs) {
+        spins_(num_threads <= count_allowed_cores()) {
     for (int64_t i = 1; i < num_threads; ++i) helpers_.emplace_back([this, i] { help(i, 0); });
   }
 
@@ -183,7 +186,7 @@ class Team {
     };
     inside_ = true;
     for (;;) {
-      while (!spin_until(called, spin_us_)) {
+      while (!spin_until(called, spins_ ? kHelperSpinUs : 0)) {
         if (sleep_until(lane, called)) continue;
         num_ended_.fetch_add(1, std::memory_order_relaxed);
         return;
@@ -245,7 +248,7 @@ class Team {
 
   void wait_for_begun_tasks() {
     const auto done = [&] { return pending_.load(std::memory_order_seq_cst) == 0; };
-    while (!spin_until(done, spin_us_)) sleep_until(lanes_[0], done);
+    while (!spin_until(done, spins_ ? kCallerSpinUs : 0)) sleep_until(lanes_[0], done);
   }
 
  public:
@@ -255,7 +258,7 @@ class Team {
  private:
   const int64_t num_threads_;
   const std::unique_ptr<Lane[]> lanes_;
-  const int64_t spin_us_;
+  const bool spins_;
   std::atomic<bool> stop_{false};
   std::atomic<int64_t> helpers_lost_us_{0};
   std::atomic<int64_t> num_ended_{0};
