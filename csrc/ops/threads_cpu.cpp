@@ -13,6 +13,7 @@
 
 #include "ops/contention_cpu.h"
 #include "ops/futex_cpu.h"
+#include "ops/lanes_cpu.h"
 
 namespace dist_int8 {
 namespace {
@@ -35,27 +36,6 @@ void pause_core() {
   asm volatile("yield");
 #endif
 }
-
-// Unclaimed tasks [front, back) of one thread in one round, in a word that is claimed from by
-// compare-and-swap. The round keeps whoever comes late from claiming what is not there any more.
-struct Ticket {
-  uint32_t round;
-  uint16_t front, back;
-
-  static Ticket of(uint64_t word) {
-    return {static_cast<uint32_t>(word >> 32), static_cast<uint16_t>(word >> 16),
-            static_cast<uint16_t>(word)};
-  }
-  uint64_t word() const { return uint64_t{round} << 32 | uint64_t{front} << 16 | back; }
-};
-
-enum State : uint32_t { kAwake, kAsleep, kEnded };
-
-// One thread of a team; 0 is the calling thread.
-struct alignas(64) Lane {
-  std::atomic<uint64_t> ticket{0};
-  std::atomic<uint32_t> state{kAwake};
-};
 
 // Read between a claim and its end only, when nobody writes it.
 struct Job {
@@ -137,12 +117,6 @@ class Team {
     lanes_[index].ticket.store(ticket.word(), std::memory_order_seq_cst);
   }
 
-  static void ring(Lane& lane) {
-    uint32_t asleep = kAsleep;
-    if (lane.state.load(std::memory_order_seq_cst) != kAsleep) return;
-    if (lane.state.compare_exchange_strong(asleep, kAwake)) wake_sleeper(lane.state);
-  }
-
   void restart_helpers() {
     for (int64_t i = 1; i < num_threads_; ++i) {
       if (lanes_[i].state.load(std::memory_order_acquire) != kEnded) continue;
@@ -214,20 +188,6 @@ class Team {
       }
     }
     return num_done;
-  }
-
-  // A task of the lane, its first one or its last one; -1: none are left.
-  static int64_t claim(Lane& lane, bool first) {
-    uint64_t word = lane.ticket.load(std::memory_order_acquire);
-    for (;;) {
-      Ticket ticket = Ticket::of(word);
-      if (ticket.front == ticket.back) return -1;
-      const int64_t task = first ? ticket.front++ : --ticket.back;
-      if (lane.ticket.compare_exchange_weak(word, ticket.word(), std::memory_order_acq_rel,
-                                            std::memory_order_acquire)) {
-        return task;
-      }
-    }
   }
 
   void run_task(int64_t task) {
