@@ -20,8 +20,8 @@ constexpr int64_t kLeastLostUs = 500;
 // thread is worth. So this much must be lost beyond one part in kAllowedShare of the time.
 constexpr int64_t kTooMuchUs = 8000;
 constexpr int64_t kAllowedShare = 4;
-// There is one thread fewer for this long, and twice as long whenever too much was lost again within
-// kTrialUs of the attempt to use it again.
+// There is one thread fewer for this long, and twice as long whenever too much was lost again
+// within kTrialUs of the attempt to use it again.
 constexpr int64_t kShortestHoldUs = 20000;
 constexpr int64_t kLongestHoldUs = 640000;
 constexpr int64_t kTrialUs = 50000;

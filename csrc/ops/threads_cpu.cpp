@@ -268,8 +268,8 @@ class OwnTeam {
 
 }  // namespace
 
-void run_parallel(int64_t num_threads, int64_t begin, int64_t end, int64_t grain,
-                  ParallelBody body, void* context) {
+void run_parallel(int64_t num_threads, int64_t begin, int64_t end, int64_t grain, ParallelBody body,
+                  void* context) {
   static const bool counts_forks [[maybe_unused]] = [] {
     pthread_atfork(nullptr, nullptr, [] { num_forks.fetch_add(1, std::memory_order_relaxed); });
     return true;
@@ -277,8 +277,8 @@ void run_parallel(int64_t num_threads, int64_t begin, int64_t end, int64_t grain
   const int64_t count = end - begin;
   if (count <= 0) return;
   num_threads = std::min(num_threads, kMostThreads);
-  int64_t num_tasks = std::min((count - 1) / std::max<int64_t>(1, grain) + 1,
-                               num_threads * kTasksPerThread);
+  int64_t num_tasks =
+      std::min((count - 1) / std::max<int64_t>(1, grain) + 1, num_threads * kTasksPerThread);
   if (num_tasks == 1 || num_threads <= 1 || Team::inside_) return body(begin, end, context);
   const int64_t step = (count - 1) / num_tasks + 1;
   num_tasks = (count - 1) / step + 1;

@@ -22,7 +22,7 @@ using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
 // Calls body(begin, end, context) for ranges that cover [begin, end), of `grain` items or more but
 // for the last ones, in the calling thread and num_threads - 1 helpers. Within a body it runs in
 // the calling thread alone. The first exception of a body is thrown again, after all have ended.
-void run_parallel(int64_t num_threads, int64_t begin, int64_t end, int64_t grain,
-                  ParallelBody body, void* context);
+void run_parallel(int64_t num_threads, int64_t begin, int64_t end, int64_t grain, ParallelBody body,
+                  void* context);
 
 }  // namespace dist_int8

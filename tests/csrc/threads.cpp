@@ -21,12 +21,12 @@
 
 using namespace dist_int8;
 
-#define CHECK(condition)                                            \
-  do {                                                              \
-    if (!(condition)) {                                             \
-      fprintf(stderr, "line %d: " #condition "\n", __LINE__);       \
-      _exit(1);                                                     \
-    }                                                               \
+#define CHECK(condition)                                      \
+  do {                                                        \
+    if (!(condition)) {                                       \
+      fprintf(stderr, "line %d: " #condition "\n", __LINE__); \
+      _exit(1);                                               \
+    }                                                         \
   } while (false)
 
 template <typename Body>
