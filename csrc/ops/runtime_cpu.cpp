@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "ops/threads_cpu.h"
+
 namespace dist_int8 {
 namespace {
 
@@ -29,7 +31,7 @@ void* scratch(int slot, int64_t bytes) {
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
                   void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+  run_parallel(torch::stable::get_num_threads(), begin, end, grain, body, context);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What CPU kernels need from torch: threads, and scratch memory of the calling thread.
+// What CPU kernels need: as many threads as torch is set to, and scratch memory of each.
 #pragma once
 
 #include "dist_int8/cpu_kernels.h"

@@ -1,14 +1,12 @@
-"""Decides where stages run: devices, machines, and the rank, cores and memory of this process."""
+"""Decides where stages run: devices, machines, and the rank and memory of this process."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 
-import torch
-
 from dist_int8.config import Settings
-from dist_int8.distributed import environment, interfaces, launchers, rendezvous, spawn
+from dist_int8.distributed import environment, interfaces, launchers, spawn
 from dist_int8.distributed.environment import Launched
 from dist_int8.partition import Plan, format_bytes
 from dist_int8.partition.devices import choose_devices, connects_over_nccl
@@ -141,43 +139,3 @@ def check_host_memory(plan: Plan, placement: Placement) -> None:
             f"{format_bytes(needed)}, {format_bytes(kv_bytes)} of it KV cache; lower max_sequences "
             "or max_tokens, or use a smaller model"
         )
-
-
-def share_cores(settings: Settings, placement: Placement) -> frozenset[int]:
-    """Sets torch's threads and returns the cores of this rank, an equal share of this machine's.
-
-    CPU stages would otherwise compete for cores. An empty set means any core: there is nothing to
-    share, there are fewer cores than threads, or a launcher has chosen already. Ranks above 0 are
-    our own processes and stay on their cores; rank 0 may be a user's session, which keeps all.
-
-    Raises:
-        ValueError: threads_per_stage is above this machine's number of cores.
-    """
-    num_here, launched = placement.num_here, placement.launched
-    allowed = sorted(os.sched_getaffinity(0))
-    num_threads = settings.threads_per_stage
-    if num_threads is not None and num_threads > (os.cpu_count() or num_threads):
-        raise ValueError(
-            f"load(): threads_per_stage must be at most this machine's {os.cpu_count()} cores, got "
-            f"{num_threads}; lower it or leave it out"
-        )
-    if num_threads is None and num_here > 1:
-        num_threads = max(1, len(allowed) // num_here)
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
-    if num_here == 1 or num_threads is None or num_here * num_threads > len(allowed):
-        return frozenset()
-    begin = (0 if launched is None else launched.local_rank) * num_threads
-    cores = frozenset(allowed[begin : begin + num_threads])
-    if launched is not None and launched.rank:
-        rendezvous.stay_on(cores)
-    return cores
-
-
-def divide_cores(num_stages: int, num_threads: int) -> list[frozenset[int]]:
-    """Divides this process's cores among its stages, `num_threads` adjacent ones each."""
-    allowed = sorted(os.sched_getaffinity(0))
-    return [
-        frozenset(allowed[stage * num_threads : (stage + 1) * num_threads])
-        for stage in range(num_stages)
-    ]

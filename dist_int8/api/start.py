@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from dist_int8.api.cores import divide_cores, share_cores
 from dist_int8.api.model import Model
-from dist_int8.api.placement import divide_cores, share_cores
 from dist_int8.api.prepare import Prepared
 from dist_int8.api.stages import build_stage
 from dist_int8.distributed import rendezvous, spawn

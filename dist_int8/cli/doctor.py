@@ -4,7 +4,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import platform
 import sys
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from dist_int8.distributed.cores import count_cores
 from dist_int8.partition.gpus import Gpus, probe
 
 # The dependencies in pyproject.toml that are always imported, with the minimum version (None: any).
@@ -181,7 +181,7 @@ def _examine_library() -> tuple[dict[str, Any], list[Finding]]:
 
 
 def _examine_cpu(library: dict[str, Any]) -> Finding:
-    num_cores = len(os.sched_getaffinity(0))
+    num_cores = count_cores()
     instructions = library.get("cpu_instruction_set")
     value = f"{num_cores} cores, {platform.machine()}"
     try:

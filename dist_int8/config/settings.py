@@ -71,8 +71,16 @@ class Settings(Checked):
     )
     threads_per_stage: Count | None = Field(
         default=None,
-        description="CPU threads per stage; by default the cores are shared evenly.",
+        description="CPU threads per stage; by default the cores are shared evenly, as far as the "
+        "affinity mask and the CPU quota of the process (of a container) allow.",
         examples=[1],
+    )
+    pin_cores: bool | None = Field(
+        default=None,
+        description="Keep each stage on CPU cores of its own. By default where there are enough of "
+        "them, the process may use all cores of the machine, and no CPU quota binds it; where "
+        "others share the cores, false is faster.",
+        examples=[False],
     )
     micro_batches: Count | None = Field(
         default=None,

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
+from dist_int8.distributed.cores import count_cores
 from dist_int8.distributed.launchers import ask_for_death_with_parent
 
 GRACE_SECONDS = 5.0
@@ -64,7 +65,7 @@ def launch(
             then have the grace.
     """
     port = free_port()
-    num_threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
+    num_threads = max(1, count_cores() // num_ranks)
     received: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:

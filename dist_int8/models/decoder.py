@@ -206,8 +206,9 @@ class DecoderStage(nn.Module):
         if rows is not None:
             if rows.shape[0] == 0:  # a prefill chunk before the last
                 return x.new_empty((0, self.spec.vocab_size), dtype=torch.float32)
-            x = x[rows]
-            residual = None if residual is None else residual[rows]
+            # not x[rows], for which torch wakes threads that then spin beside those of our kernels
+            x = x.index_select(0, rows)
+            residual = None if residual is None else residual.index_select(0, rows)
         x = self.before_head(x, residual)
         head = self.lm_head
         if type(head) is nn.Linear:  # its weight may be in 16 bits below fp32 hidden states

@@ -77,10 +77,10 @@ def keep_num_threads(num_threads: int) -> None:
 
 
 def end_idle_threads() -> None:
-    """Ends the threads that ops keep for the calling thread; the next op that needs some has them.
+    """Ends the threads that torch's ops keep for the calling thread; the next op starts them anew.
 
     With more threads than cores OpenMP lets each of them spin only briefly between two ops, and
-    those of the stages are then woken late.
+    those of the stages are then woken late. Helpers of our own kernels end by themselves.
     """
     with suppress(AttributeError):  # an OpenMP before 5.0
         ctypes.CDLL(None).omp_pause_resource_all(1)  # omp_pause_soft

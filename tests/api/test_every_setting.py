@@ -5,6 +5,7 @@ with what it changes.
 """
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -104,6 +105,25 @@ def check_threads_per_stage(llama, **_):
     with load(llama, threads_per_stage=2) as model:
         assert model._engine._driver.call(torch.get_num_threads) == 2
     assert "at most this machine's" in refused(llama, threads_per_stage=10**6)
+
+
+def check_pin_cores(llama, **_):
+    program = """
+import os, sys
+import dist_int8
+settings = dict(devices=["cpu"] * 2, threads_per_stage=1, max_tokens=64, progress=False)
+model = dist_int8.load(sys.argv[1], pin_cores=eval(sys.argv[2]), **settings)
+child = model._engine.pipeline.world.children[1].pid
+print(len(os.sched_getaffinity(child)), len(os.sched_getaffinity(0)))
+"""
+    whole = str(len(os.sched_getaffinity(0)))
+    for pinned, cores_of_child in (("True", "1"), ("False", whole)):
+        command = [sys.executable, "-c", program, str(llama), pinned]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.stdout.split() == [cores_of_child, whole], done.stderr
+    assert "pin_cores must be false for 2 stages of" in refused(
+        llama, devices=["cpu"] * 2, threads_per_stage=os.cpu_count(), pin_cores=True
+    )
 
 
 def check_micro_batches(llama, **_):
