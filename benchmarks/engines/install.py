@@ -81,7 +81,7 @@ def convert(folder: Path, model: str, source: str) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.unlink(missing_ok=True)
     aside.parent.mkdir(parents=True, exist_ok=True)
-    script = [sys.executable, HERE / "models.py"]
+    script = [sys.executable, "-m", "engines.models"]
     commands: dict[str, list[str | Path]] = {
         "": [*script, model, aside],
         ".gguf": [*script, "--gguf", plain, aside],
@@ -96,7 +96,10 @@ def convert(folder: Path, model: str, source: str) -> None:
             *("--weight-format", "int8", aside),
         ],
     }
-    run(log, commands[source], HF_HUB_OFFLINE="1")
+    variables = {"HF_HUB_OFFLINE": "1"}
+    if commands[source][0] == sys.executable:
+        variables["PYTHONPATH"] = str(HERE.parent)
+    run(log, commands[source], **variables)
     aside.rename(target)
 
 

@@ -1,10 +1,10 @@
 """The models that every engine gets, as folders of safetensors, and in other formats.
 
-    python models.py MODEL FOLDER            # `demo` or `llama-1b` as a transformers folder
-    python models.py --gguf SOURCE FILE      # the same weights as Q8_0
-    python models.py --w8a8 SOURCE FOLDER    # the same weights as int8 for compressed-tensors
+    python -m engines.models MODEL FOLDER         # `demo` or `llama-1b` as a transformers folder
+    python -m engines.models --gguf SOURCE FILE   # the same weights as Q8_0
+    python -m engines.models --w8a8 SOURCE FOLDER    # the same weights as compressed-tensors
 
-Runs in the project's own environment.
+Runs in benchmarks, in the project's own environment.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from gguf_file import write_gguf
+from engines.gguf_file import write_gguf
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 

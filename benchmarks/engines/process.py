@@ -15,7 +15,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class EngineProcess:
-    """An engine that stays loaded.
+    """An engine that stays loaded, and is stopped while it is not asked: some spin when idle.
 
     Args:
         command: what starts its script.
@@ -27,7 +27,7 @@ class EngineProcess:
 
     def __init__(self, command: Sequence[str], log: Path, limit_s: float) -> None:
         self._log = log
-        self._left = b""
+        self._left, self._has_ended = b"", False
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 command,
@@ -43,11 +43,14 @@ class EngineProcess:
 
     @property
     def is_alive(self) -> bool:
-        return self._process.poll() is None
+        return not self._has_ended
 
     def ask(self, cell: dict[str, Any], limit_s: float) -> dict[str, Any]:
         """Returns the engine's answer, or {"error": ...}; after a limit the engine is ended."""
         assert self._process.stdin is not None
+        if self._has_ended:
+            return {"error": "the engine has ended"}
+        self._signal(signal.SIGCONT)
         try:
             self._process.stdin.write(json.dumps(cell).encode() + b"\n")
             self._process.stdin.flush()
@@ -68,7 +71,13 @@ class EngineProcess:
                     return self._died("")
                 self._left += read
         line, self._left = self._left.split(b"\n", 1)
+        self._signal(signal.SIGSTOP)
         return json.loads(line)
+
+    def _signal(self, number: int) -> None:
+        """Signals the engine and what it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
 
     def _died(self, why: str) -> dict[str, Any]:
         self.end()
@@ -90,8 +99,10 @@ class EngineProcess:
 
     def end(self) -> None:
         """Kills the engine and all that it started, and waits for it."""
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        if self._has_ended:
+            return  # its process id may belong to another by now
+        self._has_ended = True
+        self._signal(signal.SIGKILL)
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
