@@ -17,6 +17,8 @@ missing there. An engine that fails is reported with its own error and does not 
 
 import argparse
 import datetime
+import signal
+import sys
 from pathlib import Path
 
 from decode import TEXT
@@ -81,6 +83,7 @@ def measure(args: argparse.Namespace, model: str, conditions: Conditions, record
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the engines too
     args = parse_arguments()
     if args.setup:
         raise SystemExit(1 if set_up(args.folder, args.engines, args.models) else 0)

@@ -5,8 +5,10 @@ engine prints goes to standard error. Needs nothing but Python.
 """
 
 import argparse
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -77,6 +79,12 @@ def answer(engine: Engine, cell: dict[str, Any]) -> dict[str, Any]:
     return {**watch.figures(), "token_ids": watch.token_ids}
 
 
+def _end_with_parent() -> None:
+    """Has the kernel kill this process when the driver dies, even while it is stopped."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
 def serve(load: Callable[[argparse.Namespace], Engine]) -> None:
     """Runs the loop of an engine's script, until its standard input ends."""
     parser = argparse.ArgumentParser()
@@ -84,9 +92,9 @@ def serve(load: Callable[[argparse.Namespace], Engine]) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--variant", default="", help="what the engine's script understands")
     args = parser.parse_args()
+    _end_with_parent()
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # an engine's own output must not come between the answers
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)
 
     def reply(work: Callable[[], dict[str, Any]]) -> bool:
         try:
