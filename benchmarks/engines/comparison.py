@@ -13,7 +13,7 @@ from engines.install import HERE, python_of
 from engines.process import EngineProcess, Neighbours
 from gpu.records import Records
 
-MOST_FAILURES = 2  # of an engine in a cell, before it is left out there
+MOST_FAILURES = 2  # of an engine to load or in a cell, before it is left out of all or of this
 NUM_CHECKED = 8  # tokens of an answer that are compared with transformers'
 
 
@@ -56,7 +56,7 @@ class Comparison:
         self._processes: dict[str, EngineProcess] = {}
         self._warm: set[tuple[str, str]] = set()
         self._known = self._read("figure")
-        self._failures = Counter((one["engine"], one["cell"]) for one in self._read("failure"))
+        self._failures: Counter[tuple[str, str]] = Counter()  # of this call; the next tries again
         self._reference: list[list[int]] | None = None
 
     def _read(self, kind: str) -> list[dict[str, Any]]:
@@ -74,7 +74,7 @@ class Comparison:
 
     def has(self, engine: str, cell: str, repeat: int) -> bool:
         """Whether there is nothing left to do."""
-        if self._failures[engine, cell] >= MOST_FAILURES:
+        if MOST_FAILURES in (self._failures[engine, cell], self._failures[engine, "load"]):
             return True
         return any(
             (one["engine"], one["cell"], one["repeat"]) == (engine, cell, repeat)
@@ -100,6 +100,7 @@ class Comparison:
         process, answer = self._process(engine), {}
         if "error" in process.loaded:
             answer = process.loaded
+            self._failures[engine, "load"] += 1
         else:
             asked = self.cell(cell)
             if (engine, cell) not in self._warm:

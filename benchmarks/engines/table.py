@@ -71,7 +71,11 @@ def summarize_records(
                 name: {key: one.get(key) for key in LOADED} for name, one in loaded.items()
             },
             "cells": cells,
-            "failures": {one["engine"]: one["error"] for one in of_model if "error" in one},
+            "failures": {
+                f"{one['engine']}, {one['cell']}": one["error"]
+                for one in of_model
+                if one["kind"] == "failure" and one["engine"] not in cells.get(one["cell"], {})
+            },
             "lost": lost_cells(cells),
         }
     return summary
@@ -103,7 +107,7 @@ def format_table(summary: dict[str, Any]) -> str:
         for engine in ENGINES:
             if engine in figures["engines"]:
                 lines.append(_row(engine, figures, cells))
-        lines += [f"- {engine} failed: {why}" for engine, why in figures["failures"].items()]
+        lines += [f"- failed, {where}: {why}" for where, why in figures["failures"].items()]
         lines += [f"- lost, {cell}: {why}" for cell, why in figures["lost"].items()]
     return "\n".join(lines)
 
@@ -114,7 +118,7 @@ def _row(engine: str, figures: dict[str, Any], cells: list[str]) -> str:
     for cell in cells:
         one = figures["cells"][cell].get(engine)
         if one is None:
-            row.append("failed" if engine in figures["failures"] else "")
+            row.append("failed" if f"{engine}, {cell}" in figures["failures"] else "")
             continue
         share = one["share_of_machine"]
         row.append(f"{one['tokens_per_s']:,.1f}" + (f" ({share:.0%})" if share else ""))

@@ -8,11 +8,14 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from engines import comparison
+from engines.catalogue import Engine
 from engines.gguf_file import write_gguf
 from engines.models import finish, write_w8a8
 from engines.process import EngineProcess, Neighbours
 from engines.table import format_table, lost_cells, summarize_records
 from engines.worker import Stopwatch
+from gpu.records import Records
 from safetensors.torch import load_file
 
 ENGINES = Path(sys.modules["engines.process"].__file__).parent
@@ -80,6 +83,44 @@ def test_engine_that_fails_hangs_or_dies_gives_its_own_error(start):
     assert "no answer within" in hung["error"] and time.monotonic() - started < 20
     assert not process.is_alive and "error" in process.ask({"prompts": [[1]], "num_tokens": 1}, 1)
     assert "status 3" in start().ask({"prompts": [[8]], "num_tokens": 1}, 60)["error"]
+
+
+@pytest.fixture
+def compare(tmp_path, monkeypatch):
+    """A comparison of counting engines, one of which is broken; called again, it goes on."""
+    script = tmp_path / "counting.py"
+    script.write_text(COUNTING)
+    engines = {
+        "transformers-fp32": Engine(str(script)),
+        "fine": Engine(str(script)),
+        "broken": Engine(str(script), variant="broken"),
+    }
+    monkeypatch.setattr(comparison, "ENGINES", engines)
+    conditions = comparison.Conditions(tmp_path, 1, 0, False, 4, 60.0)
+    records = Records(tmp_path / "records.jsonl", "peers")
+    made = []
+
+    def compare():
+        made.append(comparison.Comparison("demo", conditions, records, list(range(10, 90))))
+        return made[-1]
+
+    yield compare
+    for one in made:
+        one.end()
+
+
+def test_comparison_keeps_figures_and_gives_up_on_an_engine_that_does_not_load(compare):
+    first = compare()
+    record = first.measure("fine", "decode-8", 0)
+    assert record["tokens_per_s"] > 0 and first.measure("fine", "decode-8", 0) is None
+    (loaded,) = first.records.mine("loaded")
+    assert loaded["equal_answers"] == 3 and loaded["agreement"] == 1
+    for cell in ("decode-1", "decode-8"):
+        assert "no such weights" in first.measure("broken", cell, 0)["error"]
+    assert first.measure("broken", "prefill-512", 0) is None
+    again = compare()
+    assert again.has("fine", "decode-8", 0) and not again.has("fine", "decode-8", 1)
+    assert not again.has("broken", "decode-8", 0)
 
 
 def test_neighbours_are_busy_and_gone_afterwards():
@@ -188,6 +229,6 @@ def test_table_gives_medians_shares_and_lost_cells(tmp_path):
     assert cell["openvino"]["tokens_per_s"] == 20 and summary["demo"]["lost"] == {}
     table = format_table(summary)
     assert "| dist_int8 | 100 | 40.0 (40%) | 3 of 3 |" in table
-    assert "vllm-bf16 failed: no AVX-512" in table
+    assert "- failed, vllm-bf16, decode-1: no AVX-512" in table
     cell["openvino"]["tokens_per_s"] = 80
     assert "openvino" in lost_cells(summary["demo"]["cells"])["decode-1"]
