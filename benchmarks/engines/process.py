@@ -37,7 +37,11 @@ class EngineProcess:
                 start_new_session=True,
                 env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
             )
-        self.loaded = self._answer(limit_s)
+        try:
+            self.loaded = self._answer(limit_s)
+        except BaseException:  # an interrupted driver has no handle of it yet
+            self.end()
+            raise
         if "error" in self.loaded:
             self.end()
 
