@@ -31,12 +31,8 @@ from dist_int8.models import (
 )
 from dist_int8.models.generation_config import read_generation_config
 from dist_int8.partition import Plan
-from dist_int8.partition.from_settings import (
-    choose_formats,
-    describe_devices,
-    free_budgets,
-    make_plan,
-)
+from dist_int8.partition.formats import choose_formats, fix_numerics
+from dist_int8.partition.from_settings import describe_devices, free_budgets, make_plan
 from dist_int8.pipeline.microbatch import Limits
 
 _log = logging.getLogger(__name__)
@@ -117,6 +113,8 @@ def prepare(settings: Settings, placement: Placement) -> Prepared:
     vocab_dtype = _choose_vocab_dtype(settings, folder, spec, hf_config, dtype)
     plan = _make_plan(settings, placement, spec, hot, (dtype, vocab_dtype), limits)
     check_host_memory(plan, placement)
+    if placement.rank == 0 and plan.numerics:
+        _log.info(plan.numerics)
     return Prepared(
         settings, placement, folder, spec, encoder, hot, dtype, vocab_dtype, limits, plan
     )
@@ -155,11 +153,17 @@ def adopt_stored_format(
     The whole checkpoint is checked before any rank starts, not only this rank's stage.
     """
     if settings.random_weights:
-        return settings, HotColumns(settings.num_hot_columns if settings.calibrates else 0)
+        settings = _fix_numerics(settings)
+        num_hot = settings.numerics.num_hot_columns if settings.calibrates else 0
+        return settings, HotColumns(num_hot)
     stored = read_stored_format(folder, spec, allow_pickle=settings.allow_pickle)
     if not settings.int8:
         return settings, HotColumns()
     if stored.is_int8:
+        accuracy = settings.accuracy or stored.accuracy
+        settings = _fix_numerics(
+            settings.model_copy(update={"accuracy": accuracy}), stored.rotation
+        )
         chosen = {
             "skip_modules": list(stored.skip),
             "head": None,
@@ -171,11 +175,20 @@ def adopt_stored_format(
             stored.num_hot_columns, stored.linear_size, head_columns=stored.head_hot_columns
         )
         return changed, hot
+    settings = _fix_numerics(settings)
     if not settings.calibrates:
         return settings, HotColumns()
-    count = settings.num_hot_columns
+    count = settings.numerics.num_hot_columns
     calibration = make_calibration(folder, spec, settings.calibrate, count)
     return settings, HotColumns(count, stored.linear_size, calibration)
+
+
+def _fix_numerics(settings: Settings, stored_rotation: int | None = None) -> Settings:
+    """Returns the settings with what their point of accuracy stands for, for every rank."""
+    try:
+        return fix_numerics(settings, stored_rotation)
+    except ValueError as error:
+        raise ValueError(f"load():{error}") from None
 
 
 def _choose_dtype(settings: Settings, devices: list[str], hf_config: Any) -> torch.dtype:

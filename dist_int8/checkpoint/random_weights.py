@@ -69,8 +69,8 @@ class _RandomFiller:
         path, _, kind = target.rpartition(".")
         module = stage.get_submodule(path)
         tied = target == HEAD and stage.spec.tied_head
-        has_own_columns = isinstance(module, Int8Linear) and self._num_hot_columns > 0
-        if tied and stage.slice.first and has_same_format(stage) and not has_own_columns:
+        has_own = isinstance(module, Int8Linear) and (self._num_hot_columns or module.rotation)
+        if tied and stage.slice.first and has_same_format(stage) and not has_own:
             share_embedding(stage)
             return
         name = EMBEDDING if tied else target

@@ -108,6 +108,7 @@ class Formats:
             also kept in the checkpoint's dtype: [N, H] weights and [H] int32 indices.
         hot_size: bytes per weight of a hot column.
         head_hot_columns: number of hot columns of an int8 head; None: num_hot_columns.
+        rotated: whether the int8 linears, and an int8 head, are rotated.
         kv_int8: whether the KV cache is int8 with one fp32 scale per token and head.
         skip: names of linears that stay in floating point, as in the setting skip_modules.
     """
@@ -120,6 +121,7 @@ class Formats:
     num_hot_columns: int = 0
     hot_size: int = SIXTEEN_BITS
     head_hot_columns: int | None = None
+    rotated: bool = False
     kv_int8: bool = False
     skip: tuple[str, ...] = ()
 
@@ -238,12 +240,12 @@ def shared_bytes(model: ModelSizes, formats: Formats) -> int:
     """Computes the bytes saved by a stage with both embedding and head: it holds a tied table once.
 
     They share only a table of the same format. An int8 head cannot use a 16-bit embedding's table;
-    a head with hot columns, which its int8 weights and scales leave out, cannot use an int8
-    embedding's.
+    a head with hot columns, which its int8 weights and scales leave out, or a rotated one cannot
+    use an int8 embedding's.
     """
     if not model.tied_head or formats.head_int8 != formats.embedding_int8:
         return 0
-    if _head_hot_columns(formats):
+    if _head_hot_columns(formats) or (formats.head_int8 and formats.rotated):
         return 0
     return vocab_bytes(model, formats, int8=formats.head_int8)
 
