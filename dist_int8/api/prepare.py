@@ -43,7 +43,8 @@ class HotColumns:
     """The hot columns of a model, or how to find them.
 
     Attributes:
-        num_columns: the largest number in any linear of a block.
+        num_columns: the largest number in any linear of a block but `down`.
+        down_columns: the largest number in `down`.
         element_size: bytes per weight.
         calibration: how to find them; None: they are in the checkpoint or random, or there are
             none.
@@ -51,6 +52,7 @@ class HotColumns:
     """
 
     num_columns: int = 0
+    down_columns: int = 0
     element_size: int = 2
     calibration: Calibration | None = None
     head_columns: int | None = None
@@ -137,6 +139,7 @@ def _make_plan(
         replace(
             choose_formats(settings, *(dtype.itemsize for dtype in dtypes)),
             num_hot_columns=hot.num_columns,
+            down_hot_columns=hot.down_columns,
             hot_size=hot.element_size,
             head_hot_columns=hot.head_columns,
         ),
@@ -154,8 +157,10 @@ def adopt_stored_format(
     """
     if settings.random_weights:
         settings = _fix_numerics(settings)
-        num_hot = settings.numerics.num_hot_columns if settings.calibrates else 0
-        return settings, HotColumns(num_hot)
+        if not settings.calibrates:
+            return settings, HotColumns()
+        numerics = settings.numerics
+        return settings, HotColumns(numerics.num_hot_columns, numerics.down_hot_columns)
     stored = read_stored_format(folder, spec, allow_pickle=settings.allow_pickle)
     if not settings.int8:
         return settings, HotColumns()
@@ -172,15 +177,18 @@ def adopt_stored_format(
         }
         changed = settings.model_copy(update=chosen)
         hot = HotColumns(
-            stored.num_hot_columns, stored.linear_size, head_columns=stored.head_hot_columns
+            stored.num_hot_columns,
+            stored.down_hot_columns,
+            stored.linear_size,
+            head_columns=stored.head_hot_columns,
         )
         return changed, hot
     settings = _fix_numerics(settings)
     if not settings.calibrates:
         return settings, HotColumns()
-    count = settings.numerics.num_hot_columns
-    calibration = make_calibration(folder, spec, settings.calibrate, count)
-    return settings, HotColumns(count, stored.linear_size, calibration)
+    counts = settings.numerics.num_hot_columns, settings.numerics.down_hot_columns
+    calibration = make_calibration(folder, spec, settings.calibrate, *counts)
+    return settings, HotColumns(*counts, stored.linear_size, calibration)
 
 
 def _fix_numerics(settings: Settings, stored_rotation: int | None = None) -> Settings:

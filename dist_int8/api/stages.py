@@ -40,6 +40,7 @@ def build_stage(prepared: Prepared, rank: int, progress: bool) -> Stage:
             device=device,
             vocab_dtype=prepared.vocab_dtype,
             num_hot_columns=prepared.hot.num_columns,
+            down_hot_columns=prepared.hot.down_columns,
         )
     else:
         model = _load_stage(prepared, place, stage_slice, progress)

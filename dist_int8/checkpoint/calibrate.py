@@ -37,15 +37,28 @@ class Calibration:
         token_ids: int64 [tokens].
         num_hot_columns: of each linear.
         source: "random", or "text" with a checksum of its tokens.
+        down_hot_columns: of each `down`, which has more input features; None: num_hot_columns.
     """
 
     token_ids: Tensor
     num_hot_columns: int
     source: str
+    down_hot_columns: int | None = None
+
+    def count(self, name: str, num_features: int) -> int:
+        """Returns the number of hot columns of a linear, by its name ("blocks.0.qkv")."""
+        number = self.num_hot_columns
+        if name.endswith(".down") and self.down_hot_columns is not None:
+            number = self.down_hot_columns
+        return min(number, num_features)
 
 
 def make_calibration(
-    folder: str | Path, spec: ModelSpec, calibrate: str, num_hot_columns: int
+    folder: str | Path,
+    spec: ModelSpec,
+    calibrate: str,
+    num_hot_columns: int,
+    down_hot_columns: int | None = None,
 ) -> Calibration | None:
     """Makes the calibration that the settings ask for; None: off, or without hot columns.
 
@@ -55,6 +68,7 @@ def make_calibration(
         calibrate: "random" (1,024 tokens, always the same), a text file (its first 1,024 tokens),
             or "off".
         num_hot_columns: of each linear.
+        down_hot_columns: of each `down`, or all its features if it has fewer; None: as many.
 
     Raises:
         ValueError: no such file, or one without text, or no tokenizer, or more hot columns than a
@@ -74,7 +88,7 @@ def make_calibration(
     if calibrate == RANDOM:
         seed = torch.Generator().manual_seed(0)
         token_ids = torch.randint(spec.vocab_size, (NUM_TOKENS,), generator=seed)
-        return Calibration(token_ids, num_hot_columns, RANDOM)
+        return Calibration(token_ids, num_hot_columns, RANDOM, down_hot_columns)
     token_ids = read_tokens(folder, calibrate, NUM_TOKENS, spec.vocab_size)
     if len(token_ids) == 0:
         raise ValueError(
@@ -82,7 +96,7 @@ def make_calibration(
             "name another file, or use random"
         )
     digest = hashlib.sha256(token_ids.numpy().tobytes()).hexdigest()
-    return Calibration(token_ids, num_hot_columns, f"text {digest[:16]}")
+    return Calibration(token_ids, num_hot_columns, f"text {digest[:16]}", down_hot_columns)
 
 
 @torch.inference_mode()
@@ -150,7 +164,7 @@ class _CalibrationRun:
 
     def __init__(self, loader: StageLoader, calibration: Calibration, window: int) -> None:
         self._loader = loader
-        self._num_hot_columns = calibration.num_hot_columns
+        self._calibration = calibration
         self._window = window
         self._batches = [
             TokenBatch.from_segments(ids, [(0, 0, len(ids))], device=loader.device)
@@ -193,7 +207,8 @@ class _CalibrationRun:
                 f"calibrate: activations must be finite, got NaN or Inf before {name}; the model "
                 f"does not work in {self._loader.stage_format.dtype}"
             )
-        return sorted(energy.topk(self._num_hot_columns).indices.tolist())
+        count = self._calibration.count(name, len(energy))
+        return sorted(energy.topk(count).indices.tolist())
 
 
 def _watch(block: nn.Module) -> dict[str, Tensor]:

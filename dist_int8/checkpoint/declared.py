@@ -31,6 +31,8 @@ def find_contradictions(reader: CheckpointReader, located: Mapping[str, Located]
         if not entry.is_int8 or not target.startswith(("blocks.", "lm_head.")):
             continue
         key = "head_hot_columns" if target == "lm_head.weight" else "num_hot_columns"
+        if target.endswith(".down.weight") and "down_hot_columns" in declared:
+            key = "down_hot_columns"
         for count in (declared.get(key, 0), declared.get("rotation", 0)):
             if not isinstance(count, int):
                 return [f"config.json: {key} and rotation must be numbers, got {count!r}"]

@@ -19,7 +19,8 @@ class StoredFormat:
     Attributes:
         is_int8: whether any matrix is int8.
         skip: linears that it holds in floating point, by name component.
-        num_hot_columns: maximum number of hot columns in a linear of a block.
+        num_hot_columns: maximum number of hot columns in a linear of a block but `down`.
+        down_hot_columns: maximum number in `down`.
         head_hot_columns: number of hot columns in the head.
         linear_size: maximum bytes per element of what linears of blocks hold in floating point.
         embedding_int8: whether the token embedding is int8.
@@ -30,6 +31,7 @@ class StoredFormat:
     is_int8: bool
     skip: tuple[str, ...]
     num_hot_columns: int
+    down_hot_columns: int
     head_hot_columns: int
     linear_size: int
     embedding_int8: bool
@@ -47,10 +49,11 @@ def read_stored_format(
     """
     reader = CheckpointReader(folder, allow_pickle=allow_pickle, complete=False)
     located = locate(reader, spec, StageSlice.whole(spec))
-    num_hot, sizes, rotations = [0], [0], []
+    num_hot, num_in_down, sizes, rotations = [0], [0], [0], []
     for target, entry in located.items():
         if entry.hot_columns is not None and target != HEAD:
-            num_hot.append(len(entry.hot_columns))
+            counts = num_in_down if target.endswith(".down.weight") else num_hot
+            counts.append(len(entry.hot_columns))
         if entry.is_int8 and target != EMBEDDING:
             rotations.append(entry.rotation)
         if target.startswith("blocks.") and may_be_int8(target, entry.source):
@@ -60,6 +63,7 @@ def read_stored_format(
         is_int8_checkpoint(reader),
         list_floating_linears(located),
         max(num_hot),
+        max(num_in_down),
         0 if (columns := located[HEAD].hot_columns) is None else len(columns),
         max(sizes),
         located[EMBEDDING].is_int8,

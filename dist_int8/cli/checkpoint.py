@@ -148,6 +148,7 @@ def quantize(options: QuantizeOptions, given: Given) -> None:
         hot_columns=columns,
         calibrate=calibrate,
         num_hot_columns=numerics.num_hot_columns,
+        down_hot_columns=numerics.down_hot_columns,
         rotation=settings.rotation if as_it_is else numerics.rotation,
         accuracy=settings.accuracy,
         shard_bytes=shard_bytes,

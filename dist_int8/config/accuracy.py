@@ -34,13 +34,18 @@ class Numerics:
         rotation: requested block size of the rotation; 0: none.
         outlier_rule: which elements of x are dynamic outliers.
         outlier_threshold: threshold of that rule; 0.0 for a rule without one.
-        num_hot_columns: number that calibration finds per linear.
+        num_hot_columns: number that calibration finds per linear; `down_hot_columns` in `down`.
     """
 
     rotation: int
     outlier_rule: OutlierRule
     outlier_threshold: float
     num_hot_columns: int
+
+    @property
+    def down_hot_columns(self) -> int:
+        """Number in `down`, the second linear of an MLP, or all its features if it has fewer."""
+        return DOWN_FACTOR * self.num_hot_columns
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ POINTS: Mapping[str, Point] = {
     "accurate": Point(64, "all", "all", 16),
     "paper": Point(0, "absolute", "absolute", 0),
 }
+# Half of the KL divergence that int8 costs is of `down`, whose inputs are products.
+DOWN_FACTOR = 4
 THRESHOLDS: Mapping[str, float] = {"absolute": 6.0, "row_rms": 4.0}  # of the rules that have one
 
 
@@ -114,18 +121,20 @@ class Chosen:
         )
 
 
-def describe_numerics(name: str | None, numerics: Numerics, num_hot_columns: int) -> str:
+def describe_numerics(name: str | None, numerics: Numerics, num_hot: int, num_in_down: int) -> str:
     """Describes in a few words what holds, for a plan.
 
     Args:
         name: of the point; None: the default.
         numerics: what holds.
-        num_hot_columns: number that the linears have.
+        num_hot: number of hot columns that the linears have.
+        num_in_down: number that `down` has.
     """
     rotated = f"rotated in blocks of {numerics.rotation}" if numerics.rotation else "not rotated"
     rule = numerics.outlier_rule
     outliers = f"outliers {rule}"
     if rule in THRESHOLDS:
         outliers += f" {numerics.outlier_threshold:g}"
-    hot = f"{num_hot_columns or 'no'} hot columns"
+    hot = f"{num_hot or 'no'} hot columns"
+    hot += f", {num_in_down} in down" if num_in_down != num_hot else ""
     return f"int8 linears: {name or DEFAULT_POINT} ({rotated}, {outliers}, {hot})"

@@ -170,9 +170,9 @@ def hot_columns(
     folder: str | Path, spec: ModelSpec, settings: Settings, linears: Mapping[str, nn.Linear]
 ) -> dict[str, list[int]]:
     """Returns the hot columns that `load()` finds, by transformers' names of the linears."""
-    calibration = make_calibration(
-        folder, spec, settings.calibrate, settings.numerics.num_hot_columns
-    )
+    numerics = settings.numerics
+    counts = numerics.num_hot_columns, numerics.down_hot_columns
+    calibration = make_calibration(folder, spec, settings.calibrate, *counts)
     if calibration is None:
         return {}
     skip = resolve_skip(spec, settings.skipped, "eval:skip_modules")

@@ -64,7 +64,7 @@ def _check_ours(where: str, written: dict[str, Any]) -> None:
             f"{where}:quantization_config.skip_modules: must be a list of names, got {skip!r}; "
             "write the checkpoint again"
         )
-    for key in ("num_hot_columns", "head_hot_columns"):
+    for key in ("num_hot_columns", "down_hot_columns", "head_hot_columns"):
         count = written.get(key, 0)
         if type(count) is not int or count < 0:
             raise ValueError(

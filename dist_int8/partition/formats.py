@@ -19,6 +19,7 @@ def choose_formats(settings: Settings, float_size: int, vocab_size: int) -> Form
         vocab_size,
         embedding_int8=settings.int8 and settings.embedding == "int8",
         num_hot_columns=settings.numerics.num_hot_columns if settings.calibrates else 0,
+        down_hot_columns=settings.numerics.down_hot_columns if settings.calibrates else 0,
         rotated=settings.int8 and settings.numerics.rotation > 0,
         kv_int8=settings.kv == "int8",
         skip=settings.skipped,
@@ -75,9 +76,11 @@ def choose_formats_for(settings: Settings, config: Any, devices: Sequence[str]) 
         devices: of the stages.
     """
     written = getattr(config, "quantization_config", None)
-    head_hot_columns = None
+    declared: dict[str, Any] = {}
     if settings.int8 and isinstance(written, dict) and written.get("quant_method") == "dist_int8":
-        head_hot_columns = written.get("head_hot_columns", 0)
+        declared["head_hot_columns"] = written.get("head_hot_columns", 0)
+        usual = written.get("num_hot_columns", 0)
+        declared["down_hot_columns"] = written.get("down_hot_columns", usual)
     stored = str(config.dtype or "").removeprefix("torch.")
     dtype: str = settings.dtype
     if dtype == "auto":
@@ -85,11 +88,12 @@ def choose_formats_for(settings: Settings, config: Any, devices: Sequence[str]) 
     float_size = 2 if dtype in _SIXTEEN_BITS else 4
     stored_size = 2 if stored in _SIXTEEN_BITS else 4
     formats = choose_formats(settings, float_size, min(float_size, stored_size))
-    return replace(formats, hot_size=stored_size, head_hot_columns=head_hot_columns)
+    return replace(formats, hot_size=stored_size, **declared)
 
 
 def describe_formats(settings: Settings, formats: Formats) -> str:
     """Describes the numerics of the int8 linears in a line; empty without any."""
     if not formats.int8:
         return ""
-    return describe_numerics(settings.accuracy, settings.numerics, formats.num_hot_columns)
+    counts = formats.num_hot_columns, formats.count_hot_columns("down")
+    return describe_numerics(settings.accuracy, settings.numerics, *counts)

@@ -106,6 +106,7 @@ class Formats:
         embedding_int8: whether the token embedding is int8 with one fp32 scale per token.
         num_hot_columns: number H of input features per int8 linear of a block whose weights are
             also kept in the checkpoint's dtype: [N, H] weights and [H] int32 indices.
+        down_hot_columns: the same of `down`; None: num_hot_columns.
         hot_size: bytes per weight of a hot column.
         head_hot_columns: number of hot columns of an int8 head; None: num_hot_columns.
         rotated: whether the int8 linears, and an int8 head, are rotated.
@@ -119,11 +120,18 @@ class Formats:
     head_int8: bool = False
     embedding_int8: bool = False
     num_hot_columns: int = 0
+    down_hot_columns: int | None = None
     hot_size: int = SIXTEEN_BITS
     head_hot_columns: int | None = None
     rotated: bool = False
     kv_int8: bool = False
     skip: tuple[str, ...] = ()
+
+    def count_hot_columns(self, linear: str) -> int:
+        """Returns the number of hot columns of an int8 linear of a block, by its name ("qkv")."""
+        if linear == "down" and self.down_hot_columns is not None:
+            return self.down_hot_columns
+        return self.num_hot_columns
 
     def is_int8(self, name: str) -> bool:
         """Returns whether the linear of this qualified name is int8 (as `int8.convert` does)."""
@@ -185,7 +193,7 @@ def block_bytes(block: BlockSizes, formats: Formats, index: int = 0) -> int:
             linear,
             formats,
             int8=formats.is_int8(f"blocks.{index}.{linear.name}"),
-            num_hot_columns=formats.num_hot_columns,
+            num_hot_columns=formats.count_hot_columns(linear.name),
         )
         for linear in block_linears(block)
     )

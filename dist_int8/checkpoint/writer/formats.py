@@ -60,13 +60,15 @@ def _describe_ours(
     if target.accuracy is not None:
         config["accuracy"] = target.accuracy
     if before.get("quant_method") == "dist_int8":  # an int8 checkpoint keeps its hot columns
-        kept = ("num_hot_columns", "head_hot_columns", "calibrate", "accuracy")
+        kept = ("num_hot_columns", "down_hot_columns", "head_hot_columns", "calibrate", "accuracy")
         config |= {key: before[key] for key in kept if key in before}
     if EMBEDDING in target.quantized:
         config["embedding"] = "int8"
     if target.calibration is not None:
         config["num_hot_columns"] = target.calibration.num_hot_columns
         config["calibrate"] = target.calibration.source
+        if (in_down := target.calibration.down_hot_columns) is not None:
+            config["down_hot_columns"] = in_down
         if head_hot_columns:
             config["head_hot_columns"] = head_hot_columns
     return config

@@ -110,8 +110,9 @@ def _list_recipes_of(
     if parameter in target.hot_columns:
         columns = torch.tensor(target.hot_columns[parameter], dtype=torch.int32)
     elif target.calibration is not None and target.is_calibrated(parameter):
-        columns, num_hot = None, target.calibration.num_hot_columns
         calibrated = parameter.removesuffix(".weight")
+        num_features = entry.pieces[0].shape[1]
+        columns, num_hot = None, target.calibration.count(calibrated, num_features)
     if columns is not None:
         num_hot = len(columns)
     recipes, rotation = [], 0

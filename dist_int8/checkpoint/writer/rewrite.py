@@ -35,6 +35,7 @@ def quantize(
     hot_columns: Mapping[str, Sequence[int]] | None = None,
     calibrate: str = OFF,
     num_hot_columns: int = 16,
+    down_hot_columns: int | None = None,
     rotation: int | None = None,
     accuracy: str | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -55,6 +56,7 @@ def quantize(
         calibrate: or find them with "random" tokens or a text file, block by block, when the job
             runs; see `calibrate.find_hot_columns`.
         num_hot_columns: of each linear that calibration finds.
+        down_hot_columns: of each `down`; None: as many.
         rotation: requested block size of the rotation of linears (not of the embedding), 0 or a
             power of two up to 1024; None: 0, or that of a source that is int8.
         accuracy: named point of `config.accuracy` that is noted for `load()`; None: the default.
@@ -73,7 +75,8 @@ def quantize(
             "for one that is int8 already; start from the floating checkpoint"
         )
     rotation = _choose_rotation(source, target, rotation)
-    calibration = make_calibration(folder, source.spec, calibrate, num_hot_columns)
+    counts = num_hot_columns, down_hot_columns
+    calibration = make_calibration(folder, source.spec, calibrate, *counts)
     if calibration is not None and hot_columns:
         raise ValueError(
             f"quantize: calibrate must be off where hot_columns are given, got {calibrate!r}; "
