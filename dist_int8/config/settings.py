@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from dist_int8.config import accuracy as points
 from dist_int8.config.accuracy import Accuracy, Chosen, Numerics, OutlierRule, Rotation
 from dist_int8.config.byte_size import parse_optional_size
 from dist_int8.config.checked import Checked, Count, NonEmpty, PathText, expand_home, listed
@@ -301,11 +302,8 @@ class Settings(Checked):
         return self
 
     def _check_accuracy(self) -> None:
-        if (
-            self.calibrate != "off"
-            and self.num_hot_columns is None
-            and not self.numerics.num_hot_columns
-        ):
+        has_none = points.POINTS[self.accuracy or points.DEFAULT_POINT].num_hot_columns == 0
+        if self.calibrate != "off" and has_none and self.num_hot_columns is None:
             raise ValueError(
                 f"calibrate: calibrate must be off with accuracy {self.accuracy}, which has no hot "
                 f"columns, got {self.calibrate!r}; leave it out, or give num_hot_columns"
