@@ -24,10 +24,11 @@ from dist_int8.evaluation.report import markdown, merged, table
 from dist_int8.int8 import ops
 
 # rules other than the default, and the default without hot columns
-RULES = ["none+hot", "absolute-6+hot", "row_rms-6+hot", "all+hot", "row_rms-4"]
+RULES = ["accurate", "paper", "rotated-64", "row_rms-4+hot", "row_rms-4", "all+hot"]
 PLAIN = "plain"
 # settings that the figures depend on
-DECIDING = ["model", "revision", "dtype", "int8", "outlier_rule", "outlier_threshold"]
+DECIDING = ["model", "revision", "dtype", "int8", "accuracy", "rotation"]
+DECIDING += ["outlier_rule", "outlier_threshold"]
 DECIDING += ["skip_modules", "head", "embedding", "kv", "calibrate", "num_hot_columns"]
 # one entry per linear and method, megabytes in total; `dist-int8 eval --json` has them
 TOO_LONG = ("layer_errors", "inputs")
@@ -65,6 +66,8 @@ def main() -> None:
     )
     parser.add_argument("--calibration-text", type=Path, help="text that calibrates smoothquant")
     parser.add_argument("--num-hot-columns", type=int)
+    parser.add_argument("--accuracy", help="named point of `ours` (default: balanced)")
+    parser.add_argument("--rotation", type=int)
     parser.add_argument("--outlier-rule")
     parser.add_argument("--outlier-threshold", type=float)
     parser.add_argument(
@@ -81,6 +84,8 @@ def main() -> None:
         model=model,
         calibrate=args.calibrate,
         num_hot_columns=args.num_hot_columns,
+        accuracy=args.accuracy,
+        rotation=args.rotation,
         outlier_rule=args.outlier_rule,
         outlier_threshold=args.outlier_threshold,
         threads_per_stage=args.threads,

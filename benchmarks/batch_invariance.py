@@ -58,11 +58,13 @@ def of_host(host: Host, method: str, rows: torch.Tensor, subjects: list[int]) ->
 def of_ours(folder: str, rows: torch.Tensor, subjects: list[int], num_hot_columns: int) -> dict:
     """Compares logits of the runtime's stage with the default rule."""
     spec = describe(load_config(folder))
-    fields = Settings.model_fields
-    calibration = make_calibration(folder, spec, "random", num_hot_columns)
+    numerics = Settings(num_hot_columns=num_hot_columns).numerics
+    counts = numerics.num_hot_columns, numerics.down_hot_columns
+    calibration = make_calibration(folder, spec, "random", *counts)
     stage_format = StageFormat(
-        outlier_rule=fields["outlier_rule"].default,
-        outlier_threshold=fields["outlier_threshold"].default,
+        outlier_rule=numerics.outlier_rule,
+        outlier_threshold=numerics.outlier_threshold,
+        rotation=numerics.rotation,
         max_tokens=rows.shape[1],
     )
     hot_columns = find_hot_columns(folder, spec, calibration) if calibration else None

@@ -32,7 +32,8 @@ from dist_int8.config import Settings
 from dist_int8.models import StageSlice, describe, load_config
 from dist_int8.partition import CutOptions, Device, Formats, Plan, Question, ask, memory
 from dist_int8.partition.cost import PS_PER_MS
-from dist_int8.partition.from_settings import CUDA_RESERVE, choose_formats_for, describe_devices
+from dist_int8.partition.formats import adopt_declared, choose_formats_for
+from dist_int8.partition.from_settings import CUDA_RESERVE, describe_devices
 from dist_int8.partition.planner import make_problem
 from dist_int8.partition.profiles import PROFILES
 from dist_int8.pipeline.kv_cache import KVCache
@@ -163,7 +164,7 @@ def planned_and_real(name: str, folder: Path) -> dict[str, Any]:
     config = load_config(folder)
     spec = describe(config)
     settings = Settings(model=str(folder), devices=["cpu", "cpu"])
-    formats = choose_formats_for(settings, config, ["cpu"])
+    formats = choose_formats_for(adopt_declared(settings, config), config, ["cpu"])
     devices = describe_devices(settings, ["cpu", "cpu"])
     plan = ask(spec, devices, formats, Question(NUM_SEQUENCES, MAX_TOKENS))
     stages = []

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "models": {"int8"},
     "pipeline": {"distributed", "errors", "models"},
     "checkpoint": {"int8", "models"},
-    "profiling": {"int8", "models", "partition"},
+    "profiling": {"config", "int8", "models", "partition"},
     "engine": {"config", "errors", "pipeline"},
     "api": ROOMS_OF_API,
     "launcher": {"api", "config", "distributed"},  # api: the rank alone; config: the log level

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from dist_int8.config import Settings
 
 _OF_SEVERAL_STAGES = ("backend", "interface", "rendezvous_timeout", "recover", "in_process")
-_OF_INT8 = ("outlier_rule", "outlier_threshold", "calibrate", "num_hot_columns", "skip_modules")
-_STORED = ("skip_modules", "head", "embedding", "calibrate", "num_hot_columns")
+_NUMERICS = ("accuracy", "rotation", "outlier_rule", "outlier_threshold")
+_OF_INT8 = (*_NUMERICS, "calibrate", "num_hot_columns", "skip_modules")
+_STORED = ("skip_modules", "head", "embedding", "calibrate", "num_hot_columns", "rotation")
+_OF_THE_POINT = {"rotation", "outlier_rule", "num_hot_columns"}  # all that one decides
 _OF_THE_CUT = ("objective", "prefill_ratio")
 
 
@@ -86,10 +88,12 @@ def _list_numerics(settings: Settings, facts: Facts) -> Iterator[tuple[str, str]
             yield key, "the int8 checkpoint brings its own"
     if settings.calibrate == "off":
         yield "num_hot_columns", "calibrate is off"
-    elif settings.num_hot_columns == 0:
+    elif facts.used.numerics.num_hot_columns == 0:
         yield "calibrate", "num_hot_columns is 0"
     if settings.outlier_rule in ("none", "all"):
         yield "outlier_threshold", f"outlier_rule is {settings.outlier_rule}"
+    if settings.model_dump(exclude_none=True).keys() >= _OF_THE_POINT:
+        yield "accuracy", "rotation, outlier_rule and num_hot_columns are given beside it"
 
 
 def describe_idle(idle: dict[str, str]) -> str:

@@ -31,12 +31,8 @@ from dist_int8.models import (
 )
 from dist_int8.models.generation_config import read_generation_config
 from dist_int8.partition import Plan
-from dist_int8.partition.from_settings import (
-    choose_formats,
-    describe_devices,
-    free_budgets,
-    make_plan,
-)
+from dist_int8.partition.formats import choose_formats, fix_numerics
+from dist_int8.partition.from_settings import describe_devices, free_budgets, make_plan
 from dist_int8.pipeline.microbatch import Limits
 
 _log = logging.getLogger(__name__)
@@ -47,7 +43,8 @@ class HotColumns:
     """The hot columns of a model, or how to find them.
 
     Attributes:
-        num_columns: the largest number in any linear of a block.
+        num_columns: the largest number in any linear of a block but `down`.
+        down_columns: the largest number in `down`.
         element_size: bytes per weight.
         calibration: how to find them; None: they are in the checkpoint or random, or there are
             none.
@@ -55,6 +52,7 @@ class HotColumns:
     """
 
     num_columns: int = 0
+    down_columns: int = 0
     element_size: int = 2
     calibration: Calibration | None = None
     head_columns: int | None = None
@@ -117,6 +115,8 @@ def prepare(settings: Settings, placement: Placement) -> Prepared:
     vocab_dtype = _choose_vocab_dtype(settings, folder, spec, hf_config, dtype)
     plan = _make_plan(settings, placement, spec, hot, (dtype, vocab_dtype), limits)
     check_host_memory(plan, placement)
+    if placement.rank == 0 and plan.numerics:
+        _log.info(plan.numerics)
     return Prepared(
         settings, placement, folder, spec, encoder, hot, dtype, vocab_dtype, limits, plan
     )
@@ -139,6 +139,7 @@ def _make_plan(
         replace(
             choose_formats(settings, *(dtype.itemsize for dtype in dtypes)),
             num_hot_columns=hot.num_columns,
+            down_hot_columns=hot.down_columns,
             hot_size=hot.element_size,
             head_hot_columns=hot.head_columns,
         ),
@@ -155,11 +156,19 @@ def adopt_stored_format(
     The whole checkpoint is checked before any rank starts, not only this rank's stage.
     """
     if settings.random_weights:
-        return settings, HotColumns(settings.num_hot_columns if settings.calibrates else 0)
+        settings = _fix_numerics(settings)
+        if not settings.calibrates:
+            return settings, HotColumns()
+        numerics = settings.numerics
+        return settings, HotColumns(numerics.num_hot_columns, numerics.down_hot_columns)
     stored = read_stored_format(folder, spec, allow_pickle=settings.allow_pickle)
     if not settings.int8:
         return settings, HotColumns()
     if stored.is_int8:
+        accuracy = settings.accuracy or stored.accuracy
+        settings = _fix_numerics(
+            settings.model_copy(update={"accuracy": accuracy}), stored.rotation
+        )
         chosen = {
             "skip_modules": list(stored.skip),
             "head": None,
@@ -168,14 +177,26 @@ def adopt_stored_format(
         }
         changed = settings.model_copy(update=chosen)
         hot = HotColumns(
-            stored.num_hot_columns, stored.linear_size, head_columns=stored.head_hot_columns
+            stored.num_hot_columns,
+            stored.down_hot_columns,
+            stored.linear_size,
+            head_columns=stored.head_hot_columns,
         )
         return changed, hot
+    settings = _fix_numerics(settings)
     if not settings.calibrates:
         return settings, HotColumns()
-    count = settings.num_hot_columns
-    calibration = make_calibration(folder, spec, settings.calibrate, count)
-    return settings, HotColumns(count, stored.linear_size, calibration)
+    counts = settings.numerics.num_hot_columns, settings.numerics.down_hot_columns
+    calibration = make_calibration(folder, spec, settings.calibrate, *counts)
+    return settings, HotColumns(*counts, stored.linear_size, calibration)
+
+
+def _fix_numerics(settings: Settings, stored_rotation: int | None = None) -> Settings:
+    """Returns the settings with what their point of accuracy stands for, for every rank."""
+    try:
+        return fix_numerics(settings, stored_rotation)
+    except ValueError as error:
+        raise ValueError(f"load():{error}") from None
 
 
 def _choose_dtype(settings: Settings, devices: list[str], hf_config: Any) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NoReturn
 
 import torch
@@ -39,6 +40,7 @@ def build_stage(prepared: Prepared, rank: int, progress: bool) -> Stage:
             device=device,
             vocab_dtype=prepared.vocab_dtype,
             num_hot_columns=prepared.hot.num_columns,
+            down_hot_columns=prepared.hot.down_columns,
         )
     else:
         model = _load_stage(prepared, place, stage_slice, progress)
@@ -58,14 +60,21 @@ def build_stage(prepared: Prepared, rank: int, progress: bool) -> Stage:
 
 def _describe_format(prepared: Prepared) -> StageFormat:
     settings = prepared.settings
-    return StageFormat(
+    stage_format = StageFormat(
         dtype=prepared.dtype,
         int8=settings.int8,
-        outlier_rule=settings.outlier_rule,
-        outlier_threshold=settings.outlier_threshold,
         skip=settings.skipped,
         embedding_int8=settings.embedding == "int8",
         max_tokens=prepared.limits.max_tokens,
+    )
+    if not settings.int8:
+        return stage_format
+    numerics = settings.numerics
+    return replace(
+        stage_format,
+        outlier_rule=numerics.outlier_rule,
+        outlier_threshold=numerics.outlier_threshold,
+        rotation=numerics.rotation,
     )
 
 

@@ -3,7 +3,8 @@
 A few features are far larger than the rest, the same ones for all tokens (section 4 of the
 LLM.int8() paper), so that a short run over any tokens finds them. The model streams past: a block
 is read in floating point, the tokens' hidden states pass through it, and it is freed before the
-next one. Which tokens these are does not matter much; random ones will do.
+next one. Which tokens these are does not matter much; random ones will do. The features with the
+largest mean square are taken, which are better than those with the largest single element.
 """
 
 import hashlib
@@ -36,15 +37,28 @@ class Calibration:
         token_ids: int64 [tokens].
         num_hot_columns: of each linear.
         source: "random", or "text" with a checksum of its tokens.
+        down_hot_columns: of each `down`, which has more input features; None: num_hot_columns.
     """
 
     token_ids: Tensor
     num_hot_columns: int
     source: str
+    down_hot_columns: int | None = None
+
+    def count(self, name: str, num_features: int) -> int:
+        """Returns the number of hot columns of a linear, by its name ("blocks.0.qkv")."""
+        number = self.num_hot_columns
+        if name.endswith(".down") and self.down_hot_columns is not None:
+            number = self.down_hot_columns
+        return min(number, num_features)
 
 
 def make_calibration(
-    folder: str | Path, spec: ModelSpec, calibrate: str, num_hot_columns: int
+    folder: str | Path,
+    spec: ModelSpec,
+    calibrate: str,
+    num_hot_columns: int,
+    down_hot_columns: int | None = None,
 ) -> Calibration | None:
     """Makes the calibration that the settings ask for; None: off, or without hot columns.
 
@@ -54,6 +68,7 @@ def make_calibration(
         calibrate: "random" (1,024 tokens, always the same), a text file (its first 1,024 tokens),
             or "off".
         num_hot_columns: of each linear.
+        down_hot_columns: of each `down`, or all its features if it has fewer; None: as many.
 
     Raises:
         ValueError: no such file, or one without text, or no tokenizer, or more hot columns than a
@@ -73,7 +88,7 @@ def make_calibration(
     if calibrate == RANDOM:
         seed = torch.Generator().manual_seed(0)
         token_ids = torch.randint(spec.vocab_size, (NUM_TOKENS,), generator=seed)
-        return Calibration(token_ids, num_hot_columns, RANDOM)
+        return Calibration(token_ids, num_hot_columns, RANDOM, down_hot_columns)
     token_ids = read_tokens(folder, calibrate, NUM_TOKENS, spec.vocab_size)
     if len(token_ids) == 0:
         raise ValueError(
@@ -81,7 +96,7 @@ def make_calibration(
             "name another file, or use random"
         )
     digest = hashlib.sha256(token_ids.numpy().tobytes()).hexdigest()
-    return Calibration(token_ids, num_hot_columns, f"text {digest[:16]}")
+    return Calibration(token_ids, num_hot_columns, f"text {digest[:16]}", down_hot_columns)
 
 
 @torch.inference_mode()
@@ -97,7 +112,7 @@ def find_hot_columns(
     allow_pickle: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, list[int]]:
-    """Finds the input features of a stage's linears with the largest magnitude over the tokens.
+    """Finds the input features of a stage's linears with the largest mean square over the tokens.
 
     Memory: one block in `dtype` and the hidden states [tokens, hidden]. Reads every block once.
 
@@ -136,9 +151,9 @@ def find_hot_columns(
     wants_head = stage_slice.last and not is_skipped("lm_head", skip)
     found: dict[str, list[int]] = {}
     for index in range(spec.num_blocks if wants_head else stage_slice.blocks.stop):
-        for name, absmax in run.run_block(index).items():
+        for name, energy in run.run_block(index).items():
             if index in stage_slice.blocks and not is_skipped(name, skip):
-                found[name] = run.choose_columns(name, absmax)
+                found[name] = run.choose_columns(name, energy)
     if wants_head:
         found["lm_head"] = run.choose_columns("lm_head", run.measure_head_input())
     return found
@@ -149,7 +164,7 @@ class _CalibrationRun:
 
     def __init__(self, loader: StageLoader, calibration: Calibration, window: int) -> None:
         self._loader = loader
-        self._num_hot_columns = calibration.num_hot_columns
+        self._calibration = calibration
         self._window = window
         self._batches = [
             TokenBatch.from_segments(ids, [(0, 0, len(ids))], device=loader.device)
@@ -167,48 +182,54 @@ class _CalibrationRun:
         ]
 
     def run_block(self, index: int) -> dict[str, Tensor]:
-        """Runs the next block; returns the largest magnitude of each linear's inputs, fp32 [K]."""
+        """Runs the next block; returns the energy of each linear's inputs (`_energy`)."""
         loader = self._loader
         stage = loader.load(StageSlice(range(index, index + 1), first=False, last=False))
         caches = _OneBlock(loader.spec, index, self._window, stage.dtype, loader.device)
-        largest = _watch(stage.blocks[str(index)])
+        energies = _watch(stage.blocks[str(index)])
         self._hidden_states = [
             stage(batch, hidden, caches)
             for batch, hidden in zip(self._batches, self._hidden_states, strict=True)
         ]
-        return {f"blocks.{index}.{name}": absmax for name, absmax in largest.items()}
+        return {f"blocks.{index}.{name}": energy for name, energy in energies.items()}
 
     def measure_head_input(self) -> Tensor:
-        """Returns the largest magnitude of the head's inputs, fp32 [K], after the last block."""
+        """Returns the energy of the head's inputs, after the last block."""
         # Its norm is not among the bytes announced.
         stage = replace(self._loader, progress=None).load_before_head()
-        inputs = (stage.before_head(hidden).float().abs().amax(0) for hidden in self._hidden_states)
-        return torch.stack(list(inputs)).amax(0)
+        inputs = (_energy(stage.before_head(hidden)) for hidden in self._hidden_states)
+        return torch.stack(list(inputs)).sum(0)
 
-    def choose_columns(self, name: str, absmax: Tensor) -> list[int]:
-        """Returns the features with the largest magnitude, ascending."""
-        if not absmax.isfinite().all():
+    def choose_columns(self, name: str, energy: Tensor) -> list[int]:
+        """Returns the features with the largest energy, ascending."""
+        if not energy.isfinite().all():
             raise ValueError(
                 f"calibrate: activations must be finite, got NaN or Inf before {name}; the model "
                 f"does not work in {self._loader.stage_format.dtype}"
             )
-        return sorted(absmax.topk(self._num_hot_columns).indices.tolist())
+        count = self._calibration.count(name, len(energy))
+        return sorted(energy.topk(count).indices.tolist())
 
 
 def _watch(block: nn.Module) -> dict[str, Tensor]:
-    """Makes a dictionary that will hold the largest magnitude of every input feature, fp32 [K]."""
-    largest: dict[str, Tensor] = {}
+    """Makes a dictionary that will hold the energy of every input feature of each linear."""
+    energies: dict[str, Tensor] = {}
 
     def note(name: str, x: Tensor) -> None:
-        absmax = x.detach().float().abs().amax(dim=0)
-        largest[name] = torch.maximum(largest.get(name, absmax), absmax)
+        energy = _energy(x.detach())
+        energies[name] = energies[name] + energy if name in energies else energy
 
     for name, child in block.named_modules():
         if type(child) is nn.Linear:
             child.register_forward_pre_hook(
                 lambda module, arguments, name=name: note(name, arguments[0])
             )
-    return largest
+    return energies
+
+
+def _energy(x: Tensor) -> Tensor:
+    """x [tokens, K] -> the sum of squares of each feature, fp64 [K]."""
+    return x.double().square().sum(dim=0)
 
 
 class _NoCaches:

@@ -2,19 +2,17 @@
 
 import logging
 import re
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from dist_int8.checkpoint.declared import find_contradictions
+from dist_int8.checkpoint.located import Located
 from dist_int8.checkpoint.piece import Piece
 from dist_int8.checkpoint.reader import CheckpointReader
 from dist_int8.checkpoint.stored_int8 import StoredInt8
 from dist_int8.checkpoint.tensor_files import FLOATING
 from dist_int8.models.config import ignored_tensors, tensor_sources
-from dist_int8.models.json_file import read_json
 from dist_int8.models.notice import warn_once
 from dist_int8.models.sources import TensorSource
 from dist_int8.models.spec import ModelSpec
@@ -29,49 +27,13 @@ _OF_OTHER_FORMS = re.compile(
     r"|weight_zero_point|qweight|qzeros|scales|g_idx|absmax|quant_map|nested_absmax"
     r"|nested_quant_map|quant_state\..*|lora_.*|dora_.*|base_layer\..*)$"
 )
-_OF_OURS = re.compile(r"(^|\.)(col_scale|hot_columns|hot_weight|SCB|CB|weight_format)$")
+_BESIDE_INT8 = (
+    *("col_scale", "rotated_scale", "rotation", "hot_columns", "hot_weight"),
+    *("SCB", "weight_format"),
+)
+_OF_OURS = re.compile(rf"(^|\.)({'|'.join(_BESIDE_INT8)}|CB)$")
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Located:
-    """A parameter of ours: its source, and the pieces it was resolved to.
-
-    Attributes:
-        hot_columns: int32 [H], the same for all pieces.
-    """
-
-    source: TensorSource
-    pieces: tuple[Piece, ...]
-    hot_columns: Tensor | None = field(default=None, compare=False)
-
-    @property
-    def is_int8(self) -> bool:
-        """Whether it is stored in int8, all of it."""
-        return bool(self.pieces) and all(piece.scale is not None for piece in self.pieces)
-
-    @property
-    def is_mixed(self) -> bool:
-        """Whether some of its pieces are int8 and others not; it is held in floating point."""
-        return not self.is_int8 and any(piece.scale is not None for piece in self.pieces)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of every tensor it is made from."""
-        return tuple(name for piece in self.pieces for name in piece.names)
-
-    @cached_property
-    def order(self) -> Tensor | None:
-        """int64 [N]: the row of the parameter for each stored row; None: as stored."""
-        if self.source.row_order == "as_stored":
-            return None
-        counts = [piece.shape[0] for piece in self.pieces]
-        rows = torch.arange(sum(counts))
-        stored = self.source.assemble(list(rows.split(counts)))
-        order = torch.empty_like(rows)
-        order[stored] = rows
-        return order
 
 
 def may_be_int8(target: str, source: TensorSource) -> bool:
@@ -107,7 +69,7 @@ def locate(
         target: _settle(reader, target, source, problems)
         for target, source in tensor_sources(spec, stage_slice).items()
     }
-    problems += _find_lost_hot_columns(reader, located)
+    problems += find_contradictions(reader, located)
     problems += _judge_unknown(reader, spec, has_problems=bool(problems))
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
@@ -134,33 +96,6 @@ def _warn_of_mixed(reader: CheckpointReader, located: dict[str, Located]) -> Non
             f"{reader.folder}: {len(mixed)} matrices are made of int8 and floating-point tensors "
             f"and stay in floating point as a whole: {', '.join(mixed[:_NAMED])}{more}",
         )
-
-
-def _find_lost_hot_columns(reader: CheckpointReader, located: dict[str, Located]) -> list[str]:
-    """Finds linears without the hot columns of config.json; int8 weights leave those out."""
-    path = reader.folder / "config.json"
-    fields = read_json(path) if path.is_file() else {}
-    written = fields.get("quantization_config")
-    if not isinstance(written, dict) or written.get("quant_method") != "dist_int8":
-        return []
-    problems = []
-    for target, entry in located.items():
-        key = "head_hot_columns" if target == "lm_head.weight" else "num_hot_columns"
-        if not entry.is_int8 or not target.startswith(("blocks.", "lm_head.")):
-            continue
-        piece = entry.pieces[0]
-        count = written.get(key, 0)
-        if not isinstance(count, int):
-            return [f"config.json: {key} must be a number, got {count!r}"]
-        wanted = min(count, piece.shape[1])
-        found = 0 if entry.hot_columns is None else len(entry.hot_columns)
-        if found < wanted:
-            base = piece.name.removesuffix("weight")
-            problems.append(
-                f"{base}hot_columns and {base}hot_weight must have {wanted} columns, as "
-                f"config.json says ({key}), got {found}"
-            )
-    return problems
 
 
 def _judge_unknown(reader: CheckpointReader, spec: ModelSpec, has_problems: bool) -> list[str]:
@@ -192,8 +127,7 @@ def _find_unknown(reader: CheckpointReader, spec: ModelSpec) -> list[str]:
     for name in list(known):
         if name in reader and reader.dtype(name) == "I8":
             base = name.removesuffix("weight")
-            known |= {base + kind for kind in ("col_scale", "hot_columns", "hot_weight")}
-            known |= {base + kind for kind in ("SCB", "weight_format")}
+            known |= {base + kind for kind in _BESIDE_INT8}
     ignored = re.compile("|".join(ignored_tensors(spec)) or r"(?!)")
     return [name for name in reader.names if name not in known and not ignored.search(name)]
 
@@ -230,6 +164,11 @@ def _settle(
                 "floating-point where one has hot columns, because they make one matrix here"
             )
         return Located(source, tuple(pieces))
+    if len({piece.rotation for piece in pieces}) > 1:
+        problems.append(
+            f"{', '.join(piece.name for piece in pieces)} must have the same rotation, because "
+            "they make one matrix here"
+        )
     columns = hot[0] if hot else None
     if any(_as_list(other) != _as_list(columns) for other in hot):
         problems.append(

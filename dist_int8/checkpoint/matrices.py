@@ -10,8 +10,9 @@ from torch import Tensor
 from dist_int8.checkpoint.piece import Piece
 from dist_int8.checkpoint.reader import SLICE, CheckpointReader
 from dist_int8.checkpoint.tensor_files import TORCH_DTYPES
-from dist_int8.int8 import reference
+from dist_int8.int8 import ops, reference
 from dist_int8.int8.layouts import transform_layout
+from dist_int8.int8.rotation import rotation_block
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Int8Rows:
     """Some rows of an int8 matrix, starting at row `first` of their checkpoint tensor.
 
     Attributes:
-        weight_int8: int8 [R, K], zero in the hot columns.
+        weight_int8: int8 [R, K], zero in the hot columns, unless it is rotated.
         col_scale: fp32 [R]
         hot_weight: floating [R, H]
     """
@@ -54,7 +55,6 @@ class Source:
         self._device = torch.device(device)
         self._progress = progress
         self._reported: set[str] = set()
-        self._quantizer = _Quantizer()
 
     def read(self, name: str) -> Tensor:
         """Reads a whole (small) tensor."""
@@ -70,29 +70,30 @@ class Source:
                 yield first, rows
             return
         for part in self._stored_int8(piece):
-            rows = reference.dequantize_weight(part.weight_int8, part.col_scale)
+            rows = reference.dequantize_weight(
+                part.weight_int8, part.col_scale, rotation=piece.rotation
+            )
             if hot_columns is not None and part.hot_weight is not None:
                 rows[:, hot_columns.long().to(rows.device)] = part.hot_weight.float()
             yield part.first, rows
 
-    def int8(self, piece: Piece, hot_columns: Tensor | None = None) -> Iterator[Int8Rows]:
+    def int8(
+        self, piece: Piece, hot_columns: Tensor | None = None, rotation: int = 0
+    ) -> Iterator[Int8Rows]:
         """Yields rows in order as int8: as they are stored, or quantized as they arrive.
 
-        A floating piece keeps `hot_columns` exactly and leaves them out of the scales.
+        A floating piece keeps `hot_columns` exactly, leaves them out of the scales and is rotated.
         """
         if piece.scale is not None:
             yield from self._stored_int8(piece)
             return
-        hot = None if hot_columns is None else hot_columns.long().to(self._device)
+        hot = None if hot_columns is None else hot_columns.to(self._device)
         for first, rows in self._weight_slices(piece.name):
-            hot_weight = None
-            if hot is not None:
-                hot_weight = rows[:, hot]
-                rows.index_fill_(1, hot, 0.0)
-                self._check_finite(piece.name, first, hot_weight)
-            weight_int8, col_scale = self._quantizer(rows)
-            self._check_finite(piece.name, first, col_scale)  # NaN where a weight is not finite
-            yield Int8Rows(first, weight_int8, col_scale, hot_weight)
+            part = quantize_rows_of_weight(first, rows, hot, rotation)
+            if part.hot_weight is not None:
+                self._check_finite(piece.name, first, part.hot_weight)
+            self._check_finite(piece.name, first, part.col_scale)  # NaN where one is not finite
+            yield part
 
     def _stored_int8(self, piece: Piece) -> Iterator[Int8Rows]:
         assert piece.scale is not None
@@ -156,28 +157,23 @@ class Source:
             self._progress(num_bytes)
 
 
-class _Quantizer:
-    """Quantizes like `reference.quantize_weight`, bit for bit, in memory that it reuses."""
+def quantize_rows_of_weight(
+    first: int, rows: Tensor, hot_columns: Tensor | None, rotation: int
+) -> Int8Rows:
+    """Quantizes rows of a weight as `Int8Linear.quantize_` does, bit for bit.
 
-    def __init__(self) -> None:
-        self._values = torch.empty(0)
-        self._weight_int8 = torch.empty(0, dtype=torch.int8)
-
-    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        if self._values.numel() < rows.numel() or self._values.device != rows.device:
-            self._values = torch.empty(rows.numel(), dtype=torch.float32, device=rows.device)
-            self._weight_int8 = torch.empty_like(self._values, dtype=torch.int8)
-        values = self._values[: rows.numel()].view(rows.shape).copy_(rows)
-        # two passes, but 25 times as fast on a CPU as aminmax
-        absmax = torch.maximum(values.amax(dim=1), -values.amin(dim=1))
-        col_scale = absmax / reference.PLANE_MAX
-        col_scale = torch.where(col_scale < reference.SMALLEST_SCALE, 0.0, col_scale)
-        is_finite = col_scale.isfinite()
-        col_scale = torch.where(is_finite, col_scale, torch.nan)
-        values.div_(torch.where(col_scale > 0, col_scale, torch.inf)[:, None]).round_()
-        if not is_finite.all():
-            values[~is_finite] = 0.0
-        return self._weight_int8[: rows.numel()].view(rows.shape).copy_(values), col_scale
+    A row of a weight is quantized like a row of x without outliers, by the same kernel; only the
+    rotation of a weight is divided by its block size, exactly.
+    """
+    quantized = ops.quantize_rows(rows, "none", 0.0, hot_columns, rotation)
+    col_scale = quantized.row_scale / rotation_block(rows.shape[1], rotation)
+    is_zero = col_scale < reference.SMALLEST_SCALE
+    weight_int8 = quantized.x_int8
+    if is_zero.any():
+        col_scale = col_scale.masked_fill(is_zero, 0.0)
+        weight_int8 = weight_int8.masked_fill(is_zero[:, None], 0)
+    hot_weight = None if hot_columns is None else quantized.x_hot
+    return Int8Rows(first, weight_int8, col_scale, hot_weight)
 
 
 def _split_rows(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:

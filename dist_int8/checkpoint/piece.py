@@ -11,7 +11,9 @@ class Piece:
         shape: shape of the matrix, without the padding of its layout.
         scale: name of the scales of an int8 matrix.
         scale_divisor: divides the stored scales to give ours.
-        extra: other tensors, which were read already: weight_format, hot_columns.
+        extra: other tensors, which were read already: weight_format, hot_columns, rotation.
+        hot_weight: name of the weights of its hot columns.
+        rotation: requested block size of the rotation that an int8 matrix has; 0: none.
     """
 
     name: str
@@ -21,6 +23,7 @@ class Piece:
     layout: str = "row"
     extra: tuple[str, ...] = ()
     hot_weight: str | None = None
+    rotation: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:

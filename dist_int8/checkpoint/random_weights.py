@@ -28,6 +28,7 @@ def make_random_stage(
     device: torch.device | str = "cpu",
     vocab_dtype: torch.dtype = torch.float32,
     num_hot_columns: int = 0,
+    down_hot_columns: int | None = None,
 ) -> DecoderStage:
     """Makes the stage that `load_stage` builds, with random weights and without a checkpoint.
 
@@ -41,9 +42,12 @@ def make_random_stage(
         device: where the stage lives.
         vocab_dtype: of embedding and head, where they are not int8; and of hot weights.
         num_hot_columns: of the int8 linears of the blocks and of an int8 head, the first ones.
+        down_hot_columns: of each `down`; None: as many.
     """
     stage = stage_format.make_empty_stage(spec, stage_slice)
-    filler = _RandomFiller(stage, torch.device(device), vocab_dtype, num_hot_columns)
+    in_down = num_hot_columns if down_hot_columns is None else down_hot_columns
+    counts = num_hot_columns, in_down
+    filler = _RandomFiller(stage, torch.device(device), vocab_dtype, counts)
     for target, source in tensor_sources(spec, stage_slice).items():
         shape = (sum(piece[0] for piece in source.shapes), *source.shapes[0][1:])
         filler.fill(target, shape)
@@ -57,20 +61,20 @@ class _RandomFiller:
         stage: DecoderStage,
         device: torch.device,
         vocab_dtype: torch.dtype,
-        num_hot_columns: int,
+        counts: tuple[int, int],
     ) -> None:
         self._stage = stage
         self._device = device
         self._vocab_dtype = vocab_dtype
-        self._num_hot_columns = num_hot_columns
+        self._num_hot_columns, self._down_hot_columns = counts
 
     def fill(self, target: str, shape: tuple[int, ...]) -> None:
         stage = self._stage
         path, _, kind = target.rpartition(".")
         module = stage.get_submodule(path)
         tied = target == HEAD and stage.spec.tied_head
-        has_own_columns = isinstance(module, Int8Linear) and self._num_hot_columns > 0
-        if tied and stage.slice.first and has_same_format(stage) and not has_own_columns:
+        has_own = isinstance(module, Int8Linear) and (self._num_hot_columns or module.rotation)
+        if tied and stage.slice.first and has_same_format(stage) and not has_own:
             share_embedding(stage)
             return
         name = EMBEDDING if tied else target
@@ -79,7 +83,9 @@ class _RandomFiller:
             self._fill_floating(target, shape, seed)
         elif kind == "weight":
             has_hot = path.startswith("blocks.") or target == HEAD
-            num_hot = min(self._num_hot_columns, shape[1]) if has_hot else 0
+            count = self._num_hot_columns
+            count = self._down_hot_columns if path.endswith(".down") else count
+            num_hot = min(count, shape[1]) if has_hot else 0
             self._fill_int8(module, shape, num_hot, seed)
         else:
             module.bias = torch.zeros(shape, dtype=stage.dtype, device=self._device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_int8.checkpoint.arena import Arena
-from dist_int8.checkpoint.locate import Located
+from dist_int8.checkpoint.located import Located
 from dist_int8.checkpoint.matrices import Source
 from dist_int8.checkpoint.piece import Piece
 from dist_int8.checkpoint.stored_format import list_floating_names
@@ -69,6 +69,9 @@ class StageFiller:
         has_own_columns = bool(hot_columns.get("lm_head"))
         if not self._stage.slice.first or has_own_columns:
             return False
+        head = self._stage.lm_head
+        if isinstance(head, Int8Linear) and not self._located[HEAD].is_int8 and head.rotation:
+            return False
         return is_shared(self._stage, self._located, self._source.reader)
 
     def _choose_dtype(self, path: str, entry: Located) -> torch.dtype:
@@ -109,8 +112,12 @@ class StageFiller:
         hot_columns = entry.hot_columns
         if columns and not entry.is_int8:
             hot_columns = torch.tensor(columns, dtype=torch.int32)
+        rotation = 0
+        if isinstance(module, Int8Linear):
+            module.rotation = entry.rotation if entry.is_int8 else module.rotation
+            rotation = module.rotation
         for begin, piece in _list_beginnings(entry):
-            for part in self._source.int8(piece, hot_columns):
+            for part in self._source.int8(piece, hot_columns, rotation):
                 _put(weight_int8, entry.order, begin + part.first, part.weight_int8)
                 _put(col_scale, entry.order, begin + part.first, part.col_scale)
                 if part.hot_weight is not None:

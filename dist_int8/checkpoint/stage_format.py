@@ -21,6 +21,8 @@ class StageFormat:
         int8: False: keep every linear in `dtype`, including what is stored in int8.
         outlier_rule: rule of the `Int8Linear` layers.
         outlier_threshold: threshold of that rule.
+        rotation: requested block size of the rotation of their inputs. Linears that are stored in
+            int8 have their own.
         skip: linears that stay floating, by name component. An int8 checkpoint has its own list.
         embedding_int8: hold the token embedding in int8 (with `int8`). An int8 checkpoint has
             decided this.
@@ -31,6 +33,7 @@ class StageFormat:
     int8: bool = True
     outlier_rule: str = "absolute"
     outlier_threshold: float = 6.0
+    rotation: int = 0
     skip: Collection[str] = ("lm_head",)
     embedding_int8: bool = False
     max_tokens: int | None = None
@@ -48,6 +51,7 @@ class StageFormat:
                 outlier_threshold=self.outlier_threshold,
                 outlier_rule=self.outlier_rule,
                 skip=self.skip,
+                rotation=self.rotation,
             )
             if self.embedding_int8:
                 stage.make_embedding_int8()

@@ -4,7 +4,8 @@ A matrix `X.weight` is stored in one of three forms:
 
 - floating;
 - ours: int8 `X.weight`, fp32 `X.col_scale` [N], and where it has hot columns int32 `X.hot_columns`
-  [H] and floating `X.hot_weight` [N, H];
+  [H] and floating `X.hot_weight` [N, H]. A rotated one has `X.rotated_scale` [N] in the place of
+  col_scale, which releases that know no rotation miss, and int32 `X.rotation`, its requested size;
 - bitsandbytes': int8 `X.weight` in the layout that `X.weight_format` numbers (row where absent),
   and fp32 `X.SCB` [N], the absmax of each row: 127 times our scale.
 """
@@ -15,8 +16,10 @@ from torch import Tensor
 from dist_int8.checkpoint.piece import Piece
 from dist_int8.checkpoint.reader import CheckpointReader
 from dist_int8.int8.layouts import LAYOUTS, stored_shape
+from dist_int8.int8.rotation import LARGEST_ROTATION, check_rotation
 
 _HOT_DTYPES = ("F32", "F16", "BF16")
+_SCALES = ("col_scale", "rotated_scale", "SCB")
 ABSMAX_PER_SCALE = 127.0
 _INTEGERS = ("U8", "I8", "I16", "I32", "I64")
 
@@ -46,12 +49,15 @@ class StoredInt8:
         self._check_shape(layout)
         scale = self._choose_scale()
         columns = self._find_hot_columns()
-        read = [f"{self._base}weight_format"] if self._has("weight_format") else []
+        rotation = self._read_rotation()
+        read = [f"{self._base}{kind}" for kind in ("weight_format", "rotation") if self._has(kind)]
         if self._has("hot_columns") and self._has("hot_weight"):
             read.append(f"{self._base}hot_columns")
         divisor = ABSMAX_PER_SCALE if scale.endswith("SCB") else 1.0
         hot_weight = None if columns is None else f"{self._base}hot_weight"
-        piece = Piece(self._name, self._shape, scale, divisor, layout, tuple(read), hot_weight)
+        piece = Piece(
+            self._name, self._shape, scale, divisor, layout, tuple(read), hot_weight, rotation
+        )
         return piece, columns
 
     def _has(self, kind: str) -> bool:
@@ -81,15 +87,39 @@ class StoredInt8:
     def _choose_scale(self) -> str:
         """Returns the name of the scales."""
         base = self._base
-        scales = [base + kind for kind in ("col_scale", "SCB") if self._has(kind)]
+        scales = [base + kind for kind in _SCALES if self._has(kind)]
         if len(scales) != 1:
-            have = " and ".join(scales) or "neither"
+            have = " and ".join(scales) or "none"
             self._problems.append(
-                f"{self._name} is int8 and must have {base}col_scale or {base}SCB, got {have}"
+                f"{self._name} is int8 and must have {base}col_scale, {base}rotated_scale or "
+                f"{base}SCB, got {have}"
             )
         for scale in scales:
             self._expect(scale, ("F32",), self._shape[:1])
         return scales[0] if scales else f"{base}col_scale"
+
+    def _read_rotation(self) -> int:
+        """Returns the requested size of the rotation; 0 where the matrix is not rotated."""
+        name, scale = f"{self._base}rotation", f"{self._base}rotated_scale"
+        if self._has("rotation") != self._has("rotated_scale"):
+            self._problems.append(f"{self._name} must have both of {scale} and {name} or neither")
+        if not self._has("rotation"):
+            return 0
+        before = len(self._problems)
+        self._expect(name, ("I32",), ())
+        if len(self._problems) > before:
+            return 0
+        rotation = int(self._reader.read(name))
+        try:
+            check_rotation(rotation)
+        except ValueError:
+            rotation = 0
+        if rotation == 0:
+            self._problems.append(
+                f"{name} must be a power of two from 2 to {LARGEST_ROTATION}, got "
+                f"{int(self._reader.read(name))}"
+            )
+        return rotation
 
     def _find_hot_columns(self) -> Tensor | None:
         names = [f"{self._base}hot_columns", f"{self._base}hot_weight"]

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from dist_int8.checkpoint.locate import Located
+from dist_int8.checkpoint.located import Located
 from dist_int8.checkpoint.reader import CheckpointReader
 from dist_int8.int8.embedding import Int8Embedding
 from dist_int8.int8.linear import Int8Linear
@@ -25,6 +25,8 @@ def is_shared(stage: DecoderStage, located: dict[str, Located], reader: Checkpoi
     head, embedding = located[HEAD], located[EMBEDDING]
     if head.is_int8 != embedding.is_int8 or head.hot_columns is not None:
         return False
+    if head.rotation != embedding.rotation:
+        return False
     # A tied checkpoint may hold the head too; transformers ties them only if they are equal.
     return head.names == embedding.names or (
         len(head.names) == len(embedding.names)
@@ -35,8 +37,10 @@ def is_shared(stage: DecoderStage, located: dict[str, Located], reader: Checkpoi
 def share_embedding(stage: DecoderStage) -> None:
     """Makes the table of the embedding that of the head too."""
     if isinstance(stage.embedding, Int8Embedding):
-        stage.lm_head.weight_int8 = stage.embedding.weight_int8
-        stage.lm_head.col_scale = stage.embedding.col_scale
+        head = stage.lm_head
+        assert isinstance(head, Int8Linear)
+        head.weight_int8, head.col_scale = stage.embedding.weight_int8, stage.embedding.col_scale
+        head.rotation = 0  # rows of the table are looked up as they are
     else:
         stage.lm_head.weight = stage.embedding.weight
 

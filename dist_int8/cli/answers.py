@@ -111,7 +111,8 @@ def load_model(
 
     def show_plan(plan: Plan) -> None:
         if not display.quiet:
-            print(f"{plan.table()}\n{plan.prediction()}", file=sys.stderr, flush=True)
+            lines = filter(None, (plan.table(), plan.numerics, plan.prediction()))
+            print("\n".join(lines), file=sys.stderr, flush=True)
 
     if os.environ.get("RANK", "0") != "0":
         signals.leave_term_to_rank_0(settings.drain_timeout)

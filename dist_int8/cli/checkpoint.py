@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dist_int8.cli.options import Given, log_flags, option, setting_flag, takes
+from dist_int8.cli.options import Given, log_flags, option, setting_flag, settings_flags, takes
 from dist_int8.cli.plural import count
 from dist_int8.config import load_settings, parse_byte_size
 
@@ -99,7 +99,7 @@ class VerifyOptions:
             text="How to find the input features to keep exactly: random (with random tokens), a "
             "text file, or off. (default: random, if MODEL is floating-point)",
         ),
-        setting_flag(None, "num_hot_columns"),
+        *settings_flags(None, "accuracy", "rotation", "num_hot_columns"),
         setting_flag(
             None, "head", text="Format of the head, int8 or 16bit. (default: 16bit, by --skip)"
         ),
@@ -130,13 +130,15 @@ def quantize(options: QuantizeOptions, given: Given) -> None:
     columns = None if options.hot_columns is None else _read_hot_columns(options.hot_columns)
     shard_bytes = _parse_shard_size("quantize", options.shard_size)
     settings = load_settings(source="dist-int8 quantize", flags=given.flags, **given.settings)
-    from dist_int8.checkpoint import OFF, RANDOM, is_int8, resolve_model, writer
+    from dist_int8.checkpoint import is_int8, resolve_model, writer
 
     folder = resolve_model(options.model, settings.revision, allow_pickle=settings.allow_pickle)
+    as_it_is = options.format == "bitsandbytes" or is_int8(folder, settings.allow_pickle)
+    _check_point(given, as_it_is)
+    numerics = settings.numerics
     calibrate = given.settings.get("calibrate")
     if calibrate is None:
-        has_none = options.format == "bitsandbytes" or columns is not None
-        calibrate = OFF if has_none or is_int8(folder, settings.allow_pickle) else RANDOM
+        calibrate = "off" if as_it_is or columns is not None else "random"
     job = writer.quantize(
         folder,
         options.out,
@@ -145,12 +147,25 @@ def quantize(options: QuantizeOptions, given: Given) -> None:
         embedding_int8=settings.embedding == "int8",
         hot_columns=columns,
         calibrate=calibrate,
-        num_hot_columns=settings.num_hot_columns,
+        num_hot_columns=numerics.num_hot_columns,
+        down_hot_columns=numerics.down_hot_columns,
+        rotation=settings.rotation if as_it_is else numerics.rotation,
+        accuracy=settings.accuracy,
         shard_bytes=shard_bytes,
         device=options.device,
         allow_pickle=settings.allow_pickle,
     )
     _run(job, "quantizing", options.verify, given.quiet)
+
+
+def _check_point(given: Given, as_it_is: bool) -> None:
+    """Refuses a named point for what has none: int8 weights, and bitsandbytes' form."""
+    if as_it_is and "accuracy" in given.settings:
+        raise ValueError(
+            "dist-int8 quantize:accuracy: --accuracy must be left out for bitsandbytes and for a "
+            f"checkpoint that is int8 already, got {given.settings['accuracy']}; start from the "
+            "floating-point checkpoint and write the dist_int8 format"
+        )
 
 
 @takes(DequantizeOptions, [*_SOURCE_FLAGS, *log_flags(None)])

@@ -106,7 +106,8 @@ class GenerateOptions:
         device_flag(LAYOUT),
         *settings_flags(LAYOUT, "stages", "gpus", "devices"),
         *settings_flags(RUNTIME, "micro_batches", "threads_per_stage", "dtype", "int8"),
-        *settings_flags(RUNTIME, "outlier_rule", "outlier_threshold", "max_sequences"),
+        *settings_flags(RUNTIME, "accuracy", "rotation", "outlier_rule", "outlier_threshold"),
+        *settings_flags(RUNTIME, "max_sequences"),
         *settings_flags(RUNTIME, "calibrate", "num_hot_columns", "head", "embedding", "kv"),
         *settings_flags(RUNTIME, "max_tokens"),
         *settings_flags(SAMPLING, "max_new_tokens", "min_new_tokens", "max_time"),
@@ -249,8 +250,9 @@ def _check_distinct(prompts: Path, answers: Path) -> None:
 
 def _select_numerics(settings: Settings) -> dict[str, Any]:
     """Selects the settings that decide tokens, which exclude where and how the model runs."""
-    numbers = ("revision", "random_weights", "dtype", "int8", "outlier_rule", "outlier_threshold")
-    formats = ("skipped", "embedding", "calibrate", "num_hot_columns", "kv")
-    values = {key: getattr(settings, key) for key in (*numbers, *formats, "max_tokens")}
+    numbers = ("revision", "random_weights", "dtype", "int8", "accuracy", "rotation")
+    formats = ("outlier_rule", "outlier_threshold", "num_hot_columns", "skipped", "embedding")
+    keys = (*numbers, *formats, "calibrate", "kv", "max_tokens")
+    values = {key: getattr(settings, key) for key in keys}
     folder = Path(settings.model or "")
     return {**values, "model": str(folder.resolve()) if folder.is_dir() else settings.model}

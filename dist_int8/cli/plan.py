@@ -99,7 +99,7 @@ class PlanOptions:
             text="Number of input features of each linear that keep 16 bits: 0 or a multiple of "
             "16. (default: as the settings calibrate)",
         ),
-        *settings_flags(ASKED, "dtype"),
+        *settings_flags(ASKED, "accuracy", "rotation", "dtype"),
         *log_flags(OUTPUT, "Log errors only, on stderr."),
     ],
     PANELS,

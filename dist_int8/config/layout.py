@@ -56,3 +56,21 @@ Memory = Annotated[
     dict[str, int] | Annotated[list[int], Field(min_length=1)] | None,
     BeforeValidator(lambda memory: None if memory is None else _parse_memory(memory)),
 ]
+
+
+def check_memory(
+    memory: list[int] | dict[str, int] | None, devices: list[str] | None, num_stages: int | None
+) -> None:
+    """Raises ValueError for a budget that leaves a stage out, where the stages are known."""
+    if isinstance(memory, list) and num_stages not in (None, len(memory)):
+        raise ValueError(
+            f"memory: memory must be one byte size per stage, {num_stages}, "
+            f"got {len(memory)}; write one per stage or a mapping of device to byte size"
+        )
+    if isinstance(memory, dict) and devices is not None:
+        for device in devices:
+            if device not in memory:
+                raise ValueError(
+                    f"memory: memory must name every device, got no {device}; "
+                    f"add {device} to the mapping"
+                )

@@ -1,16 +1,16 @@
 """Settings of a deployment: which model runs, on which devices, in how much memory and how."""
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from dataclasses import fields
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from dist_int8.config import accuracy as points
+from dist_int8.config.accuracy import Accuracy, Chosen, Numerics, OutlierRule, Rotation
 from dist_int8.config.byte_size import parse_optional_size
 from dist_int8.config.checked import Checked, Count, NonEmpty, PathText, expand_home, listed
 from dist_int8.config.generation import GenerationSettings
-from dist_int8.config.layout import MAX_STAGES, Device, Memory, Stages
-from dist_int8.config.yaml_file import read_yaml
+from dist_int8.config.layout import MAX_STAGES, Device, Memory, Stages, check_memory
 
 DEFAULT_MAX_TOKENS = 2048  # in a slot, where the model allows it
 
@@ -124,17 +124,34 @@ class Settings(Checked):
         description="Run the linear layers in int8; false keeps them in floating point.",
         examples=[True],
     )
-    outlier_rule: Literal["none", "absolute", "row_rms", "all"] = Field(
-        default="row_rms",
+    accuracy: Accuracy | None = Field(
+        default=None,
+        description="Named point of accuracy and speed: balanced (rotated, one plane, which is "
+        "fastest), accurate (rotated, two planes) or paper (LLM.int8() as published). By default "
+        "balanced, or what an int8 checkpoint was made for. The settings beside it change one "
+        "thing each.",
+        examples=["balanced"],
+    )
+    rotation: Rotation | None = Field(
+        default=None,
+        description="Largest block size of the rotation of input features, which makes outliers "
+        "small: 0 (off) or a power of two from 2 to 1024; by default that of `accuracy`, 64. An "
+        "int8 checkpoint brings its own.",
+        examples=[64],
+    )
+    outlier_rule: OutlierRule | None = Field(
+        default=None,
         description="Which elements of x are outliers: none, |x| >= threshold (absolute, the "
-        "paper's), |x| >= threshold times the row's root mean square (row_rms), or all.",
+        "paper's), |x| >= threshold times the row's root mean square (row_rms), or all; by "
+        "default that of `accuracy`: none where the weights are rotated, row_rms where not.",
         examples=["row_rms"],
     )
-    outlier_threshold: float = Field(
-        default=4.0,
+    outlier_threshold: float | None = Field(
+        default=None,
         ge=0,
         allow_inf_nan=False,
-        description="Threshold of the outlier rule; 0 switches the decomposition off.",
+        description="Threshold of the outlier rule, by default 6.0 for absolute and 4.0 for "
+        "row_rms; 0 switches the decomposition off.",
         examples=[6.0],
     )
     skip_modules: Annotated[list[NonEmpty], BeforeValidator(listed)] = Field(
@@ -169,10 +186,10 @@ class Settings(Checked):
         "checkpoint brings its own.",
         examples=["random"],
     )
-    num_hot_columns: Annotated[int, Field(ge=0, multiple_of=16)] = Field(
-        default=16,
-        description="Number of hot columns that calibration finds per linear: 0 or a multiple of "
-        "16.",
+    num_hot_columns: Annotated[int, Field(ge=0, multiple_of=16)] | None = Field(
+        default=None,
+        description="Number of hot columns that calibration finds per linear, and four times as "
+        "many in `down`: 0 or a multiple of 16; by default that of `accuracy`, 16.",
         examples=[16],
     )
     allow_pickle: bool = Field(
@@ -287,20 +304,18 @@ class Settings(Checked):
                 raise ValueError(
                     f"{key}: {key} must be 16bit where int8 is false, got {value!r}; leave it out"
                 )
+        self._check_accuracy()
         num_stages = self.num_stages or named
-        if isinstance(self.memory, list) and num_stages not in (None, len(self.memory)):
-            raise ValueError(
-                f"memory: memory must be one byte size per stage, {num_stages}, "
-                f"got {len(self.memory)}; write one per stage or a mapping of device to byte size"
-            )
-        if isinstance(self.memory, dict) and self.devices is not None:
-            for device in self.devices:
-                if device not in self.memory:
-                    raise ValueError(
-                        f"memory: memory must name every device, got no {device}; "
-                        f"add {device} to the mapping"
-                    )
+        check_memory(self.memory, self.devices, num_stages)
         return self
+
+    def _check_accuracy(self) -> None:
+        has_none = points.POINTS[self.accuracy or points.DEFAULT_POINT].num_hot_columns == 0
+        if self.calibrate != "off" and has_none and self.num_hot_columns is None:
+            raise ValueError(
+                f"calibrate: calibrate must be off with accuracy {self.accuracy}, which has no hot "
+                f"columns, got {self.calibrate!r}; leave it out, or give num_hot_columns"
+            )
 
     @classmethod
     def explain_unknown(cls, key: str) -> str | None:
@@ -329,43 +344,26 @@ class Settings(Checked):
         return others if self.head == "int8" else (*others, "lm_head")
 
     @property
+    def numerics(self) -> Numerics:
+        """How the int8 linears of a floating-point checkpoint treat large elements."""
+        return self.resolve_numerics(None)
+
+    def resolve_numerics(self, stored_rotation: int | None) -> Numerics:
+        """`numerics`, of an int8 checkpoint whose weights have `stored_rotation`.
+
+        Raises:
+            ValueError: a threshold without a rule that has one.
+        """
+        values = {key.name: getattr(self, key.name) for key in fields(Chosen)}
+        return Chosen(**values).resolve(stored_rotation)
+
+    @property
     def calibrates(self) -> bool:
         """Whether hot columns are searched for while loading."""
-        return self.int8 and self.calibrate != "off" and self.num_hot_columns > 0
+        return self.int8 and self.calibrate != "off" and self.numerics.num_hot_columns > 0
 
     def find_budget(self, rank: int, device: str) -> int | None:
         """Returns the budget in bytes of the stage of `rank` on `device`; None if none is set."""
         if isinstance(self.memory, list):
             return self.memory[rank] if rank < len(self.memory) else None
         return self.memory.get(device) if self.memory is not None else None
-
-
-def load_settings(
-    path: str | Path | None = None,
-    *,
-    source: str = "load()",
-    flags: Mapping[str, str] | None = None,
-    **overrides: Any,
-) -> Settings:
-    """Reads a YAML file of settings and lays the overrides that are not None over it.
-
-    An override of `devices`, `gpus` or `stages` replaces all three of the file, since they say the
-    same thing in three ways.
-
-    Args:
-        path: YAML file; None: the defaults.
-        source: where the overrides come from, for errors about them.
-        flags: spelling of those that were given as flags of the command line.
-        overrides: values by name of the field.
-
-    Raises:
-        ValueError: one line that names file and key.
-    """
-    values = read_yaml(path) if path is not None else {}
-    chosen = {name: value for name, value in overrides.items() if value is not None}
-    if path is not None:
-        Settings.from_values(values, str(path))
-        layout = {"devices", "gpus", "stages"}
-        if layout & chosen.keys():
-            values = {key: value for key, value in values.items() if key not in layout}
-    return Settings.from_values(values | chosen, source, flags)

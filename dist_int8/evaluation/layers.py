@@ -152,10 +152,15 @@ def runtime_layer(host: Host, folder: str | Path, spec: ModelSpec, settings: Set
     which changes no output, since scales and outliers belong to rows.
     """
     hot = hot_columns(folder, spec, settings, host.linears)
+    numerics = settings.numerics
 
     def make(name: str, linear: nn.Linear) -> nn.Module:
         return Int8Linear.from_linear(
-            linear, settings.outlier_threshold, settings.outlier_rule, hot.get(name)
+            linear,
+            numerics.outlier_threshold,
+            numerics.outlier_rule,
+            hot.get(name),
+            numerics.rotation,
         )
 
     return make
@@ -165,7 +170,9 @@ def hot_columns(
     folder: str | Path, spec: ModelSpec, settings: Settings, linears: Mapping[str, nn.Linear]
 ) -> dict[str, list[int]]:
     """Returns the hot columns that `load()` finds, by transformers' names of the linears."""
-    calibration = make_calibration(folder, spec, settings.calibrate, settings.num_hot_columns)
+    numerics = settings.numerics
+    counts = numerics.num_hot_columns, numerics.down_hot_columns
+    calibration = make_calibration(folder, spec, settings.calibrate, *counts)
     if calibration is None:
         return {}
     skip = resolve_skip(spec, settings.skipped, "eval:skip_modules")

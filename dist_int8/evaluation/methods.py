@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from dist_int8.config import Settings
+from dist_int8.config.accuracy import DEFAULT_POINT, POINTS
 from dist_int8.evaluation import linears
 from dist_int8.evaluation.linears import Matrix
 
@@ -49,26 +50,41 @@ class Method:
     def _hot(self, settings: Settings) -> dict[str, Any]:
         if self.hot is None:
             return {}
+        if not self.hot:
+            return {"calibrate": "off"}
         found = settings.calibrate if settings.calibrate != "off" else "random"
-        return {"calibrate": found if self.hot else "off"}
+        usual = POINTS[DEFAULT_POINT].num_hot_columns
+        return {"calibrate": found, "num_hot_columns": settings.num_hot_columns or usual}
 
     @property
     def where(self) -> str:
         return "runtime" if self.in_runtime else "transformers"
 
 
-def _rule(title: str, rule: str, threshold: float, hot: bool) -> Method:
-    changes = {"outlier_rule": rule, "outlier_threshold": threshold}
+def _rule(title: str, rule: str, threshold: float, rotation: int, hot: bool) -> Method:
+    changes = {"outlier_rule": rule, "outlier_threshold": threshold, "rotation": rotation}
     return Method(f"{title}, hot columns" if hot else title, changes, hot)
 
 
 _RULES = {
-    "none": ("runtime, no outliers", "none", 0.0),
-    "absolute-6": ("runtime, abs >= 6.0", "absolute", 6.0),
-    "row_rms-6": ("runtime, 6 x row RMS", "row_rms", 6.0),
-    "row_rms-4": ("runtime, 4 x row RMS", "row_rms", 4.0),
-    "all": ("runtime, two full planes", "all", 0.0),
+    "none": ("runtime, no outliers", "none", 0.0, 0),
+    "absolute-6": ("runtime, abs >= 6.0", "absolute", 6.0, 0),
+    "row_rms-6": ("runtime, 6 x row RMS", "row_rms", 6.0, 0),
+    "row_rms-4": ("runtime, 4 x row RMS", "row_rms", 4.0, 0),
+    "all": ("runtime, two full planes", "all", 0.0, 0),
+    "rotated-16": ("runtime, rotated in blocks of 16", "none", 0.0, 16),
+    "rotated-64": ("runtime, rotated in blocks of 64", "none", 0.0, 64),
+    "rotated-256": ("runtime, rotated in blocks of 256", "none", 0.0, 256),
+    "rotated-64-all": ("runtime, rotated in blocks of 64, two full planes", "all", 0.0, 64),
 }
+_UNSET = dict.fromkeys(("rotation", "outlier_rule", "outlier_threshold", "num_hot_columns"))
+
+
+def _point(name: str) -> Method:
+    """A named point as `quantize` makes it, whatever else is set."""
+    changes = {"accuracy": name, **_UNSET}
+    return Method(f"ours, {name}", changes, hot=POINTS[name].num_hot_columns > 0)
+
 
 METHODS: dict[str, Method] = {
     "transformers": Method("transformers, floating point", linear=linears.Floating),
@@ -95,6 +111,7 @@ METHODS: dict[str, Method] = {
         "torchao, int8 dynamic activations", linear=linears.torchao_linear, needs="torchao"
     ),
     "ours": Method("ours, as set"),
+    **{name: _point(name) for name in POINTS},
     "ours-head": Method("ours, head in int8", {"head": "int8"}),
     "ours-embedding": Method("ours, embedding in int8", {"embedding": "int8"}),
     "ours-kv": Method("ours, keys and values in int8", {"kv": "int8"}),

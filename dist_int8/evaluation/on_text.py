@@ -27,7 +27,7 @@ from dist_int8.models.tokenizer import load_tokenizer
 
 CALIBRATION_TOKENS = 2048
 _SETTINGS = (  # that decide the figures
-    *("outlier_rule", "outlier_threshold", "calibrate", "num_hot_columns"),
+    *("accuracy", "rotation", "outlier_rule", "outlier_threshold", "calibrate", "num_hot_columns"),
     *("head", "embedding", "kv", "dtype"),
 )
 

@@ -2,8 +2,11 @@
 
 from typing import Any
 
-# The `version` in the quantization_config of our int8 checkpoints.
-INT8_VERSION = 1
+from dist_int8.int8.rotation import LARGEST_ROTATION, check_rotation
+
+# The `version` in the quantization_config of our int8 checkpoints. Releases that know only the
+# first refuse rotated weights, which they would run wrong.
+INT8_VERSION, ROTATED_VERSION = 1, 2
 
 
 def check_quantization(where: str, written: Any) -> None:
@@ -34,7 +37,7 @@ def _is_readable_int8(written: Any) -> bool:
         return False
     method = written.get("quant_method", "bitsandbytes")
     if method == "dist_int8":
-        return written.get("version") == INT8_VERSION
+        return written.get("version") in (INT8_VERSION, ROTATED_VERSION)
     return method == "bitsandbytes" and written.get("load_in_8bit") is True
 
 
@@ -44,7 +47,8 @@ def _name(written: Any) -> str:
         return repr(written)
     method = written.get("quant_method")
     if method == "dist_int8":
-        return f"dist_int8 in version {written.get('version')!r}, this program knows {INT8_VERSION}"
+        known = f"{INT8_VERSION} and {ROTATED_VERSION}"
+        return f"dist_int8 in version {written.get('version')!r}, this program knows {known}"
     if method in (None, "bitsandbytes") and written.get("load_in_4bit") is True:
         return f"bitsandbytes in 4 bits ({written.get('bnb_4bit_quant_type', 'fp4')})"
     bits = written.get("bits", written.get("w_bit"))
@@ -60,7 +64,7 @@ def _check_ours(where: str, written: dict[str, Any]) -> None:
             f"{where}:quantization_config.skip_modules: must be a list of names, got {skip!r}; "
             "write the checkpoint again"
         )
-    for key in ("num_hot_columns", "head_hot_columns"):
+    for key in ("num_hot_columns", "down_hot_columns", "head_hot_columns"):
         count = written.get(key, 0)
         if type(count) is not int or count < 0:
             raise ValueError(
@@ -71,4 +75,29 @@ def _check_ours(where: str, written: dict[str, Any]) -> None:
         raise ValueError(
             f"{where}:quantization_config.embedding: must be int8 or 16bit, got "
             f"{written['embedding']!r}; write the checkpoint again"
+        )
+    accuracy = written.get("accuracy")
+    if accuracy is not None and not isinstance(accuracy, str):
+        raise ValueError(
+            f"{where}:quantization_config.accuracy: must be a name, got {accuracy!r}; write the "
+            "checkpoint again"
+        )
+    _check_rotation(where, written)
+
+
+def _check_rotation(where: str, written: dict[str, Any]) -> None:
+    rotation = written.get("rotation", 0)
+    try:
+        if type(rotation) is int:
+            check_rotation(rotation)
+        is_size = type(rotation) is int
+    except ValueError:
+        is_size = False
+    wanted = ROTATED_VERSION if rotation else INT8_VERSION
+    if not is_size or written["version"] != wanted:
+        raise ValueError(
+            f"{where}:quantization_config.rotation: must be a power of two from 2 to "
+            f"{LARGEST_ROTATION} in version {ROTATED_VERSION}, and 0 or absent in version "
+            f"{INT8_VERSION}, got {rotation!r} in version {written['version']}; write the "
+            "checkpoint again"
         )

@@ -44,7 +44,7 @@ def block_ps(
     total = round(profile.block_overhead_s * PS_PER_S)
     for linear in block_linears(block):
         int8 = formats.is_int8(f"blocks.{index}.{linear.name}")
-        num_hot = formats.num_hot_columns if int8 else 0
+        num_hot = formats.count_hot_columns(linear.name) if int8 else 0
         num_bytes = linear_bytes(linear, formats, int8=int8, num_hot_columns=num_hot)
         total += _linear_ps(linear.num_weights, num_bytes, num_rows, int8, profile)
     kv_bytes = (

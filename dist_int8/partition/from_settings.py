@@ -17,6 +17,7 @@ from dist_int8.partition import (
     ask,
     check,
 )
+from dist_int8.partition.formats import adopt_declared, choose_formats_for, describe_formats
 from dist_int8.partition.gpus import probe
 from dist_int8.partition.profiles import DEFAULT_GPU
 
@@ -26,7 +27,6 @@ from dist_int8.partition.profiles import DEFAULT_GPU
 CUDA_RESERVE = 256 * 1024**2
 # What CUDA takes from a GPU's free memory before the first tensor.
 CUDA_CONTEXT_BYTES = 1024**3
-_SIXTEEN_BITS = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,10 @@ def answer(settings: Settings, options: PlanRequest, config: Any, spec: Any, sou
     if names is None:
         num_gpus, num_hosts = settings.gpus or 1, len(settings.hosts or [""])
         names = [f"cuda:{rank % max(1, num_gpus // num_hosts)}" for rank in range(num_gpus)]
+    try:
+        settings = adopt_declared(settings, config)
+    except ValueError as error:
+        raise ValueError(f"{source}:{error}") from None
     formats = choose_formats_for(settings, config, names)
     question = _make_question(settings, options, spec)
     devices = describe_devices(settings, names, source=source)
@@ -70,7 +74,9 @@ def answer(settings: Settings, options: PlanRequest, config: Any, spec: Any, sou
             "--memory 80GB or --profile a100-80"
         )
     devices = describe_devices(settings, names, budgets=budgets, source=source)
-    plan = ask(spec, devices, formats, question)
+    plan = replace(
+        ask(spec, devices, formats, question), numerics=describe_formats(settings, formats)
+    )
     reserved = options.like_load and None in (options.num_sequences, options.max_tokens)
     return replace(plan, asked="reserved by load()") if reserved else plan
 
@@ -107,48 +113,6 @@ def export_settings(settings: Settings, plan: Plan) -> dict[str, Any]:
     values["max_sequences"] = plan.workload.num_sequences
     values["max_tokens"] = plan.workload.max_tokens
     return values
-
-
-def choose_formats(settings: Settings, float_size: int, vocab_size: int) -> Formats:
-    """Returns the formats under these settings; the sizes are bytes per element."""
-    formats = Formats(
-        settings.int8,
-        float_size,
-        vocab_size,
-        embedding_int8=settings.int8 and settings.embedding == "int8",
-        num_hot_columns=settings.num_hot_columns if settings.calibrates else 0,
-        kv_int8=settings.kv == "int8",
-        skip=settings.skipped,
-    )
-    return replace(formats, head_int8=formats.is_int8("lm_head"))
-
-
-def choose_formats_for(settings: Settings, config: Any, devices: Sequence[str]) -> Formats:
-    """Returns the formats from a model's config alone, whose dtype stands for that of its tensors.
-
-    An int8 checkpoint's own settings, which its config records, override the user's.
-    """
-    written = getattr(config, "quantization_config", None)
-    head_hot_columns = None
-    if settings.int8 and isinstance(written, dict) and written.get("quant_method") == "dist_int8":
-        settings = settings.model_copy(
-            update={
-                "skip_modules": written["skip_modules"],
-                "head": None,
-                "embedding": written.get("embedding", "16bit"),
-                "calibrate": written.get("calibrate", "off"),
-                "num_hot_columns": written.get("num_hot_columns", 0),
-            }
-        )
-        head_hot_columns = written.get("head_hot_columns", 0)
-    stored = str(config.dtype or "").removeprefix("torch.")
-    dtype: str = settings.dtype
-    if dtype == "auto":
-        dtype = "float32" if devices[0] == "cpu" else stored or "float16"
-    float_size = 2 if dtype in _SIXTEEN_BITS else 4
-    stored_size = 2 if stored in _SIXTEEN_BITS else 4
-    formats = choose_formats(settings, float_size, min(float_size, stored_size))
-    return replace(formats, hot_size=stored_size, head_hot_columns=head_hot_columns)
 
 
 def describe_devices(
@@ -245,7 +209,7 @@ def make_plan(
     plan = ask(model, devices, formats, question)
     if not plan.fits:
         raise ValueError(plan.refusal())
-    return plan
+    return replace(plan, numerics=describe_formats(settings, formats))
 
 
 def _cut_options(settings: Settings) -> CutOptions:

@@ -106,8 +106,10 @@ class Formats:
         embedding_int8: whether the token embedding is int8 with one fp32 scale per token.
         num_hot_columns: number H of input features per int8 linear of a block whose weights are
             also kept in the checkpoint's dtype: [N, H] weights and [H] int32 indices.
+        down_hot_columns: the same of `down`; None: num_hot_columns.
         hot_size: bytes per weight of a hot column.
         head_hot_columns: number of hot columns of an int8 head; None: num_hot_columns.
+        rotated: whether the int8 linears, and an int8 head, are rotated.
         kv_int8: whether the KV cache is int8 with one fp32 scale per token and head.
         skip: names of linears that stay in floating point, as in the setting skip_modules.
     """
@@ -118,10 +120,18 @@ class Formats:
     head_int8: bool = False
     embedding_int8: bool = False
     num_hot_columns: int = 0
+    down_hot_columns: int | None = None
     hot_size: int = SIXTEEN_BITS
     head_hot_columns: int | None = None
+    rotated: bool = False
     kv_int8: bool = False
     skip: tuple[str, ...] = ()
+
+    def count_hot_columns(self, linear: str) -> int:
+        """Returns the number of hot columns of an int8 linear of a block, by its name ("qkv")."""
+        if linear == "down" and self.down_hot_columns is not None:
+            return self.down_hot_columns
+        return self.num_hot_columns
 
     def is_int8(self, name: str) -> bool:
         """Returns whether the linear of this qualified name is int8 (as `int8.convert` does)."""
@@ -183,7 +193,7 @@ def block_bytes(block: BlockSizes, formats: Formats, index: int = 0) -> int:
             linear,
             formats,
             int8=formats.is_int8(f"blocks.{index}.{linear.name}"),
-            num_hot_columns=formats.num_hot_columns,
+            num_hot_columns=formats.count_hot_columns(linear.name),
         )
         for linear in block_linears(block)
     )
@@ -238,12 +248,12 @@ def shared_bytes(model: ModelSizes, formats: Formats) -> int:
     """Computes the bytes saved by a stage with both embedding and head: it holds a tied table once.
 
     They share only a table of the same format. An int8 head cannot use a 16-bit embedding's table;
-    a head with hot columns, which its int8 weights and scales leave out, cannot use an int8
-    embedding's.
+    a head with hot columns, which its int8 weights and scales leave out, or a rotated one cannot
+    use an int8 embedding's.
     """
     if not model.tied_head or formats.head_int8 != formats.embedding_int8:
         return 0
-    if _head_hot_columns(formats):
+    if _head_hot_columns(formats) or (formats.head_int8 and formats.rotated):
         return 0
     return vocab_bytes(model, formats, int8=formats.head_int8)
 

@@ -88,6 +88,7 @@ class Plan:
             `workload`; None if no stage has a budget.
         workload: requested workload, or the largest that fits.
         suggestions: changes that would make the model fit, the cheapest first; empty if it fits.
+        numerics: which numerics the int8 linears have, in a line; empty without any.
         notes: further remarks for the user, one line each.
         asked: where the workload comes from, before "12 sequences of 2048 tokens".
         alone_ps: picoseconds of a decode step of one short sequence alone, through all stages.
@@ -101,6 +102,7 @@ class Plan:
     kv_tokens: int | None = None
     workload: Workload | None = None
     suggestions: tuple[str, ...] = ()
+    numerics: str = ""
     notes: tuple[str, ...] = ()
     asked: str = field(default="requested", compare=False)
     alone_ps: int = 0
@@ -178,6 +180,7 @@ class Plan:
             f"{format_bytes(self.block_bytes)} per block, "
             f"KV cache {self.kv_bytes_per_token} bytes per token"
         ]
+        lines += [self.numerics] if self.numerics else []
         if workload is not None:
             lines.append(
                 f"{self.asked}: {_count(workload.num_sequences, 'sequence')} of "
@@ -202,6 +205,7 @@ class Plan:
         return {
             "fits": self.fits,
             "model": model,
+            "numerics": self.numerics,
             "num_blocks": self.num_blocks,
             "block_bytes": self.block_bytes,
             "model_bytes": self.model_bytes,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dist_int8.config.accuracy import DEFAULT_POINT, POINTS
 from dist_int8.int8 import ops, reference
 from dist_int8.int8.convert import swap_linears
 from dist_int8.models import BlockSpec, DecoderStage, ModelSpec, StageSlice, TokenBatch
@@ -25,7 +26,11 @@ REPEATS = 5
 CPU_WEIGHT_BYTES = 1 << 28
 CUDA_WEIGHT_BYTES = 1 << 31
 MANY_ROWS = {"cpu": 32, "cuda": 4096}
-_RULE: dict[str, Any] = {"outlier_rule": "row_rms", "outlier_threshold": 4.0}
+_RULE: dict[str, Any] = {  # of the point "balanced"
+    "outlier_rule": POINTS[DEFAULT_POINT].rule,
+    "outlier_threshold": 0.0,
+    "rotation": POINTS[DEFAULT_POINT].rotation,
+}
 
 
 def measure(

@@ -167,12 +167,36 @@ def check_int8(llama, base, **_):
     assert stage.weight_bytes > 2 * base[0].weight_bytes
 
 
+def check_accuracy(llama, base, caplog, **_):
+    rule = {"rotation": 0, "outlier_rule": "absolute", "outlier_threshold": 6.0}
+    paper = show(llama, accuracy="paper")[1]
+    assert torch.equal(paper, show(llama, **rule)[1]) and not torch.equal(paper, base[1])
+    assert not torch.equal(show(llama, accuracy="accurate")[1], base[1])
+    assert torch.equal(show(llama, accuracy="balanced")[1], base[1])
+    message = refused(llama, accuracy="paper", calibrate="random")
+    assert "calibrate must be off with accuracy paper, which has no hot columns" in message
+    show(llama, accuracy="paper", **rule, num_hot_columns=16)
+    assert "accuracy (rotation, outlier_rule and num_hot_columns are given" in caplog.text
+
+
+def check_rotation(llama, base, **_):
+    assert not torch.equal(show(llama, rotation=16)[1], base[1])
+    before = {"outlier_rule": "row_rms", "outlier_threshold": 4.0}
+    assert torch.equal(show(llama, rotation=0)[1], show(llama, rotation=0, **before)[1])
+    assert "rotation must be 0 or a power of two from 2 to 1024, got 48" in refused(
+        llama, rotation=48
+    )
+
+
 def check_outlier_rule(llama, base, **_):
-    assert not torch.equal(show(llama, outlier_rule="none")[1], base[1])
+    assert not torch.equal(show(llama, outlier_rule="all")[1], base[1])
 
 
 def check_outlier_threshold(llama, base, **_):
-    assert not torch.equal(show(llama, outlier_threshold=1.0)[1], base[1])
+    low = show(llama, outlier_rule="absolute", outlier_threshold=0.1)
+    assert not torch.equal(low[1], base[1])
+    message = refused(llama, outlier_threshold=4.0)
+    assert "load():outlier_threshold: outlier_threshold must be left out where the rule" in message
 
 
 def check_skip_modules(llama, base, **_):

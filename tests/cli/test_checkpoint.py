@@ -100,6 +100,7 @@ def test_quantize_finds_hot_columns_unless_told_not_to(tiny_llama, tmp_path, cap
 
     default = config("default")
     assert (default["calibrate"], default["num_hot_columns"]) == ("random", 16)
+    assert default["down_hot_columns"] == 64
     assert default["skip_modules"] == ["lm_head"] and "embedding" not in default
     assert "calibrate" not in config("off", "--calibrate", "off")
     assert "calibrate" not in config("none", "--num-hot-columns", 0)
@@ -112,3 +113,37 @@ def test_quantize_finds_hot_columns_unless_told_not_to(tiny_llama, tmp_path, cap
     assert small["embedding"] == "int8"
     code, _, err = run(capsys, "quantize", tmp_path / "off", tmp_path / "copy", "-q")
     assert (code, err) == (0, "")
+
+
+def test_a_named_point_decides_what_is_written_and_is_remembered(tiny_llama, tmp_path, capsys):
+    def config(name, *flags):
+        code, _, err = run(capsys, "quantize", tiny_llama, tmp_path / name, "-q", *flags)
+        assert (code, err) == (0, "")
+        return json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+
+    def refusal(*arguments):
+        code, _, err = run(capsys, "quantize", *arguments, tmp_path / "x", "-q")
+        assert code == 2 and not (tmp_path / "x").exists()
+        return err
+
+    def held(name, **settings):
+        options = {"devices": ["cpu"], "max_tokens": 32, "threads_per_stage": 1, "progress": False}
+        with dist_int8.load(tmp_path / name, **options, **settings) as model:
+            chosen = model.settings
+            return chosen.rotation, chosen.outlier_rule, chosen.outlier_threshold
+
+    default = config("default")
+    assert (default["version"], default["rotation"]) == (2, 64) and "accuracy" not in default
+    assert held("default") == (64, "none", 0.0)
+    paper = config("paper", "--accuracy", "paper")
+    assert (paper["version"], paper["accuracy"]) == (1, "paper")
+    assert "rotation" not in paper and "calibrate" not in paper
+    assert held("paper") == (0, "absolute", 6.0)
+    assert held("paper", accuracy="balanced") == (0, "row_rms", 4.0)
+    accurate = config("accurate", "--accuracy", "accurate", "--rotation", 32)
+    assert (accurate["rotation"], accurate["accuracy"]) == (32, "accurate")
+    assert held("accurate") == (32, "all", 0.0)
+    assert held("accurate", outlier_rule="absolute") == (32, "absolute", 6.0)
+    assert "--accuracy must be left out for" in refusal(tmp_path / "paper", "--accuracy", "paper")
+    assert "rotation must be chosen when" in refusal(tmp_path / "paper", "--rotation", 64)
+    assert "has none, got 64" in refusal(tiny_llama, "--format", "bitsandbytes", "--rotation", 64)

@@ -95,7 +95,7 @@ def test_an_adapter_is_refused_beside_a_model_too(tmp_path, whole):
         ({"load_in_4bit": True, "load_in_8bit": False}, r"got bitsandbytes in 4 bits \(fp4\)"),
         (
             {"quant_method": "dist_int8", "version": 99},
-            "got dist_int8 in version 99, this program knows 1",
+            "got dist_int8 in version 99, this program knows 1 and 2",
         ),
         ({}, "got a form without a quant_method"),
         ("nf4", "got 'nf4'"),

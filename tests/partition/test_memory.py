@@ -95,6 +95,9 @@ def test_hot_columns_count_their_weights_and_indices():
         for linear in memory.block_linears(block)
         for hot in (16, 0)
     ]
+    only_down = replace(INT8, down_hot_columns=64)
+    extra_down = memory.block_bytes(block, only_down) - memory.block_bytes(block, INT8)
+    assert extra_down == 64 * (block.hidden_size * 2 + 4)
     held = [held_bytes(layer) for layer in layers]
     assert extra == sum(held[0::2]) - sum(held[1::2])
     head = memory.head_bytes(spec, replace(formats, head_int8=True))
@@ -116,6 +119,8 @@ def test_bloom_176b_matches_hand_computed_bytes():
     # nor one with hot columns that of an int8 embedding
     assert memory.shared_bytes(spec, tables) == 3_597_619_200
     assert memory.shared_bytes(spec, replace(tables, num_hot_columns=16)) == 0
+    # nor a rotated one
+    assert memory.shared_bytes(spec, replace(tables, rotated=True)) == 0
 
 
 # Numbers of parameters that the models' cards and papers name.

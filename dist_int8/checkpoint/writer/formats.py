@@ -6,7 +6,7 @@ from typing import Any
 
 from dist_int8.checkpoint.tied_head import EMBEDDING
 from dist_int8.checkpoint.writer.target import Target
-from dist_int8.models.quantization import INT8_VERSION
+from dist_int8.models.quantization import INT8_VERSION, ROTATED_VERSION
 
 # Fields that describe the source's files: the new folder has others.
 _OF_THE_SOURCE = ("quantization_config", "transformers_weights")
@@ -55,14 +55,20 @@ def _describe_ours(
         "version": INT8_VERSION,
         "skip_modules": list(floating.names),
     }
+    if target.rotation:
+        config |= {"version": ROTATED_VERSION, "rotation": target.rotation}
+    if target.accuracy is not None:
+        config["accuracy"] = target.accuracy
     if before.get("quant_method") == "dist_int8":  # an int8 checkpoint keeps its hot columns
-        kept = ("num_hot_columns", "head_hot_columns", "calibrate")
+        kept = ("num_hot_columns", "down_hot_columns", "head_hot_columns", "calibrate", "accuracy")
         config |= {key: before[key] for key in kept if key in before}
     if EMBEDDING in target.quantized:
         config["embedding"] = "int8"
     if target.calibration is not None:
         config["num_hot_columns"] = target.calibration.num_hot_columns
         config["calibrate"] = target.calibration.source
+        if (in_down := target.calibration.down_hot_columns) is not None:
+            config["down_hot_columns"] = in_down
         if head_hot_columns:
             config["head_hot_columns"] = head_hot_columns
     return config

@@ -9,7 +9,7 @@ import torch
 
 from dist_int8.checkpoint.calibrate import Calibration
 from dist_int8.checkpoint.load import count_stage_bytes
-from dist_int8.checkpoint.locate import Located
+from dist_int8.checkpoint.located import Located
 from dist_int8.checkpoint.tied_head import EMBEDDING, HEAD
 from dist_int8.checkpoint.writer.aside import CONFIG
 from dist_int8.checkpoint.writer.formats import FloatingLinears, make_config
@@ -94,7 +94,7 @@ def _list_recipes(source: StoredModel, target: Target) -> list[Recipe]:
     return [
         recipe
         for parameter, entry in source.located.items()
-        if target.has_own_columns(parameter)
+        if target.changes(parameter)
         or not _is_the_embedding_again(source, target, parameter)  # transformers ties them
         for recipe in _list_recipes_of(source, target, parameter, entry)
     ]
@@ -110,11 +110,12 @@ def _list_recipes_of(
     if parameter in target.hot_columns:
         columns = torch.tensor(target.hot_columns[parameter], dtype=torch.int32)
     elif target.calibration is not None and target.is_calibrated(parameter):
-        columns, num_hot = None, target.calibration.num_hot_columns
         calibrated = parameter.removesuffix(".weight")
+        num_features = entry.pieces[0].shape[1]
+        columns, num_hot = None, target.calibration.count(calibrated, num_features)
     if columns is not None:
         num_hot = len(columns)
-    recipes = []
+    recipes, rotation = [], 0
     for piece, names in zip(entry.pieces, entry.source.names, strict=False):
         if form == "floating":
             dtype = target.dtype
@@ -125,8 +126,9 @@ def _list_recipes_of(
         elif form == "bitsandbytes":
             outputs = list_bitsandbytes_outputs(piece, names[0])
         else:
-            outputs = list_int8_outputs(source.reader, piece, names[0], num_hot)
-        recipes.append(Recipe(form, piece, outputs, columns, calibrated))
+            rotation = target.find_rotation(parameter) if piece.scale is None else piece.rotation
+            outputs = list_int8_outputs(source.reader, piece, names[0], num_hot, rotation)
+        recipes.append(Recipe(form, piece, outputs, columns, rotation, calibrated))
     return recipes
 
 

@@ -16,6 +16,7 @@ class Recipe:
 
     Attributes:
         hot_columns: int32 [H], as stored or chosen; None: none, or calibration finds them.
+        rotation: requested size of the rotation of an int8 matrix that is made; 0: none.
         calibrated: our name of the linear ("blocks.0.qkv"), if calibration finds its hot columns.
     """
 
@@ -23,6 +24,7 @@ class Recipe:
     piece: Piece
     outputs: tuple[Output, ...]
     hot_columns: Tensor | None = field(compare=False)
+    rotation: int = 0
     calibrated: str | None = None
 
     @property
@@ -39,12 +41,19 @@ def list_floating_outputs(
 
 
 def list_int8_outputs(
-    reader: CheckpointReader, piece: Piece, name: str, num_hot_columns: int | None
+    reader: CheckpointReader, piece: Piece, name: str, num_hot_columns: int | None, rotation: int
 ) -> tuple[Output, ...]:
-    """Lists the tensors of our form: weight, col_scale and, with hot columns, those and theirs."""
+    """Lists the tensors of our form.
+
+    weight and its scales, the rotation if it has one and, with hot columns, those and their
+    weights.
+    """
     base = name.removesuffix("weight")
     num_rows = piece.shape[0]
-    outputs = [Output(name, "I8", piece.shape), Output(f"{base}col_scale", "F32", (num_rows,))]
+    scale = f"{base}rotated_scale" if rotation else f"{base}col_scale"
+    outputs = [Output(name, "I8", piece.shape), Output(scale, "F32", (num_rows,))]
+    if rotation:
+        outputs.append(Output(f"{base}rotation", "I32", ()))
     if num_hot_columns is not None:
         hot_dtype = reader.float_dtype(piece.hot_weight or piece.name)
         outputs.append(Output(f"{base}hot_weight", hot_dtype, (num_rows, num_hot_columns)))

@@ -5,6 +5,7 @@ Tensors keep transformers' names, one checkpoint linear each, so the result does
 our blocks join them or on any number of stages.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,9 +17,12 @@ from dist_int8.checkpoint.writer.job import Job
 from dist_int8.checkpoint.writer.plan import FLOAT_NAMES, make_plan
 from dist_int8.checkpoint.writer.stored_model import StoredModel
 from dist_int8.checkpoint.writer.target import Target, TargetFormat
+from dist_int8.int8.rotation import check_rotation
 from dist_int8.models.linear_names import resolve_skip
 
 SHARD_BYTES = 2 * 1000**3
+
+logger = logging.getLogger(__name__)
 
 
 def quantize(
@@ -31,6 +35,9 @@ def quantize(
     hot_columns: Mapping[str, Sequence[int]] | None = None,
     calibrate: str = OFF,
     num_hot_columns: int = 16,
+    down_hot_columns: int | None = None,
+    rotation: int | None = None,
+    accuracy: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     device: torch.device | str = "cpu",
     allow_pickle: bool = False,
@@ -39,8 +46,8 @@ def quantize(
 
     Args:
         folder: of the source. If it is int8 already, its int8 values and its choice of linears are
-            kept; bitsandbytes has no hot columns, so that linears with some are quantized anew
-            for it.
+            kept; bitsandbytes has neither hot columns nor rotation, so that linears with them are
+            rounded a second time for it, with a warning.
         out: new folder.
         target: "dist_int8" or "bitsandbytes" (loads in transformers).
         skip: linears that stay floating, by components of their names, ours or the checkpoint's.
@@ -49,6 +56,10 @@ def quantize(
         calibrate: or find them with "random" tokens or a text file, block by block, when the job
             runs; see `calibrate.find_hot_columns`.
         num_hot_columns: of each linear that calibration finds.
+        down_hot_columns: of each `down`; None: as many.
+        rotation: requested block size of the rotation of linears (not of the embedding), 0 or a
+            power of two up to 1024; None: 0, or that of a source that is int8.
+        accuracy: named point of `config.accuracy` that is noted for `load()`; None: the default.
         shard_bytes: size of the files; a tensor alone may be larger.
         device: where rows are quantized.
         allow_pickle: read `.bin` files where there is no safetensors file.
@@ -63,7 +74,9 @@ def quantize(
             f"{folder}: hot_columns must be chosen when a checkpoint is quantized, got them "
             "for one that is int8 already; start from the floating checkpoint"
         )
-    calibration = make_calibration(folder, source.spec, calibrate, num_hot_columns)
+    rotation = _choose_rotation(source, target, rotation)
+    counts = num_hot_columns, down_hot_columns
+    calibration = make_calibration(folder, source.spec, calibrate, *counts)
     if calibration is not None and hot_columns:
         raise ValueError(
             f"quantize: calibrate must be off where hot_columns are given, got {calibrate!r}; "
@@ -71,9 +84,10 @@ def quantize(
         )
     quantized = _choose_quantized(source, target, skip, embedding_int8)
     by_parameter = {f"{name}.weight": columns for name, columns in (hot_columns or {}).items()}
-    wanted = Target(target, quantized, by_parameter, calibration)
+    wanted = Target(target, quantized, by_parameter, calibration, rotation, accuracy)
     _check_bitsandbytes(source, wanted)
     _check_hot_columns(source, wanted)
+    _warn_of_second_rounding(source, wanted)
     return Job(make_plan(source, wanted, Path(out), shard_bytes), source, _parse_device(device))
 
 
@@ -122,6 +136,51 @@ def _choose_quantized(
     else:
         quantized = {*source.list_quantized(skip), *([EMBEDDING] if embedding_int8 else [])}
     return quantized - {EMBEDDING} if form == "bitsandbytes" else quantized
+
+
+def _choose_rotation(source: StoredModel, form: TargetFormat, rotation: int | None) -> int:
+    """Chooses the rotation of the target's linears: an int8 source has decided."""
+    check_rotation(rotation or 0)
+    if form == "bitsandbytes" and rotation:
+        raise ValueError(
+            f"quantize: rotation must be 0 for bitsandbytes, which has none, got {rotation}; leave "
+            "it out or write the dist_int8 format"
+        )
+    if not source.is_int8 or form == "bitsandbytes":
+        return rotation or 0
+    by_rotation: dict[int, str] = {}
+    for name, entry in source.located.items():
+        if entry.is_int8 and name != EMBEDDING:
+            by_rotation.setdefault(entry.rotation, name.removesuffix(".weight"))
+    if len(by_rotation) > 1:
+        shown = ", ".join(f"{size} in {name}" for size, name in sorted(by_rotation.items()))
+        raise ValueError(
+            f"{source.folder}: int8 linears must have one rotation, got {shown}; start from the "
+            "floating checkpoint"
+        )
+    stored = next(iter(by_rotation), 0)
+    if rotation not in (None, stored):
+        raise ValueError(
+            f"{source.folder}: rotation must be chosen when a checkpoint is quantized, got "
+            f"{rotation} for one that is int8 already, with {stored}; start from the floating "
+            "checkpoint"
+        )
+    return stored
+
+
+def _warn_of_second_rounding(source: StoredModel, target: Target) -> None:
+    """bitsandbytes' int8 values cannot be had from rotated ones without rounding again."""
+    rounded = [
+        name.removesuffix(".weight")
+        for name in sorted(target.quantized)
+        if source.located[name].rotation or source.located[name].hot_columns is not None
+    ]
+    if target.form == "bitsandbytes" and rounded:
+        logger.warning(
+            "%s: %d linear(s) with a rotation or hot columns are rounded a second time for "
+            "bitsandbytes (%s, ...): quantize the floating-point checkpoint if you have it",
+            *(source.folder, len(rounded), rounded[0]),
+        )
 
 
 def _check_bitsandbytes(source: StoredModel, target: Target) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from dist_int8.checkpoint.locate import Located, is_int8_checkpoint, locate
+from dist_int8.checkpoint.locate import is_int8_checkpoint, locate
+from dist_int8.checkpoint.located import Located
 from dist_int8.checkpoint.reader import CheckpointReader
 from dist_int8.int8.convert import swap_linears
 from dist_int8.int8.linear import Int8Linear

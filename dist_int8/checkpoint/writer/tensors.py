@@ -31,20 +31,24 @@ def _make_floating(recipe: Recipe, source: Source, hot_columns: Tensor | None) -
 
 
 def _make_int8(recipe: Recipe, source: Source, hot_columns: Tensor | None) -> Made:
-    for part in source.int8(recipe.piece, hot_columns):
+    number = 2  # of the output that comes next, as `list_int8_outputs` lists them
+    if recipe.rotation:
+        yield number, 0, torch.tensor(recipe.rotation, dtype=torch.int32)
+        number += 1
+    for part in source.int8(recipe.piece, hot_columns, recipe.rotation):
         yield 0, part.first, part.weight_int8.cpu()
         yield 1, part.first, part.col_scale.cpu()
         if part.hot_weight is not None:
-            yield 2, part.first, part.hot_weight.cpu()
+            yield number, part.first, part.hot_weight.cpu()
     if hot_columns is not None:
-        yield 3, 0, hot_columns
+        yield number + 1, 0, hot_columns
 
 
 def _make_bitsandbytes(recipe: Recipe, source: Source, hot_columns: Tensor | None) -> Made:
-    """bitsandbytes has no hot columns: they are quantized with the rest."""
+    """bitsandbytes has neither rotation nor hot columns: the whole is quantized without them."""
 
     def quantize() -> Iterator[tuple[int, Tensor, Tensor]]:
-        if hot_columns is None:
+        if hot_columns is None and not recipe.piece.rotation:
             for part in source.int8(recipe.piece):
                 yield part.first, part.weight_int8, part.col_scale
         else:

@@ -176,7 +176,7 @@ def test_everything_wrong_with_an_int8_checkpoint_is_listed(int8_llama):
         load_tiny_stage(int8_llama)
     message = str(error.value)
     for part in (
-        f"{base}.q_proj.weight is int8 and must have {base}.q_proj.col_scale or",
+        f"{base}.q_proj.weight is int8 and must have {base}.q_proj.col_scale, ",
         "got model.layers.0.self_attn.k_proj.col_scale and",
         f"{base}.v_proj.col_scale must have shape [24], got [23]",
         f"{base}.o_proj.weight_format must be an integer 0..3",
