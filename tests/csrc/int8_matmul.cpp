@@ -12,9 +12,9 @@ struct Case {
   int64_t kernel;  // 0 small, 1 tiled, 2 finish, with sums that are made here
   int64_t M, N, K, H;
   int64_t type, bias_type, hot_type;  // DataType; bias_type -1: no bias
-  int64_t has_residual, has_high;  // has_high: a second plane
-  int64_t offset;  // bytes by which the int8 matrices are misaligned
-  int64_t gap;     // elements between rows of out and of residual
+  int64_t has_residual, has_high;     // has_high: a second plane
+  int64_t offset;                     // bytes by which the int8 matrices are misaligned
+  int64_t gap;                        // elements between rows of out and of residual
   int64_t num_multiprocessors, max_shared_bytes;
   int64_t order, seed, early_copies;
 };
