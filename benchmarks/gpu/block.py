@@ -57,8 +57,9 @@ def make_block(small: bool, device: torch.device) -> DecoderBlock:
             layer = Int8Linear(
                 child.in_features,
                 child.out_features,
-                outlier_rule="row_rms",
-                outlier_threshold=4.0,
+                outlier_rule="none",
+                outlier_threshold=0.0,
+                rotation=64,
                 device="meta",
                 dtype=DTYPE,
             ).to_empty(device=device)

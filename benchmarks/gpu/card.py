@@ -25,6 +25,7 @@ from dist_int8.int8.layouts import transform_layout
 
 DTYPE = torch.bfloat16
 TOLERANCE = 2e-2  # of a row's norm: bf16 has 8 bits, and some ops round twice
+# a rule with a second plane; the rotated cases have one
 RULE: Any = {"outlier_rule": "row_rms", "outlier_threshold": 4.0}
 SETTINGS = tuple(RULE.values())
 # M, N, K of one product for each kernel of compute capability 9.0 (gemm_tiles.h in csrc)
@@ -57,11 +58,18 @@ def cases() -> Iterator[Case]:
     """(op, call, arguments on the CPU); a call gets its tensors on the device that is tried."""
     x, weight = rows_of(33, 1024), random(1024).to(DTYPE)
     yield "quantize_rows", lambda x: ops.quantize_rows(x, *SETTINGS), (x,)
+    hot = torch.arange(0, 1024, 64, dtype=torch.int32)
+    for rotation in (64, 1024):
+        rotated = lambda x, hot, size=rotation: ops.quantize_rows(x, "none", 0.0, hot, size)  # noqa: E731
+        yield f"quantize_rows, rotated by {rotation}", rotated, (x, hot)
     for name, (M, N, K) in PRODUCTS.items():
         int8, scale = reference.quantize_weight(random(N, K) / K**0.5)
         bias = random(N).to(DTYPE)
         call = lambda x, *more: ops.int8_linear(x, *more, **RULE)  # noqa: E731
         yield f"int8_linear, {name}", call, (rows_of(M, K), int8, scale, bias)
+        hot_weight = random(N, len(hot)).to(DTYPE) / K**0.5
+        arguments = (rows_of(M, K), int8, scale, bias, hot, hot_weight)
+        yield f"int8_linear, rotated, {name}", rotated_linear, arguments
     int8, scale = reference.quantize_weight(random(512, 1024) / 32)
     residual = random(33, 512).to(DTYPE)
 
@@ -91,9 +99,19 @@ def cases() -> Iterator[Case]:
     yield "transform_layout", lambda x: transform_layout(x, "row", "col_ampere"), (matrix,)
 
 
+def rotated_linear(x: Tensor, *layer: Tensor) -> Tensor:
+    """int8_linear as by default: rotated, one plane, hot columns."""
+    int8, scale, bias, hot, hot_weight = layer
+    settings: Any = {"outlier_rule": "none", "outlier_threshold": 0.0, "rotation": 64}
+    return ops.int8_linear(x, int8, scale, bias, hot_columns=hot, hot_weight=hot_weight, **settings)
+
+
 def values(rows: reference.QuantizedRows) -> Tensor:
     """What quantized rows stand for, fp32 [M, K]."""
-    return (rows.x_int8.float() + 128.0 * rows.x_high.float()) * rows.row_scale[:, None]
+    planes = rows.x_int8.float()
+    if len(rows.x_high):
+        planes = planes + 128.0 * rows.x_high.float()
+    return planes * rows.row_scale[:, None]
 
 
 def segments_of(counts: tuple[int, ...]) -> Tensor:

@@ -39,7 +39,7 @@ SMALL = {"N": 256, "K": 128, "rows": 64, "batch": 2, "context": 64}
 MARK = "exponential"  # in the name of the kernel that run_calls puts before each call
 NO_COUNTERS = "ERR_NVGPUCTRPERM"  # ncu's word where the driver does not let it read them
 TILE = r"WarpSpecialized\w*\s*>, cute::tuple<cute::C<(\d+)>, cute::C<(\d+)>, cute::C<(\d+)>"
-RULES: dict[str, Any] = {"outlier_rule": "row_rms", "outlier_threshold": 4.0}
+RULES: dict[str, Any] = {"outlier_rule": "none", "outlier_threshold": 0.0, "rotation": 64}
 
 
 def calls(sizes: dict[str, int], device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -10,17 +10,20 @@ sets of buffers worth four times the L2 cache, so that weights come from memory 
 times include the quantization of x. bitsandbytes (Linear8bitLt, threshold 6.0, fp16) waits for the
 host and is timed without a graph. "none" is plain W8A8: one product, nothing added, what an engine
 without outliers runs. "weights only" (int8_weight_linear) is measured up to M = 32, torch's own
-int8 product (no scales: int32 out) above 16, which is its least.
+int8 product (no scales: int32 out) above 16, which is its least. "rotated" is the default: x and
+weights rotated in blocks of 64, hot columns in bf16, one int8 plane; the rules for outliers
+(reference.outlier_mask) have neither.
 
-Every rule for outliers (reference.outlier_mask) has its error |y - y64| / |y64| over sampled rows
-and outputs, y64 in fp64 from x, with the weights as they were (total) and with the int8 weights (of
-the activations alone). Correctness comes first: the op equals the specification on sampled outputs
-before it is timed. One record per cell; one that fails or hangs is recorded and left out.
+Every way has its error |y - y64| / |y64| over sampled rows and outputs, y64 in fp64 from x, with
+the weights as they were (total) and with the int8 weights (of the activations alone). Correctness
+comes first: the op equals the specification on sampled outputs before it is timed. One record per
+cell; one that fails or hangs is recorded and left out.
 """
 
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,13 +51,34 @@ SMALL_LAYERS = [("small", 96, 128), ("small", 65, 200)]
 ROWS = [1, 16, 32, 128, 512, 2048]
 OUTLIERS = {"few": (0.002, 0.04), "many": (0.009, 0.31)}  # of elements; of a block's columns
 BLOCK_ROWS = 128
-DEFAULT = "row_rms 4.0"
-RULES = {
-    "none": ("none", 0.0),
-    "absolute 6.0": ("absolute", 6.0),
-    "row_rms 6.0": ("row_rms", 6.0),
-    DEFAULT: ("row_rms", 4.0),
-    "all": ("all", 0.0),  # two full planes: 15-bit activations
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a linear treats x."""
+
+    rule: str
+    threshold: float = 0.0
+    num_hot: int = 0
+    rotation: int = 0
+
+    @property
+    def weights(self) -> tuple[int, int]:
+        """What its weights depend on."""
+        return self.num_hot, self.rotation
+
+
+DEFAULT = "rotated, 16 hot"
+DYNAMIC = "row_rms 4.0"  # the dynamic rule whose outliers are counted
+WAYS = {
+    "none": Way("none"),
+    DEFAULT: Way("none", num_hot=16, rotation=64),
+    "rotated, 64 hot": Way("none", num_hot=64, rotation=64),
+    "rotated": Way("none", rotation=64),
+    "absolute 6.0": Way("absolute", 6.0),
+    "row_rms 6.0": Way("row_rms", 6.0),
+    DYNAMIC: Way("row_rms", 4.0),
+    "all": Way("all"),  # two full planes: 15-bit activations
 }
 WEIGHT_ONLY_ROWS = 32
 INT_MM_ROWS = 17  # torch._int_mm takes no fewer on a GPU
@@ -75,8 +99,8 @@ def make_x(M: int, K: int, outliers: str, device: torch.device, seed: int) -> Te
 
 
 def flagged(x: Tensor) -> dict[str, float]:
-    """Shares of elements, and of tiles of 128 rows by 64 columns, with outliers by the default."""
-    high = ops.quantize_rows(x, *RULES[DEFAULT]).x_high.ne(0)
+    """Shares of elements, and of tiles of 128 rows by 64 columns, with outliers by DYNAMIC."""
+    high = ops.quantize_rows(x, WAYS[DYNAMIC].rule, WAYS[DYNAMIC].threshold).x_high.ne(0)
     by_row = functional.pad(high, (0, -high.shape[1] % 64)).view(len(x), -1, 64).any(dim=2)
     tiles = torch.stack([block.any(dim=0) for block in by_row.split(BLOCK_ROWS)])
     return {"elements": high.float().mean().item(), "tiles": tiles.float().mean().item()}
@@ -84,6 +108,30 @@ def flagged(x: Tensor) -> dict[str, float]:
 
 def sampled(count: int, limit: int) -> Tensor:
     return torch.linspace(0, count - 1, min(count, limit)).long().unique()
+
+
+class Weights:
+    """A weight in int8, in sets of buffers: with hot columns and rotated, or as it is."""
+
+    def __init__(self, weight: Tensor, num_hot: int, rotation: int) -> None:
+        N, K = weight.shape
+        hot = torch.arange(0, K, K // num_hot)[:num_hot] if num_hot else None
+        self.layer = Int8Linear(
+            K, N, bias=False, hot_columns=hot, rotation=rotation, device="meta", dtype=weight.dtype
+        ).quantize_(weight)
+        self.rotation = rotation
+        int8 = self.layer.weight_int8
+        self.int8 = [int8, *(int8.clone() for _ in range(num_sets(N * K, weight.device) - 1))]
+
+    def sample(self, outputs: Tensor) -> None:
+        """Keeps the floating weights that these outputs stand for."""
+        layer = self.layer
+        self.sampled64 = reference.dequantize_weight(
+            layer.weight_int8[outputs], layer.col_scale[outputs], rotation=self.rotation
+        ).double()
+        if layer.hot_columns is not None:
+            hot = layer.hot_columns.long()
+            self.sampled64[:, hot] = layer.hot_weight[outputs].double()
 
 
 class Layer:
@@ -94,13 +142,15 @@ class Layer:
         generator = torch.Generator(device=device).manual_seed(N + K)
         weight = torch.randn(N, K, device=device, generator=generator, dtype=torch.bfloat16)
         weight.mul_(K**-0.5)
-        layer = Int8Linear(K, N, bias=False, device="meta").quantize_(weight)
-        int8, self.col_scale = layer.weight_int8, layer.col_scale
-        self.int8 = [int8, *(int8.clone() for _ in range(num_sets(N * K, device) - 1))]
+        kinds = {way.weights for way in WAYS.values()}
+        self.ready = {kind: Weights(weight, *kind) for kind in kinds}
+        plain = self.ready[WAYS["none"].weights]
+        self.int8, self.col_scale = plain.int8, plain.layer.col_scale
         self.bf16 = [weight, *(weight.clone() for _ in range(num_sets(2 * N * K, device) - 1))]
         self.outputs = sampled(N, SAMPLED_OUTPUTS).to(device)
         self.weight64 = weight[self.outputs].double()
-        self.int8_64 = int8[self.outputs].double() * self.col_scale[self.outputs, None].double()
+        for weights in self.ready.values():
+            weights.sample(self.outputs)
         self.theirs: Any = None
 
     def add_bitsandbytes(self) -> None:
@@ -118,33 +168,46 @@ class Layer:
         self.theirs = theirs.to(self.device)
 
     def ours(self, x: Tensor, name: str, index: int = 0) -> Tensor:
-        rule, threshold = RULES[name]
-        return ops.int8_linear(
-            x,
-            self.int8[index],
-            self.col_scale,
-            outlier_rule=rule,
-            outlier_threshold=threshold,
-        )
+        weights = self.ready[WAYS[name].weights]
+        return ops.int8_linear(x, weights.int8[index], weights.layer.col_scale, **self.how(name))
 
-    def errors(self, y: Tensor, x: Tensor) -> dict[str, float]:
+    def how(self, name: str) -> dict[str, Any]:
+        """Keywords of int8_linear."""
+        way = WAYS[name]
+        layer = self.ready[way.weights].layer
+        return {
+            "outlier_rule": way.rule,
+            "outlier_threshold": way.threshold,
+            "hot_columns": layer.hot_columns,
+            "hot_weight": layer.hot_weight,
+            "rotation": way.rotation,
+        }
+
+    def quantization(self, name: str) -> tuple[str, float, Tensor | None, int]:
+        """Arguments of quantize_rows."""
+        way = WAYS[name]
+        return way.rule, way.threshold, self.ready[way.weights].layer.hot_columns, way.rotation
+
+    def errors(self, y: Tensor, x: Tensor, name: str = "none") -> dict[str, float]:
         """Relative error of sampled outputs, against the weights and against the int8 weights."""
         rows = sampled(len(x), SAMPLED_ROWS).to(self.device)
         got, x64 = y[rows][:, self.outputs].double(), x[rows].double()
-        wants = (x64 @ self.weight64.T, x64 @ self.int8_64.T)
+        wants = (x64 @ self.weight64.T, x64 @ self.ready[WAYS[name].weights].sampled64.T)
         total, activations = (((got - want).norm() / want.norm()).item() for want in wants)
         return {"total": total, "activations": activations}
 
     def check(self, x: Tensor, name: str) -> None:
         """The op equals the specification on sampled rows and outputs, within bf16."""
         rows = sampled(len(x), SAMPLED_ROWS).to(self.device)
-        rule, threshold = RULES[name]
+        layer, how = self.ready[WAYS[name].weights].layer, self.how(name)
+        if layer.hot_columns is not None:
+            how["hot_columns"] = layer.hot_columns.cpu()
+            how["hot_weight"] = layer.hot_weight[self.outputs].cpu()
         want = reference.int8_linear(
             x[rows].cpu(),
-            self.int8[0][self.outputs].cpu(),
-            self.col_scale[self.outputs].cpu(),
-            outlier_rule=rule,
-            outlier_threshold=threshold,
+            layer.weight_int8[self.outputs].cpu(),
+            layer.col_scale[self.outputs].cpu(),
+            **how,
         ).float()
         got = self.ours(x, name)[rows][:, self.outputs].cpu().float()
         worst = ((got - want).abs() - 2**-7 * want.abs()).max() / want.abs().max()
@@ -178,10 +241,11 @@ class Cell:
         int8, scale = layer.int8, layer.col_scale
         errors = {"bf16": layer.errors(functional.linear(x, layer.bf16[0]), x)}
         self.time("bf16", lambda x, i: functional.linear(x, layer.bf16[i]), len(layer.bf16))
-        for name in RULES:
+        for name, way in WAYS.items():
             layer.check(x, name)
-            errors[name] = layer.errors(layer.ours(x, name), x)
-            self.time(name, lambda x, i, name=name: layer.ours(x, name, i), num_int8)  # type: ignore[misc]
+            errors[name] = layer.errors(layer.ours(x, name), x, name)
+            count = len(layer.ready[way.weights].int8)
+            self.time(name, lambda x, i, name=name: layer.ours(x, name, i), count)  # type: ignore[misc]
         if self.M <= WEIGHT_ONLY_ROWS:
             exact = layer.errors(ops.int8_weight_linear(x, int8[0], scale), x)
             assert exact["activations"] < 2e-2, exact  # bf16 x and result
@@ -189,12 +253,17 @@ class Cell:
             self.time(
                 "weights only", lambda x, i: ops.int8_weight_linear(x, int8[i], scale), num_int8
             )
-        rule = RULES[DEFAULT]
-        rows = [ops.quantize_rows(x, *rule) for x in self.xs]
-        self.time("quantize_rows alone", lambda x, i: ops.quantize_rows(x, *rule), num_int8)
+        how, weights = layer.quantization(DEFAULT), layer.ready[WAYS[DEFAULT].weights]
+        rows = [ops.quantize_rows(x, *how) for x in self.xs]
+        self.time("quantize_rows alone", lambda x, i: ops.quantize_rows(x, *how), num_int8)
         self.time(
             "int8_matmul alone",
-            lambda x, i: ops.int8_matmul(rows[i % len(rows)], int8[i], scale),
+            lambda x, i: ops.int8_matmul(
+                rows[i % len(rows)],
+                weights.int8[i],
+                weights.layer.col_scale,
+                hot_weight=weights.layer.hot_weight,
+            ),
             num_int8,
         )
         if self.M >= INT_MM_ROWS:
@@ -216,7 +285,7 @@ class Cell:
 
 
 def ratios(cell: dict[str, Any], limits: dict[str, float]) -> dict[str, float]:
-    """The default rule and plain W8A8, against bf16, bitsandbytes and the device's limits."""
+    """The default and plain W8A8, against bf16, bitsandbytes and the device's limits."""
     M, N, K, times = cell["M"], cell["N"], cell["K"], cell["times_us"]
     ours = times[DEFAULT]
     found = {

@@ -306,7 +306,8 @@ void int8_matmul(const Int8MatmulArgs& args, const Runtime& runtime) {
     for (int64_t m = begin; m < end; ++m) {
       int8_t *low_row = low + m * ld, *high_row = high + m * ld;
       memcpy(low_row, args.x_int8 + m * K, K);
-      memcpy(high_row, args.x_high + m * K, K);
+      if (args.x_high == nullptr) memset(high_row, 0, K);
+      if (args.x_high != nullptr) memcpy(high_row, args.x_high + m * K, K);
       memset(low_row + K, 0, ld - K);
       memset(high_row + K, 0, ld - K);
       sum_low[m] = sum_high[m] = num_high[m] = 0;

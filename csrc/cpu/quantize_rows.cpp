@@ -138,7 +138,7 @@ static void quantize_row(const QuantizedRowsArgs& args, const PaddedPlanes& plan
   } else {
     memset(low_out, 0, planes.ld);
   }
-  if (!wrote_high && !planes.high_is_sparse) memset(high_out, 0, planes.ld);
+  if (!wrote_high && !planes.high_is_sparse && high_out != nullptr) memset(high_out, 0, planes.ld);
   if (planes.sum_low != nullptr) planes.sum_low[m] = sum_int(sum_low);
   if (planes.sum_high != nullptr) planes.sum_high[m] = sum_int(sum_high);
   if (planes.num_high != nullptr) planes.num_high[m] = sum_int(num_high);

@@ -12,16 +12,16 @@ __global__ void __launch_bounds__(kSiluMulThreads)
   rows::silu_mul_body<T>(args);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(rows::kMaxThreads, 1)
+template <typename T, int kSpans>
+__global__ void __launch_bounds__(rows::max_threads(kSpans), 1)
     silu_mul_quantize_kernel(const __grid_constant__ SiluMulArgs args, int num_kept) {
-  rows::silu_mul_quantize_body<T>(args, num_kept);
+  rows::silu_mul_quantize_body<T, kSpans>(args, num_kept);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(rows::kMaxThreads, 1)
+template <typename T, int kSpans>
+__global__ void __launch_bounds__(rows::max_threads(kSpans), 1)
     activation_quantize_kernel(const __grid_constant__ ActivationArgs args, int num_kept) {
-  rows::activation_quantize_body<T>(args, num_kept);
+  rows::activation_quantize_body<T, kSpans>(args, num_kept);
 }
 
 }  // namespace
@@ -40,16 +40,16 @@ const char* cuda_silu_mul(const SiluMulArgs& args, void* stream) {
 const char* cuda_silu_mul_quantize(const SiluMulArgs& args, void* stream) {
   return rows::with_type(args.type, [&](auto tag) {
     using T = decltype(tag);
-    return rows::launch_rows(silu_mul_quantize_kernel<T>, args, sizeof(T), args.out.num_hot,
-                             stream);
+    return rows::launch_quantized(silu_mul_quantize_kernel<T, 1>, silu_mul_quantize_kernel<T, 2>,
+                                  args, stream);
   });
 }
 
 const char* cuda_activation_quantize(const ActivationArgs& args, void* stream) {
   return rows::with_type(args.x_type, [&](auto tag) {
     using T = decltype(tag);
-    return rows::launch_rows(activation_quantize_kernel<T>, args, sizeof(T), args.out.num_hot,
-                             stream);
+    return rows::launch_quantized(activation_quantize_kernel<T, 1>,
+                                  activation_quantize_kernel<T, 2>, args, stream);
   });
 }
 

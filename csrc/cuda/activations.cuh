@@ -53,18 +53,18 @@ DIST_INT8_DEVICE void silu_mul_body(const SiluMulArgs& args) {
   store_chunk(static_cast<T*>(args.product) + m * I, I, c, values);
 }
 
-template <typename T>
+template <typename T, int kSpans>
 DIST_INT8_DEVICE void silu_mul_quantize_body(const SiluMulArgs& args, int num_kept) {
   const int I = static_cast<int>(args.num_features);
   const int64_t m = device::block_x();
   const T* row = static_cast<const T*>(args.gate_up) + m * 2 * I;
   const Shared shared = shared_memory(I, args.out.num_hot, num_kept);
-  quantize_row<T>(
+  quantize_row<T, kSpans>(
       args.out, m, I, shared, [&](int c, T(&values)[kChunk]) { silu_mul_chunk(row, I, c, values); },
       [&](int k) { return silu_mul_of(row[k], row[I + k]); });
 }
 
-template <typename T>
+template <typename T, int kSpans>
 DIST_INT8_DEVICE void activation_quantize_body(const ActivationArgs& args, int num_kept) {
   const int K = static_cast<int>(args.num_features);
   const int64_t m = device::block_x();
@@ -75,7 +75,7 @@ DIST_INT8_DEVICE void activation_quantize_body(const ActivationArgs& args, int n
     narrow(activate(args.activation, widen(value)), &rounded);
     return rounded;
   };
-  quantize_row<T>(
+  quantize_row<T, kSpans>(
       args.out, m, K, shared,
       [&](int c, T(&values)[kChunk]) {
         load_chunk(row, K, c, values);

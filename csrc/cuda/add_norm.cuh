@@ -7,7 +7,8 @@
 namespace dist_int8 {
 namespace rows {
 
-template <typename T, bool kQuantizes>
+// kSpans: of the rotation, 0 where the normed row is not quantized.
+template <typename T, int kSpans>
 DIST_INT8_DEVICE void add_norm_body(const AddNormArgs& args, int num_kept) {
   const int K = static_cast<int>(args.num_features);
   const int num_chunks = (K + kChunk - 1) / kChunk;
@@ -18,13 +19,13 @@ DIST_INT8_DEVICE void add_norm_body(const AddNormArgs& args, int num_kept) {
   T* total = residual == nullptr ? nullptr : static_cast<T*>(args.total) + m * K;
   // What is normed, as it lies in memory once the first pass is over.
   const T* sum_row = residual == nullptr ? x : total;
-  const Shared shared = shared_memory(K, kQuantizes ? args.out.num_hot : 0, num_kept);
+  const Shared shared = shared_memory(K, kSpans != 0 ? args.out.num_hot : 0, num_kept);
   float* reduction = reinterpret_cast<float*>(shared.reduction);
 
   // The norm sees the sum as it is stored, in x's type.
   const bool centred = args.kind == NormKind::kLayer;
   float sum = 0.0f;
-  DIST_INT8_ROLLED
+  DIST_INT8_NO_UNROLL
   for (int c = device::thread_index(); c < num_chunks; c += device::num_threads()) {
     T values[kChunk];
     load_chunk(x, K, c, values);
@@ -47,7 +48,7 @@ DIST_INT8_DEVICE void add_norm_body(const AddNormArgs& args, int num_kept) {
   if (centred) {
     centre = mean_square;
     sum = 0.0f;
-    DIST_INT8_ROLLED
+    DIST_INT8_NO_UNROLL
     for (int c = device::thread_index(); c < num_chunks; c += device::num_threads()) {
       T values[kChunk];
       if (c < shared.num_kept) {
@@ -96,9 +97,9 @@ DIST_INT8_DEVICE void add_norm_body(const AddNormArgs& args, int num_kept) {
     }
   };
 
-  if constexpr (kQuantizes) {
+  if constexpr (kSpans != 0) {
     // Kept chunks are asked for once: then the normed values take the place of the sum.
-    quantize_row<T>(
+    quantize_row<T, kSpans>(
         args.out, m, K, shared,
         [&](int c, T(&values)[kChunk]) {
           sum_chunk(c, values);
@@ -110,7 +111,7 @@ DIST_INT8_DEVICE void add_norm_body(const AddNormArgs& args, int num_kept) {
         });
   } else {
     T* out = static_cast<T*>(args.normed) + m * K;
-    DIST_INT8_ROLLED
+    DIST_INT8_NO_UNROLL
     for (int c = device::thread_index(); c < num_chunks; c += device::num_threads()) {
       T values[kChunk];
       sum_chunk(c, values);

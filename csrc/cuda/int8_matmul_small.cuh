@@ -13,19 +13,23 @@
 // are 4 consecutive bytes, and which k they stand for is free as long as A and B agree: a lane
 // reads 16 consecutive bytes of its row at once and spends them on two instructions.
 //
-// x_high is multiplied only in the 64-wide tiles that high_tiles flags for some row, straight from
-// global memory. All sums are exact int32, so neither the split nor its order shows in the result.
+// x_high, where there is one, is multiplied only in the 64-wide tiles that high_tiles flags for
+// some row, straight from global memory. All sums are exact int32, so neither the split nor its
+// order shows in the result.
 #pragma once
 
 #include "cuda/matmul_parts.cuh"
 
 namespace dist_int8 {
 
-template <int kRowTiles_, int kTokenTiles_, bool kAligned_>
+template <int kRowTiles_, int kTokenTiles_, bool kAligned_, bool kHasHigh_ = false>
 struct SmallMatmulShape {
   static constexpr int kRowTiles = kRowTiles_;      // of 16 output features
   static constexpr int kTokenTiles = kTokenTiles_;  // of 8 rows of x
   static constexpr bool kAligned = kAligned_;       // 16-byte loads are allowed everywhere
+  static constexpr bool kHasHigh = kHasHigh_;       // a second plane of x
+  static constexpr int kPlanes = kHasHigh ? 2 : 1;
+  using WithHigh = SmallMatmulShape<kRowTiles_, kTokenTiles_, kAligned_, true>;
   static constexpr int kRows = 16 * kRowTiles;
   static constexpr int kTokens = 8 * kTokenTiles;
   static constexpr int kColumns = 128;
@@ -37,7 +41,7 @@ struct SmallMatmulShape {
 
   static constexpr int shared_bytes(int num_warps) {
     const int tiles = num_warps * kStages * kTileBytes;
-    const int sums = (2 * num_warps + 1) * kRows * kTokens * 4;  // the planes; hot columns
+    const int sums = (kPlanes * num_warps + 1) * kRows * kTokens * 4;  // and hot columns
     return kFlagBytes + (tiles > sums ? tiles : sums);
   }
 };
@@ -124,7 +128,7 @@ DIST_INT8_DEVICE void multiply_small_tile(
       x[t] = load16(tile + piece_offset(Shape::kRows + t * 8 + group, piece));
     }
     multiply(low);
-    if (flags >> half & 1) {
+    if (Shape::kHasHigh && (flags >> half & 1)) {
       DIST_INT8_UNROLL
       for (int t = 0; t < Shape::kTokenTiles; ++t) {
         x[t] = load_high<Shape>(args, t * 8 + group, k + piece * 16);
@@ -155,17 +159,21 @@ DIST_INT8_DEVICE void int8_matmul_small_body(const Int8MatmulArgs& args) {
   }
 
   // Which 64-wide tiles have outliers in any row; looked up while the first tiles arrive.
-  for (int word = thread_index(); word < Shape::kFlagWords; word += num_threads()) flags[word] = 0;
-  block_sync();
-  const int num_words = static_cast<int>((K + kHighWordColumns - 1) / kHighWordColumns);
-  for (int word = lane; args.high_tiles != nullptr && word < num_words; word += 32) {
-    uint32_t bits = 0;
-    for (int64_t m = warp; m < args.num_rows; m += warps) {
-      bits |= static_cast<uint32_t>(args.high_tiles[m * num_words + word]);
+  if constexpr (Shape::kHasHigh) {
+    for (int word = thread_index(); word < Shape::kFlagWords; word += num_threads()) {
+      flags[word] = 0;
     }
-    if (bits != 0) atomic_or(&flags[word], bits);
+    block_sync();
+    const int num_words = static_cast<int>((K + kHighWordColumns - 1) / kHighWordColumns);
+    for (int word = lane; word < num_words; word += 32) {
+      uint32_t bits = 0;
+      for (int64_t m = warp; m < args.num_rows; m += warps) {
+        bits |= static_cast<uint32_t>(args.high_tiles[m * num_words + word]);
+      }
+      if (bits != 0) atomic_or(&flags[word], bits);
+    }
+    block_sync();
   }
-  block_sync();
 
   int32_t low[Shape::kRowTiles][Shape::kTokenTiles][4] = {};
   int32_t high[Shape::kRowTiles][Shape::kTokenTiles][4] = {};
@@ -180,7 +188,10 @@ DIST_INT8_DEVICE void int8_matmul_small_body(const Int8MatmulArgs& args) {
     }
     copy_async_commit();
     const int64_t k = column(i);
-    const uint32_t bits = flags[k / kHighWordColumns] >> (k / kHighTileColumns % 32) & 3;
+    uint32_t bits = 0;
+    if constexpr (Shape::kHasHigh) {
+      bits = flags[k / kHighWordColumns] >> (k / kHighTileColumns % 32) & 3;
+    }
     multiply_small_tile<Shape>(args, ring + slot * Shape::kTileBytes, k, bits, low, high);
     slot = slot == kStages - 1 ? 0 : slot + 1;
   }
@@ -188,7 +199,7 @@ DIST_INT8_DEVICE void int8_matmul_small_body(const Int8MatmulArgs& args) {
   block_sync();  // the rings become the place where the warps' sums meet
 
   int32_t* const sums = reinterpret_cast<int32_t*>(rest);  // [warp][plane][row][token]
-  constexpr int kPlane = kRows * kTokens;
+  constexpr int kPlane = kRows * kTokens, kPlanes = Shape::kPlanes;
   DIST_INT8_UNROLL
   for (int r = 0; r < Shape::kRowTiles; ++r) {
     DIST_INT8_UNROLL
@@ -197,12 +208,12 @@ DIST_INT8_DEVICE void int8_matmul_small_body(const Int8MatmulArgs& args) {
       for (int i = 0; i < 4; ++i) {
         const fragments::Place place = fragments::m16n8_c(lane, i);
         const int at = (r * 16 + place.row) * kTokens + t * 8 + place.column;
-        sums[warp * 2 * kPlane + at] = low[r][t][i];
-        sums[(warp * 2 + 1) * kPlane + at] = high[r][t][i];
+        sums[warp * kPlanes * kPlane + at] = low[r][t][i];
+        if constexpr (Shape::kHasHigh) sums[(warp * 2 + 1) * kPlane + at] = high[r][t][i];
       }
     }
   }
-  float* const hot = reinterpret_cast<float*>(sums + warps * 2 * kPlane);  // [row][token]
+  float* const hot = reinterpret_cast<float*>(sums + warps * kPlanes * kPlane);  // [row][token]
   const bool hot_tiles = args.num_hot != 0 && hot_on_tensor_cores(args);
   if (hot_tiles) {
     for (int tile = warp; tile < Shape::kRowTiles * Shape::kTokenTiles; tile += warps) {
@@ -226,8 +237,8 @@ DIST_INT8_DEVICE void int8_matmul_small_body(const Int8MatmulArgs& args) {
     if (n >= args.num_outputs) continue;
     int32_t sum_low = 0, sum_high = 0;
     for (int w = 0; w < warps; ++w) {
-      sum_low += sums[w * 2 * kPlane + row * kTokens + m];
-      sum_high += sums[(w * 2 + 1) * kPlane + row * kTokens + m];
+      sum_low += sums[w * kPlanes * kPlane + row * kTokens + m];
+      if constexpr (Shape::kHasHigh) sum_high += sums[(w * 2 + 1) * kPlane + row * kTokens + m];
     }
     const float y = total_sum(sum_low, sum_high) * (args.row_scale[m] * args.col_scale[n]);
     const float hot_part =
@@ -252,12 +263,16 @@ auto dispatch_int8_matmul_small(const Int8MatmulArgs& args, const DeviceLimits& 
     return args.num_outputs * 10 >=
            static_cast<int64_t>(rows) * blocks_each * limits.num_multiprocessors * 9;
   };
-  const auto run = [&](auto shape) {
+  const auto run_shape = [&](auto shape) {
     using Shape = decltype(shape);
     const int64_t blocks = (args.num_outputs + Shape::kRows - 1) / Shape::kRows;
     int warps = 8;
     while (warps > 1 && Shape::shared_bytes(warps) > limits.max_shared_bytes) warps /= 2;
     return launcher.template run<Shape>(blocks, warps, Shape::shared_bytes(warps));
+  };
+  const auto run = [&](auto shape) {
+    if (args.high_tiles == nullptr) return run_shape(shape);
+    return run_shape(typename decltype(shape)::WithHigh{});
   };
   if (args.num_rows <= 8) {
     if (!is_aligned) return run(SmallMatmulShape<1, 1, false>{});

@@ -45,11 +45,14 @@ DIST_INT8_DEVICE bool hot_on_tensor_cores(const Int8MatmulArgs& args) {
   return args.type != DataType::kFloat32 && args.hot_type == args.type;
 }
 
-// Elements (row, h) and (row, h + 1) of a 16-bit matrix [num_rows, H]; zeros outside of it.
+// Elements (row, h) and (row, h + 1) of a 16-bit matrix [num_rows, H], h even; zeros outside of it.
 DIST_INT8_DEVICE uint32_t load_hot_pair(const void* from, int64_t row, int64_t num_rows, int64_t h,
                                         int64_t H) {
   if (row >= num_rows) return 0;
   const uint16_t* at = static_cast<const uint16_t*>(from) + row * H + h;
+  if (H % 2 == 0 && reinterpret_cast<uintptr_t>(from) % 4 == 0) {  // one load
+    return h < H ? *reinterpret_cast<const uint32_t*>(at) : 0u;
+  }
   return (h < H ? at[0] : 0u) | (h + 1 < H ? static_cast<uint32_t>(at[1]) << 16 : 0u);
 }
 

@@ -4,10 +4,10 @@
 namespace dist_int8 {
 namespace {
 
-template <typename T>
-__global__ void __launch_bounds__(rows::kMaxThreads, 1)
+template <typename T, int kSpans>
+__global__ void __launch_bounds__(rows::max_threads(kSpans), 1)
     quantize_rows_kernel(const __grid_constant__ QuantizeRowsArgs args, int num_kept) {
-  rows::quantize_rows_body<T>(args, num_kept);
+  rows::quantize_rows_body<T, kSpans>(args, num_kept);
 }
 
 }  // namespace
@@ -15,7 +15,8 @@ __global__ void __launch_bounds__(rows::kMaxThreads, 1)
 const char* cuda_quantize_rows(const QuantizeRowsArgs& args, void* stream) {
   return rows::with_type(args.x_type, [&](auto tag) {
     using T = decltype(tag);
-    return rows::launch_rows(quantize_rows_kernel<T>, args, sizeof(T), args.out.num_hot, stream);
+    return rows::launch_quantized(quantize_rows_kernel<T, 1>, quantize_rows_kernel<T, 2>, args,
+                                  stream);
   });
 }
 

@@ -3,14 +3,8 @@
 // Built without contraction (--fmad=false): squares and steps round as in the specification.
 #pragma once
 
-#include "cuda/row.cuh"
+#include "cuda/rotation.cuh"
 #include "dist_int8/cuda_kernels.h"
-
-#ifdef __CUDACC__
-#define DIST_INT8_ROLLED _Pragma("unroll 1")
-#else
-#define DIST_INT8_ROLLED
-#endif
 
 namespace dist_int8 {
 namespace rows {
@@ -54,7 +48,9 @@ template <typename T, typename Element>
 DIST_INT8_DEVICE void begin_row(const QuantizedRowsArgs& out, int64_t m, int K,
                                 const Shared& shared, const Element& element) {
   const int thread = device::thread_index();
-  for (int w = thread; w < shared.num_words; w += device::num_threads()) shared.high_tiles[w] = 0;
+  if (out.rule != OutlierRule::kNone) {
+    for (int w = thread; w < shared.num_words; w += device::num_threads()) shared.high_tiles[w] = 0;
+  }
   if (out.num_hot == 0) return;
   for (int w = thread; w < (K + 31) / 32; w += device::num_threads()) shared.hot[w] = 0;
   device::block_sync();
@@ -76,15 +72,22 @@ DIST_INT8_DEVICE void clear_hot(const Shared& shared, int c, T (&values)[kChunk]
   }
 }
 
-// Writes a chunk's two planes; returns whether the high one is not all zero.
-template <typename T>
+DIST_INT8_DEVICE void store_plane(int8_t* plane, int64_t m, int K, int c,
+                                  const device::Vector16& words) {
+  int8_t bytes[kChunk];
+  memcpy(bytes, words.words, kChunk);
+  store_chunk(plane + m * K, K, c, bytes);
+}
+
+// Writes a chunk's planes; returns whether the high one is not all zero. Under the rule kNone no
+// element spills over, and there is no high plane.
 DIST_INT8_DEVICE bool write_planes(const QuantizedRowsArgs& out, int64_t m, int K, int c,
-                                   const Divisor& divisor, const T (&values)[kChunk]) {
+                                   const Divisor& divisor, const float (&values)[kChunk]) {
   int low[kChunk];
   bool spills = false;
   DIST_INT8_UNROLL
   for (int i = 0; i < kChunk; ++i) {
-    low[i] = round_to_int(divisor.quotient(widen(values[i])));
+    low[i] = round_to_int(divisor.quotient(values[i]));
     spills |= static_cast<unsigned>(low[i] + 127) > 254u;
   }
   device::Vector16 low_bytes, high_bytes{{0, 0, 0, 0}};
@@ -106,26 +109,76 @@ DIST_INT8_DEVICE bool write_planes(const QuantizedRowsArgs& out, int64_t m, int 
   for (int w = 0; w < 4; ++w) {
     low_bytes.words[w] = pack(low[4 * w], low[4 * w + 1], low[4 * w + 2], low[4 * w + 3]);
   }
-  int8_t bytes[kChunk];
-  memcpy(bytes, low_bytes.words, kChunk);
-  store_chunk(out.x_int8 + m * K, K, c, bytes);
-  memcpy(bytes, high_bytes.words, kChunk);
-  store_chunk(out.x_high + m * K, K, c, bytes);
+  store_plane(out.x_int8, m, K, c, low_bytes);
+  if (out.rule != OutlierRule::kNone) store_plane(out.x_high, m, K, c, high_bytes);
   return spills;
 }
 
+// Chunk base + lane as it is quantized, zeros after the row: without hot columns, rotated, and kept
+// where there is room. All lanes of a warp call it. Of a block over two spans the warp has both,
+// and asks for the lower one first.
+template <typename T, int kSpans, typename Produce>
+DIST_INT8_DEVICE void compute_chunk(const QuantizedRowsArgs& out, int K, const Shared& shared,
+                                    int base, const Produce& produce, float (&values)[kChunk]) {
+  const int num_chunks = (K + kChunk - 1) / kChunk;
+  const bool is_upper = kSpans == 2 && base / kSpanChunks % 2 == 1;
+  const int first = base - (is_upper ? kSpanChunks : 0) + device::lane_index();
+  float lower[kChunk];
+  DIST_INT8_NO_UNROLL
+  for (int span = 0; span < kSpans; ++span) {
+    const int c = first + span * kSpanChunks;
+    T raw[kChunk] = {};
+    if (c < num_chunks) {
+      produce(c, raw);
+      if (out.num_hot != 0) clear_hot(shared, c, raw);
+    }
+    DIST_INT8_UNROLL
+    for (int i = 0; i < kChunk; ++i) {
+      values[i] = widen(raw[i]);
+    }
+    rotate_span(static_cast<int>(out.rotation), values);
+    if constexpr (kSpans == 2) {
+      if (span == 0) {
+        DIST_INT8_UNROLL
+        for (int i = 0; i < kChunk; ++i) lower[i] = values[i];
+      }
+    }
+  }
+  if constexpr (kSpans == 2) {
+    join_spans(lower, values);
+    if (first < shared.num_kept) keep(shared, first, lower);
+    if (first < shared.num_kept) keep(shared, first + kSpanChunks, values);
+    DIST_INT8_UNROLL
+    for (int i = 0; i < kChunk; ++i) {
+      if (!is_upper) values[i] = lower[i];
+    }
+  } else {
+    if (first < shared.num_kept) keep(shared, first, values);
+  }
+}
+
+// Sets the bits of a warp's span in high_tiles: four lanes share a tile of 64 columns, a warp's 512
+// columns share a word.
+DIST_INT8_DEVICE void flag_tiles(const Shared& shared, int base, bool spills) {
+  const uint32_t lanes = device::warp_ballot(spills);
+  if (lanes == 0 || device::lane_index() != 0) return;
+  uint32_t tiles = 0;
+  for (int i = 0; i < 8; ++i) tiles |= ((lanes >> (4 * i) & 15u) != 0 ? 1u : 0u) << i;
+  device::atomic_or(&shared.high_tiles[base / 128], tiles << (base / 4 % 32));
+}
+
 // Quantizes row m. produce(c, values) computes chunk c, zeros after K; element(k) computes one
-// column of it, with the same bits. The chunks that fit stay in shared memory.
+// column of it, with the same bits. The chunks that fit stay in shared memory, rotated.
 //
 // Three passes: facts of the row, absmax of its inliers, planes. They share one loop because
-// `produce` can be long.
-template <typename T, typename Produce, typename Element>
+// `produce` can be long. A warp takes a span of 32 chunks at a time, or the two of a block.
+template <typename T, int kSpans, typename Produce, typename Element>
 DIST_INT8_DEVICE void quantize_row(const QuantizedRowsArgs& out, int64_t m, int K,
                                    const Shared& shared, const Produce& produce,
                                    const Element& element) {
   enum Pass { kFacts, kInliers, kPlanes };
   const int num_chunks = (K + kChunk - 1) / kChunk;
-  const int first = device::warp_index() * 32;
+  const bool decomposes = out.rule != OutlierRule::kNone;
   begin_row<T>(out, m, K, shared, element);
   device::block_sync();
 
@@ -137,65 +190,54 @@ DIST_INT8_DEVICE void quantize_row(const QuantizedRowsArgs& out, int64_t m, int 
   if (out.rule == OutlierRule::kAbsolute) limit = static_cast<float>(out.threshold);
   if (out.rule == OutlierRule::kAll) limit = 0.0f;
 
-  DIST_INT8_ROLLED
+  DIST_INT8_NO_UNROLL
   for (int pass = kFacts; pass <= kPlanes; ++pass) {
     if (pass == kInliers && !(finite && absmax >= limit)) {
       inliers = absmax;
       continue;
     }
-    if (pass == kPlanes && finite) {
-      step = quantization_step(inliers, absmax, out.rule != OutlierRule::kNone);
-    }
+    if (pass == kPlanes && finite) step = quantization_step(inliers, absmax, decomposes);
     const Divisor divisor(step > 0.0f ? step : 1.0f);
-    DIST_INT8_ROLLED
-    for (int base = first; base < num_chunks; base += device::num_threads()) {
+    int base = device::warp_index() * kSpans * kSpanChunks;
+    DIST_INT8_NO_UNROLL
+    while (base < num_chunks) {
       const int c = base + device::lane_index();
-      bool spills = false;
-      if (c < num_chunks) {
-        T values[kChunk];
-        if (pass != kFacts && c < shared.num_kept) {
-          recall(shared, c, values);
-        } else {
-          produce(c, values);
-          if (out.num_hot != 0) clear_hot(shared, c, values);
-          if (c < shared.num_kept) keep(shared, c, values);
+      const bool is_done = pass != kFacts || (kSpans == 2 && base / kSpanChunks % 2 == 1);
+      float values[kChunk] = {};
+      if (is_done && base < shared.num_kept) {
+        if (c < num_chunks) recall(shared, c, values);
+      } else {
+        compute_chunk<T, kSpans>(out, K, shared, base, produce, values);
+      }
+      if (pass == kFacts) {
+        DIST_INT8_UNROLL
+        for (int i = 0; i < kChunk; ++i) {
+          const uint32_t bits = bits_from_float(values[i]) & 0x7fffffffu;
+          largest = bits > largest ? bits : largest;
         }
-        if (pass == kFacts) {
+        if (out.rule == OutlierRule::kRowRms) {
           DIST_INT8_UNROLL
           for (int i = 0; i < kChunk; ++i) {
-            const uint32_t bits = bits_from_float(widen(values[i])) & 0x7fffffffu;
-            largest = bits > largest ? bits : largest;
+            const double v = values[i];
+            squares = fma(v, v, squares);
           }
-          if (out.rule == OutlierRule::kRowRms) {
-            DIST_INT8_UNROLL
-            for (int i = 0; i < kChunk; ++i) {
-              const double v = widen(values[i]);
-              squares = fma(v, v, squares);
-            }
-          }
-        } else if (pass == kInliers) {
+        }
+      } else if (pass == kInliers) {
+        DIST_INT8_UNROLL
+        for (int i = 0; i < kChunk; ++i) {
+          const float a = fabsf(values[i]);
+          if (a < limit && a > inliers) inliers = a;
+        }
+      } else {
+        if (step == 0.0f) {
           DIST_INT8_UNROLL
-          for (int i = 0; i < kChunk; ++i) {
-            const float a = fabsf(widen(values[i]));
-            if (a < limit && a > inliers) inliers = a;
-          }
-        } else {
-          if (step == 0.0f) {
-            DIST_INT8_UNROLL
-            for (int i = 0; i < kChunk; ++i) values[i] = T{};
-          }
-          spills = write_planes(out, m, K, c, divisor, values);
+          for (int i = 0; i < kChunk; ++i) values[i] = 0.0f;
         }
+        const bool spills = c < num_chunks && write_planes(out, m, K, c, divisor, values);
+        if (decomposes) flag_tiles(shared, base, spills);
       }
-      if (pass == kPlanes) {
-        // Four lanes share a tile of 64 columns, a warp's 512 columns share a word.
-        const uint32_t lanes = device::warp_ballot(spills);
-        if (lanes != 0 && device::lane_index() == 0) {
-          uint32_t tiles = 0;
-          for (int i = 0; i < 8; ++i) tiles |= ((lanes >> (4 * i) & 15u) != 0 ? 1u : 0u) << i;
-          device::atomic_or(&shared.high_tiles[base / 128], tiles << (base / 4 % 32));
-        }
-      }
+      base += kSpanChunks;
+      if (base / kSpanChunks % kSpans == 0) base += (device::num_threads() - kSpanChunks) * kSpans;
     }
     if (pass == kFacts) {
       largest = device::block_reduce<device::Largest>(
@@ -212,21 +254,23 @@ DIST_INT8_DEVICE void quantize_row(const QuantizedRowsArgs& out, int64_t m, int 
     }
   }
 
-  device::block_sync();
   const int thread = device::thread_index();
-  for (int w = thread; w < shared.num_words; w += device::num_threads()) {
-    out.high_tiles[m * shared.num_words + w] = shared.high_tiles[w];
+  if (decomposes) {
+    device::block_sync();
+    for (int w = thread; w < shared.num_words; w += device::num_threads()) {
+      out.high_tiles[m * shared.num_words + w] = shared.high_tiles[w];
+    }
   }
   if (thread == 0) out.row_scale[m] = finite ? step : float_from_bits(0x7fc00000u);
 }
 
-template <typename T>
+template <typename T, int kSpans>
 DIST_INT8_DEVICE void quantize_rows_body(const QuantizeRowsArgs& args, int num_kept) {
   const int K = static_cast<int>(args.num_features);
   const int64_t m = device::block_x();
   const T* row = static_cast<const T*>(args.x) + m * K;
   const Shared shared = shared_memory(K, args.out.num_hot, num_kept);
-  quantize_row<T>(
+  quantize_row<T, kSpans>(
       args.out, m, K, shared, [&](int c, T(&values)[kChunk]) { load_chunk(row, K, c, values); },
       [&](int k) { return row[k]; });
 }

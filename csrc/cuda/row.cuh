@@ -3,19 +3,28 @@
 // A thread takes chunks of 16 columns, c = thread, thread + num_threads, ...: two or four loads of
 // 16 bytes, and one store of 16 bytes to an int8 plane. It alone reads and writes its chunks in
 // shared memory, so that they need no barrier. Columns that do not fit are computed again from
-// global memory in each pass.
+// global memory in each pass. Rows that are quantized are kept as floats, rotated (rotation.cuh).
 //
-//   shared memory: [32 x 8 bytes for reductions][high tiles][hot columns, one bit each][chunks]
+//   shared memory: [32 x 8 bytes for reductions][high tiles][hot columns, one bit
+//   each][spare][chunks]
 #pragma once
 
 #include "cuda/device.cuh"
+#include "dist_int8/arguments.h"
 
 namespace dist_int8 {
 namespace rows {
 
 constexpr int kChunk = 16;
-constexpr int kMaxThreads = 768;  // leaves 80 registers per thread
+// Leaves 80 registers per thread; 128 where a lane holds a chunk of both spans of a block.
+constexpr int max_threads(int num_spans) { return num_spans == 1 ? 768 : 512; }
+constexpr int kSpanChunks = 32;  // of a warp at a time
+constexpr int kSpanColumns = kSpanChunks * kChunk;
 constexpr int kReductionBytes = 32 * 8;
+
+// Spans that share a block of a rotation: they have one owner.
+inline int spans_per_block(int64_t block) { return block > kSpanColumns ? 2 : 1; }
+static_assert(kLargestRotation == 2 * kSpanColumns, "a block is one span of a warp, or two");
 
 struct Geometry {
   int num_threads;
@@ -23,18 +32,36 @@ struct Geometry {
   int num_kept;  // chunks of a row that shared memory holds
 };
 
-// For rows of K elements. The sums of a row run over num_threads, which depends on K alone.
-inline Geometry geometry(int64_t K, int element_bytes, int64_t num_hot, int max_shared_bytes) {
+// Rows as a launch sees them.
+struct RowShape {
+  int64_t K;
+  int element_bytes;  // of what is kept
+  int64_t num_hot;
+  int num_spans;  // that share a block of the rotation
+};
+
+// Rows that are quantized are kept as floats.
+inline RowShape quantized_shape(int64_t K, const QuantizedRowsArgs& out) {
+  return RowShape{K, sizeof(float), out.num_hot, spans_per_block(out.rotation)};
+}
+
+// The sums of a row run over num_threads, which depends on K and the rotation alone.
+inline Geometry geometry(const RowShape& row, int max_shared_bytes) {
+  const int64_t K = row.K;
   const int num_chunks = static_cast<int>((K + kChunk - 1) / kChunk);
-  const int rounds = (num_chunks + kMaxThreads - 1) / kMaxThreads;
+  const int most = max_threads(row.num_spans), rounds = (num_chunks + most - 1) / most;
   const int each = rounds == 0 ? 1 : (num_chunks + rounds - 1) / rounds;
   Geometry g{(each + 31) / 32 * 32, 0, 0};
   const int64_t num_words = (K + kHighWordColumns - 1) / kHighWordColumns;
   const int64_t fixed =
-      kReductionBytes + (num_words + 3) / 4 * 16 + (num_hot == 0 ? 0 : (K + 127) / 128 * 16);
-  const int64_t fitting = (max_shared_bytes - fixed) / (kChunk * element_bytes);
-  g.num_kept = static_cast<int>(fitting < num_chunks ? fitting : num_chunks);
-  g.shared_bytes = static_cast<int>(fixed + int64_t{g.num_kept} * kChunk * element_bytes);
+      kReductionBytes + (num_words + 3) / 4 * 16 + (row.num_hot == 0 ? 0 : (K + 127) / 128 * 16);
+  const int64_t chunk_bytes = kChunk * row.element_bytes;
+  const int64_t fitting = fixed < max_shared_bytes ? (max_shared_bytes - fixed) / chunk_bytes : 0;
+  // All chunks, or whole blocks of any rotation: a warp recalls chunks, or computes them, as one.
+  constexpr int kTogether = 2 * kSpanChunks;
+  g.num_kept =
+      static_cast<int>(fitting < num_chunks ? fitting / kTogether * kTogether : num_chunks);
+  g.shared_bytes = static_cast<int>(fixed + g.num_kept * chunk_bytes);
   return g;
 }
 
@@ -140,17 +167,15 @@ DIST_INT8_DEVICE void keep(const Shared& shared, int c, const T (&values)[kChunk
   for (int v = 0; v < kChunk / kPerVector; ++v) {
     device::Vector16 raw;
     memcpy(raw.words, values + v * kPerVector, 16);
-    device::store16(shared.chunks + (static_cast<int64_t>(v) * shared.num_kept + c) * 16, raw);
+    device::store16(shared.chunks + (v * shared.num_kept + c) * 16, raw);
   }
 }
-
 template <typename T>
 DIST_INT8_DEVICE void recall(const Shared& shared, int c, T (&values)[kChunk]) {
   constexpr int kPerVector = 16 / sizeof(T);
   DIST_INT8_UNROLL
   for (int v = 0; v < kChunk / kPerVector; ++v) {
-    const device::Vector16 raw =
-        device::load16(shared.chunks + (static_cast<int64_t>(v) * shared.num_kept + c) * 16);
+    const device::Vector16 raw = device::load16(shared.chunks + (v * shared.num_kept + c) * 16);
     memcpy(values + v * kPerVector, raw.words, 16);
   }
 }

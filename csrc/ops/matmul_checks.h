@@ -67,12 +67,15 @@ inline void check_quantized_rows(const char* op, const MatmulInputs& inputs, Int
   check_shape(op, "x_int8", inputs.x_int8, {{"M", -1}, {"K", -1}});
   const int64_t M = args->num_rows = inputs.x_int8.size(0);
   const int64_t K = args->num_features = inputs.x_int8.size(1);
+  // Without rows where the rule has no second plane.
+  const bool has_high = inputs.x_high.dim() != 2 || inputs.x_high.size(0) != 0;
   check_dtype(op, "x_high", inputs.x_high, ScalarType::Char);
-  check_shape(op, "x_high", inputs.x_high, {{"M", M}, {"K", K}});
+  check_shape(op, "x_high", inputs.x_high, {{"M", has_high ? M : 0}, {"K", K}});
   check_dtype(op, "row_scale", inputs.row_scale, ScalarType::Float);
   check_shape(op, "row_scale", inputs.row_scale, {{"M", M}});
   check_dtype(op, "high_tiles", inputs.high_tiles, ScalarType::Int);
-  check_shape(op, "high_tiles", inputs.high_tiles, {{"M", M}, {"ceil(K/2048)", (K + 2047) / 2048}});
+  check_shape(op, "high_tiles", inputs.high_tiles,
+              {{"M", has_high ? M : 0}, {"ceil(K/2048)", (K + 2047) / 2048}});
   args->type = data_type(op, "x_hot", inputs.x_hot);
   check_shape(op, "x_hot", inputs.x_hot, {{"M", M}, {"H", -1}});
   args->num_hot = inputs.x_hot.size(1);
@@ -83,9 +86,11 @@ inline void check_quantized_rows(const char* op, const MatmulInputs& inputs, Int
     check_same_device(op, name, tensor, inputs.x_int8);
   }
   args->x_int8 = inputs.x_int8.const_data_ptr<int8_t>();
-  args->x_high = inputs.x_high.const_data_ptr<int8_t>();
   args->row_scale = inputs.row_scale.const_data_ptr<float>();
-  args->high_tiles = inputs.high_tiles.const_data_ptr<int32_t>();
+  if (has_high) {
+    args->x_high = inputs.x_high.const_data_ptr<int8_t>();
+    args->high_tiles = inputs.high_tiles.const_data_ptr<int32_t>();
+  }
 }
 
 // Everything but `out`.

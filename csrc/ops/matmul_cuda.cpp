@@ -45,9 +45,11 @@ const char* run_small(const Int8MatmulArgs& args, const DeviceLimits& limits, vo
     Int8MatmulArgs block = args;
     block.num_rows = args.num_rows - m < kMaxSmallRows ? args.num_rows - m : kMaxSmallRows;
     block.x_int8 += m * args.num_features;
-    block.x_high += m * args.num_features;
     block.row_scale += m;
-    if (block.high_tiles != nullptr) block.high_tiles += m * num_words;
+    if (block.high_tiles != nullptr) {
+      block.x_high += m * args.num_features;
+      block.high_tiles += m * num_words;
+    }
     block.x_hot = shifted(args.x_hot, m * args.num_hot * bytes);
     block.residual = shifted(args.residual, m * args.num_outputs * bytes);
     block.out = static_cast<char*>(args.out) + m * args.num_outputs * bytes;
@@ -119,10 +121,8 @@ void multiply(const char* op, const Tensor& x, const Int8MatmulArgs& args) {
   });
 }
 
-// has_high false: the caller knows that there are no outliers.
-Tensor matmul(const char* op, const MatmulInputs& inputs, bool has_high) {
+Tensor matmul(const char* op, const MatmulInputs& inputs) {
   Int8MatmulArgs args = check_matmul(op, inputs);
-  if (!has_high) args.high_tiles = nullptr;
   Tensor out = empty({args.num_rows, args.num_outputs}, inputs.x_hot.scalar_type(), inputs.x_int8);
   args.out = out.mutable_data_ptr();
   multiply(op, inputs.x_int8, args);
@@ -133,10 +133,8 @@ Tensor int8_matmul(const Tensor& x_int8, const Tensor& x_high, const Tensor& row
                    const Tensor& high_tiles, const Tensor& x_hot, const Tensor& weight_int8,
                    const Tensor& col_scale, const std::optional<Tensor>& bias,
                    const std::optional<Tensor>& hot_weight, const std::optional<Tensor>& residual) {
-  return matmul("int8_matmul",
-                {x_int8, x_high, row_scale, high_tiles, x_hot, weight_int8, col_scale, bias,
-                 hot_weight, residual},
-                true);
+  return matmul("int8_matmul", {x_int8, x_high, row_scale, high_tiles, x_hot, weight_int8,
+                                col_scale, bias, hot_weight, residual});
 }
 
 Tensor int8_linear(const Tensor& x, const Tensor& weight_int8, const Tensor& col_scale,
@@ -149,11 +147,8 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight_int8, const Tensor& col
   check_weight(op, x, x.size(1), weight_int8, col_scale, bias);
   const auto [x_int8, x_high, row_scale, high_tiles, x_hot] =
       quantize_on_cuda(op, x, {rule, threshold, hot_columns, rotation});
-  const bool has_high = outlier_rule(op, rule, threshold) != OutlierRule::kNone;
-  return matmul(op,
-                {x_int8, x_high, row_scale, high_tiles, x_hot, weight_int8, col_scale, bias,
-                 hot_weight, std::nullopt},
-                has_high);
+  return matmul(op, {x_int8, x_high, row_scale, high_tiles, x_hot, weight_int8, col_scale, bias,
+                     hot_weight, std::nullopt});
 }
 
 Tensor int8_weight_linear(const Tensor& x, const Tensor& weight_int8, const Tensor& col_scale,

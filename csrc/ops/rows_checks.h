@@ -58,16 +58,15 @@ struct Quantization {
   int64_t rotation;
 };
 
-// The results of quantizing rows [M, K] of x's dtype, and the kernel's view of them.
+// The results of quantizing rows [M, K] of x's dtype, and the kernel's view of them. The rule kNone
+// has no second plane: x_high and high_tiles are without rows, and the kernel's pointers null.
 struct QuantizedOutputs {
   Tensor x_int8, x_high, row_scale, high_tiles, x_hot;
   QuantizedRowsArgs args;
 
   QuantizedOutputs(const char* op, const Tensor& x, int64_t M, int64_t K, const Quantization& how)
       : x_int8(empty({M, K}, ScalarType::Char, x)),
-        x_high(empty({M, K}, ScalarType::Char, x)),
         row_scale(empty({M}, ScalarType::Float, x)),
-        high_tiles(empty({M, (K + kHighWordColumns - 1) / kHighWordColumns}, ScalarType::Int, x)),
         args{} {
     check_features(op, K);
     if (how.hot_columns.has_value()) {
@@ -77,12 +76,19 @@ struct QuantizedOutputs {
     }
     x_hot = empty({M, args.num_hot}, x.scalar_type(), x);
     args.rule = outlier_rule(op, how.outlier_rule, how.outlier_threshold);
+    const bool decomposes = args.rule != OutlierRule::kNone;
+    const int64_t num_high = decomposes ? M : 0;
+    const int64_t num_words = (K + kHighWordColumns - 1) / kHighWordColumns;
+    x_high = empty({num_high, K}, ScalarType::Char, x);
+    high_tiles = empty({num_high, num_words}, ScalarType::Int, x);
     args.threshold = how.outlier_threshold;
     args.rotation = check_rotation(op, K, how.rotation);
     args.x_int8 = static_cast<int8_t*>(x_int8.mutable_data_ptr());
-    args.x_high = static_cast<int8_t*>(x_high.mutable_data_ptr());
     args.row_scale = static_cast<float*>(row_scale.mutable_data_ptr());
-    args.high_tiles = static_cast<uint32_t*>(high_tiles.mutable_data_ptr());
+    if (decomposes) {
+      args.x_high = static_cast<int8_t*>(x_high.mutable_data_ptr());
+      args.high_tiles = static_cast<uint32_t*>(high_tiles.mutable_data_ptr());
+    }
     args.x_hot = x_hot.mutable_data_ptr();
   }
 

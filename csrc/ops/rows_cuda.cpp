@@ -80,7 +80,8 @@ QuantizedRows silu_mul_quantize(const Tensor& gate_up, int64_t rule, double thre
 }
 
 QuantizedRows activation_quantize(const Tensor& x, int64_t activation, int64_t rule,
-                                  double threshold, const std::optional<Tensor>& hot_columns, int64_t rotation) {
+                                  double threshold, const std::optional<Tensor>& hot_columns,
+                                  int64_t rotation) {
   constexpr const char* op = "activation_quantize";
   ActivationArgs args{};
   args.x_type = data_type(op, "x", x);

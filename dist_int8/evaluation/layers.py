@@ -188,6 +188,8 @@ def hot_columns(
 
 def _second_plane(layer: Int8Linear, x: Tensor) -> tuple[float, float]:
     rows = ops.quantize_rows(x.reshape(-1, layer.in_features), *layer.quantization)
+    if not len(rows.x_high):  # the rule has no second plane
+        return 0.0, 0.0
     high = rows.x_high != 0
     whole = high[: len(high) // MICRO_BATCH * MICRO_BATCH]
     tiles = whole.view(-1, MICRO_BATCH, layer.in_features) if len(whole) else high[None]

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from dist_int8.int8.attention_args import AttentionArgs
+from dist_int8.int8.checks import OUTLIER_RULES
 from dist_int8.int8.registry import has_op
 
 Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # the fields of reference.QuantizedRows
+_NONE, _ALL = OUTLIER_RULES.index("none"), OUTLIER_RULES.index("all")
 
 
 def _fake(name: str) -> Callable[[Any], Any]:
@@ -22,14 +24,19 @@ def _fake(name: str) -> Callable[[Any], Any]:
     return torch.library.register_fake(f"dist_int8::{name}")
 
 
-def _quantized(x: Tensor, num_features: int, hot_columns: Tensor | None) -> Rows:
+def _quantized(
+    x: Tensor, num_features: int, rule: tuple[int, float], hot_columns: Tensor | None
+) -> Rows:
     num_rows = x.shape[0]
+    outlier_rule, outlier_threshold = rule
+    decomposes = outlier_rule == _ALL or (outlier_rule != _NONE and outlier_threshold != 0)
+    num_high = num_rows if decomposes else 0
     num_hot = 0 if hot_columns is None else hot_columns.shape[0]
     return (
         x.new_empty(num_rows, num_features, dtype=torch.int8),
-        x.new_empty(num_rows, num_features, dtype=torch.int8),
+        x.new_empty(num_high, num_features, dtype=torch.int8),
         x.new_empty(num_rows, dtype=torch.float32),
-        x.new_empty(num_rows, (num_features + 2047) // 2048, dtype=torch.int32),
+        x.new_empty(num_high, (num_features + 2047) // 2048, dtype=torch.int32),
         x.new_empty(num_rows, num_hot),
     )
 
@@ -42,7 +49,7 @@ def _quantize_rows(
     hot_columns: Tensor | None,
     rotation: int = 0,
 ) -> Rows:
-    return _quantized(x, x.shape[1], hot_columns)
+    return _quantized(x, x.shape[1], (outlier_rule, outlier_threshold), hot_columns)
 
 
 @_fake("add_norm_quantize")
@@ -59,7 +66,7 @@ def _add_norm_quantize(
     rotation: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     total = x.new_empty(0) if residual is None else torch.empty_like(x)
-    return total, *_quantized(x, x.shape[1], hot_columns)
+    return total, *_quantized(x, x.shape[1], (outlier_rule, outlier_threshold), hot_columns)
 
 
 @_fake("silu_mul_quantize")
@@ -70,7 +77,8 @@ def _silu_mul_quantize(
     hot_columns: Tensor | None,
     rotation: int = 0,
 ) -> Rows:
-    return _quantized(gate_up, gate_up.shape[1] // 2, hot_columns)
+    rule = (outlier_rule, outlier_threshold)
+    return _quantized(gate_up, gate_up.shape[1] // 2, rule, hot_columns)
 
 
 @_fake("activation_quantize")
@@ -82,7 +90,7 @@ def _activation_quantize(
     hot_columns: Tensor | None,
     rotation: int = 0,
 ) -> Rows:
-    return _quantized(x, x.shape[1], hot_columns)
+    return _quantized(x, x.shape[1], (outlier_rule, outlier_threshold), hot_columns)
 
 
 @_fake("int8_linear")

@@ -45,10 +45,11 @@ class QuantizedRows(NamedTuple):
     """What `quantize_rows` makes of x [M, K], and all that a product needs to know of it."""
 
     x_int8: Tensor  # int8 [M, K], low plane
-    x_high: Tensor  # int8 [M, K], high plane: zero but for outliers
+    x_high: Tensor  # int8 [M, K], high plane: zero but for outliers; [0, K] under the rule "none"
     row_scale: Tensor  # fp32 [M], or [M, G] of G groups of features
     # int32 [M, ceil(K / 2048)]: bit (k / 64) % 32 of word k / 2048 says that x_high is not all zero
-    # in the 64 columns around k, so that a kernel leaves out tiles without outliers.
+    # in the 64 columns around k, so that a kernel leaves out tiles without outliers; [0, ...] as
+    # x_high is.
     high_tiles: Tensor
     x_hot: Tensor  # x.dtype [M, H]: x[:, hot_columns]; H = 0 without hot columns
 
@@ -134,7 +135,8 @@ def quantize_rows(
        the first.
     4. q = round_half_even(x / row_scale), a true division in fp32.
     5. |q| <= 127: x_int8 = q, x_high = 0. Else x_high = round_half_even(q / 128) and
-       x_int8 = q - 128 * x_high, in [-64, 64].
+       x_int8 = q - 128 * x_high, in [-64, 64]. Under the rule "none" every |q| <= 127, and x_high
+       and high_tiles have no rows.
 
     With `group` > 0 every `group` features have a row_scale of their own, [M, ceil(K / group)];
     what is an outlier is still decided over the whole row.
@@ -159,6 +161,8 @@ def quantize_rows(
     q = torch.where(scale > 0, values / scale, 0.0).round()
     high = torch.where(q.abs() <= PLANE_MAX, 0.0, (q / 128).round())
     low = q - 128 * high
+    if not decomposes:
+        high = high[:0]  # nothing spills over: no second plane
     return QuantizedRows(
         low.to(torch.int8),
         high.to(torch.int8),
@@ -339,10 +343,14 @@ def _grouped_product(
 def integer_product(x_int8: Tensor, x_high: Tensor, weight_int8: Tensor) -> Tensor:
     """sum_k (x_int8 + 128 * x_high) * weight_int8 -> fp64 [M, N] of exact integers.
 
+    An x_high without rows counts as zero.
     fp64 holds every integer up to 2**53 and one product is at most 16256 * 127, so the sum is exact
     for K below 4e9, in any order. (int32 sums of a single plane are exact for K up to 133,144.)
     """
-    return (x_int8.double() + 128 * x_high.double()) @ weight_int8.double().T
+    values = x_int8.double()
+    if len(x_high):
+        values = values + 128 * x_high.double()
+    return values @ weight_int8.double().T
 
 
 def row_absmax(x: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ struct Case {
   int64_t kernel;  // 0 small, 1 tiled, 2 finish, with sums that are made here
   int64_t M, N, K, H;
   int64_t type, bias_type, hot_type;  // DataType; bias_type -1: no bias
-  int64_t has_residual, has_high_tiles;
-  int64_t offset;  // bytes by which the int8 matrices are misaligned
-  int64_t gap;     // elements between rows of out and of residual
+  int64_t has_residual, has_high;     // has_high: a second plane
+  int64_t offset;                     // bytes by which the int8 matrices are misaligned
+  int64_t gap;                        // elements between rows of out and of residual
   int64_t num_multiprocessors, max_shared_bytes;
   int64_t order, seed, early_copies;
 };
@@ -96,8 +96,9 @@ void run(const Case& c) {
     read_exactly(array->get(), bytes);
     return array;
   };
-  const auto x_int8 = read(c.M * c.K, c.offset), x_high = read(c.M * c.K, c.offset);
-  const auto row_scale = read(c.M * 4), high_tiles = read(c.M * words * 4);
+  const int64_t high_rows = c.has_high ? c.M : 0;
+  const auto x_int8 = read(c.M * c.K, c.offset), x_high = read(high_rows * c.K, c.offset);
+  const auto row_scale = read(c.M * 4), high_tiles = read(high_rows * words * 4);
   const auto x_hot = read(c.M * c.H * size_of(c.type));
   const auto weight = read(c.N * c.K, c.offset), col_scale = read(c.N * 4);
   const auto bias = read(c.bias_type < 0 ? 0 : c.N * size_of(c.bias_type));
@@ -109,9 +110,9 @@ void run(const Case& c) {
 
   Int8MatmulArgs args{};
   args.x_int8 = x_int8->as<int8_t>();
-  args.x_high = x_high->as<int8_t>();
+  args.x_high = c.has_high ? x_high->as<int8_t>() : nullptr;
   args.row_scale = row_scale->as<float>();
-  args.high_tiles = c.has_high_tiles ? high_tiles->as<int32_t>() : nullptr;
+  args.high_tiles = c.has_high ? high_tiles->as<int32_t>() : nullptr;
   args.x_hot = x_hot->get();
   args.weight = weight->as<int8_t>();
   args.col_scale = col_scale->as<float>();

@@ -23,7 +23,7 @@ struct Case {
   int32_t op, type, weight_type, rule;
   int32_t M, K, num_hot, kind;
   int32_t has_residual, has_bias, activation, shift;  // x starts `shift` elements after 16 bytes
-  int32_t max_shared_bytes, order, seed, reserved;
+  int32_t max_shared_bytes, order, seed, rotation;
   double threshold, eps;
 };
 
@@ -73,17 +73,19 @@ void run(const Case& c) {
   Array hot(read(c.num_hot * 4), 0);
   Array total(c.has_residual ? M * K * sizeof(T) : 0, shift);
   Array plain(quantizes ? 0 : M * K * sizeof(T), shift);
-  const int64_t num_words = quantizes ? (K + 2047) / 2048 : 0, planes = quantizes ? M * K : 0;
-  Array low(planes, 0), high(planes, 0), scale(quantizes ? M * 4 : 0, 0);
-  Array tiles(M * num_words * 4, 0), x_hot(M * c.num_hot * sizeof(T), 0);
+  const bool decomposes = static_cast<OutlierRule>(c.rule) != OutlierRule::kNone;
+  const int64_t num_rows = quantizes ? M : 0, high_rows = decomposes ? num_rows : 0;
+  Array low(num_rows * K, 0), high(high_rows * K, 0), scale(num_rows * 4, 0);
+  Array tiles(high_rows * ((K + 2047) / 2048) * 4, 0), x_hot(M * c.num_hot * sizeof(T), 0);
   const QuantizedRowsArgs out{static_cast<OutlierRule>(c.rule),
                               c.threshold,
                               c.num_hot == 0 ? nullptr : hot.as<int32_t>(),
                               c.num_hot,
+                              rotation_block(K, c.rotation),
                               low.as<int8_t>(),
-                              high.as<int8_t>(),
+                              decomposes ? high.as<int8_t>() : nullptr,
                               scale.as<float>(),
-                              tiles.as<uint32_t>(),
+                              decomposes ? tiles.as<uint32_t>() : nullptr,
                               x_hot.data()};
   const DataType type = static_cast<DataType>(c.type);
   const QuantizeRowsArgs quantize{x.data(), type, M, K, out};
@@ -103,8 +105,9 @@ void run(const Case& c) {
   const SiluMulArgs silu{x.data(), type, M, K, plain.data(), out};
   const ActivationArgs activation{x.data(), type, static_cast<Activation>(c.activation), M, K, out};
 
-  const rows::Geometry g =
-      rows::geometry(K, sizeof(T), quantizes ? c.num_hot : 0, c.max_shared_bytes);
+  const rows::RowShape shape = quantizes ? rows::quantized_shape(K, out)
+                                         : rows::RowShape{K, static_cast<int>(sizeof(T)), 0, 1};
+  const rows::Geometry g = rows::geometry(shape, c.max_shared_bytes);
   emulator::Options options;
   options.order = static_cast<emulator::Order>(c.order);
   options.seed = c.seed;
@@ -114,21 +117,26 @@ void run(const Case& c) {
     num_threads = 256;
     grid.x = (M * ((K + 15) / 16) + num_threads - 1) / num_threads;
   }
-  emulator::launch(grid, num_threads, g.shared_bytes, options, [&] {
+  const auto run_body = [&](auto spans) {
+    constexpr int kSpans = decltype(spans)::value;
     switch (c.op) {
       case kQuantizeRows:
-        return rows::quantize_rows_body<T>(quantize, g.num_kept);
+        return rows::quantize_rows_body<T, kSpans>(quantize, g.num_kept);
       case kAddNorm:
-        return rows::add_norm_body<T, false>(norm, g.num_kept);
+        return rows::add_norm_body<T, 0>(norm, g.num_kept);
       case kAddNormQuantize:
-        return rows::add_norm_body<T, true>(norm, g.num_kept);
+        return rows::add_norm_body<T, kSpans>(norm, g.num_kept);
       case kSiluMul:
         return rows::silu_mul_body<T>(silu);
       case kSiluMulQuantize:
-        return rows::silu_mul_quantize_body<T>(silu, g.num_kept);
+        return rows::silu_mul_quantize_body<T, kSpans>(silu, g.num_kept);
       default:
-        return rows::activation_quantize_body<T>(activation, g.num_kept);
+        return rows::activation_quantize_body<T, kSpans>(activation, g.num_kept);
     }
+  };
+  emulator::launch(grid, num_threads, g.shared_bytes, options, [&] {
+    if (shape.num_spans == 1) return run_body(std::integral_constant<int, 1>{});
+    run_body(std::integral_constant<int, 2>{});
   });
   for (Array* array : {&total, &plain, &low, &high, &scale, &tiles, &x_hot}) array->print();
 }

@@ -62,15 +62,14 @@ class Case:
         residual = None
         if self.has_residual:
             residual = torch.randn(self.M, self.N + self.gap, generator=g).to(self.type)
+        if not self.has_high:
+            rows = rows._replace(x_high=rows.x_high[:0], high_tiles=rows.high_tiles[:0])
         tensors = [rows.x_int8, rows.x_high, rows.row_scale, rows.high_tiles, rows.x_hot]
         rows_of_residual = None if residual is None else residual.flatten()[: self.num_out]
         tensors += [weight, col_scale, bias, hot_weight, rows_of_residual]
         self.parts = [tensor for tensor in tensors if tensor is not None]
 
-        low, high = rows.x_int8, rows.x_high
-        if not self.has_high_tiles:
-            high = torch.zeros_like(high)
-        y = reference.integer_product(low, high, weight).float()
+        y = reference.integer_product(rows.x_int8, rows.x_high, weight).float()
         y = y * (rows.row_scale[:, None] * col_scale)
         if self.num_hot:
             y = y + hot_product(rows.x_hot, hot_weight)
@@ -79,6 +78,11 @@ class Case:
         if residual is not None:
             y = y + residual[:, : self.N].float()
         return y.to(self.type)
+
+    @property
+    def has_high(self) -> bool:
+        """Whether x has a second plane; without, the kernel gets null pointers."""
+        return self.has_high_tiles and self.rule != "none"
 
     @property
     def num_out(self) -> int:
@@ -99,7 +103,7 @@ class Case:
 
         numbers = [KERNELS.index(self.kernel), self.M, self.N, self.K, self.num_hot]
         numbers += [index(self.type), index(self.bias_type), index(self.hot_type or self.type)]
-        numbers += [self.has_residual, self.has_high_tiles, self.offset, self.gap]
+        numbers += [self.has_residual, self.has_high, self.offset, self.gap]
         numbers += [*self.gpu, *self.order]
         data = [part.contiguous().flatten().view(torch.uint8).numpy() for part in self.parts]
         return struct.pack(f"{len(numbers)}q", *map(int, numbers)) + b"".join(

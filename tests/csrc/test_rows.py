@@ -15,6 +15,7 @@ from dist_int8.int8 import checks, plain, reference
 from dist_int8.int8.activations import ACTIVATIONS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROTATIONS = [2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
 RULES = [("none", 0.0), ("absolute", 6.0), ("row_rms", 4.0), ("row_rms", 1.5), ("all", 0.0)]
 OPS = ["quantize_rows", "add_norm", "add_norm_quantize", "silu_mul", "silu_mul_quantize"]
 OPS += ["activation_quantize"]
@@ -37,6 +38,7 @@ class Case:
     kind: str = "rms"
     eps: float = 1e-5
     activation: str = "relu"
+    rotation: int = 0
     shift: int = 0  # elements between a 16-byte boundary and x
     max_shared_bytes: int = 48 * 1024
     order: str = "forward"
@@ -56,7 +58,8 @@ class Case:
         numbers += [checks.OUTLIER_RULES.index(rule), M, K, num_hot]
         numbers += [int(self.kind == "layer"), int(self.residual is not None)]
         numbers += [int(self.bias is not None), list(ACTIVATIONS).index(self.activation)]
-        numbers += [self.shift, self.max_shared_bytes, ORDERS[self.order], self.seed, 0]
+        numbers += [self.shift, self.max_shared_bytes, ORDERS[self.order], self.seed]
+        numbers += [self.rotation]
         arrays = [self.x, self.residual, self.weight, self.bias, self.hot]
         head = struct.pack("16i2d", *numbers, self.threshold, self.eps)
         return head + b"".join(to_bytes(array) for array in arrays if array is not None)
@@ -78,9 +81,11 @@ def run(program, cases):
         quantizes = case.op.endswith("quantize") or case.op == "quantize_rows"
         shapes = {} if case.residual is None else {"total": ((M, K), dtype)}
         if quantizes:
-            shapes |= {"x_int8": ((M, K), torch.int8), "x_high": ((M, K), torch.int8)}
+            rule = checks.check_outlier_rule(case.rule, case.threshold)
+            num_high = 0 if rule == "none" else M
+            shapes |= {"x_int8": ((M, K), torch.int8), "x_high": ((num_high, K), torch.int8)}
             shapes["row_scale"] = ((M,), torch.float32)
-            shapes["high_tiles"] = ((M, -(-K // 2048)), torch.int32)
+            shapes["high_tiles"] = ((num_high, -(-K // 2048)), torch.int32)
             shapes["x_hot"] = ((M, 0 if case.hot is None else len(case.hot)), dtype)
         else:
             shapes["plain"] = ((M, K), dtype)
@@ -99,12 +104,12 @@ def run(program, cases):
 
 def assert_quantized(result, x, case):
     """The result is what the specification makes of x, bit for bit."""
-    want = reference.quantize_rows(x, case.rule, case.threshold, case.hot)
+    want = reference.quantize_rows(x, case.rule, case.threshold, case.hot, case.rotation)
     for name, theirs in zip(want._fields, want, strict=True):
         ours = result[name]
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
         same = (ours == theirs) | (ours.isnan() & theirs.isnan())
-        assert same.all(), (name, case.rule, case.x.dtype, list(case.x.shape))
+        assert same.all(), (name, case.rule, case.rotation, case.x.dtype, list(case.x.shape))
 
 
 def difficult_rows(M, K, dtype, seed=0):
@@ -158,6 +163,50 @@ def test_quantize_rows_equals_the_specification(program, dtype):
                 cases.append(Case("quantize_rows", x, rule, threshold, hot))
     for case, result in zip(cases, run(program, cases), strict=True):
         assert_quantized(result, case.x, case)
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS)
+def test_rotated_rows_equal_the_specification(program, rotation):
+    """Blocks in a lane, over lanes, over the two spans of a warp; K that only a part divides."""
+    cases = []
+    widths = (rotation, 3 * rotation, 24, 40, 96, 100, 352, 577, 1056, 2112, 2048 + rotation)
+    for K in sorted(set(widths)):
+        for dtype in DTYPES:
+            x = difficult_rows(9, K, dtype)
+            rule = ("none", 0.0) if len(cases) % 2 else RULES[len(cases) % len(RULES)]
+            hot = hot_columns(K)[len(cases) % 3]
+            cases.append(Case("quantize_rows", x, *rule, hot, rotation=rotation))
+    for case, result in zip(cases, run(program, cases), strict=True):
+        assert_quantized(result, case.x, case)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("rotation", [16, 64, 512, 1024])
+def test_no_order_of_threads_changes_a_bit_of_rotated_rows(program, rotation, order):
+    """Rows kept in shared memory, in part (whole blocks), or computed again in every pass."""
+    cases = []
+    for seed, (dtype, K) in enumerate([(torch.bfloat16, 5120), (torch.float32, 3072)]):
+        x = difficult_rows(6, K, dtype)
+        hot = hot_columns(K)[2]
+        for rule in (("none", 0.0), ("row_rms", 4.0)):
+            for max_shared_bytes in (2048, 10000, 48 * 1024):
+                place = {"max_shared_bytes": max_shared_bytes, "order": order, "seed": seed}
+                case = Case("quantize_rows", x, *rule, hot, rotation=rotation, shift=seed, **place)
+                cases.append(case)
+    for case, result in zip(cases, run(program, cases), strict=True):
+        assert_quantized(result, case.x, case)
+
+
+def test_a_rotation_that_leaves_fp32_makes_a_nan_row(program):
+    """Although every element is finite; its neighbours are as ever."""
+    x = torch.randn(3, 256)
+    x[1, 64:128] = 2e37  # times 64 is more than fp32 holds
+    cases = [Case("quantize_rows", x, rotation=rotation) for rotation in (0, 8, 64, 256)]
+    results = run(program, cases)
+    for case, result in zip(cases, results, strict=True):
+        assert_quantized(result, x, case)
+    overflows = [result["row_scale"].isnan().tolist() for result in results]
+    assert overflows == [[False] * 3, [False] * 3, [False, True, False], [False, True, False]]
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -260,6 +309,7 @@ def test_add_norm_and_its_fused_form(program, kind, dtype):
                     }
                     cases.append(Case("add_norm", x.to(dtype), **settings))
                     settings["hot"] = hot_columns(K)[2]
+                    settings["rotation"] = (0, 64, 1024, 8)[len(cases) // 2 % 4]
                     rule = RULES[len(cases) % len(RULES)]
                     cases.append(Case("add_norm_quantize", x.to(dtype), *rule, **settings))
     results = run(program, cases)
@@ -284,6 +334,7 @@ def test_silu_mul_and_its_fused_form(program, dtype):
             place = {"max_shared_bytes": max_shared_bytes, "shift": shift, "order": order}
             cases.append(Case("silu_mul", gate_up.to(dtype), **place))
             rule = RULES[len(cases) % len(RULES)]
+            place["rotation"] = (0, 64, 1024, 8)[len(cases) // 2 % 4]
             hot = hot_columns(K)[1]
             cases.append(Case("silu_mul_quantize", gate_up.to(dtype), *rule, hot, **place))
     results = run(program, cases)
@@ -297,16 +348,17 @@ def test_silu_mul_and_its_fused_form(program, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activation_quantize(program, name, dtype):
-    x = torch.randn(6, 577, generator=torch.Generator().manual_seed(2)) * 4
-    x[0] = torch.linspace(-12, 12, 577)
+    x = torch.randn(6, 1088, generator=torch.Generator().manual_seed(2)) * 4
+    x[0] = torch.linspace(-12, 12, 1088)
     x[1, 5] = float("nan")
     x = x.to(dtype)
     # x_hot of all columns is the activation itself.
-    every = torch.arange(577, dtype=torch.int32)
+    every = torch.arange(1088, dtype=torch.int32)
     cases = [Case("activation_quantize", x, hot=every, activation=name)]
     for rule in RULES:
         for size in (1024, 49152):
             place = {"max_shared_bytes": size, "order": "random"}
+            place["rotation"] = (0, 64, 1024)[len(cases) % 3]
             cases.append(Case("activation_quantize", x, *rule, activation=name, **place))
     first, *results = run(program, cases)
     values = first["x_hot"]

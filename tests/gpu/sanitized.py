@@ -42,6 +42,11 @@ def main() -> None:
             for kind in ("rms", "layer"):
                 ops.add_norm(x, None, norm_weight, None, 1e-5, kind)
                 ops.add_norm_quantize(x, x, norm_weight, norm_weight, 1e-5, kind, *settings, hot)
+            for rotation in (64, 1024):  # one plane, as by default
+                rotated = ("none", 0.0, hot, rotation)
+                rows = ops.quantize_rows(x, *rotated)
+                ops.int8_matmul(rows, weight_int8, col_scale, bias, hot_weight=hot_weight)
+                ops.add_norm_quantize(x, x, norm_weight, None, 1e-5, "rms", *rotated)
             for name in ACTIVATIONS:
                 ops.activation_quantize(x, name, *settings)
             ops.silu_mul(x[:, : K // 2 * 2])

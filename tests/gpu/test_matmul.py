@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dist_int8.int8 import checks, ops, reference
+from dist_int8.int8.linear import Int8Linear
 from dist_int8.int8.reference import QuantizedRows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -124,6 +125,33 @@ def test_prefill_tile_matches_the_specification(device, rows_with_outliers, dtyp
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_hot", [0, 16, 64])
+@pytest.mark.parametrize("rotation", [16, 64, 1024])
+@pytest.mark.parametrize("M", [1, 17, 130, 640])
+def test_rotated_linear_is_close_to_the_floating_product(
+    device, rows_with_outliers, dtype, M, rotation, num_hot
+):
+    """One plane: the rotated product is that of x and the weight, within their rounding."""
+    x = rows_with_outliers(M, 1024, dtype)
+    generator = torch.Generator().manual_seed(1)
+    layer = Int8Linear(
+        *(1024, 512),
+        bias=False,
+        outlier_rule="none",
+        outlier_threshold=0.0,
+        hot_columns=list(range(0, 16 * num_hot, 16)) or None,
+        rotation=rotation,
+        dtype=dtype,
+    ).quantize_((torch.randn(512, 1024, generator=generator) / 32).to(dtype))
+    want = layer(x)  # the CPU's
+    got = layer.to(device)(x.to(device)).cpu()
+    tolerance = TOLERANCES[dtype] * float(want.abs().max())
+    torch.testing.assert_close(got, want, rtol=2 * TOLERANCES[dtype], atol=tolerance)
+    exact = x.double() @ layer.cpu().weight.double().T
+    assert (want.double() - exact).norm() < 2e-2 * exact.norm()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", checks.OUTLIER_RULES)
 @pytest.mark.parametrize("M", [1, 17, 130])
@@ -161,14 +189,14 @@ def test_int8_linear_is_batch_invariant(device, rows_with_outliers, M):
 class Product:
     """Rows with everything that a product may have, on a device."""
 
-    def __init__(self, x, N, device):
+    def __init__(self, x, N, device, rule=("row_rms", 4.0), rotation=0):
         K = x.shape[1]
         generator = torch.Generator().manual_seed(N)
         weight = torch.randn(N, K, generator=generator) / K**0.5
         weight_int8, col_scale = reference.quantize_weight(weight)
         hot = torch.arange(16, dtype=torch.int32) * (K // 16)
         self.rows = QuantizedRows(
-            *(t.to(device) for t in ops.quantize_rows(x, "row_rms", 4.0, hot))
+            *(t.to(device) for t in ops.quantize_rows(x, *rule, hot, rotation))
         )
         self.weight = (weight_int8.to(device), col_scale.to(device))
         self.bias = torch.randn(N, generator=generator).to(x.dtype).to(device)
@@ -188,9 +216,10 @@ class Product:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("N", [520, 4224])  # from 4096 on another tile has more than 512 rows
-def test_every_kernel_gives_the_same_row(device, rows_with_outliers, dtype, N):
-    """Bit for bit, on both sides of every edge of gemm_tiles.h."""
-    product = Product(rows_with_outliers(600, 1040, dtype), N, device)
+@pytest.mark.parametrize("how", [(("row_rms", 4.0), 0), (("none", 0.0), 64)])
+def test_every_kernel_gives_the_same_row(device, rows_with_outliers, dtype, N, how):
+    """Bit for bit, on both sides of every edge of gemm_tiles.h, with and without a second plane."""
+    product = Product(rows_with_outliers(600, 1040, dtype), N, device, *how)
     whole = product.of(0, 600)
     for M in (1, 8, 9, 17, 32, 33, 64, 65, 128, 129, 512, 513):
         assert torch.equal(product.of(0, M), whole[:M]), M

@@ -24,7 +24,9 @@ def assert_rows_are_near(got, values, dtype, rounding=0.0):
 
     rounding: what computing the values may add to the error of each before the cast to dtype.
     """
-    planes = got.x_int8.cpu().double() + 128 * got.x_high.cpu().double()
+    planes = got.x_int8.cpu().double()
+    if len(got.x_high):
+        planes = planes + 128 * got.x_high.cpu().double()
     scale = got.row_scale.cpu().double()[:, None]
     error = (planes * scale - values).abs()
     subnormal = 6e-8 if dtype == torch.float16 else 0.0  # the step of the smallest numbers
@@ -43,6 +45,43 @@ def test_quantize_rows_equals_the_cpu(device, rows_with_outliers, dtype, rule, M
     got = ops.quantize_rows(x.to(device), rule, 6.0, on_device)
     assert_same_rows(got, ops.quantize_rows(x, rule, 6.0, columns))
     assert_same_rows(got, reference.quantize_rows(x, rule, 6.0, columns))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotation", [2, 8, 16, 32, 64, 256, 512, 1024])
+@pytest.mark.parametrize(("M", "K"), [(1, 64), (3, 577), (37, 4096), (5, 14336), (2, 57344)])
+def test_rotated_rows_equal_the_cpu(device, rows_with_outliers, dtype, rotation, M, K):
+    x = rows_with_outliers(M, K, dtype)
+    columns = torch.arange(0, K, 37, dtype=torch.int32)[:16]
+    for rule in (("none", 0.0), ("row_rms", 4.0)):
+        got = ops.quantize_rows(x.to(device), *rule, columns.to(device), rotation)
+        assert_same_rows(got, ops.quantize_rows(x, *rule, columns, rotation))
+        assert_same_rows(got, reference.quantize_rows(x, *rule, columns, rotation))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotation", [64, 1024])
+@pytest.mark.parametrize("K", [576, 4096, 28672])
+def test_fused_ops_rotate_what_they_compute(device, rows_with_outliers, dtype, rotation, K):
+    """Bit for bit what `quantize_rows` makes of their floating results on the same device."""
+    x = rows_with_outliers(5, K, dtype).to(device)
+    weight = torch.randn(K, generator=torch.Generator().manual_seed(2)).to(dtype).to(device)
+    columns = torch.arange(0, K, 37, dtype=torch.int32)[:16].to(device)
+    settings = ("none", 0.0, columns, rotation)
+    every = torch.arange(K, dtype=torch.int32).to(device)  # x_hot of all is the activation itself
+
+    fused, total = ops.add_norm_quantize(x, x, weight, None, 1e-5, "rms", *settings)
+    normed, _ = ops.add_norm(x, x, weight, None, 1e-5, "rms")
+    pairs = [(fused, normed)]
+    assert torch.equal(total, x + x)
+    gate_up = torch.cat([x, x.flip(1)], dim=1)
+    pairs.append((ops.silu_mul_quantize(gate_up, *settings), ops.silu_mul(gate_up)))
+    activated = ops.activation_quantize(x, "gelu", "none", 0.0, every).x_hot
+    pairs.append((ops.activation_quantize(x, "gelu", *settings), activated))
+    for got, values in pairs:
+        assert_same_rows(
+            got, reference.quantize_rows(values.cpu(), *settings[:2], columns.cpu(), rotation)
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -16,9 +16,9 @@ struct QuantizedRowsArgs {
   int64_t num_hot;             // H
   int64_t rotation;            // block size of the rotation, a power of two that divides K; 1: none
   int8_t* x_int8;              // [M, K] low plane
-  int8_t* x_high;              // [M, K] high plane
+  int8_t* x_high;              // [M, K] high plane; null where the rule is kNone
   float* row_scale;            // [M]
-  uint32_t* high_tiles;        // [M, ceil(K / 2048)]: one bit per 64 columns of x_high
+  uint32_t* high_tiles;        // [M, ceil(K / 2048)]: one bit per 64 columns of x_high; or null
   void* x_hot;                 // [M, H] of the rows' type
 };
 
@@ -70,9 +70,9 @@ struct ActivationArgs {
 // the weight, with K a multiple of 16, is the fast case.
 struct Int8MatmulArgs {
   const int8_t* x_int8;       // [M, K]
-  const int8_t* x_high;       // [M, K]; zero where high_tiles has no bit
+  const int8_t* x_high;       // [M, K]; zero where high_tiles has no bit. Null: all zero
   const float* row_scale;     // [M]
-  const int32_t* high_tiles;  // [M, ceil(K / 2048)], or null: x_high counts as zero. GPU only
+  const int32_t* high_tiles;  // [M, ceil(K / 2048)], null as x_high is. Only a GPU reads it
   const void* x_hot;          // [M, H] of type; null where H = 0
   const int8_t* weight;       // [N, K]
   const float* col_scale;     // [N]
