@@ -35,8 +35,8 @@ def is_shared(stage: DecoderStage, located: dict[str, Located], reader: Checkpoi
 def share_embedding(stage: DecoderStage) -> None:
     """Makes the table of the embedding that of the head too."""
     if isinstance(stage.embedding, Int8Embedding):
-        stage.lm_head.weight_int8 = stage.embedding.weight_int8
-        stage.lm_head.col_scale = stage.embedding.col_scale
+        assert isinstance(stage.lm_head, Int8Linear)
+        stage.lm_head.share_weight(stage.embedding.pack_())
     else:
         stage.lm_head.weight = stage.embedding.weight
 
