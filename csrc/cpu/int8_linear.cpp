@@ -6,14 +6,14 @@ namespace dist_int8::DIST_INT8_ISA {
 
 void int8_linear(const Int8LinearArgs& args, const Runtime& runtime) {
   const int64_t M = args.rows.num_rows, K = args.rows.num_features;
-  const int64_t H = args.rows.out.num_hot, hot_ld = padded_hot(H);
+  const int64_t H = args.rows.out.num_hot;
   if (M == 0 || args.num_outputs == 0) return;
 
   const int64_t ld = padded_features(K);
   int8_t* low_plane = static_cast<int8_t*>(runtime.scratch(kLowPlane, M * ld));
   int8_t* high_plane = static_cast<int8_t*>(
       args.rows.out.rule == OutlierRule::kNone ? nullptr : runtime.scratch(kHighPlane, M * ld));
-  float* scale = static_cast<float*>(runtime.scratch(kRowState, (4 * M + M * hot_ld) * 4));
+  float* scale = static_cast<float*>(runtime.scratch(kRowState, (4 * M + M * H) * 4));
   int32_t* sum_low = reinterpret_cast<int32_t*>(scale + M);
   int32_t *sum_high = sum_low + M, *num_high = sum_high + M;
   float* hot_x = scale + 4 * M;
@@ -23,12 +23,11 @@ void int8_linear(const Int8LinearArgs& args, const Runtime& runtime) {
   rows.out.x_high = high_plane;
   rows.out.row_scale = scale;
   if (H != 0) {
-    memset(hot_x, 0, M * hot_ld * 4);
     with_type(rows.x_type, [&](auto tag) {
       const auto* x = static_cast<const decltype(tag)*>(rows.x);
       for (int64_t m = 0; m < M; ++m) {
         for (int64_t h = 0; h < H; ++h) {
-          hot_x[m * hot_ld + h] = widen(x[m * K + rows.out.hot_columns[h]]);
+          hot_x[m * H + h] = widen(x[m * K + rows.out.hot_columns[h]]);
         }
       }
     });
@@ -37,6 +36,7 @@ void int8_linear(const Int8LinearArgs& args, const Runtime& runtime) {
 
   Int8MatmulArgs product{};
   product.weight = args.weight;
+  product.is_packed = args.is_packed;
   product.col_scale = args.col_scale;
   product.bias = args.bias;
   product.bias_type = args.bias_type;
@@ -50,7 +50,7 @@ void int8_linear(const Int8LinearArgs& args, const Runtime& runtime) {
   product.num_features = K;
   product.num_outputs = args.num_outputs;
   multiply_rows(product, runtime,
-                {low_plane, high_plane, ld, scale, sum_low, sum_high, num_high, hot_x});
+                {low_plane, high_plane, ld, scale, sum_low, sum_high, num_high, hot_x, H, false});
 }
 
 }  // namespace dist_int8::DIST_INT8_ISA

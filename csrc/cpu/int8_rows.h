@@ -16,15 +16,17 @@ struct QuantizedPlanes {
   const int32_t* sum_low;   // [M] sum of a row of `low`
   const int32_t* sum_high;  // [M]
   const int32_t* num_high;  // [M] how many are not 0
-  const float* hot_x;       // [M, padded_hot(H)], zeros after H
+  const float* hot_x;       // [M, hot_ld]
+  int64_t hot_ld;
+  bool any_byte;  // planes may hold -128, which quantize_rows never makes
 };
 
-DIST_INT8_INLINE int64_t padded_hot(int64_t H) { return round_up(H, kLanes); }
+constexpr int64_t kPadding = 64;
 
 // Rows an odd multiple of 64 bytes apart fall into different cache sets.
 DIST_INT8_INLINE int64_t padded_features(int64_t K) {
-  const int64_t ld = max64(round_up(K, kStep), kStep);
-  return (ld / kStep) % 2 == 0 ? ld + kStep : ld;
+  const int64_t ld = max64(round_up(K, kPadding), kPadding);
+  return (ld / kPadding) % 2 == 0 ? ld + kPadding : ld;
 }
 
 // int8_matmul of M > 0 rows and N > 0 outputs; the planes of `args` are not read.

@@ -1,6 +1,8 @@
 // quantize_rows: x [M, K] -> two int8 planes and a scale per row. One row never looks at another.
 #include "cpu/quantize_rows.h"
 
+#include "cpu/rotate.h"
+
 namespace dist_int8::DIST_INT8_ISA {
 
 // What one pass over a row finds. The sum of squares is in double, as in the specification.
@@ -144,27 +146,6 @@ static void quantize_row(const QuantizedRowsArgs& args, const PaddedPlanes& plan
   if (planes.num_high != nullptr) planes.num_high[m] = sum_int(num_high);
 }
 
-// Rotates row[0..K) in place, block by block, in the order of rotation.rotate.
-static void rotate_row(float* row, int64_t K, int64_t block) {
-  for (int64_t stride = 1; stride < block; stride *= 2) {
-    for (int64_t first = 0; first < K; first += 2 * stride) {
-      float* a = row + first;
-      float* b = a + stride;
-      int64_t i = 0;
-      for (; i + kLanes <= stride; i += kLanes) {
-        const Vec x = load(a + i), y = load(b + i);
-        store(a + i, x + y);
-        store(b + i, x - y);
-      }
-      for (; i < stride; ++i) {
-        const float x = a[i], y = b[i];
-        a[i] = x + y;
-        b[i] = x - y;
-      }
-    }
-  }
-}
-
 void quantize_rows_padded(const QuantizeRowsArgs& args, const PaddedPlanes& planes,
                           const Runtime& runtime) {
   const int64_t K = args.num_features;
@@ -181,7 +162,7 @@ void quantize_rows_padded(const QuantizeRowsArgs& args, const PaddedPlanes& plan
       widen_row(args.x_type, args.x, m * K, row, K);
       for (int64_t k = K; k < padded; ++k) row[k] = 0.0f;
       for (int64_t h = 0; h < out.num_hot; ++h) row[out.hot_columns[h]] = 0.0f;
-      rotate_row(row, K, out.rotation);
+      rotate_row(row, padded, out.rotation);
       quantize_row(out, planes, K, m, row);
     }
   });

@@ -9,12 +9,14 @@
 #include <cstring>
 
 #include "dist_int8/cpu_kernels.h"
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DIST_INT8_EMULATED)  // which tests/csrc does
 #include <immintrin.h>
 #endif
 
 // Goes after a lambda's parameters.
 #define DIST_INT8_FORCED __attribute__((always_inline))
+// Of member functions, which `static inline` would make something else.
+#define DIST_INT8_FORCED_INLINE inline __attribute__((always_inline))
 
 namespace dist_int8::DIST_INT8_ISA {
 
@@ -170,9 +172,15 @@ DIST_INT8_INLINE void store(Float16* p, Vec v) {
 #endif
 }
 
+// Of -128..127 each.
 DIST_INT8_INLINE void store_int8(int8_t* out, IntVec q) {
 #if defined(DIST_INT8_ISA_avx512_vnni)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8((__m512i)q));
+#elif defined(DIST_INT8_ISA_avx2)
+  const __m256i all = (__m256i)q;
+  const __m128i words =
+      _mm_packs_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packs_epi16(words, words));
 #else
   for (int64_t i = 0; i < kLanes; ++i) out[i] = static_cast<int8_t>(q[i]);
 #endif

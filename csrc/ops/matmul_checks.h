@@ -7,14 +7,38 @@
 
 namespace dist_int8 {
 
+// Output features of a strip of packed weights, and input features of a lane of it.
+constexpr int64_t kStripOutputs = 16;
+constexpr int64_t kLaneFeatures = 4;
+
+// Whether weight_int8 is [N / 16, K / 4, 16, 4] of packing.py instead of [N, K]: on CPUs only.
+inline bool is_packed(const Tensor& weight_int8) {
+  return weight_int8.is_cpu() && weight_int8.dim() == 4;
+}
+
+// Checks weight_int8 of a layer against x; returns N.
+inline int64_t check_weight_int8(const char* op, const Tensor& x, int64_t K,
+                                 const Tensor& weight_int8) {
+  check_features(op, K);
+  check_dtype(op, "weight_int8", weight_int8, ScalarType::Char);
+  check_same_device(op, "weight_int8", weight_int8, x);
+  if (!is_packed(weight_int8)) {
+    check_shape(op, "weight_int8", weight_int8, {{"N", -1}, {"K", K}});
+    return weight_int8.size(0);
+  }
+  if (K % kLaneFeatures != 0) {
+    fail(op, "weight_int8 must be [N, K=" + std::to_string(K) + "], got " + shape_of(weight_int8) +
+                 "; packed weights need a K that is a multiple of 4");
+  }
+  check_shape(op, "weight_int8", weight_int8, {{"N/16", -1}, {"K/4", K / kLaneFeatures},
+                                               {"16", kStripOutputs}, {"4", kLaneFeatures}});
+  return weight_int8.size(0) * kStripOutputs;
+}
+
 // Checks weight, scales and bias of a layer against x; returns N.
 inline int64_t check_weight(const char* op, const Tensor& x, int64_t K, const Tensor& weight_int8,
                             const Tensor& col_scale, const std::optional<Tensor>& bias) {
-  check_features(op, K);
-  check_dtype(op, "weight_int8", weight_int8, ScalarType::Char);
-  check_shape(op, "weight_int8", weight_int8, {{"N", -1}, {"K", K}});
-  check_same_device(op, "weight_int8", weight_int8, x);
-  const int64_t N = weight_int8.size(0);
+  const int64_t N = check_weight_int8(op, x, K, weight_int8);
   check_dtype(op, "col_scale", col_scale, ScalarType::Float);
   check_shape(op, "col_scale", col_scale, {{"N", N}});
   check_same_device(op, "col_scale", col_scale, x);
@@ -33,10 +57,16 @@ inline void check_hot_pair(const char* op, const std::optional<Tensor>& hot_colu
   }
 }
 
+// hot_weight [N, H], or [N / 16, H, 16] beside packed weights.
 inline DataType check_hot_weight(const char* op, const Tensor& x, const Tensor& hot_weight,
-                                 int64_t N, int64_t H) {
+                                 int64_t N, int64_t H, bool packed = false) {
   const DataType type = data_type(op, "hot_weight", hot_weight);
-  check_shape(op, "hot_weight", hot_weight, {{"N", N}, {"H", H}});
+  if (packed) {
+    check_shape(op, "hot_weight", hot_weight,
+                {{"N/16", N / kStripOutputs}, {"H", H}, {"16", kStripOutputs}});
+  } else {
+    check_shape(op, "hot_weight", hot_weight, {{"N", N}, {"H", H}});
+  }
   check_same_device(op, "hot_weight", hot_weight, x);
   return type;
 }
@@ -101,13 +131,14 @@ inline Int8MatmulArgs check_matmul(const char* op, const MatmulInputs& inputs) {
   const int64_t M = args.num_rows, H = args.num_hot;
   const int64_t N = args.num_outputs = args.out_stride =
       check_weight(op, x, args.num_features, inputs.weight_int8, inputs.col_scale, inputs.bias);
+  args.is_packed = is_packed(inputs.weight_int8);
   if (inputs.bias.has_value()) args.bias_type = data_type(op, "bias", *inputs.bias);
   if (H != 0 && !inputs.hot_weight.has_value()) {
     fail(op, "hot_weight must be [N, H=" + std::to_string(H) +
                  "], got none; x_hot has that many hot columns");
   }
   if (inputs.hot_weight.has_value()) {
-    args.hot_type = check_hot_weight(op, x, *inputs.hot_weight, N, H);
+    args.hot_type = check_hot_weight(op, x, *inputs.hot_weight, N, H, args.is_packed);
   }
   if (H != 0) {
     args.x_hot = inputs.x_hot.const_data_ptr();

@@ -14,6 +14,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight_int8, const Tensor& col
   args.rows = check_rows(op, x);
   const int64_t M = args.rows.num_rows, K = args.rows.num_features;
   const int64_t N = check_weight(op, x, K, weight_int8, col_scale, bias);
+  args.is_packed = is_packed(weight_int8);
   if (bias.has_value()) args.bias_type = data_type(op, "bias", *bias);
   check_hot_pair(op, hot_columns, hot_weight);
   QuantizedRowsArgs& rows = args.rows.out;
@@ -21,7 +22,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight_int8, const Tensor& col
     check_hot_columns(op, *hot_columns, K, x);
     rows.num_hot = hot_columns->size(0);
     rows.hot_columns = hot_columns->const_data_ptr<int32_t>();
-    args.hot_type = check_hot_weight(op, x, *hot_weight, N, rows.num_hot);
+    args.hot_type = check_hot_weight(op, x, *hot_weight, N, rows.num_hot, args.is_packed);
     args.hot_weight = hot_weight->const_data_ptr();
   }
   rows.rule = outlier_rule(op, rule, threshold);

@@ -105,6 +105,8 @@ class _RandomFiller:
             hot = torch.empty((shape[0], num_hot), dtype=self._vocab_dtype, device=self._device)
             module.hot_columns = columns
             module.hot_weight = hot.normal_(std=_STD, generator=seed)
+        if isinstance(module, Int8Linear):
+            module.pack_()
 
     def _fill_floating(self, target: str, shape: tuple[int, ...], seed: torch.Generator) -> None:
         path, _, kind = target.rpartition(".")

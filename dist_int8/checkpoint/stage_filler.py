@@ -128,6 +128,8 @@ class StageFiller:
         module.weight_int8, module.col_scale = weight_int8, col_scale
         if hot_columns is not None:
             module.hot_columns, module.hot_weight = hot_columns.to(self._arena.device), hot_weight
+        if isinstance(module, Int8Linear):
+            module.pack_()
 
 
 def _list_beginnings(entry: Located) -> list[tuple[int, Piece]]:

@@ -39,7 +39,7 @@ def share_embedding(stage: DecoderStage) -> None:
     if isinstance(stage.embedding, Int8Embedding):
         head = stage.lm_head
         assert isinstance(head, Int8Linear)
-        head.weight_int8, head.col_scale = stage.embedding.weight_int8, stage.embedding.col_scale
+        head.share_weight(stage.embedding.pack_())
         head.rotation = 0  # rows of the table are looked up as they are
     else:
         stage.lm_head.weight = stage.embedding.weight

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dist_int8.int8 import packing
 from dist_int8.int8.module import Int8Module
 
 
@@ -21,6 +22,8 @@ class Int8Embedding(Int8Module):
         self, num_embeddings: int, embedding_dim: int, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
         shape = (num_embeddings, embedding_dim)
         self.register_buffer("weight_int8", torch.zeros(shape, dtype=torch.int8, device=device))
         self.register_buffer(
@@ -29,8 +32,10 @@ class Int8Embedding(Int8Module):
 
     def forward(self, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
         """token_ids int64 [T] -> [T, E] in `dtype`, rounded to it once."""
-        rows = self.weight_int8[token_ids].float()
+        weight_int8 = self._buffers["weight_int8"]
+        assert weight_int8 is not None
+        rows = packing.rows_of(weight_int8, token_ids).float()
         return (rows * self.col_scale[token_ids, None]).to(dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.weight_int8.shape[0]}, {self.weight_int8.shape[1]}"
+        return f"{self.num_embeddings}, {self.embedding_dim}"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dist_int8.int8.attention_args import AttentionArgs
 from dist_int8.int8.checks import OUTLIER_RULES
+from dist_int8.int8.packing import count_outputs
 from dist_int8.int8.registry import has_op
 
 Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # the fields of reference.QuantizedRows
@@ -105,7 +106,7 @@ def _int8_linear(
     hot_weight: Tensor | None,
     rotation: int = 0,
 ) -> Tensor:
-    return x.new_empty(x.shape[0], weight_int8.shape[0])
+    return x.new_empty(x.shape[0], count_outputs(weight_int8))
 
 
 @_fake("int8_matmul")
@@ -121,7 +122,7 @@ def _int8_matmul(
     hot_weight: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    return x_hot.new_empty(x_int8.shape[0], weight_int8.shape[0])
+    return x_hot.new_empty(x_int8.shape[0], count_outputs(weight_int8))
 
 
 @_fake("int8_weight_linear")

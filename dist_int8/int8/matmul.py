@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dist_int8.int8 import plain, reference
+from dist_int8.int8 import packing, plain, reference
 from dist_int8.int8.library import load
 from dist_int8.int8.reference import QuantizedRows
 from dist_int8.int8.registry import has_kernel, has_op
@@ -35,6 +35,7 @@ def int8_linear(
     """x [..., K] (fp32, bf16, fp16), weight_int8 [N, K], col_scale fp32 [N] -> [..., N] like x.
 
     bias [N]; hot_columns int32 [H] with hot_weight [N, H], floating; `rotation` as of the weight.
+    On CPUs weight_int8 and hot_weight may be packed (`packing`), with the same result.
     The sum over k is an exact integer; see `reference.int8_linear`. On CPU equal to it bit for bit
     without hot columns, whose products are summed in fp32; on a GPU see `int8_matmul`. Raises
     ValueError for shapes, dtypes, rules, rotations, and K > 131072.
@@ -54,7 +55,7 @@ def int8_linear(
             hot_weight=hot_weight,
             rotation=rotation,
         )
-        return rows.reshape(*x.shape[:-1], weight_int8.shape[0])
+        return rows.reshape(*x.shape[:-1], rows.shape[-1])
     inputs = (x, weight_int8, col_scale, bias, hot_columns, hot_weight)
     if is_recorded(x, col_scale, bias, hot_weight):
         return StraightThrough.apply(_product, *inputs, rotation, outlier_rule, outlier_threshold)
@@ -80,9 +81,11 @@ def _product(
             return _int8_linear(*inputs, hot_columns, hot_weight, rotation)
         with torch._C._AutoDispatchBelowAutograd():  # spares no_grad() the kernel that refuses
             return _int8_linear(*inputs, hot_columns, hot_weight, rotation)
+    if hot_weight is not None:
+        hot_weight = packing.row_major(hot_weight)
     return reference.int8_linear(
         x,
-        weight_int8,
+        packing.row_major(weight_int8),
         col_scale,
         bias,
         outlier_rule=outlier_rule,
@@ -113,6 +116,9 @@ def int8_matmul(
     """
     if _int8_matmul is not None and _has_kernels(rows.x_int8):
         return _int8_matmul(*rows, weight_int8, col_scale, bias, hot_weight, residual)
+    if hot_weight is not None:
+        hot_weight = packing.row_major(hot_weight)
+    weight_int8 = packing.row_major(weight_int8)
     return reference.int8_matmul(
         rows, weight_int8, col_scale, bias, hot_weight=hot_weight, residual=residual
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dist_int8.int8 import reference
+from dist_int8.int8 import packing, reference
 
 
 def is_recorded(*inputs: Tensor | None) -> bool:
@@ -32,10 +32,11 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """The floating weight [N, K] of an int8 layer, rotated back; hot columns as they are kept."""
-    weight = reference.dequantize_weight(weight_int8, col_scale, dtype, rotation=rotation)
+    rows = packing.row_major(weight_int8)
+    weight = reference.dequantize_weight(rows, col_scale, dtype, rotation=rotation)
     if hot_columns is not None and hot_weight is not None:
         at = hot_columns.to(weight.device).long()  # of a layer on meta they are on the CPU
-        weight[:, at] = hot_weight.to(dtype)
+        weight[:, at] = packing.row_major(hot_weight).to(dtype)
     return weight
 
 

@@ -74,7 +74,8 @@ struct Int8MatmulArgs {
   const float* row_scale;     // [M]
   const int32_t* high_tiles;  // [M, ceil(K / 2048)], null as x_high is. Only a GPU reads it
   const void* x_hot;          // [M, H] of type; null where H = 0
-  const int8_t* weight;       // [N, K]
+  const int8_t* weight;       // [N, K], or packed
+  bool is_packed;             // weight [N / 16][K / 4][16][4], hot_weight [N / 16][H][16]. CPU only
   const float* col_scale;     // [N]
   const void* bias;           // [N] of bias_type, or null
   DataType bias_type;

@@ -17,7 +17,8 @@ struct Runtime {
 
 struct Int8LinearArgs {
   QuantizeRowsArgs rows;   // without results: the kernel keeps them in scratch memory
-  const int8_t* weight;    // [N, K]
+  const int8_t* weight;    // [N, K], or packed
+  bool is_packed;          // weight [N / 16][K / 4][16][4], hot_weight [N / 16][H][16]
   const float* col_scale;  // [N]
   const void* bias;        // [N] of bias_type, or null
   DataType bias_type;

@@ -1,0 +1,68 @@
+// What becomes of the integer totals of a tile: scales, hot columns, bias, residual, the cast.
+#pragma once
+
+#include "cpu/weight_strips.h"
+
+namespace dist_int8::DIST_INT8_ISA {
+
+// What the 16 output features of a strip have, in fp32; zeros where there is no output feature.
+struct StripParameters {
+  float col_scale[kStrip];
+  float bias[kStrip];
+  const float* hot_weight;  // [H][16]
+  int64_t first;            // output feature
+  int64_t count;            // how many of 16 there are
+};
+
+// y = totals * (row_scale * col_scale), + hot columns, + bias, + residual, in fp32, in this order;
+// the products of hot columns are summed in their order.
+template <typename T>
+struct Epilogue {
+  const float* row_scale;  // [M]
+  const float* hot_x;      // [M, hot_ld]
+  int64_t hot_ld;
+  int64_t num_hot;
+  bool has_bias;
+  const T* residual;  // [M, stride], or null
+  T* out;             // [M, stride]
+  int64_t stride;
+
+  // Of rows [m, m + kRows) and one strip.
+  template <int kRows>
+  DIST_INT8_FORCED_INLINE void finish(int64_t m, const StripParameters& strip,
+                                      const Vec (&totals)[kRows][kVectors]) const {
+    Vec hot[kRows][kVectors] = {};
+    for (int64_t h = 0; h < num_hot; ++h) {
+      Vec w[kVectors];
+      unrolled<kVectors>([&](auto v) DIST_INT8_FORCED {
+        w[v] = load(strip.hot_weight + h * kStrip + v * kLanes);
+      });
+      unrolled<kRows>([&](auto i) DIST_INT8_FORCED {
+        const Vec x = broadcast(hot_x[(m + i) * hot_ld + h]);
+        unrolled<kVectors>(
+            [&](auto v) DIST_INT8_FORCED { hot[i][v] = fma(x, w[v], hot[i][v]); });
+      });
+    }
+    unrolled<kRows>([&](auto i) DIST_INT8_FORCED {
+      const Vec scale = broadcast(row_scale[m + i]);
+      unrolled<kVectors>([&](auto v) DIST_INT8_FORCED {
+        Vec y = totals[i][v] * (scale * load(strip.col_scale + v * kLanes));
+        if (num_hot != 0) y += hot[i][v];
+        if (has_bias) y += load(strip.bias + v * kLanes);
+        write(y, (m + i) * stride + strip.first + v * kLanes, strip.count - v * kLanes);
+      });
+    });
+  }
+
+  DIST_INT8_FORCED_INLINE void write(Vec y, int64_t at, int64_t count) const {
+    if (count >= kLanes) {
+      if (residual != nullptr) y += load(residual + at);
+      store(out + at, y);
+    } else if (count > 0) {
+      if (residual != nullptr) y += load_part(residual + at, count);
+      store_part(out + at, y, count);
+    }
+  }
+};
+
+}  // namespace dist_int8::DIST_INT8_ISA
