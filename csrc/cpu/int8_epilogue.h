@@ -39,8 +39,7 @@ struct Epilogue {
       });
       unrolled<kRows>([&](auto i) DIST_INT8_FORCED {
         const Vec x = broadcast(hot_x[(m + i) * hot_ld + h]);
-        unrolled<kVectors>(
-            [&](auto v) DIST_INT8_FORCED { hot[i][v] = fma(x, w[v], hot[i][v]); });
+        unrolled<kVectors>([&](auto v) DIST_INT8_FORCED { hot[i][v] = fma(x, w[v], hot[i][v]); });
       });
     }
     unrolled<kRows>([&](auto i) DIST_INT8_FORCED {

@@ -34,8 +34,8 @@ DIST_INT8_INLINE Vec join_planes(IntVec low, IntVec high) {
   memcpy(l, &low, sizeof(low));
   memcpy(h, &high, sizeof(high));
   for (int i = 0; i < 2; ++i) {
-    const DoubleVec total = __builtin_convertvector(h[i], DoubleVec) * 128.0 +
-                            __builtin_convertvector(l[i], DoubleVec);
+    const DoubleVec total =
+        __builtin_convertvector(h[i], DoubleVec) * 128.0 + __builtin_convertvector(l[i], DoubleVec);
     joined[i] = __builtin_convertvector(total, HalfVec);
   }
   Vec result;
@@ -132,7 +132,7 @@ struct PanelScratch {
 // Prepares the strips of output features [n, N) of a panel for a block.
 template <typename T>
 static void prepare_panel(const Job<T>& job, const RowBlock& block, int64_t n,
-                         const PanelScratch& scratch, Panel* panel) {
+                          const PanelScratch& scratch, Panel* panel) {
   const Int8MatmulArgs& args = job.args;
   const int64_t K = args.num_features, N = args.num_outputs;
   const int64_t strip_bytes = count_groups(K) * kStrip * kGroup;
@@ -254,8 +254,8 @@ void int8_matmul(const Int8MatmulArgs& args, const Runtime& runtime) {
   bool any_byte = false;
   for (int64_t m = 0; m < M; ++m) any_byte |= num_lowest[m] != 0;
   if (H != 0) widen_row(args.type, args.x_hot, 0, hot_x, M * H);
-  multiply_rows(args, runtime, {low, high, ld, args.row_scale, sum_low, sum_high, num_high, hot_x,
-                                H, any_byte});
+  multiply_rows(args, runtime,
+                {low, high, ld, args.row_scale, sum_low, sum_high, num_high, hot_x, H, any_byte});
 }
 
 }  // namespace dist_int8::DIST_INT8_ISA

@@ -1,16 +1,16 @@
 // Exact int32 sums of int8 products over packed weights, one version per instruction set. Used by
 // int8_matmul.cpp, which has the picture.
 //
-// A strip is 16 output features: [ceil(K / 4)][16][4] bytes, so that an int32 lane of a vector holds
-// the four products of one output feature and no lane is ever added to another.
+// A strip is 16 output features: [ceil(K / 4)][16][4] bytes, so that an int32 lane of a vector
+// holds the four products of one output feature and no lane is ever added to another.
 #pragma once
 
 #include "cpu/simd.h"
 
 namespace dist_int8::DIST_INT8_ISA {
 
-constexpr int64_t kStrip = 16;            // output features of a strip
-constexpr int64_t kGroup = 4;             // input features of a lane
+constexpr int64_t kStrip = 16;             // output features of a strip
+constexpr int64_t kGroup = 4;              // input features of a lane
 constexpr int kVectors = kStrip / kLanes;  // vectors per group of a strip
 
 using Sums = IntVec;  // of kLanes output features

@@ -86,8 +86,8 @@ std::tuple<Tensor, Tensor> decoder_blocks(
   check_count("linears", linears, num_blocks * kLinearTensors);
   check_count("caches", caches, num_blocks * cache_tensors);
   const Settings settings{
-      segments, int8_kv, {num_heads, num_kv_heads, scale, cos, sin, alibi_slopes, window},
-      eps,      kind,    rule,
+      segments,  int8_kv, {num_heads, num_kv_heads, scale, cos, sin, alibi_slopes, window},
+      eps,       kind,    rule,
       threshold, rotation};
 
   Tensor hidden = x;

@@ -30,8 +30,9 @@ inline int64_t check_weight_int8(const char* op, const Tensor& x, int64_t K,
     fail(op, "weight_int8 must be [N, K=" + std::to_string(K) + "], got " + shape_of(weight_int8) +
                  "; packed weights need a K that is a multiple of 4");
   }
-  check_shape(op, "weight_int8", weight_int8, {{"N/16", -1}, {"K/4", K / kLaneFeatures},
-                                               {"16", kStripOutputs}, {"4", kLaneFeatures}});
+  check_shape(
+      op, "weight_int8", weight_int8,
+      {{"N/16", -1}, {"K/4", K / kLaneFeatures}, {"16", kStripOutputs}, {"4", kLaneFeatures}});
   return weight_int8.size(0) * kStripOutputs;
 }
 

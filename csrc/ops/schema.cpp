@@ -25,7 +25,8 @@ STABLE_TORCH_LIBRARY(dist_int8, m) {
       "Tensor? hot_columns, int rotation=0) -> " QUANTIZED_ROWS);
   m.def(
       "int8_linear(Tensor x, Tensor weight_int8, Tensor col_scale, Tensor? bias, int outlier_rule, "
-      "float outlier_threshold, Tensor? hot_columns, Tensor? hot_weight, int rotation=0) -> Tensor");
+      "float outlier_threshold, Tensor? hot_columns, Tensor? hot_weight, int rotation=0) -> "
+      "Tensor");
   m.def(
       "int8_matmul(Tensor x_int8, Tensor x_high, Tensor row_scale, Tensor high_tiles, "
       "Tensor x_hot, Tensor weight_int8, Tensor col_scale, Tensor? bias, Tensor? hot_weight, "
@@ -55,7 +56,8 @@ STABLE_TORCH_LIBRARY(dist_int8, m) {
       "decoder_blocks(Tensor x, Tensor? residual, Tensor segments, Tensor[] norms, "
       "Tensor[] linears, Tensor(a!)[] caches, bool int8_kv, int num_heads, int num_kv_heads, "
       "float scale, Tensor? cos, Tensor? sin, Tensor? alibi_slopes, int window, float eps, "
-      "int norm_kind, int outlier_rule, float outlier_threshold, int rotation=0) -> (Tensor, Tensor)");
+      "int norm_kind, int outlier_rule, float outlier_threshold, int rotation=0) -> (Tensor, "
+      "Tensor)");
   m.def("transform_layout(Tensor x, int source, int target, int rows, int cols) -> Tensor");
 }
 
