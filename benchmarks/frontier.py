@@ -147,7 +147,7 @@ def part_of(args: argparse.Namespace, text: Text, seed: int | None, point: Point
 
 def measure_all(args: argparse.Namespace, points: Sequence[Point]) -> dict[str, dict[str, Any]]:
     """Measures what is missing; returns figures by point and by "text, plain" or "text, seed"."""
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     texts = read_texts(tokenizer, args)
     rows: dict[str, dict[str, Any]] = {point.name: {} for point in points}
     for seed in [*([] if args.no_plain else [None]), *args.seeds]:

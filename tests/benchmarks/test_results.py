@@ -77,4 +77,4 @@ def test_make_bench_runs_scripts_that_take_json():
     makefile = (BENCHMARKS.parent / "Makefile").read_text()
     names = makefile.split("BENCHMARKS :=")[1].split("\n\n")[0].replace("\\", "").split()
     writing = {path.stem for path in SCRIPTS if "    write_result(" in path.read_text()}
-    assert set(names) == writing - {"results"}
+    assert set(names) == writing - {"results", "peers"}  # peers needs other engines installed

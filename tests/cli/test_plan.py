@@ -13,7 +13,15 @@ from dist_int8.partition import DeviceProfile
 ROOT = Path(__file__).parents[2]
 BLOOM = str(ROOT / "configs" / "models" / "bloom-176b")
 KEYS = [
-    *("fits", "model", "num_blocks", "block_bytes", "model_bytes", "kv_bytes_per_token"),
+    *(
+        "fits",
+        "model",
+        "numerics",
+        "num_blocks",
+        "block_bytes",
+        "model_bytes",
+        "kv_bytes_per_token",
+    ),
     *("kv_tokens", "ms_per_token", "ms_per_token_alone", "stages", "missing_bytes", "suggestions"),
 ]
 
@@ -66,8 +74,9 @@ def test_flags_change_the_question(capsys):
     last = [as_json(capsys, *base, "--head", f)[1]["stages"][3] for f in ("int8", "16bit")]
     assert last[0]["ms"] < last[1]["ms"]
     hot = as_json(capsys, *base, "--hot-columns", 16)[1]["block_bytes"]
-    features = 43_008 + 14_336 + 57_344 + 14_336
-    assert hot - 2_467_139_584 == 16 * (2 * features + 4 * 4)
+    features = 43_008 + 14_336 + 57_344  # and those of down
+    in_down = 64 * (2 * 14_336 + 4)
+    assert hot - 2_467_139_584 == 16 * (2 * features + 3 * 4) + in_down
     few = as_json(capsys, "-m", BLOOM, "--gpus", 8, "--memory", "80GB", "--stages", "auto")
     fewer = as_json(
         capsys, "-m", BLOOM, "--gpus", 8, "--memory", "80GB", "--stages", "auto",
