@@ -4,7 +4,8 @@
 
 One row per method: the change of perplexity against fp32 with the demo model as it is, and with
 outlier features like those of large models injected (the mean of the seeds). The figures come from
-benchmarks/results/accuracy.json and accuracy_features.json, which benchmarks/accuracy.py writes.
+benchmarks/results/accuracy.json and accuracy_features.json, ours from accuracy_rotated.json, which
+benchmarks/accuracy.py writes.
 """
 
 import argparse
@@ -39,15 +40,19 @@ STYLE = {
 
 def read_changes() -> dict[str, tuple[float, float]]:
     """Change of perplexity in percent: as it is, and with features (the mean of seeds)."""
-    plain = json.loads((RESULTS / "accuracy.json").read_text())["runs"]["plain"]["methods"]
-    runs = json.loads((RESULTS / "accuracy_features.json").read_text())["runs"].values()
+    changes = {name: read_runs(name) for name in METHODS}
     return {
-        name: (
-            plain[name]["change_percent"],
-            statistics.mean(run["methods"][name]["change_percent"] for run in runs),
-        )
-        for name in METHODS
+        name: (plain, statistics.mean(features)) for name, (plain, *features) in changes.items()
     }
+
+
+def read_runs(method: str) -> list[float]:
+    """Changes of perplexity of one method in percent: as it is, and with features of each seed."""
+    files = ["accuracy_rotated"] if method == "ours" else ["accuracy", "accuracy_features"]
+    runs: dict[str, Any] = {}
+    for name in files:
+        runs |= json.loads((RESULTS / f"{name}.json").read_text())["runs"]
+    return [run["methods"][method]["change_percent"] for run in runs.values()]
 
 
 def draw(changes: dict[str, tuple[float, float]], path: Path) -> None:
@@ -68,7 +73,9 @@ def draw(changes: dict[str, tuple[float, float]], path: Path) -> None:
         axes.tick_params(axis="y", length=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_title("What int8 costs: perplexity against fp32, lower is better", loc="left")
-        axes.set_xlabel("increase in perplexity, %  (SmolLM2-135M-Instruct, 51,200 tokens)")
+        axes.set_xlabel(
+            "increase in perplexity, %  (SmolLM2-135M-Instruct, 51,200 tokens; dist_int8: 10,240)"
+        )
         _legend(axes)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=120)
 
