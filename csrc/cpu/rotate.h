@@ -16,7 +16,11 @@ constexpr int kChunk = kChunkVectors * kLanes;  // floats that are rotated in re
 
 template <int kStride, int... kLane>
 DIST_INT8_INLINE Vec rotate_lanes(Vec v, std::integer_sequence<int, kLane...>) {
+#if defined(__clang__)
   const Vec partner = __builtin_shufflevector(v, v, (kLane ^ kStride)...);
+#else  // GCC before 12 has no other
+  const Vec partner = __builtin_shuffle(v, IntVec{(kLane ^ kStride)...});
+#endif
   // a + b where the lane is a; where it is b, -b + a, which rounds as a - b does.
   const IntVec negative = {((kLane & kStride) != 0 ? INT32_MIN : 0)...};
   return partner + (Vec)((IntVec)v ^ negative);
