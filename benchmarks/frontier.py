@@ -56,12 +56,14 @@ POINTS = (
     # rotated, one plane
     *(Point(64, hot) for hot in (0, 8, 16, 32, 64, "K/64", "K/32", "K/16")),
     Point(64, 16, choose="absmax"),
-    *(Point(64, 16, down) for down in (32, 64)),
+    *(Point(64, 16, down) for down in (32, 64, 128)),
+    Point(64, 32, 128),
     *(Point(size, 16) for size in (16, 128, LARGEST)),
-    Point(LARGEST, 16, 64),
+    *(Point(LARGEST, hot, 4 * hot) for hot in (16, 32)),
     Point(64, 16, rule="row_rms", threshold=4.0),
     Point(64, 16, rule="all"),
     Point(64, 16, 64, rule="all"),
+    Point(64, 32, 128, rule="all"),
     Point(64, 64, rule="all"),
     # groups
     Point(0, 0, activation_group=32, weight_group=32),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dist_int8.int8 import ops
 from dist_int8.int8.embedding import Int8Embedding
 from dist_int8.models.block import Cache, DecoderBlock, Norm, PositionTables
+from dist_int8.models.block_calls import BlockCalls
 from dist_int8.models.rotary import alibi_slopes, make_rotary_tables
 from dist_int8.models.run_blocks import run_blocks
 from dist_int8.models.spec import ModelSpec
@@ -119,6 +120,7 @@ class DecoderStage(nn.Module):
         self.blocks = nn.ModuleDict(
             {str(i): DecoderBlock(spec.blocks[i], device) for i in stage_slice.blocks}
         )
+        self._block_calls = BlockCalls()
         if stage_slice.last:
             self._add_head(device)
         self.to(dtype).requires_grad_(False)
@@ -244,7 +246,9 @@ class DecoderStage(nn.Module):
         tables = PositionTables(self.rotary_cos, self.rotary_sin, self.alibi_slopes)
         x = self._embed(batch) if hidden_states is None else hidden_states
         blocks: Any = self.blocks.values()
-        x, residual = run_blocks(blocks, x, batch.segments, kv_cache.layer, tables)
+        x, residual = run_blocks(
+            blocks, x, batch.segments, kv_cache.layer, tables, self._block_calls
+        )
         if self.slice.last:
             return self._logits(x, residual, batch.logit_rows)
         return x if residual is None else x + residual

@@ -1,5 +1,7 @@
 """The op of several blocks: arguments that it refuses (results: tests/models/test_blocks.py)."""
 
+from itertools import chain
+
 import pytest
 import torch
 
@@ -27,13 +29,14 @@ def tensors(**changes):
     for name in ("qkv", "attention_output", "gate_up", "down"):
         linears += [named[name], named[f"{name}_scale"], named["bias"], None, None]
     norms = [named["norm"], None, named["norm"], None]
-    return BlockTensors(norms, linears, (named["key_cache"], named["value_cache"]))
+    return BlockTensors(norms, linears, [named["key_cache"], named["value_cache"]])
 
 
 def run(*blocks, x=None, residual=None, segments=((0, 0, 3),), **changes):
     x = torch.randn(3, HIDDEN) if x is None else x
     where = torch.tensor(segments, dtype=torch.int32)
-    return decoder_blocks(x, residual, where, blocks, SETTINGS._replace(**changes))
+    joined = BlockTensors(*(list(chain.from_iterable(part)) for part in zip(*blocks, strict=True)))
+    return decoder_blocks(x, residual, where, joined, SETTINGS._replace(**changes))
 
 
 def test_a_residual_counts_as_if_it_had_been_added():

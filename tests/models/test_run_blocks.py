@@ -1,5 +1,7 @@
 """Neighbouring blocks in one call: the same bits as op by op, and no hook is bypassed."""
 
+import copy
+
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
@@ -10,6 +12,7 @@ from dist_int8.int8 import decoder_blocks, kv
 from dist_int8.int8.linear import Int8Linear
 from dist_int8.models import run_blocks as blocks_module
 from dist_int8.models.block import DecoderBlock, Norm, PositionTables
+from dist_int8.models.block_calls import BlockCalls
 from dist_int8.models.run_blocks import run_blocks
 from dist_int8.models.spec import BlockSpec
 
@@ -31,6 +34,8 @@ OTHERS = {
     "parallel_residual": {"parallel_residual": True},
     "not gated": {"gated": False, "activation": "gelu"},
 }
+
+KEPT = BlockCalls()  # over all tests, so that every change has to be noticed
 
 
 def make_block(hot_columns=None, threshold=4.0, **changes):
@@ -57,7 +62,7 @@ def calls(monkeypatch):
     op = decoder_blocks.decoder_blocks
 
     def counting(x, residual, segments, blocks, settings):
-        numbers.append(len(blocks))
+        numbers.append(len(blocks.norms) // 4)
         return op(x, residual, segments, blocks, settings)
 
     monkeypatch.setattr(blocks_module, "decoder_blocks", counting)
@@ -82,7 +87,7 @@ def run(blocks, int8_kv=False, dtype=torch.float32):
         x = torch.randn(num_tokens, HIDDEN, generator=generator).to(dtype)
         x[:, 7] *= 30
         where = torch.tensor(segments, dtype=torch.int32)
-        results += run_blocks(blocks, x, where, lambda index: caches[index], tables)
+        results += run_blocks(blocks, x, where, lambda index: caches[index], tables, KEPT)
     for layer in caches:
         for one in layer:
             results += one if int8_kv else [one]
@@ -222,13 +227,25 @@ def test_compiles_without_graph_breaks(calls):
 
     def step(x):
         tables = PositionTables(None, None, None)
-        return run_blocks(blocks, x, segments, lambda index: caches, tables)
+        return run_blocks(blocks, x, segments, lambda index: caches, tables, BlockCalls())
 
     x = torch.randn(3, HIDDEN)
     expected = step(x)
     compiled = torch.compile(step, backend="eager", fullgraph=True)(x)
     assert_same_bits(compiled, expected)
     assert calls == [2]
+
+
+def test_a_copy_of_a_stage_looks_at_its_own_modules(calls):
+    blocks = nn.ModuleList([make_block(), make_block()])
+    blocks.kept = BlockCalls()
+    blocks.kept.of(tuple(blocks))
+    copied = copy.deepcopy(blocks)
+    seen = []
+    copied[0].down.register_forward_hook(lambda *_: seen.append(1))
+    rules = [call.rule for call in copied.kept.of(tuple(copied))]
+    assert rules[0] is None and len(rules) == 2
+    assert len(blocks.kept.of(tuple(blocks))) == 1
 
 
 def test_sixteen_bits_run_op_by_op(calls):
@@ -239,7 +256,6 @@ def test_sixteen_bits_run_op_by_op(calls):
 def test_no_blocks_leave_x_as_it_is():
     x = torch.randn(2, HIDDEN)
     segments = torch.tensor([[0, 0, 2]], dtype=torch.int32)
-    got, residual = run_blocks(
-        [], x, segments, lambda index: None, PositionTables(None, None, None)
-    )
+    tables = PositionTables(None, None, None)
+    got, residual = run_blocks([], x, segments, lambda index: None, tables, BlockCalls())
     assert got is x and residual is None
