@@ -1,118 +1,238 @@
-"""How fast is one int8 linear layer on a CPU, compared with fp32 and bitsandbytes?
+"""How fast is one int8 linear on a CPU, beside every other way to compute it?
 
-    python benchmarks/linear.py [--threads 2] [--repeats 15] [--rows 1 8 64 512]
+    python benchmarks/linear.py [--threads 2] [--repeats 7] [--rows 1 8 64 512] [--before PYTHON]
 
-One run, interleaved, medians, the same threads and the same x: fp32 F.linear, bitsandbytes
-Linear8bitLt (threshold 6.0), and int8_linear with the paper's rule (absolute 6.0) and row_rms 4.0,
-including the quantization of x; with 0 and with 6 outlier columns. Correctness first: int8_linear
-equals its specification bit for bit, and all three are close to fp32. Weights are reused, so a
-layer that fits into the last-level cache (16 MB of int8 at 4096x4096) may stay there.
+One run, interleaved, medians, the same threads and the same x, its quantization included:
+
+    fp32, bf16    F.linear
+    _int_mm       torch._int_mm of x and weight that are int8 already: no scales, int32 out
+    bitsandbytes  Linear8bitLt, threshold 6.0
+    torchao       Int8DynamicActivationInt8WeightConfig
+    ours          the default: rotated by 64, hot columns in 16 bits, one plane
+    accurate      the point of that name: two planes
+    before        the default of another copy of this project, which runs in the environment of
+                  PYTHON: rule row_rms 4.0 with 16 hot columns, weights row-major
+
+x is normal with 6 features of 40 times that size, which are among the hot columns; bitsandbytes
+finds them by itself. Correctness first: ours equals its specification bit for bit, and all are
+close to fp32. A small layer's weights are copied until the copies exceed every cache, and ours,
+before, fp32 and bf16 go through them in turn; bitsandbytes and torchao have one.
+
+Beside them: the bytes of weights that ours reads per second as a share of what the machine reads,
+and its operations as a share of the int8 peak of a loop in registers (`engines/machine.cpp`).
 """
 
+import argparse
+import itertools
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
-from results import make_parser, write_result
+from engines.machine import describe_machine, measure_machine
+from linear_before import Before, make_layer
+from results import FOLDER, make_parser, write_result
+from torch import Tensor
 from torch.nn import functional
 
-from dist_int8.evaluation.linears import import_bitsandbytes
-from dist_int8.int8 import ops, reference
+from dist_int8.config.accuracy import POINTS
+from dist_int8.evaluation import linears
+from dist_int8.int8 import ops, packing, reference
+from dist_int8.int8.rotation import rotate_weight
 
-bitsandbytes = import_bitsandbytes()
-
-SHAPES = [(4096, 4096), (14336, 4096)]  # N, K
-OUTLIER_COLUMNS = [1, 77, 500, 1000, 2000, 4000]
-RULES = {"absolute 6.0": ("absolute", 6.0), "row_rms 4.0": ("row_rms", 4.0)}
-
-
-def relative_error(got, want):
-    return ((got - want).norm() / want.norm()).item()
-
-
-def interleaved_medians(functions, repeats):
-    """Measures median milliseconds of each function, interleaved, after one warm-up."""
-    times = {name: [] for name in functions}
-    for repeat in range(repeats + 1):
-        for name, function in functions.items():
-            started = time.perf_counter()
-            function()
-            if repeat:
-                times[name].append(1e3 * (time.perf_counter() - started))
-    return {name: statistics.median(values) for name, values in times.items()}
+SHAPES = ((3072, 576), (4096, 4096), (14336, 4096))  # N, K
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+LARGE = (1, 77, 500, 130, 200, 400)  # features of x
+OURS = {"ours": POINTS["balanced"], "accurate": POINTS["accurate"]}
+CACHES = 200e6  # bytes of copies that no cache holds
+LONGEST_S = 20.0  # of the repeats of a cell, beyond which two are enough
+FARTHEST = 0.03  # relative error to fp32
 
 
-@torch.inference_mode()
-def measure(N, K, rows, num_outliers, repeats):
-    weight = torch.randn(N, K) / K**0.5
-    weight_int8, col_scale = reference.quantize_weight(weight)
-    theirs = bitsandbytes.nn.Linear8bitLt(
-        K, N, bias=False, has_fp16_weights=False, threshold=6.0
-    ).requires_grad_(False)
-    theirs.weight = bitsandbytes.nn.Int8Params(weight.clone(), requires_grad=False)
-    theirs = theirs.to("cpu")
-    for M in rows:
-        x = torch.randn(M, K)
-        x.clamp_(-5.5, 5.5)  # no outlier by chance
-        x[:, OUTLIER_COLUMNS[:num_outliers]] *= 40.0
-        x[:, OUTLIER_COLUMNS[:num_outliers]] += 10.0 * x[:, OUTLIER_COLUMNS[:num_outliers]].sign()
-        want = functional.linear(x, weight)
-        functions = {"fp32": lambda x=x: functional.linear(x, weight)}
-        functions["bitsandbytes"] = lambda x=x: theirs(x)
-        errors = {"bitsandbytes": relative_error(theirs(x), want)}
-        for name, (rule, threshold) in RULES.items():
-            settings = {"outlier_rule": rule, "outlier_threshold": threshold}
-            functions[name] = lambda x=x, settings=settings: ops.int8_linear(
-                x, weight_int8, col_scale, **settings
+class Cell:
+    """One layer in all ways."""
+
+    def __init__(self, N: int, K: int, before: Before | None) -> None:
+        self.N, self.K, self.before = N, K, before
+        num_copies = max(1, int(CACHES // (N * K))) if N * K < 1e7 else 1
+        self.weight = make_layer(N, K)
+        self.copies = [self.weight.clone() for _ in range(max(1, num_copies // 4))]
+        self.halves = [self.weight.bfloat16() for _ in range(max(1, num_copies // 2))]
+        self.int8 = reference.quantize_weight(self.weight)[0]
+        linear = torch.nn.Linear(K, N, bias=False, device="meta")
+        linear.weight = torch.nn.Parameter(self.weight, requires_grad=False)
+        matrix = linears.Matrix(linear)
+        self.bitsandbytes = linears.bitsandbytes_linear(matrix, 6.0)
+        self.torchao = linears.torchao_linear(matrix)
+        self._make_ours(num_copies)
+        if before is not None:
+            before.make(N, K, num_copies)
+
+    def _make_ours(self, num_copies: int) -> None:
+        num_hot = POINTS["balanced"].num_hot_columns
+        features = torch.randperm(self.K, generator=torch.Generator().manual_seed(1)).tolist()
+        others = [k for k in features if k not in LARGE]
+        hot = sorted([*LARGE, *others[: num_hot - len(LARGE)]])
+        self.hot_columns = torch.tensor(hot, dtype=torch.int32)
+        self.hot_weight = self.weight[:, hot].bfloat16()
+        cold = self.weight.index_fill(1, self.hot_columns.long(), 0.0)
+        rotated = rotate_weight(cold, POINTS["balanced"].rotation)
+        self.weight_int8, self.col_scale = reference.quantize_weight(rotated)
+        packed_hot = packing.pack_(self.hot_weight.clone(), 1)
+        self.ours = [
+            (packing.pack_(self.weight_int8.clone(), packing.GROUP), packed_hot)
+            for _ in range(num_copies)
+        ]
+
+    def ways(self, x: Tensor) -> dict[str, Callable[[], Any]]:
+        """Functions that compute the layer of x [M, K]."""
+        half = x.bfloat16()
+        x_int8 = reference.quantize_weight(x)[0]
+        copies, halves = itertools.cycle(self.copies), itertools.cycle(self.halves)
+        ways: dict[str, Callable[[], Any]] = {
+            "fp32": lambda: functional.linear(x, next(copies)),
+            "bf16": lambda: functional.linear(half, next(halves)),
+            "_int_mm": lambda: torch._int_mm(x_int8, self.int8.T),
+            "bitsandbytes": lambda: self.bitsandbytes(x),
+            "torchao": lambda: self.torchao(x),
+        }
+        for name, point in OURS.items():
+            layers = itertools.cycle(self.ours)
+            ways[name] = lambda rule=point.rule, layers=layers: self.run(x, rule, *next(layers))
+        return ways
+
+    def run(self, x: Tensor, rule: str, weight_int8: Tensor, hot_weight: Tensor) -> Tensor:
+        return ops.int8_linear(
+            x,
+            weight_int8,
+            self.col_scale,
+            outlier_rule=rule,
+            outlier_threshold=0.0,
+            hot_columns=self.hot_columns,
+            hot_weight=hot_weight,
+            rotation=POINTS["balanced"].rotation,
+        )
+
+    def check(self, x: Tensor) -> dict[str, float]:
+        """Asserts that all ways compute the layer; returns their relative errors to fp32."""
+        want = functional.linear(x, self.weight)
+        for point in OURS.values():
+            some = x[:8]
+            exact = reference.int8_linear(
+                some,
+                self.weight_int8,
+                self.col_scale,
+                outlier_rule=point.rule,
+                outlier_threshold=0.0,
+                hot_columns=self.hot_columns,
+                hot_weight=self.hot_weight,
+                rotation=point.rotation,
             )
-            some = slice(0, 8)
-            exact = reference.int8_linear(x[some], weight_int8, col_scale, **settings)
-            got = functions[name]()
-            assert torch.equal(got[some], exact), f"{name} differs from the specification at M={M}"
-            errors[name] = relative_error(got, want)
-        assert max(errors.values()) < 0.03, errors
-        # bitsandbytes takes seconds where the others take milliseconds
-        milliseconds = interleaved_medians(functions, max(5, repeats if M <= 8 else repeats // 3))
-        yield {
-            "N": N,
-            "K": K,
+            got = self.run(x, point.rule, *self.ours[0])[:8]
+            assert torch.equal(got, exact), f"{point} differs from its specification"
+        results = {name: way() for name, way in self.ways(x).items() if name != "_int_mm"}
+        if self.before is not None:
+            results["before"] = self.before.result(x)
+        errors = {
+            name: ((got.float() - want).norm() / want.norm()).item()
+            for name, got in results.items()
+        }
+        assert max(errors.values()) < FARTHEST, errors
+        return errors
+
+    def measure(self, M: int, repeats: int) -> dict[str, Any]:
+        x = torch.randn(M, self.K, generator=torch.Generator().manual_seed(M))
+        x[:, list(LARGE)] *= 40.0
+        errors = self.check(x)
+        timed = {name: seconds_of(way) for name, way in self.ways(x).items()}
+        if self.before is not None:
+            timed["before"] = self.before.seconds
+        return {
+            "N": self.N,
+            "K": self.K,
             "M": M,
-            "outlier_columns": num_outliers,
-            "milliseconds": milliseconds,
+            "milliseconds": interleaved_medians(timed, repeats),
             "relative_errors": errors,
-            "times_fp32": {name: milliseconds["fp32"] / milliseconds[name] for name in RULES},
-            "times_bitsandbytes": {
-                name: milliseconds["bitsandbytes"] / milliseconds[name] for name in RULES
-            },
         }
 
 
-def main():
+def seconds_of(function: Callable[[], Any]) -> Callable[[], float]:
+    def timed() -> float:
+        started = time.perf_counter()
+        function()
+        return time.perf_counter() - started
+
+    return timed
+
+
+def interleaved_medians(timed: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each function, in rounds after one that warms up."""
+    samples: dict[str, list[float]] = {name: [] for name in timed}
+    started = time.perf_counter()
+    for round_ in range(repeats + 1):
+        if round_ > 2 and time.perf_counter() - started > LONGEST_S:
+            break
+        for name, function in timed.items():
+            seconds = function()
+            if round_:
+                samples[name].append(1e3 * seconds)
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def shares(figure: dict[str, Any], machine: dict[str, Any]) -> dict[str, float]:
+    """What ours reads and computes, as shares of what the machine can."""
+    seconds = figure["milliseconds"]["ours"] / 1e3
+    N, K, M = figure["N"], figure["K"], figure["M"]
+    num_bytes = N * K + 2 * N * POINTS["balanced"].num_hot_columns
+    return {
+        "of_bandwidth": num_bytes / seconds / 1e9 / machine["read_gb_per_s"],
+        "of_int8_peak": 2 * M * N * K / seconds / 1e9 / machine["int8_gops"],
+    }
+
+
+def measure_all(args: argparse.Namespace, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    before = Before(args.before, args.threads) if args.before else None
+    for N, K in SHAPES:
+        cell = Cell(N, K, before)
+        for M in args.rows:
+            figure = cell.measure(M, args.repeats)
+            figure["shares"] = shares(figure, machine)
+            yield figure
+    if before is not None:
+        before.close()
+
+
+def main() -> None:
     parser = make_parser(__doc__, takes_model=False)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--rows", type=int, nargs="*", default=[1, 8, 64, 512])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--before", type=Path, help="Python that imports another dist_int8")
     args = parser.parse_args()
-    torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     info = ops.library_info()
     assert "int8_linear" in info["cpu_ops"], f"the compiled library is missing: {info['error']}"
-    print(f"{info['cpu_instruction_set']}, {args.threads} threads; milliseconds (times fp32)")
-    print("    N x K       M  outliers      fp32  bitsandbytes     absolute 6.0      row_rms 4.0")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    machine = {**describe_machine(), **measure_machine(FOLDER, args.threads)}
+    print(f"{info['cpu_instruction_set']}, {args.threads} threads; milliseconds; {machine}")
     figures = []
-    for N, K in SHAPES:
-        for num_outliers in (0, len(OUTLIER_COLUMNS)):
-            for figure in measure(N, K, args.rows, num_outliers, args.repeats):
-                figures.append(figure)
-                ms, times = figure["milliseconds"], figure["times_fp32"]
-                ours = "".join(f"{ms[name]:9.2f} ({times[name]:4.1f}x)" for name in RULES)
-                print(
-                    f"{N:6d}x{K} {figure['M']:6d} {num_outliers:8d} {ms['fp32']:10.2f} "
-                    f"{ms['bitsandbytes']:13.2f} {ours}",
-                    flush=True,
-                )
+    with torch.inference_mode():
+        for figure in measure_all(args, machine):
+            figures.append(figure)
+            times = figure["milliseconds"]
+            fastest = min((name for name in times if name not in OURS), key=times.__getitem__)
+            cells = " ".join(f"{name} {value:.2f}" for name, value in times.items())
+            of = ", ".join(f"{value:.0%} {name}" for name, value in figure["shares"].items())
+            print(
+                f"{figure['N']}x{figure['K']} M={figure['M']}: {cells}; {of}; "
+                f"{times[fastest] / times['ours']:.2f} x {fastest}",
+                flush=True,
+            )
     setting = {"threads": args.threads, "instruction_set": info["cpu_instruction_set"]}
-    write_result("linear", {**setting, "layers": figures}, args.json, args.raw)
+    figures = {**setting, "machine": machine, "layers": figures}
+    write_result("linear", figures, args.json, args.raw)
 
 
 if __name__ == "__main__":

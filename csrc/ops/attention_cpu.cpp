@@ -1,15 +1,14 @@
 // Attention on a CPU: segments, outputs, and the call of the chosen instruction set.
-#include <vector>
-
 #include "ops/ops_cpu.h"
 #include "ops/runtime_cpu.h"
 
 namespace dist_int8 {
-namespace {
 
-// Blocks of neighbouring tokens, after checking every segment against the caches.
-void make_blocks(const char* op, const Tensor& segments, const AttentionArgs& args,
-                 std::vector<TokenBlock>* blocks) {
+const char* name_of_attention(bool int8_kv) { return int8_kv ? "int8_kv_attention" : "attention"; }
+
+void make_token_blocks(const Tensor& segments, const AttentionArgs& args,
+                       std::vector<TokenBlock>* blocks) {
+  const char* op = name_of_attention(args.key_scale != nullptr);
   check_shape(op, "segments", segments, {{"B", -1}, {"3", 3}});
   check_dtype(op, "segments", segments, ScalarType::Int);
   check_cpu(op, "segments", segments);
@@ -18,14 +17,14 @@ void make_blocks(const char* op, const Tensor& segments, const AttentionArgs& ar
   int64_t row = 0;
   for (int64_t b = 0; b < segments.size(0); ++b) {
     const int64_t slot = data[3 * b], start = data[3 * b + 1], count = data[3 * b + 2];
-    const std::string name = "segments[" + std::to_string(b) + "]";
+    const auto name = [&] { return "segments[" + std::to_string(b) + "]"; };
     if (slot < 0 || slot >= args.num_slots) {
-      fail(op, name + " slot must be in 0.." + std::to_string(args.num_slots - 1) + ", got " +
+      fail(op, name() + " slot must be in 0.." + std::to_string(args.num_slots - 1) + ", got " +
                    std::to_string(slot) + "; the cache has that many slots");
     }
     const int64_t limit = args.num_positions;
     if (start < 0 || count < 0 || start + count > limit) {
-      fail(op, name + " positions must be in 0.." + std::to_string(limit - 1) + ", got " +
+      fail(op, name() + " positions must be in 0.." + std::to_string(limit - 1) + ", got " +
                    std::to_string(start) + ".." + std::to_string(start + count - 1) +
                    "; raise max_tokens or shorten the sequence");
     }
@@ -40,6 +39,25 @@ void make_blocks(const char* op, const Tensor& segments, const AttentionArgs& ar
     fail(op, "segments must cover T=" + std::to_string(args.num_rows) + " tokens of qkv, got " +
                  std::to_string(row) + "; their counts must add up to the rows of qkv");
   }
+}
+
+namespace {
+
+Tensor attend(const AttentionInputs& inputs) {
+  const bool is_int8 = inputs.key_scale != nullptr;
+  const char* op = name_of_attention(is_int8);
+  check_dtype(op, "qkv", inputs.qkv, ScalarType::Float);
+  AttentionArgs args = check_attention(op, inputs);
+  static thread_local std::vector<TokenBlock> blocks;
+  make_token_blocks(inputs.segments, args, &blocks);
+  args.blocks = blocks.data();
+  args.num_blocks = static_cast<int64_t>(blocks.size());
+  Tensor out =
+      empty({args.num_rows, args.num_heads * args.head_dim}, ScalarType::Float, inputs.qkv);
+  args.out = out.mutable_data_ptr();
+  const CpuKernels& kernels = cpu_kernels();
+  (is_int8 ? kernels.int8_kv_attention : kernels.attention)(args, runtime());
+  return out;
 }
 
 Tensor attention(const Tensor& qkv, const Tensor& key_cache, const Tensor& value_cache,
@@ -61,24 +79,6 @@ Tensor int8_kv_attention(const Tensor& qkv, const Tensor& key_cache, const Tenso
 }
 
 }  // namespace
-
-Tensor attend(const AttentionInputs& inputs) {
-  const bool is_int8 = inputs.key_scale != nullptr;
-  const char* op = is_int8 ? "int8_kv_attention" : "attention";
-  check_dtype(op, "qkv", inputs.qkv, ScalarType::Float);
-  AttentionArgs args = check_attention(op, inputs);
-  static thread_local std::vector<TokenBlock> blocks;
-  make_blocks(op, inputs.segments, args, &blocks);
-  args.blocks = blocks.data();
-  args.num_blocks = static_cast<int64_t>(blocks.size());
-  Tensor out =
-      empty({args.num_rows, args.num_heads * args.head_dim}, ScalarType::Float, inputs.qkv);
-  args.out = out.mutable_data_ptr();
-  const CpuKernels& kernels = cpu_kernels();
-  (is_int8 ? kernels.int8_kv_attention : kernels.attention)(args, runtime());
-  return out;
-}
-
 }  // namespace dist_int8
 
 STABLE_TORCH_LIBRARY_IMPL(dist_int8, CPU, m) {

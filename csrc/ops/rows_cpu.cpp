@@ -1,5 +1,4 @@
 // Ops that work row by row on a CPU: outputs, and the call of the chosen instruction set.
-#include "ops/ops_cpu.h"
 #include "ops/rows_checks.h"
 #include "ops/runtime_cpu.h"
 
@@ -62,8 +61,6 @@ QuantizedRows silu_mul_quantize(const Tensor& gate_up, int64_t rule, double thre
   return quantize(op, silu_mul_into(op, gate_up), {rule, threshold, hot_columns, rotation});
 }
 
-}  // namespace
-
 std::tuple<Tensor, Tensor> add_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
                                     const std::optional<Tensor>& bias, double eps, int64_t kind) {
   Tensor total;
@@ -78,6 +75,7 @@ Tensor norm(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
 
 Tensor silu_mul(const Tensor& gate_up) { return silu_mul_into("silu_mul", gate_up); }
 
+}  // namespace
 }  // namespace dist_int8
 
 STABLE_TORCH_LIBRARY_IMPL(dist_int8, CPU, m) {

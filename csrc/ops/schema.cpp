@@ -51,12 +51,16 @@ STABLE_TORCH_LIBRARY(dist_int8, m) {
       "int window) -> Tensor");
   // Of every block in turn: norms, weight and bias of both; linears, weight_int8, col_scale, bias,
   // hot_columns, hot_weight of qkv, attention_output, gate_up and down; caches, the two of
-  // attention, or the four of int8_kv_attention. What a block lacks is a tensor of bool.
+  // attention, or the four of int8_kv_attention. What a block lacks is a tensor of bool. The result
+  // is bytes with their addresses: who holds it holds these tensors, as they are.
   m.def(
-      "decoder_blocks(Tensor x, Tensor? residual, Tensor segments, Tensor[] norms, "
-      "Tensor[] linears, Tensor(a!)[] caches, bool int8_kv, int num_heads, int num_kv_heads, "
-      "float scale, Tensor? cos, Tensor? sin, Tensor? alibi_slopes, int window, float eps, "
-      "int norm_kind, int outlier_rule, float outlier_threshold, int rotation=0) -> (Tensor, "
+      "prepare_blocks(Tensor like, int hidden_size, Tensor[] norms, Tensor[] linears, "
+      "Tensor[] caches, bool int8_kv, int num_heads, int num_kv_heads, float scale, Tensor? cos, "
+      "Tensor? sin, Tensor? alibi_slopes, int window, float eps, int norm_kind, int outlier_rule, "
+      "float outlier_threshold, int rotation=0) -> Tensor");
+  // Changes the caches that were prepared.
+  m.def(
+      "decoder_blocks(Tensor x, Tensor? residual, Tensor segments, Tensor prepared) -> (Tensor, "
       "Tensor)");
   m.def("transform_layout(Tensor x, int source, int target, int rows, int cols) -> Tensor");
 }

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dist_int8.engine.requests import Request
-from dist_int8.pipeline.microbatch import SAMPLING_FIELDS, Kind, MicroBatch
+from dist_int8.pipeline.microbatch import Kind, MicroBatch
 
 
 @dataclass
@@ -163,10 +163,11 @@ def _form(lane: Lane, chunk: int, step: int) -> Turn:
         token_ids=torch.tensor(token_ids, dtype=torch.int64),
         segments=torch.tensor(segments, dtype=torch.int32),
         emits=torch.tensor(emits, dtype=torch.int64),
-        starts=torch.tensor(starts, dtype=torch.int64).view(-1, 2),
-        settings=torch.tensor(settings, dtype=torch.float64).view(-1, len(SAMPLING_FIELDS)),
         rules=rules,
     )
+    if starts:
+        micro_batch.starts = torch.tensor(starts, dtype=torch.int64)
+        micro_batch.settings = torch.tensor(settings, dtype=torch.float64)
     return Turn(lane, micro_batch, emitting)
 
 

@@ -178,6 +178,11 @@ def _int8_kv_attention(
     return qkv.new_empty(qkv.shape[0], AttentionArgs(*args).num_heads * key_cache.shape[2])
 
 
+@_fake("prepare_blocks")
+def _prepare_blocks(like: Tensor, *_: object) -> Tensor:
+    return like.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
+
+
 @_fake("decoder_blocks")
 def _decoder_blocks(x: Tensor, residual: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x)

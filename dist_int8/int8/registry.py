@@ -16,6 +16,7 @@ OPS = (
     "activation_quantize",
     "attention",
     "int8_kv_attention",
+    "prepare_blocks",
     "decoder_blocks",
     "transform_layout",
 )

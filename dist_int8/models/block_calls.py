@@ -5,13 +5,14 @@ what was found is kept, and before every step it is only checked that nothing ha
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain, groupby
 from operator import itemgetter, methodcaller
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
-from dist_int8.int8.decoder_blocks import LinearRule
+from dist_int8.int8.decoder_blocks import LinearRule, PreparedBlocks
 from dist_int8.int8.linear import Int8Linear
 from dist_int8.models.block import DecoderBlock, Norm
 
@@ -27,7 +28,8 @@ _norm_rule = itemgetter("kind", "eps")
 _linear_rule = itemgetter("outlier_rule", "outlier_threshold", "rotation")
 
 
-class BlockCall(NamedTuple):
+@dataclass
+class BlockCall:
     """Neighbouring blocks that run in one call, or one by one.
 
     Attributes:
@@ -36,12 +38,14 @@ class BlockCall(NamedTuple):
         blocks: these blocks.
         parameters: of their norms; the modules' own dictionary, so that it shows what it holds now.
         buffers: of their linears, likewise.
+        prepared: of the last run.
     """
 
     rule: tuple[Any, ...] | None
     blocks: tuple[DecoderBlock, ...]
     parameters: Sequence[dict[str, Tensor | None]]
     buffers: Sequence[dict[str, Tensor | None]]
+    prepared: PreparedBlocks | None = None
 
     def norm_tensors(self) -> list[Tensor | None]:
         """Weight and bias of every norm."""

@@ -9,7 +9,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from dist_int8.int8 import kv, ops
 from dist_int8.int8.attention_args import AttentionArgs
-from dist_int8.int8.decoder_blocks import BlockSettings, BlockTensors, decoder_blocks, runs
+from dist_int8.int8.decoder_blocks import BlockSettings, BlockTensors, PreparedBlocks, runs
 from dist_int8.models.block import Cache, DecoderBlock, PositionTables
 from dist_int8.models.block_calls import BlockCall, BlockCalls
 
@@ -74,7 +74,9 @@ def _in_one_call(
     attention = AttentionArgs(spec.num_heads, spec.num_kv_heads, scale, *tables, window=spec.window)
     settings = BlockSettings(norm_eps, norm_kind, linear_rule, attention)
     tensors = BlockTensors(call.norm_tensors(), call.linear_tensors(), _flatten(caches))
-    return decoder_blocks(x, residual, segments, tensors, settings)
+    if call.prepared is None or not call.prepared.are_of(tensors, settings):
+        call.prepared = PreparedBlocks(x, tensors, settings)
+    return call.prepared.run(x, residual, segments)
 
 
 def _flatten(caches: Iterable[Caches]) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -25,6 +26,11 @@ class Kind(IntEnum):
 
 def _no_rows(columns: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(0, columns, dtype=dtype)
+
+
+# most micro-batches start nothing, and a new tensor takes 0.1 ms when the caches hold weights
+NO_STARTS = _no_rows(2, torch.int64)
+NO_SETTINGS = _no_rows(len(SAMPLING_FIELDS), torch.float64)
 
 
 @dataclass
@@ -52,8 +58,8 @@ class MicroBatch:
     token_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     segments: Tensor = field(default_factory=lambda: _no_rows(3, torch.int32))
     emits: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    starts: Tensor = field(default_factory=lambda: _no_rows(2, torch.int64))
-    settings: Tensor = field(default_factory=lambda: _no_rows(len(SAMPLING_FIELDS), torch.float64))
+    starts: Tensor = NO_STARTS
+    settings: Tensor = NO_SETTINGS
     rules: list[tuple[int, Rule]] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)
 
@@ -61,13 +67,16 @@ class MicroBatch:
     def num_tokens(self) -> int:
         return self.token_ids.numel()
 
-    def last_rows(self) -> Tensor:
-        """int64 [E]: the row of the last token of every segment that emits."""
-        ends = torch.cumsum(self.segments[:, 2].long(), 0) - 1
-        return ends[self.emits.bool()]
+    # As lists: indexing with a mask takes 0.4 ms when the caches are full of weights.
+    def last_rows(self) -> list[int]:
+        """The row of the last token of every segment that emits."""
+        ends = accumulate(count for _, _, count in self.segments.tolist())
+        return [end - 1 for end, emits in zip(ends, self.emits.tolist(), strict=True) if emits]
 
     def emitting_slots(self) -> list[int]:
-        return self.segments[self.emits.bool(), 0].tolist()
+        """The slot of every segment that emits."""
+        pairs = zip(self.segments.tolist(), self.emits.tolist(), strict=True)
+        return [slot for (slot, _, _), emits in pairs if emits]
 
 
 @dataclass

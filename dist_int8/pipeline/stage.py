@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -42,10 +43,10 @@ class Stage:
     @torch.inference_mode()
     def run(self, micro_batch: MicroBatch, hidden_states: Tensor | None) -> Tensor | Result:
         """hidden_states [T, hidden_size] for the next stage, or the Result from the last one."""
-        logit_rows = None
+        logit_rows: Sequence[int] | None = None
         if self.sampler is not None:
             logit_rows = (
-                torch.arange(micro_batch.num_tokens)
+                range(micro_batch.num_tokens)
                 if micro_batch.kind == Kind.LOGITS
                 else micro_batch.last_rows()
             )

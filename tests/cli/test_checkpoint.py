@@ -99,8 +99,8 @@ def test_quantize_finds_hot_columns_unless_told_not_to(tiny_llama, tmp_path, cap
         return json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
 
     default = config("default")
-    assert (default["calibrate"], default["num_hot_columns"]) == ("random", 16)
-    assert default["down_hot_columns"] == 64
+    assert (default["calibrate"], default["num_hot_columns"]) == ("random", 32)
+    assert default["down_hot_columns"] == 128
     assert default["skip_modules"] == ["lm_head"] and "embedding" not in default
     assert "calibrate" not in config("off", "--calibrate", "off")
     assert "calibrate" not in config("none", "--num-hot-columns", 0)

@@ -30,7 +30,8 @@ def a_call(name: str) -> tuple[torch.Tensor, tuple]:
         "activation_quantize": (x, 0, 0, 0.0, None),
         "attention": (qkv, keys, values, segments, *heads),
         "int8_kv_attention": (qkv, keys.char(), scales, values.char(), scales, segments, *heads),
-        "decoder_blocks": (x, None, segments, [norm], [], [], False, *heads, 1e-5, 0, 0, 0.0),
+        "prepare_blocks": (x, 64, [norm], [], [], False, *heads, 1e-5, 0, 0, 0.0),
+        "decoder_blocks": (x, None, segments, torch.zeros(8, dtype=torch.uint8)),
     }
     arguments = calls[name]
     return next(t for t in arguments if isinstance(t, torch.Tensor) and t.is_floating_point()), (
@@ -43,21 +44,22 @@ def test_a_raw_op_refuses_what_requires_grad(name):
     assert ops.library_info()["path"] and has_op(name)
     op = getattr(torch.ops.dist_int8, name)
     x, arguments = a_call(name)
-    if name != "decoder_blocks":
+    is_whole = not name.endswith("_blocks")  # those calls have no block
+    if is_whole:
         op(*arguments)
     x.requires_grad_(True)
     with pytest.raises(RuntimeError, match=f"{name} has no gradient, but one of its inputs"):
         op(*arguments)
-    if name != "decoder_blocks":
+    if is_whole:
         with torch.no_grad():
             op(*arguments)
 
 
 def test_a_list_of_tensors_is_looked_through():
-    _, arguments = a_call("decoder_blocks")
-    arguments[3][0].requires_grad_(True)
-    with pytest.raises(RuntimeError, match="decoder_blocks has no gradient"):
-        torch.ops.dist_int8.decoder_blocks(*arguments)
+    _, arguments = a_call("prepare_blocks")
+    arguments[2][0].requires_grad_(True)
+    with pytest.raises(RuntimeError, match="prepare_blocks has no gradient"):
+        torch.ops.dist_int8.prepare_blocks(*arguments)
 
 
 def specifications() -> dict[str, tuple]:

@@ -7,7 +7,7 @@ import torch
 
 from dist_int8.int8 import reference
 from dist_int8.int8.attention_args import AttentionArgs
-from dist_int8.int8.decoder_blocks import BlockSettings, BlockTensors, LinearRule, decoder_blocks
+from dist_int8.int8.decoder_blocks import BlockSettings, BlockTensors, LinearRule, PreparedBlocks
 
 HIDDEN, INNER, HEAD_DIM, TOKENS = 32, 24, 16, 8
 SETTINGS = BlockSettings(
@@ -36,7 +36,8 @@ def run(*blocks, x=None, residual=None, segments=((0, 0, 3),), **changes):
     x = torch.randn(3, HIDDEN) if x is None else x
     where = torch.tensor(segments, dtype=torch.int32)
     joined = BlockTensors(*(list(chain.from_iterable(part)) for part in zip(*blocks, strict=True)))
-    return decoder_blocks(x, residual, where, joined, SETTINGS._replace(**changes))
+    prepared = PreparedBlocks(x, joined, SETTINGS._replace(**changes))
+    return prepared.run(x, residual, where)
 
 
 def test_a_residual_counts_as_if_it_had_been_added():
@@ -91,9 +92,38 @@ def test_bad_settings(change, message):
     "count, message", [(0, "norms must be of 1 block"), (3, "linears must be")]
 )
 def test_bad_counts(count, message):
-    op = torch.ops.dist_int8.decoder_blocks.default
+    op = torch.ops.dist_int8.prepare_blocks.default
     none = torch.empty(0, dtype=torch.bool)
-    arguments = (torch.ones(1, 4), None, torch.zeros(1, 3, dtype=torch.int32))
     settings = (False, 1, 1, 1.0, None, None, None, 0, 1e-5, 0, 0, 0.0)
-    with pytest.raises(ValueError, match=f"^decoder_blocks: {message}"):
-        op(*arguments, [none] * 4 * count, [none] * 7, [none] * 6, *settings)
+    with pytest.raises(ValueError, match=f"^prepare_blocks: {message}"):
+        op(torch.ones(1, 4), 4, [none] * 4 * count, [none] * 7, [none] * 6, *settings)
+
+
+def test_caches_of_other_sizes_are_refused():
+    small = {"key_cache": torch.zeros(1, 1, HEAD_DIM, 5), "value_cache": torch.zeros(1, 1, 5, 16)}
+    with pytest.raises(ValueError, match="must have the same slots and positions .* in block 1"):
+        run(tensors(), tensors(**small))
+
+
+def test_a_block_must_return_to_the_width_of_x():
+    wide = {"down": torch.ones(2 * HIDDEN, INNER, dtype=torch.int8), "down_scale": torch.ones(64)}
+    with pytest.raises(ValueError, match="down must have the K=32 outputs of x, got 64"):
+        run(tensors(**wide))
+
+
+@pytest.mark.parametrize("prepared", [torch.zeros(0), torch.zeros(5), torch.zeros(100_000)])
+def test_other_bytes_are_refused(prepared):
+    x, where = torch.randn(3, HIDDEN), torch.tensor([[0, 0, 3]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="prepared must be what prepare_blocks makes"):
+        torch.ops.dist_int8.decoder_blocks(x, None, where, prepared.byte())
+
+
+def test_prepared_blocks_know_their_tensors():
+    block = tensors()
+    prepared = PreparedBlocks(torch.randn(3, HIDDEN), block, SETTINGS)
+    assert prepared.are_of(block, SETTINGS)
+    assert not prepared.are_of(tensors(), SETTINGS)
+    rotated = SETTINGS._replace(attention=SETTINGS.attention._replace(cos=torch.ones(8, 4)))
+    assert not prepared.are_of(block, rotated)
+    block.norms[0].data = torch.ones(HIDDEN)  # as nn.Module.to does
+    assert not prepared.are_of(block, SETTINGS)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -493,6 +494,7 @@ def test_threads_do_not_change_a_bit():
         assert torch.equal(one, two)
 
 
+@cache  # which keeps the tensors whose addresses prepared blocks have
 def compiled_calls():
     """Every compiled op with arguments that it takes, by name."""
     x, weight_int8, col_scale, bias = linear_arguments(5, 40, 6)
@@ -515,7 +517,7 @@ def compiled_calls():
         (hidden, inner),
     ):
         linears += [*linear_arguments(1, columns, rows)[1:3], *[none] * 3]
-    return {
+    calls = {
         "quantize_rows": (x, 2, 4.0, hot[0]),
         "int8_linear": (x, weight_int8, col_scale, bias, 2, 4.0, *hot),
         "int8_matmul": (
@@ -536,10 +538,9 @@ def compiled_calls():
         "activation_quantize": (x, 3, 1, 6.0, None),
         "attention": tuple(attention),
         "int8_kv_attention": (attention[0], *int8_caches, *attention[3:]),
-        "decoder_blocks": (
+        "prepare_blocks": (
             torch.randn(7, hidden),
-            None,
-            segments,
+            hidden,
             [torch.ones(hidden), none] * 2,
             linears,
             caches,
@@ -552,6 +553,9 @@ def compiled_calls():
         ),
         "transform_layout": (weight_int8, 0, 3, 6, 40),
     }
+    prepared = torch.ops.dist_int8.prepare_blocks(*calls["prepare_blocks"])
+    calls["decoder_blocks"] = (torch.randn(7, hidden), None, segments, prepared)
+    return calls
 
 
 def test_every_op_is_checked():

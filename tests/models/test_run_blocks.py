@@ -8,7 +8,8 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from dist_int8.int8 import decoder_blocks, kv
+from dist_int8.int8 import kv
+from dist_int8.int8.decoder_blocks import PreparedBlocks
 from dist_int8.int8.linear import Int8Linear
 from dist_int8.models import run_blocks as blocks_module
 from dist_int8.models.block import DecoderBlock, Norm, PositionTables
@@ -59,13 +60,17 @@ def seeded():
 def calls(monkeypatch):
     """The number of blocks in every call of the op."""
     numbers = []
-    op = decoder_blocks.decoder_blocks
 
-    def counting(x, residual, segments, blocks, settings):
-        numbers.append(len(blocks.norms) // 4)
-        return op(x, residual, segments, blocks, settings)
+    class Counted(PreparedBlocks):
+        def __init__(self, x, tensors, settings):
+            super().__init__(x, tensors, settings)
+            self.num_blocks = len(tensors.norms) // 4
 
-    monkeypatch.setattr(blocks_module, "decoder_blocks", counting)
+        def run(self, *args):
+            numbers.append(self.num_blocks)
+            return super().run(*args)
+
+    monkeypatch.setattr(blocks_module, "PreparedBlocks", Counted)
     return numbers
 
 

@@ -38,7 +38,7 @@ def test_round_trip_keeps_every_field():
 
 def test_last_rows_are_those_of_segments_that_emit():
     micro_batch = make_micro_batch()
-    assert micro_batch.last_rows().tolist() == [3]
+    assert micro_batch.last_rows() == [3]
     assert micro_batch.emitting_slots() == [0]
 
 
