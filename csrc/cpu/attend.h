@@ -20,11 +20,17 @@ namespace dist_int8::DIST_INT8_ISA {
 constexpr int64_t kMaxQueries = 6;
 constexpr int key_vectors(int queries) { return queries <= 3 ? 8 : 4; }
 constexpr int64_t kValueVectors = 4;
+#elif defined(DIST_INT8_ISA_avx2)
+constexpr int64_t kMaxQueries = 3;  // 12 sums, 3 queries and a vector are the 16 registers
+constexpr int key_vectors(int) { return 4; }
+constexpr int64_t kValueVectors = 4;
 #else
 constexpr int64_t kMaxQueries = 2;
 constexpr int key_vectors(int) { return 4; }
 constexpr int64_t kValueVectors = 4;
 #endif
+constexpr int64_t kQueriesPerPass = 24;  // a multiple of kMaxQueries; their scores fit into L2
+constexpr int64_t kKeysPerBlock = key_vectors(1) * kLanes;
 
 // One key-value head of one slot.
 template <typename Element>
@@ -63,18 +69,15 @@ DIST_INT8_INLINE void score_keys(const Query* queries, const HeadCache<Element>&
                                  int64_t base, int64_t part) {
   const int64_t L = cache.max_tokens, D = cache.head_dim;
   Vec acc[kCount][kVectors] = {};
+  const float* q_rows[kCount];
+  unrolled<kCount>([&](auto i) DIST_INT8_FORCED { q_rows[i] = queries[i].q; });
   for (int64_t d = 0; d < D; ++d) {
-    Vec k[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      k[v] = load_keys(cache.keys + d * L + j + v * kLanes, part);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kCount; ++i) {
-      const Vec q = broadcast(queries[i].q[d]);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) acc[i][v] = fma(q, k[v], acc[i][v]);
-    }
+    Vec q[kCount];
+    unrolled<kCount>([&](auto i) DIST_INT8_FORCED { q[i] = broadcast(q_rows[i][d]); });
+    unrolled<kVectors>([&](auto v) DIST_INT8_FORCED {
+      const Vec k = load_keys(cache.keys + d * L + j + v * kLanes, part);
+      unrolled<kCount>([&](auto i) DIST_INT8_FORCED { acc[i][v] = fma(q[i], k, acc[i][v]); });
+    });
   }
   if constexpr (has_scales<Element>()) {
 #pragma GCC unroll 8
@@ -91,12 +94,12 @@ DIST_INT8_INLINE void score_keys(const Query* queries, const HeadCache<Element>&
   }
 }
 
-// Scores of keys base..end for kCount queries; base is a multiple of kLanes.
+// Scores of keys begin..end for kCount queries; begin and base are multiples of kLanes.
 template <int kCount, typename Element>
 static void score(const Query* queries, const HeadCache<Element>& cache, int64_t base,
-                  int64_t end) {
+                  int64_t begin, int64_t end) {
   constexpr int kVectors = key_vectors(kCount);
-  int64_t j = base;
+  int64_t j = begin;
   for (; j + kVectors * kLanes <= end; j += kVectors * kLanes) {
     score_keys<kCount, kVectors>(queries, cache, j, base, 0);
   }
@@ -160,19 +163,17 @@ DIST_INT8_INLINE void add_values(const Query* queries, const Element* values, in
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) acc[i][v] = load(queries[i].out + d + v * kLanes);
   }
+  const float* weights[kCount];
+  unrolled<kCount>([&](auto i) DIST_INT8_FORCED { weights[i] = queries[i].scores - base; });
   for (int64_t j = begin; j < end; ++j) {
-    Vec value[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
+    Vec weight[kCount];
+    unrolled<kCount>([&](auto i) DIST_INT8_FORCED { weight[i] = broadcast(weights[i][j]); });
+    unrolled<kVectors>([&](auto v) DIST_INT8_FORCED {
       const Element* p = values + j * D + d + v * kLanes;
-      value[v] = part != 0 ? load_part(p, part) : load(p);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kCount; ++i) {
-      const Vec weight = broadcast(queries[i].scores[j - base]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[i][v] = fma(weight, value[v], acc[i][v]);
-    }
+      const Vec value = part != 0 ? load_part(p, part) : load(p);
+      unrolled<kCount>([&](auto i)
+                           DIST_INT8_FORCED { acc[i][v] = fma(weight[i], value, acc[i][v]); });
+    });
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i) {
@@ -195,62 +196,89 @@ static void weigh_values(const Query* queries, const Element* values, int64_t D,
   if (d < D) add_values<kCount, 1>(queries, values, D, d, base, begin, end, D - d);
 }
 
-template <int kCount, typename Element>
-static void attend(const Query* queries, const HeadCache<Element>& cache, int64_t base) {
-  const Element* values = cache.values;
-  const int64_t D = cache.head_dim;
-  int64_t end = 0, all_first = 0, all_last = queries[0].last;
-  for (int i = 0; i < kCount; ++i) {
-    end = max64(end, queries[i].last + 1);
-    all_first = max64(all_first, queries[i].first);
-    all_last = min64(all_last, queries[i].last);
+// body(Index<count>) for a count of 1 .. kMaxQueries.
+template <int kCount = kMaxQueries, typename Body>
+DIST_INT8_INLINE void with_count(int64_t count, const Body& body) {
+  if constexpr (kCount > 1) {
+    if (count < kCount) return with_count<kCount - 1>(count, body);
   }
-  score<kCount>(queries, cache, base, end);
-  float totals[kCount];
-  for (int i = 0; i < kCount; ++i) {
-    totals[i] = softmax(queries[i], cache, base);
-    memset(queries[i].out, 0, round_up(D, kLanes) * sizeof(float));
+  body(Index<kCount>{});
+}
+
+// Queries that share registers, and the keys that all of them see.
+struct QueryGroup {
+  const Query* queries;
+  int64_t count;
+  int64_t first;
+  int64_t last;
+  int64_t end;  // one past the last key that any of them sees
+};
+
+static QueryGroup make_group(const Query* queries, int64_t count) {
+  QueryGroup group{queries, count, 0, queries[0].last, 0};
+  for (int64_t i = 0; i < count; ++i) {
+    group.first = max64(group.first, queries[i].first);
+    group.last = min64(group.last, queries[i].last);
+    group.end = max64(group.end, queries[i].last + 1);
   }
-  // Keys that only some queries see are added one query at a time: a weight of 0 would still turn a
-  // value that is not finite into NaN.
-  if (all_first > all_last) {
-    for (int i = 0; i < kCount; ++i) {
-      weigh_values<1>(&queries[i], values, D, base, queries[i].first, queries[i].last + 1);
+  return group;
+}
+
+// Keys that only some queries of a group see are added one query at a time: a weight of 0 would
+// still turn a value that is not finite into NaN. Those before the common keys, or those behind.
+template <bool kBefore, typename Element>
+static void weigh_own_values(const QueryGroup& group, const Element* values, int64_t D,
+                             int64_t base) {
+  const bool none_common = group.first > group.last;
+  for (int64_t i = 0; i < group.count; ++i) {
+    const Query& query = group.queries[i];
+    if (kBefore) {
+      const int64_t end = none_common ? query.last + 1 : group.first;
+      weigh_values<1>(&query, values, D, base, query.first, end);
+    } else if (!none_common) {
+      weigh_values<1>(&query, values, D, base, group.last + 1, query.last + 1);
     }
-  } else {
-    for (int i = 0; i < kCount; ++i) {
-      weigh_values<1>(&queries[i], values, D, base, queries[i].first, all_first);
-    }
-    weigh_values<kCount>(queries, values, D, base, all_first, all_last + 1);
-    for (int i = 0; i < kCount; ++i) {
-      weigh_values<1>(&queries[i], values, D, base, all_last + 1, queries[i].last + 1);
-    }
-  }
-  for (int i = 0; i < kCount; ++i) {
-    for (int64_t d = 0; d < D; ++d) queries[i].out[d] /= totals[i];
   }
 }
 
+// Up to kQueriesPerPass queries of one head, a block of keys or values at a time, which then comes
+// from L1 for all groups but the first.
 template <typename Element>
-static void attend_some(int64_t count, const Query* queries, const HeadCache<Element>& cache,
-                        int64_t base) {
-  switch (count) {
-    case 1:
-      return attend<1>(queries, cache, base);
-    case 2:
-      return attend<2>(queries, cache, base);
-    case 3:
-      if constexpr (kMaxQueries >= 3) return attend<3>(queries, cache, base);
-      break;
-    case 4:
-      if constexpr (kMaxQueries >= 4) return attend<4>(queries, cache, base);
-      break;
-    case 5:
-      if constexpr (kMaxQueries >= 5) return attend<5>(queries, cache, base);
-      break;
-    default:
-      if constexpr (kMaxQueries >= 6) return attend<6>(queries, cache, base);
-      break;
+static void attend(const Query* queries, int64_t count, const HeadCache<Element>& cache,
+                   int64_t base) {
+  const Element* values = cache.values;
+  const int64_t D = cache.head_dim;
+  QueryGroup groups[kQueriesPerPass / kMaxQueries];
+  int64_t num_groups = 0, end = 0;
+  for (int64_t i = 0; i < count; i += kMaxQueries) {
+    groups[num_groups] = make_group(queries + i, min64(kMaxQueries, count - i));
+    end = max64(end, groups[num_groups++].end);
+  }
+  for (int64_t j = base; j < end; j += kKeysPerBlock) {
+    for (int64_t g = 0; g < num_groups; ++g) {
+      with_count(groups[g].count, [&](auto n) DIST_INT8_FORCED {
+        score<n>(groups[g].queries, cache, base, j, min64(j + kKeysPerBlock, groups[g].end));
+      });
+    }
+  }
+  float totals[kQueriesPerPass];
+  for (int64_t i = 0; i < count; ++i) {
+    totals[i] = softmax(queries[i], cache, base);
+    memset(queries[i].out, 0, round_up(D, kLanes) * sizeof(float));
+  }
+  for (int64_t g = 0; g < num_groups; ++g) weigh_own_values<true>(groups[g], values, D, base);
+  for (int64_t j = base; j < end; j += kKeysPerBlock) {
+    for (int64_t g = 0; g < num_groups; ++g) {
+      const int64_t from = max64(j, groups[g].first);
+      const int64_t to = min64(j + kKeysPerBlock, groups[g].last + 1);
+      with_count(groups[g].count, [&](auto n) DIST_INT8_FORCED {
+        weigh_values<n>(groups[g].queries, values, D, base, from, to);
+      });
+    }
+  }
+  for (int64_t g = 0; g < num_groups; ++g) weigh_own_values<false>(groups[g], values, D, base);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t d = 0; d < D; ++d) queries[i].out[d] /= totals[i];
   }
 }
 

@@ -1,8 +1,8 @@
 // What attention and int8_kv_attention share: rotary embedding, and tasks of a flat list of tokens.
 //
 // A task is one key-value head of one block of neighbouring tokens of a sequence. All its queries
-// (tokens x heads that share the key-value head) read the same keys and values, kMaxQueries at a
-// time (attend.h); nothing depends on which queries share a task, so a token's result is the same
+// (tokens x heads that share the key-value head) read the same keys and values, kQueriesPerPass at
+// a time (attend.h); nothing depends on which queries share a task, so a token's result is the same
 // bits however prefill is chunked and whatever else is in the micro-batch.
 #pragma once
 
@@ -35,14 +35,14 @@ static void attend_block(const AttentionArgs& args, const Runtime& runtime, cons
   const int64_t stride = round_up(last + 1 - base, kLanes) + key_vectors(1) * kLanes;
   const int64_t padded = round_up(D, kLanes);
   float* scores =
-      static_cast<float*>(runtime.scratch(kScores, kMaxQueries * stride * sizeof(float)));
+      static_cast<float*>(runtime.scratch(kScores, kQueriesPerPass * stride * sizeof(float)));
   float* outputs =
-      static_cast<float*>(runtime.scratch(kOutputs, kMaxQueries * padded * sizeof(float)));
+      static_cast<float*>(runtime.scratch(kOutputs, kQueriesPerPass * padded * sizeof(float)));
 
   const int64_t num_queries = block.count * group;
-  for (int64_t begin = 0; begin < num_queries; begin += kMaxQueries) {
-    const int64_t count = min64(kMaxQueries, num_queries - begin);
-    Query queries[kMaxQueries];
+  for (int64_t begin = 0; begin < num_queries; begin += kQueriesPerPass) {
+    const int64_t count = min64(kQueriesPerPass, num_queries - begin);
+    Query queries[kQueriesPerPass];
     for (int64_t i = 0; i < count; ++i) {
       const int64_t t = (begin + i) / group, h = kv_head * group + (begin + i) % group;
       const int64_t position = block.first_position + t;
@@ -53,7 +53,7 @@ static void attend_block(const AttentionArgs& args, const Runtime& runtime, cons
                          first_key(position),
                          position};
     }
-    attend_some(count, queries, cache, base);
+    attend(queries, count, cache, base);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t t = (begin + i) / group, h = kv_head * group + (begin + i) % group;
       memcpy(static_cast<float*>(args.out) + ((block.first_row + t) * H + h) * D, queries[i].out,

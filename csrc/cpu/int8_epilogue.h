@@ -10,6 +10,7 @@ struct StripParameters {
   float col_scale[kStrip];
   float bias[kStrip];
   const float* hot_weight;  // [H][16]
+  const float* hot_sums;    // [16] of the hot columns of the only row, or null
   int64_t first;            // output feature
   int64_t count;            // how many of 16 there are
 };
@@ -32,15 +33,11 @@ struct Epilogue {
   DIST_INT8_FORCED_INLINE void finish(int64_t m, const StripParameters& strip,
                                       const Vec (&totals)[kRows][kVectors]) const {
     Vec hot[kRows][kVectors] = {};
-    for (int64_t h = 0; h < num_hot; ++h) {
-      Vec w[kVectors];
-      unrolled<kVectors>([&](auto v) DIST_INT8_FORCED {
-        w[v] = load(strip.hot_weight + h * kStrip + v * kLanes);
-      });
-      unrolled<kRows>([&](auto i) DIST_INT8_FORCED {
-        const Vec x = broadcast(hot_x[(m + i) * hot_ld + h]);
-        unrolled<kVectors>([&](auto v) DIST_INT8_FORCED { hot[i][v] = fma(x, w[v], hot[i][v]); });
-      });
+    if (kRows == 1 && strip.hot_sums != nullptr) {
+      unrolled<kVectors>([&](auto v)
+                             DIST_INT8_FORCED { hot[0][v] = load(strip.hot_sums + v * kLanes); });
+    } else {
+      add_hot<kRows>(m, strip, hot);
     }
     unrolled<kRows>([&](auto i) DIST_INT8_FORCED {
       const Vec scale = broadcast(row_scale[m + i]);
@@ -51,6 +48,21 @@ struct Epilogue {
         write(y, (m + i) * stride + strip.first + v * kLanes, strip.count - v * kLanes);
       });
     });
+  }
+
+  template <int kRows>
+  DIST_INT8_FORCED_INLINE void add_hot(int64_t m, const StripParameters& strip,
+                                       Vec (&hot)[kRows][kVectors]) const {
+    for (int64_t h = 0; h < num_hot; ++h) {
+      Vec w[kVectors];
+      unrolled<kVectors>([&](auto v) DIST_INT8_FORCED {
+        w[v] = load(strip.hot_weight + h * kStrip + v * kLanes);
+      });
+      unrolled<kRows>([&](auto i) DIST_INT8_FORCED {
+        const Vec x = broadcast(hot_x[(m + i) * hot_ld + h]);
+        unrolled<kVectors>([&](auto v) DIST_INT8_FORCED { hot[i][v] = fma(x, w[v], hot[i][v]); });
+      });
+    }
   }
 
   DIST_INT8_FORCED_INLINE void write(Vec y, int64_t at, int64_t count) const {

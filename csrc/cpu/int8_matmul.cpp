@@ -122,11 +122,13 @@ struct PanelScratch {
   int8_t* packed;
   int8_t* gathered;
   float* hot;
+  const float* hot_sums;  // of the next panel, where there is one row
 
   PanelScratch(const Runtime& runtime, int64_t strip_bytes, int64_t H)
       : packed(static_cast<int8_t*>(runtime.scratch(kWeights, 2 * kTileStrips * strip_bytes))),
         gathered(packed + kTileStrips * strip_bytes),
-        hot(static_cast<float*>(runtime.scratch(kHot, kPanel * H * sizeof(float)))) {}
+        hot(static_cast<float*>(runtime.scratch(kHot, kPanel * H * sizeof(float)))),
+        hot_sums(nullptr) {}
 };
 
 // Prepares the strips of output features [n, N) of a panel for a block.
@@ -145,7 +147,12 @@ static void prepare_panel(const Job<T>& job, const RowBlock& block, int64_t n,
     memcpy(parameters.col_scale, args.col_scale + n, count * sizeof(float));
     if (job.bias != nullptr) memcpy(parameters.bias, job.bias + n, count * sizeof(float));
     float* hot = scratch.hot + s * kStrip * args.num_hot;
-    if (args.num_hot != 0) widen_hot(args, n, count, hot);
+    parameters.hot_sums = nullptr;
+    if (scratch.hot_sums != nullptr) {
+      parameters.hot_sums = scratch.hot_sums + s * kStrip;
+    } else if (args.num_hot != 0) {
+      widen_hot(args, n, count, hot);
+    }
     parameters.hot_weight = hot;
 
     panel->low[s] = args.weight + n * K;
@@ -164,6 +171,20 @@ static void prepare_panel(const Job<T>& job, const RowBlock& block, int64_t n,
   panel->num_strips = s;
 }
 
+// Of the only row, for the output features [first, end): [end - first] in scratch memory.
+template <typename T>
+static const float* sum_hot_row(const Job<T>& job, const Runtime& runtime, int64_t first,
+                                int64_t end) {
+  const Int8MatmulArgs& args = job.args;
+  const int64_t H = args.num_hot, count = (min64(end, args.num_outputs) - first) / kStrip;
+  float* sums = static_cast<float*>(runtime.scratch(kHotSums, (end - first) * sizeof(float)));
+  with_type(args.hot_type, [&](auto tag) {
+    const auto* weight = static_cast<const decltype(tag)*>(args.hot_weight) + first * H;
+    sum_hot_strips(weight, count, job.rows.hot_x, H, sums);
+  });
+  return sums;
+}
+
 template <typename Products, typename T>
 static void multiply(const Int8MatmulArgs& args, const Runtime& runtime,
                      const QuantizedPlanes& rows, const RowBlock* blocks, int64_t num_blocks,
@@ -178,13 +199,17 @@ static void multiply(const Int8MatmulArgs& args, const Runtime& runtime,
   const int64_t work = max64(1, K * kPanel * (8 + blocks[0].count));
   const int64_t grain = max64(1, 4000000 / work);
   parallel(runtime, num_blocks * num_panels, grain, [&](int64_t begin, int64_t end) {
-    const PanelScratch scratch(runtime, count_groups(K) * kStrip * kGroup, H);
+    PanelScratch scratch(runtime, count_groups(K) * kStrip * kGroup, H);
+    if (args.num_rows == 1 && H != 0 && args.is_packed) {
+      scratch.hot_sums = sum_hot_row(job, runtime, begin * kPanel, end * kPanel);
+    }
     Panel panel;
     for (int64_t item = begin; item < end; ++item) {
       const RowBlock& block = blocks[item / num_panels];
       const int64_t n = item % num_panels * kPanel;
       prepare_panel(job, block, n, scratch, &panel);
       multiply_panel<Products>(job, panel, block);
+      if (scratch.hot_sums != nullptr) scratch.hot_sums += kPanel;
     }
   });
 }

@@ -6,7 +6,17 @@
 namespace dist_int8::DIST_INT8_ISA {
 
 // Scratch slots of the two ops; quantize_rows has slot 0.
-enum Slot { kLowPlane = 1, kHighPlane, kRowState, kColumns, kNarrowPlane, kWeights, kHot, kBias };
+enum Slot {
+  kLowPlane = 1,
+  kHighPlane,
+  kRowState,
+  kColumns,
+  kNarrowPlane,
+  kWeights,
+  kHot,
+  kHotSums,
+  kBias
+};
 
 struct QuantizedPlanes {
   const int8_t* low;   // [M, ld], zeros after K

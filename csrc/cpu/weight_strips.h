@@ -75,4 +75,34 @@ DIST_INT8_INLINE void widen_hot(const Int8MatmulArgs& args, int64_t first, int64
   });
 }
 
+// The sums of the hot columns of one row, x_hot [H], for packed strips, [count][16]. Each is summed
+// in the order of the columns, kHotStrips of them at a time so that none waits for its last
+// product.
+constexpr int64_t kHotStrips = 4;
+template <typename W>
+static void sum_hot_strips(const W* weight, int64_t count, const float* x_hot, int64_t H,
+                           float* out) {
+  for (int64_t s = 0; s < count; s += kHotStrips) {
+    const W* strips[kHotStrips];
+    for (int64_t i = 0; i < kHotStrips; ++i)
+      strips[i] = weight + min64(s + i, count - 1) * H * kStrip;
+    Vec sums[kHotStrips][kVectors] = {};
+    for (int64_t h = 0; h < H; ++h) {
+      const Vec x = broadcast(x_hot[h]);
+      unrolled<kHotStrips>([&](auto i) DIST_INT8_FORCED {
+        unrolled<kVectors>([&](auto v) DIST_INT8_FORCED {
+          sums[i][v] = fma(x, load(strips[i] + h * kStrip + v * kLanes), sums[i][v]);
+        });
+      });
+    }
+    unrolled<kHotStrips>([&](auto i) DIST_INT8_FORCED {
+      if (s + i < count) {
+        unrolled<kVectors>([&](auto v) DIST_INT8_FORCED {
+          store(out + (s + i) * kStrip + v * kLanes, sums[i][v]);
+        });
+      }
+    });
+  }
+}
+
 }  // namespace dist_int8::DIST_INT8_ISA

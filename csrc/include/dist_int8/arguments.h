@@ -99,7 +99,7 @@ struct TokenBlock {
   int64_t count;
 };
 
-constexpr int64_t kTokensPerBlock = 4;
+constexpr int64_t kTokensPerBlock = 24;
 
 // New tokens: their keys and values go to the caches, then they attend to their slots.
 struct AttentionArgs {
