@@ -57,7 +57,7 @@ ENVIRONMENTS = {
 }
 
 ENGINES = {
-    "dist_int8": Engine("dist_int8_engine.py"),
+    "dist_int8": Engine("dist_int8_engine.py", source="-int8"),
     "openvino": Engine("openvino_engine.py", "openvino", "-openvino"),
     "ctranslate2": Engine("ctranslate2_engine.py", "ctranslate2", "-ctranslate2"),
     "llama.cpp": Engine("llama_cpp_engine.py", "llama_cpp", ".gguf", "upstream"),

@@ -1,4 +1,4 @@
-"""This project with its defaults: one stage on the CPU."""
+"""This project with its defaults: a checkpoint of `quantize` in one stage on the CPU."""
 
 from importlib.metadata import version
 

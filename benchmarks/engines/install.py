@@ -84,6 +84,7 @@ def convert(folder: Path, model: str, source: str) -> None:
     script = [sys.executable, "-m", "engines.models"]
     commands: dict[str, list[str | Path]] = {
         "": [*script, model, aside],
+        "-int8": [sys.executable, "-m", "dist_int8", "quantize", plain, aside],
         ".gguf": [*script, "--gguf", plain, aside],
         "-w8a8": [*script, "--w8a8", plain, aside],
         "-ctranslate2": [

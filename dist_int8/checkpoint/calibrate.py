@@ -67,11 +67,11 @@ def make_calibration(
         spec: `models.describe` of its config.
         calibrate: "random" (1,024 tokens, always the same), a text file (its first 1,024 tokens),
             or "off".
-        num_hot_columns: of each linear.
-        down_hot_columns: of each `down`, or all its features if it has fewer; None: as many.
+        num_hot_columns: of each linear, or all its features if it has fewer.
+        down_hot_columns: the same of each `down`; None: as many.
 
     Raises:
-        ValueError: no such file, or one without text, or no tokenizer, or more hot columns than a
+        ValueError: no such file, or one without text, or no tokenizer, or more hot columns than any
             linear has input features.
     """
     if calibrate == OFF or num_hot_columns == 0:
@@ -79,11 +79,11 @@ def make_calibration(
     widths = [spec.embedding_size]
     for block in spec.blocks:
         widths += [block.hidden_size, block.num_heads * block.head_dim, block.intermediate_size]
-    narrowest = min(widths)
-    if num_hot_columns > narrowest:
+    widest = max(widths)
+    if num_hot_columns > widest:
         raise ValueError(
-            f"calibrate: num_hot_columns must be at most the {narrowest} input features of the "
-            f"narrowest linear, got {num_hot_columns}; use 16"
+            f"calibrate: num_hot_columns must be at most the {widest} input features of the "
+            f"widest linear, got {num_hot_columns}; use 32"
         )
     if calibrate == RANDOM:
         seed = torch.Generator().manual_seed(0)

@@ -34,7 +34,7 @@ def quantize(
     embedding_int8: bool = False,
     hot_columns: Mapping[str, Sequence[int]] | None = None,
     calibrate: str = OFF,
-    num_hot_columns: int = 32,
+    num_hot_columns: int = 16,
     down_hot_columns: int | None = None,
     rotation: int | None = None,
     accuracy: str | None = None,
