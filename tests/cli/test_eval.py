@@ -254,7 +254,9 @@ def test_hot_columns_are_found_under_the_names_of_linears(tiny_llama):
     spec = describe(load_config(tiny_llama))
     host = Host(tiny_llama)
     named = hot_columns(tiny_llama, spec, settings, host.linears)
-    found = find_hot_columns(tiny_llama, spec, make_calibration(tiny_llama, spec, "random", 32, 128))
+    found = find_hot_columns(
+        tiny_llama, spec, make_calibration(tiny_llama, spec, "random", 32, 128)
+    )
     assert set(named) == set(host.linears)
     assert named["model.layers.2.self_attn.k_proj"] == found["blocks.2.qkv"]
     assert named["model.layers.3.mlp.down_proj"] == found["blocks.3.down"]

@@ -101,7 +101,7 @@ def test_bad_counts(count, message):
 
 def test_caches_of_other_sizes_are_refused():
     small = {"key_cache": torch.zeros(1, 1, HEAD_DIM, 5), "value_cache": torch.zeros(1, 1, 5, 16)}
-    with pytest.raises(ValueError, match="must have the same slots and positions .* in block 1"):
+    with pytest.raises(ValueError, match=r"must have the same slots and positions .* in block 1"):
         run(tensors(), tensors(**small))
 
 
