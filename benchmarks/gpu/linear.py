@@ -68,11 +68,11 @@ class Way:
         return self.num_hot, self.rotation
 
 
-DEFAULT = "rotated, 32 hot"
+DEFAULT = "rotated, 16 hot"
 DYNAMIC = "row_rms 4.0"  # the dynamic rule whose outliers are counted
 WAYS = {
     "none": Way("none"),
-    DEFAULT: Way("none", num_hot=32, rotation=64),
+    DEFAULT: Way("none", num_hot=16, rotation=64),
     "rotated, 64 hot": Way("none", num_hot=64, rotation=64),
     "rotated": Way("none", rotation=64),
     "absolute 6.0": Way("absolute", 6.0),

@@ -3,7 +3,7 @@
     python benchmarks/gpu/model.py [--records FILE]
     python benchmarks/gpu/model.py --device cpu --small     # tries the script out, measures nothing
 
-Llama-3-8B's shape with random weights made on the card, 32 hot columns, bf16 between the int8
+Llama-3-8B's shape with random weights made on the card, 16 hot columns, bf16 between the int8
 products. Random weights give activations without outlier features, so the second plane is nearly
 empty: what real ones cost, linear.py says. transformers' eager model has its default attention and
 cache, and random weights too. Both are asked by their own `generate`, greedily. Prefill is the time
@@ -55,7 +55,7 @@ def settings_of(small: bool) -> dict[str, Any]:
     return {
         "random_weights": True,
         "calibrate": "random",
-        "num_hot_columns": 32,
+        "num_hot_columns": 16,
         "dtype": "bfloat16",
         "max_sequences": max(BATCHES),
         "max_tokens": 128 if small else 2048 + 64,

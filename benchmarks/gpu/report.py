@@ -21,7 +21,7 @@ from figures import Figures, Record, last_ends, last_runs
 DOCUMENTS = ("README.md", "benchmarks/README.md")
 RESULTS = Path("benchmarks/results/gpu")
 NONE = "not run on a GPU yet"
-DEFAULT = "rotated, 32 hot"
+DEFAULT = "rotated, 16 hot"
 GOOD = ("passed", "skipped")
 FAILURES_SHOWN = 4
 SHOWN_ROWS = (1, 32, 2048)  # of M, in the table of linears: the records have more

@@ -83,7 +83,7 @@ def make_calibration(
     if num_hot_columns > widest:
         raise ValueError(
             f"calibrate: num_hot_columns must be at most the {widest} input features of the "
-            f"widest linear, got {num_hot_columns}; use 32"
+            f"widest linear, got {num_hot_columns}; use 16"
         )
     if calibrate == RANDOM:
         seed = torch.Generator().manual_seed(0)

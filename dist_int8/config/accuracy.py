@@ -68,8 +68,8 @@ class Point:
 
 DEFAULT_POINT: Accuracy = "balanced"
 POINTS: Mapping[str, Point] = {
-    "balanced": Point(64, "none", "row_rms", 32),
-    "accurate": Point(64, "all", "all", 32),
+    "balanced": Point(64, "none", "row_rms", 16),
+    "accurate": Point(64, "all", "all", 16),
     "paper": Point(0, "absolute", "absolute", 0),
 }
 # Half of the KL divergence that int8 costs is of `down`, whose inputs are products.

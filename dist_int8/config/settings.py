@@ -189,8 +189,8 @@ class Settings(Checked):
     num_hot_columns: Annotated[int, Field(ge=0, multiple_of=16)] | None = Field(
         default=None,
         description="Number of hot columns that calibration finds per linear, and four times as "
-        "many in `down`: 0 or a multiple of 16; by default that of `accuracy`, 32.",
-        examples=[32],
+        "many in `down`: 0 or a multiple of 16; by default that of `accuracy`, 16.",
+        examples=[16],
     )
     allow_pickle: bool = Field(
         default=False,
@@ -232,7 +232,7 @@ class Settings(Checked):
         description="Expected number of prompt tokens per generated token, such as 16 for prompts "
         "of 1024 and answers of 64. The throughput objective counts both, and prompts hardly use "
         "the head on the last stage.",
-        examples=[32],
+        examples=[16],
     )
     profile: Annotated[list[PathText] | None, BeforeValidator(_listed_paths)] = Field(
         default=None,

@@ -112,8 +112,7 @@ def test_skipped_linears_have_no_columns(originals):
 def test_there_are_at_most_as_many_columns_as_input_features(originals):
     folder = originals["llama"]
     assert all(len(columns) == 48 for columns in find_tiny_columns(folder, 48).values())
-    spec = read_spec(folder)
-    narrow, wide = 48, max(block.intermediate_size for block in spec.blocks)
+    narrow, wide = 48, max(block.intermediate_size for block in read_spec(folder).blocks)
     counts = {len(columns) for columns in find_tiny_columns(folder, wide).values()}
     assert counts == {narrow, wide}
     with pytest.raises(ValueError, match=f"at most the {wide} input features of the widest"):
@@ -123,9 +122,7 @@ def test_there_are_at_most_as_many_columns_as_input_features(originals):
 @pytest.mark.parametrize("name", ["llama", "bloom"])
 def test_quantize_calibrates_as_load_does(originals, tmp_path, name):
     original = originals[name]
-    job = quantize(
-        original, tmp_path / "int8", calibrate="random", num_hot_columns=16, shard_bytes=30_000
-    )
+    job = quantize(original, tmp_path / "int8", calibrate="random", shard_bytes=30_000)
     progress = []
     assert job.run(progress.append) and job.num_bytes_read > 0
     assert sum(progress) == job.num_bytes_read + job.num_bytes
@@ -137,9 +134,7 @@ def test_quantize_calibrates_as_load_does(originals, tmp_path, name):
     assert read_stored_format(tmp_path / "int8", spec).linear_size == 4
     config = json.loads((tmp_path / "int8" / "config.json").read_text())["quantization_config"]
     assert (config["num_hot_columns"], config["calibrate"]) == (16, "random")
-    again = quantize(
-        original, tmp_path / "again", calibrate="random", num_hot_columns=16, shard_bytes=30_000
-    )
+    again = quantize(original, tmp_path / "again", calibrate="random", shard_bytes=30_000)
     assert again.run()
     for path in (tmp_path / "int8").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
@@ -155,14 +150,7 @@ def test_an_interrupted_run_keeps_the_columns_it_found(originals, tmp_path):
     """The rerun writes the same bytes and takes over the columns found before."""
 
     def job(out, **options):
-        return quantize(
-            originals["llama"],
-            out,
-            calibrate="random",
-            num_hot_columns=16,
-            shard_bytes=40_000,
-            **options,
-        )
+        return quantize(originals["llama"], out, calibrate="random", shard_bytes=40_000, **options)
 
     job(tmp_path / "clean").run()
     written = []
@@ -233,9 +221,7 @@ def test_hot_columns_that_contradict_other_arguments_are_refused(
     originals, tmp_path, options, message
 ):
     with pytest.raises(ValueError, match=message):
-        quantize(
-            originals["llama"], tmp_path / "out", calibrate="random", num_hot_columns=16, **options
-        )
+        quantize(originals["llama"], tmp_path / "out", calibrate="random", **options)
     quantize(originals["llama"], tmp_path / "int8").run()
     with pytest.raises(ValueError, match="must be chosen when a checkpoint is quantized"):
-        quantize(tmp_path / "int8", tmp_path / "out", calibrate="random", num_hot_columns=16)
+        quantize(tmp_path / "int8", tmp_path / "out", calibrate="random")

@@ -36,7 +36,7 @@ def test_an_int8_head_has_hot_columns_of_its_own(originals, tmp_path, name, embe
     original = originals[name]
     spec = read_spec(original)
     options = {"skip": (), "embedding_int8": embedding_int8, "shard_bytes": 30_000}
-    quantize(original, tmp_path / "int8", calibrate="random", num_hot_columns=16, **options).run()
+    quantize(original, tmp_path / "int8", calibrate="random", **options).run()
     found = find_tiny_columns(original, stage_slice=StageSlice.whole(spec))
     floating = load_tiny_stage(original, int8=False)
     direct = load_tiny_stage(original, skip=(), embedding_int8=embedding_int8, hot_columns=found)

@@ -100,14 +100,14 @@ def test_quantize_finds_hot_columns_unless_told_not_to(tiny_llama, tmp_path, cap
         return json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
 
     default = config("default")
-    assert (default["calibrate"], default["num_hot_columns"]) == ("random", 32)
-    assert default["down_hot_columns"] == 128
+    assert (default["calibrate"], default["num_hot_columns"]) == ("random", 16)
+    assert default["down_hot_columns"] == 64
     assert default["skip_modules"] == ["lm_head"] and "embedding" not in default
     assert "calibrate" not in config("off", "--calibrate", "off")
     assert "calibrate" not in config("none", "--num-hot-columns", 0)
     assert "calibrate" not in config("bnb", "--format", "bitsandbytes")
     code, _, err = run(capsys, "quantize", tiny_llama, tmp_path / "x", "--num-hot-columns", 800)
-    assert code == 2 and "input features of the widest linear, got 800; use 32" in err
+    assert code == 2 and "input features of the widest linear, got 800; use 16" in err
     assert not (tmp_path / "x").exists()
     small = config("small", "--calibrate", text, "--head", "int8", "--embedding", "int8")
     assert small["calibrate"].startswith("text ") and small["skip_modules"] == []

@@ -32,18 +32,14 @@ def test_every_tensor_is_made_from_one_stored_tensor_in_its_form(originals, tmp_
 
 
 def test_columns_that_calibration_finds_are_planned_by_their_number(originals, tmp_path):
-    job = quantize(
-        originals["llama"], tmp_path / "out", calibrate="random", num_hot_columns=16, skip=["down"]
-    )
+    job = quantize(originals["llama"], tmp_path / "out", calibrate="random", skip=["down"])
     recipes = list_recipes(job)
     up = recipes["model.layers.1.mlp.up_proj.weight"]
     assert (up.calibrated, up.hot_columns) == ("blocks.1.gate_up", None)
     assert up.outputs[3].shape == (16,)
     assert recipes["model.layers.1.mlp.down_proj.weight"].calibrated is None
     assert job.plan.calibrates_head and job.plan.num_bytes_read > 0
-    skipping = quantize(
-        originals["llama"], tmp_path / "out", calibrate="random", num_hot_columns=16
-    )
+    skipping = quantize(originals["llama"], tmp_path / "out", calibrate="random")
     assert not skipping.plan.calibrates_head
 
 
