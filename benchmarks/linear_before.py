@@ -4,6 +4,7 @@ Run with an interpreter that imports the other dist_int8, this file is the proce
 of JSON lines and tensors from files that `Before` names, and answers one line each.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -11,13 +12,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 NUM_HOT = 16
+PAUSE_S, LONG_S = 0.02, 0.3
 RULE = {"outlier_rule": "row_rms", "outlier_threshold": 4.0}
 
 
@@ -26,13 +30,29 @@ def make_layer(N: int, K: int) -> Tensor:
     return torch.randn(N, K, generator=torch.Generator().manual_seed(N + K)) / K**0.5
 
 
+def seconds_of_second_call(function: Callable[[], object]) -> float:
+    """Seconds of a call that follows another one at once, after a pause.
+
+    In the pause the threads of whoever ran before go to sleep (torch's spin on for some
+    milliseconds); the first call wakes its own. One that takes long is its own measurement.
+    """
+    time.sleep(PAUSE_S)
+    for _ in range(2):
+        started = time.perf_counter()
+        function()
+        seconds = time.perf_counter() - started
+        if seconds > LONG_S:
+            break
+    return seconds
+
+
 class Before:
     """The other process; it sleeps while others are measured."""
 
     def __init__(self, python: Path, threads: int) -> None:
         self._folder = tempfile.TemporaryDirectory()
         path = Path(self._folder.name)
-        self._x, self._y = path / "x.pt", path / "y.pt"
+        self._x, self._y = path / "x.safetensors", path / "y.safetensors"
         command = [str(python), __file__, str(threads), str(self._x), str(self._y)]
         environment = {**os.environ, "PYTHONPATH": ""}
         self._process = subprocess.Popen(
@@ -58,9 +78,9 @@ class Before:
 
     def result(self, x: Tensor) -> Tensor:
         """Takes x for what follows; returns what the layer makes of it."""
-        torch.save(x, self._x)
+        save_file({"x": x}, self._x)
         self._ask("result")
-        return torch.load(self._y, weights_only=True)
+        return load_file(self._y)["y"]
 
     def seconds(self) -> float:
         """Seconds of one call with the last x."""
@@ -103,12 +123,10 @@ def serve(threads: int, x_file: Path, y_file: Path) -> None:
         if word == "make":
             layer = Layer(*sizes)
         elif word == "result":
-            x = torch.load(x_file, weights_only=True)
-            torch.save(layer(x), y_file)
+            x = load_file(x_file)["x"]
+            save_file({"y": layer(x)}, y_file)
         else:
-            started = time.perf_counter()
-            layer(x)
-            answer = time.perf_counter() - started
+            answer = seconds_of_second_call(functools.partial(layer, x))
         print(json.dumps(answer), flush=True)
 
 

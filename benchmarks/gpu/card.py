@@ -38,7 +38,7 @@ PRODUCTS = {
 HEADS = ops.AttentionArgs(num_heads=8, num_kv_heads=2, scale=64**-0.5)
 # what the other steps import; a bundle brings the first two
 NEEDED = ("pydantic", "bitsandbytes", "transformers", "safetensors", "typer", "cuda.bindings")
-ON_CPU_ALONE = {"decoder_blocks"}  # a call for CPUs
+ON_CPU_ALONE = {"prepare_blocks", "decoder_blocks"}
 
 Case = tuple[str, Callable[..., Any], tuple[Any, ...]]
 

@@ -564,7 +564,11 @@ def test_every_op_is_checked():
 
 @pytest.mark.parametrize("name", sorted(compiled_calls()))
 def test_opcheck(name):
-    torch.library.opcheck(getattr(torch.ops.dist_int8, name).default, compiled_calls()[name])
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if name != "prepare_blocks":  # its result has addresses in it, which are others in each call
+        checks.append("test_aot_dispatch_dynamic")
+    op = getattr(torch.ops.dist_int8, name).default
+    torch.library.opcheck(op, compiled_calls()[name], test_utils=checks)
 
 
 def test_compiles_without_graph_breaks():
