@@ -3,7 +3,7 @@
 //
 // prepare_blocks checks the tensors of all blocks once and keeps what the kernels take in one piece
 // of memory; decoder_blocks reads only that. While weights stream through the caches, 26 tensors
-// per block, each with headers of its own, would cost a sixth of the time of a token.
+// per block, each with headers of its own, cost 7% of the time of a token of SmolLM2-135M.
 #include <cstring>
 #include <vector>
 

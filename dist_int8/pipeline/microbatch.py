@@ -28,7 +28,7 @@ def _no_rows(columns: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(0, columns, dtype=dtype)
 
 
-# most micro-batches start nothing, and a new tensor takes 0.1 ms when the caches hold weights
+# most micro-batches start nothing
 NO_STARTS = _no_rows(2, torch.int64)
 NO_SETTINGS = _no_rows(len(SAMPLING_FIELDS), torch.float64)
 
@@ -67,7 +67,7 @@ class MicroBatch:
     def num_tokens(self) -> int:
         return self.token_ids.numel()
 
-    # As lists: indexing with a mask takes 0.4 ms when the caches are full of weights.
+    # As lists: an index with a mask showed as 4% of a decoding step in a profile.
     def last_rows(self) -> list[int]:
         """The row of the last token of every segment that emits."""
         ends = accumulate(count for _, _, count in self.segments.tolist())
