@@ -1,6 +1,11 @@
 // Chooses the instruction set once, at the first call.
 #include <cstdlib>
 #include <cstring>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "dist_int8/cpu_kernels.h"
 
@@ -16,6 +21,31 @@ extern const CpuKernels kernels;
 namespace avx512_vnni {
 extern const CpuKernels kernels;
 }
+namespace amx {
+extern const CpuKernels kernels;
+}
+
+static bool has_avx512_vnni() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+// Whether there are int8 tiles and Linux lets this process have them: the registers are 8 KiB per
+// thread, so they are asked for.
+static bool get_amx_int8() {
+#if defined(__linux__)
+  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;  // CPUID 7.0 EDX
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTile) == 0 || (d & kInt8) == 0) {
+    return false;
+  }
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 static const CpuKernels& choose() {
@@ -25,11 +55,8 @@ static const CpuKernels& choose() {
   };
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (allowed(avx512_vnni::kernels) && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
-    return avx512_vnni::kernels;
-  }
+  if (allowed(amx::kernels) && has_avx512_vnni() && get_amx_int8()) return amx::kernels;
+  if (allowed(avx512_vnni::kernels) && has_avx512_vnni()) return avx512_vnni::kernels;
   if (allowed(avx2::kernels) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     return avx2::kernels;
   }

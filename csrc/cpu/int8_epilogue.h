@@ -28,39 +28,34 @@ struct Epilogue {
   T* out;             // [M, stride]
   int64_t stride;
 
-  // Of rows [m, m + kRows) and one strip.
-  template <int kRows>
-  DIST_INT8_FORCED_INLINE void finish(int64_t m, const StripParameters& strip,
-                                      const Vec (&totals)[kRows][kVectors]) const {
-    Vec hot[kRows][kVectors] = {};
-    if (kRows == 1 && strip.hot_sums != nullptr) {
-      unrolled<kVectors>([&](auto v)
-                             DIST_INT8_FORCED { hot[0][v] = load(strip.hot_sums + v * kLanes); });
-    } else {
-      add_hot<kRows>(m, strip, hot);
-    }
-    unrolled<kRows>([&](auto i) DIST_INT8_FORCED {
-      const Vec scale = broadcast(row_scale[m + i]);
-      unrolled<kVectors>([&](auto v) DIST_INT8_FORCED {
-        Vec y = totals[i][v] * (scale * load(strip.col_scale + v * kLanes));
-        if (num_hot != 0) y += hot[i][v];
-        if (has_bias) y += load(strip.bias + v * kLanes);
-        write(y, (m + i) * stride + strip.first + v * kLanes, strip.count - v * kLanes);
-      });
-    });
+  // Vector v of a strip of row m, of its totals and its sum of hot columns.
+  DIST_INT8_FORCED_INLINE void finish(int64_t m, const StripParameters& strip, int v, Vec total,
+                                      Vec hot) const {
+    Vec y = total * (broadcast(row_scale[m]) * load(strip.col_scale + v * kLanes));
+    if (num_hot != 0) y += hot;
+    if (has_bias) y += load(strip.bias + v * kLanes);
+    write(y, m * stride + strip.first + v * kLanes, strip.count - v * kLanes);
   }
 
-  template <int kRows>
-  DIST_INT8_FORCED_INLINE void add_hot(int64_t m, const StripParameters& strip,
-                                       Vec (&hot)[kRows][kVectors]) const {
+  // Hot columns of rows [m, m + kRows) and some strips.
+  template <int kRows, int kStrips>
+  DIST_INT8_FORCED_INLINE void sum_hot(int64_t m, const StripParameters* strips,
+                                       Vec (&hot)[kRows][kStrips * kVectors]) const {
+    if (kRows == 1 && strips[0].hot_sums != nullptr) {
+      unrolled<kStrips * kVectors>([&](auto v) DIST_INT8_FORCED {
+        hot[0][v] = load(strips[v / kVectors].hot_sums + v % kVectors * kLanes);
+      });
+      return;
+    }
     for (int64_t h = 0; h < num_hot; ++h) {
-      Vec w[kVectors];
-      unrolled<kVectors>([&](auto v) DIST_INT8_FORCED {
-        w[v] = load(strip.hot_weight + h * kStrip + v * kLanes);
+      Vec w[kStrips * kVectors];
+      unrolled<kStrips * kVectors>([&](auto v) DIST_INT8_FORCED {
+        w[v] = load(strips[v / kVectors].hot_weight + h * kStrip + v % kVectors * kLanes);
       });
       unrolled<kRows>([&](auto i) DIST_INT8_FORCED {
         const Vec x = broadcast(hot_x[(m + i) * hot_ld + h]);
-        unrolled<kVectors>([&](auto v) DIST_INT8_FORCED { hot[i][v] = fma(x, w[v], hot[i][v]); });
+        unrolled<kStrips * kVectors>(
+            [&](auto v) DIST_INT8_FORCED { hot[i][v] = fma(x, w[v], hot[i][v]); });
       });
     }
   }

@@ -12,75 +12,29 @@
 // Outliers live in few columns. Those of a block of x rows are gathered into a narrow plane
 // (outlier_plane.h), whose sums are made apart and joined in double, which holds any total. The
 // integer total is exact whatever the blocking.
-#include "cpu/int8_epilogue.h"
-#include "cpu/outlier_plane.h"
+#include "cpu/int8_panel.h"
+#if defined(DIST_INT8_ISA_amx)
+#include "cpu/amx_panel.h"
+#endif
 
 namespace dist_int8::DIST_INT8_ISA {
 
-constexpr int64_t kBlockBytes = 384 * 1024;  // of x_int8 in a block of rows: most of L2
-
+#if defined(DIST_INT8_ISA_amx)
+constexpr int64_t kBlockBytes = 1024 * 1024;  // of x_int8 in a block of rows: half of L2
+constexpr int64_t kTaskRows = kMostTileRows;
+#else
+constexpr int64_t kBlockBytes = 384 * 1024;  // most of L2
+constexpr int64_t kTaskRows = kTileRows;
+#endif
+constexpr int64_t kMaxBlockRows = 256;
 // Rows of a block share the columns of x_high: more rows have more of them.
-constexpr int64_t kMaxBlockRows = 96;
+constexpr int64_t kMaxOutlierRows = 96;
 
-constexpr int64_t kPanel = kTileStrips * kStrip;  // output features that a thread works on at once
-
-typedef int32_t HalfIntVec __attribute__((vector_size(kLanes * 2)));
-typedef float HalfVec __attribute__((vector_size(kLanes * 2)));
-
-// low + 128 * high, rounded once. A double holds it exactly.
-DIST_INT8_INLINE Vec join_planes(IntVec low, IntVec high) {
-  HalfIntVec l[2], h[2];
-  HalfVec joined[2];
-  memcpy(l, &low, sizeof(low));
-  memcpy(h, &high, sizeof(high));
-  for (int i = 0; i < 2; ++i) {
-    const DoubleVec total =
-        __builtin_convertvector(h[i], DoubleVec) * 128.0 + __builtin_convertvector(l[i], DoubleVec);
-    joined[i] = __builtin_convertvector(total, HalfVec);
-  }
-  Vec result;
-  memcpy(&result, joined, sizeof(result));
-  return result;
-}
-
-// The output features of one panel, and what a thread prepares for them.
-struct Panel {
-  int num_strips;
-  const int8_t* low[kTileStrips];   // strips
-  const int8_t* high[kTileStrips];  // the same, or the gathered columns of them
-  StripParameters parameters[kTileStrips];
-};
-
-template <typename T>
-struct Job {
-  const Int8MatmulArgs& args;
-  const QuantizedPlanes& rows;
-  const float* bias;  // [N] in fp32, or null
-  Epilogue<T> epilogue;
-};
-
-// Integer totals of a tile as float, [kRows][kVectors] for each strip, and what becomes of them.
-template <int kRows, typename Products, typename T>
-static void finish_tile(const Job<T>& job, const Panel& panel, int64_t m, const Sums* sums,
-                        const Sums* high_sums) {
-  constexpr uint32_t kOffset = Products::kWeightOffset;
-  for (int s = 0; s < panel.num_strips; ++s) {
-    Vec totals[kRows][kVectors];
-    unrolled<kRows>([&](auto i) DIST_INT8_FORCED {
-      const auto offset = static_cast<int32_t>(kOffset * uint32_t(job.rows.sum_low[m + i]));
-      unrolled<kVectors>([&](auto v) DIST_INT8_FORCED {
-        const int at = (i * panel.num_strips + s) * kVectors + v;
-        const IntVec total = sums[at] - offset;
-        if (high_sums == nullptr) {
-          totals[i][v] = __builtin_convertvector(total, Vec);
-        } else {
-          const auto of_high = static_cast<int32_t>(kOffset * uint32_t(job.rows.sum_high[m + i]));
-          totals[i][v] = join_planes(total, high_sums[at] - of_high);
-        }
-      });
-    });
-    job.epilogue.template finish<kRows>(m, panel.parameters[s], totals);
-  }
+// Rows of x per block: equally many, but for the last one.
+DIST_INT8_INLINE int64_t choose_block_rows(int64_t M, int64_t row_bytes, bool has_outliers) {
+  const int64_t fitting = min64(kBlockBytes / row_bytes, has_outliers ? kMaxOutlierRows : kMaxBlockRows);
+  const int64_t num_blocks = (M + max64(fitting, kTaskRows) - 1) / max64(fitting, kTaskRows);
+  return round_up((M + num_blocks - 1) / num_blocks, kTaskRows);
 }
 
 // Rows [m, m + count) of x, which `low` and `high` begin with, by a panel.
@@ -93,9 +47,7 @@ static void multiply_tile(const Job<T>& job, const Panel& panel, int64_t m, int6
   }
   accumulate_tile<Products, kPrefetch>(count, panel.num_strips, low, panel.low, sums);
   const Sums* of_high = high.depth != 0 ? high_sums : nullptr;
-  unrolled<kTileRows>([&](auto i) DIST_INT8_FORCED {
-    if (count == i + 1) finish_tile<i + 1, Products>(job, panel, m, sums, of_high);
-  });
+  finish_rows<Products>(job, panel.parameters, panel.num_strips, m, count, sums, of_high);
 }
 
 // All rows of a block by a panel.
@@ -117,74 +69,6 @@ static void multiply_panel(const Job<T>& job, const Panel& panel, const RowBlock
   }
 }
 
-// Scratch of a thread: strips packed on the way, gathered columns, hot weights.
-struct PanelScratch {
-  int8_t* packed;
-  int8_t* gathered;
-  float* hot;
-  const float* hot_sums;  // of the next panel, where there is one row
-
-  PanelScratch(const Runtime& runtime, int64_t strip_bytes, int64_t H)
-      : packed(static_cast<int8_t*>(runtime.scratch(kWeights, 2 * kTileStrips * strip_bytes))),
-        gathered(packed + kTileStrips * strip_bytes),
-        hot(static_cast<float*>(runtime.scratch(kHot, kPanel * H * sizeof(float)))),
-        hot_sums(nullptr) {}
-};
-
-// Prepares the strips of output features [n, N) of a panel for a block.
-template <typename T>
-static void prepare_panel(const Job<T>& job, const RowBlock& block, int64_t n,
-                          const PanelScratch& scratch, Panel* panel) {
-  const Int8MatmulArgs& args = job.args;
-  const int64_t K = args.num_features, N = args.num_outputs;
-  const int64_t strip_bytes = count_groups(K) * kStrip * kGroup;
-  int s = 0;
-  for (; s < kTileStrips && n < N; ++s, n += kStrip) {
-    StripParameters& parameters = panel->parameters[s];
-    parameters.first = n;
-    const int64_t count = parameters.count = min64(kStrip, N - n);
-    memset(parameters.col_scale, 0, sizeof(parameters.col_scale));
-    memcpy(parameters.col_scale, args.col_scale + n, count * sizeof(float));
-    if (job.bias != nullptr) memcpy(parameters.bias, job.bias + n, count * sizeof(float));
-    float* hot = scratch.hot + s * kStrip * args.num_hot;
-    parameters.hot_sums = nullptr;
-    if (scratch.hot_sums != nullptr) {
-      parameters.hot_sums = scratch.hot_sums + s * kStrip;
-    } else if (args.num_hot != 0) {
-      widen_hot(args, n, count, hot);
-    }
-    parameters.hot_weight = hot;
-
-    panel->low[s] = args.weight + n * K;
-    if (!args.is_packed) {
-      int8_t* strip = scratch.packed + s * strip_bytes;
-      pack_strip(args.weight + n * K, count, K, strip);
-      panel->low[s] = strip;
-    }
-    panel->high[s] = panel->low[s];
-    if (block.high.depth != 0 && !block.high_is_dense) {
-      int8_t* strip = scratch.gathered + s * strip_bytes;
-      gather_columns(panel->low[s], block.columns, block.high.depth, strip);
-      panel->high[s] = strip;
-    }
-  }
-  panel->num_strips = s;
-}
-
-// Of the only row, for the output features [first, end): [end - first] in scratch memory.
-template <typename T>
-static const float* sum_hot_row(const Job<T>& job, const Runtime& runtime, int64_t first,
-                                int64_t end) {
-  const Int8MatmulArgs& args = job.args;
-  const int64_t H = args.num_hot, count = (min64(end, args.num_outputs) - first) / kStrip;
-  float* sums = static_cast<float*>(runtime.scratch(kHotSums, (end - first) * sizeof(float)));
-  with_type(args.hot_type, [&](auto tag) {
-    const auto* weight = static_cast<const decltype(tag)*>(args.hot_weight) + first * H;
-    sum_hot_strips(weight, count, job.rows.hot_x, H, sums);
-  });
-  return sums;
-}
-
 template <typename Products, typename T>
 static void multiply(const Int8MatmulArgs& args, const Runtime& runtime,
                      const QuantizedPlanes& rows, const RowBlock* blocks, int64_t num_blocks,
@@ -204,10 +88,19 @@ static void multiply(const Int8MatmulArgs& args, const Runtime& runtime,
       scratch.hot_sums = sum_hot_row(job, runtime, begin * kPanel, end * kPanel);
     }
     Panel panel;
+#if defined(DIST_INT8_ISA_amx)
+    TileRegisters registers;
+#endif
     for (int64_t item = begin; item < end; ++item) {
       const RowBlock& block = blocks[item / num_panels];
       const int64_t n = item % num_panels * kPanel;
       prepare_panel(job, block, n, scratch, &panel);
+#if defined(DIST_INT8_ISA_amx)
+      if (block.count >= kFewestTileRows) {
+        multiply_panel_in_tiles(job, panel, block, &registers);
+        continue;
+      }
+#endif
       multiply_panel<Products>(job, panel, block);
       if (scratch.hot_sums != nullptr) scratch.hot_sums += kPanel;
     }
@@ -217,8 +110,9 @@ static void multiply(const Int8MatmulArgs& args, const Runtime& runtime,
 void multiply_rows(const Int8MatmulArgs& args, const Runtime& runtime,
                    const QuantizedPlanes& rows) {
   const int64_t M = args.num_rows, K = args.num_features, N = args.num_outputs, ld = rows.ld;
-  const int64_t fitting_rows = kBlockBytes / ld / kTileRows * kTileRows;
-  const int64_t block_rows = min64(M, min64(kMaxBlockRows, max64(kTileRows, fitting_rows)));
+  bool any_high = false;
+  for (int64_t m = 0; m < M && !any_high; ++m) any_high = rows.num_high[m] != 0;
+  const int64_t block_rows = choose_block_rows(M, ld, any_high);
   const int64_t num_blocks = (M + block_rows - 1) / block_rows;
 
   float* bias = nullptr;
@@ -232,8 +126,6 @@ void multiply_rows(const Int8MatmulArgs& args, const Runtime& runtime,
   RowBlock* blocks = reinterpret_cast<RowBlock*>(memory);
   int32_t* columns = reinterpret_cast<int32_t*>(memory + num_blocks * block_bytes);
   uint8_t* seen = reinterpret_cast<uint8_t*>(columns + num_blocks * ld);
-  bool any_high = false;
-  for (int64_t m = 0; m < M && !any_high; ++m) any_high = rows.num_high[m] != 0;
   int8_t* plane = static_cast<int8_t*>(any_high ? runtime.scratch(kNarrowPlane, M * ld) : nullptr);
   for (int64_t b = 0; b < num_blocks; ++b) {
     blocks[b].first = b * block_rows;

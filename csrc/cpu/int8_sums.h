@@ -13,12 +13,19 @@ constexpr int64_t kStrip = 16;             // output features of a strip
 constexpr int64_t kGroup = 4;              // input features of a lane
 constexpr int kVectors = kStrip / kLanes;  // vectors per group of a strip
 
+// A plane has zeros up to a multiple of this.
+#if defined(DIST_INT8_ISA_amx)
+constexpr int64_t kDepthStep = 64;
+#else
+constexpr int64_t kDepthStep = kGroup;
+#endif
+
 using Sums = IntVec;  // of kLanes output features
 typedef int16_t ShortVec __attribute__((vector_size(kLanes * 4)));
 
 // Rows of x, read four features at a time.
 struct Plane {
-  const int8_t* x;  // [rows, ld], zeros after `depth` up to a multiple of kGroup
+  const int8_t* x;  // [rows, ld], zeros after `depth` up to a multiple of kDepthStep
   int64_t ld;
   int64_t depth;
 };

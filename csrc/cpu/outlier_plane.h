@@ -58,7 +58,7 @@ static void gather_outliers(const QuantizedPlanes& rows, int64_t K, RowBlock* bl
   // Cycles or so: products of a plane of that depth, against the bytes of weights to gather.
   block->high_is_dense = K * block->count < depth * (block->count + 4 * kStrip);
   block->high.depth = block->high_is_dense ? K : depth;
-  block->high.ld = block->high_is_dense ? rows.ld : round_up(depth, kGroup);
+  block->high.ld = block->high_is_dense ? rows.ld : round_up(depth, kDepthStep);
   block->high.x = to.plane;
   for (int64_t i = 0; i < block->count; ++i) {
     const int64_t m = block->first + i;

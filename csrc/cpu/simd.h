@@ -159,7 +159,15 @@ DIST_INT8_INLINE void store_part(T* p, Vec v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) narrow(v[i], p + i);
 }
 
-DIST_INT8_INLINE void store(BFloat16* p, Vec v) { store_part(p, v, kLanes); }
+// As narrow_bfloat16.
+DIST_INT8_INLINE void store(BFloat16* p, Vec v) {
+  typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+  typedef uint16_t Half __attribute__((vector_size(kLanes * 2)));
+  const Bits bits = (Bits)v, kept = bits >> 16;
+  const Bits rounded = (bits + 0x7fff + (kept & 1)) >> 16;
+  const Half half = __builtin_convertvector(v == v ? rounded : kept | 0x40, Half);
+  memcpy(p, &half, sizeof(half));
+}
 DIST_INT8_INLINE void store(Float16* p, Vec v) {
 #if defined(DIST_INT8_ISA_avx512_vnni)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),

@@ -299,6 +299,11 @@ def test_terminated_run_reports_its_progress(tmp_path):
     command = [sys.executable, "-c", DRIVER, "--out", str(out), "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("step0")
+    begun = {"step0"}
+    while "step1" not in begun:  # a record follows the line
+        time.sleep(0.01)
+        found = records.read(out / "results.jsonl")
+        begun = {record["name"] for record in found if record["kind"] == "begin"}
     process.terminate()
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 128 + 15

@@ -55,8 +55,8 @@ struct CpuKernels {
   void (*transform_layout)(const TransformLayoutArgs&, const Runtime&);
 };
 
-// The best kernels that this machine runs; DIST_INT8_CPU_ISA=generic|avx2|avx512_vnni narrows the
-// choice.
+// The best kernels that this machine runs; DIST_INT8_CPU_ISA=generic|avx2|avx512_vnni|amx narrows
+// the choice.
 const CpuKernels& cpu_kernels();
 
 }  // namespace dist_int8
