@@ -44,7 +44,7 @@ ENVIRONMENTS = {
         (
             TORCH,
             ("openvino==2026.4.1", "openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0"),
-            ("nncf==3.4.0", "transformers==5.5.4"),
+            ("nncf==3.4.0", "transformers==5.5.4", "requests"),
             ("--no-deps", "optimum==2.3.0", "optimum-intel==2.2.0"),
         )
     ),

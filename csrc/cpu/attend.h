@@ -1,8 +1,9 @@
 // Causal attention of a few queries over one key-value head of one slot, whose cache is of floats,
 // or of int8 with one scale per token:
 //
-//   scores   keys lie transposed, [D, L]: kLanes neighbouring keys are a vector, and a score is a
-//            chain of fma over d = 0, 1, ...; in int8 times the key's scale
+//   scores   keys lie transposed, [D, L] or in groups of 16, [L / 16, D, 16], which are read from
+//            one end to the other: kLanes neighbouring keys are a vector, and a score is a chain of
+//            fma over d = 0, 1, ...; in int8 times the key's scale
 //   softmax  maximum, then exponentials summed by lanes in vectors that start at multiples of
 //            kLanes
 //   values   a chain of fma over keys in rising order; in int8 a weight is times the value's scale
@@ -32,15 +33,27 @@ constexpr int64_t kValueVectors = 4;
 constexpr int64_t kQueriesPerPass = 24;  // a multiple of kMaxQueries; their scores fit into L2
 constexpr int64_t kKeysPerBlock = key_vectors(1) * kLanes;
 
+// Where the keys of a head lie: feature d of key j at of(j) + d * row.
+struct KeyPlaces {
+  int64_t row;
+  int64_t group;  // from kKeyGroup keys to the next
+
+  explicit KeyPlaces(const AttentionArgs& args)
+      : row(args.groups_keys ? kKeyGroup : args.max_tokens),
+        group(args.groups_keys ? args.head_dim * kKeyGroup : kKeyGroup) {}
+  int64_t of(int64_t j) const { return j / kKeyGroup * group + j % kKeyGroup; }
+};
+
 // One key-value head of one slot.
 template <typename Element>
 struct HeadCache {
-  const Element* keys;       // [D, L]
+  const Element* keys;       // where `places` says
   const Element* values;     // [L, D]
   const float* key_scale;    // [L]; null where Element is float
   const float* value_scale;  // [L]; likewise
   int64_t max_tokens;        // L
   int64_t head_dim;          // D
+  KeyPlaces places;
 };
 
 template <typename Element>
@@ -67,7 +80,11 @@ struct Query {
 template <int kCount, int kVectors, typename Element>
 DIST_INT8_INLINE void score_keys(const Query* queries, const HeadCache<Element>& cache, int64_t j,
                                  int64_t base, int64_t part) {
-  const int64_t L = cache.max_tokens, D = cache.head_dim;
+  const int64_t D = cache.head_dim, row = cache.places.row;
+  const Element* keys[kVectors];
+  unrolled<kVectors>([&](auto v) DIST_INT8_FORCED {
+    keys[v] = cache.keys + cache.places.of(j + v * kLanes);
+  });
   Vec acc[kCount][kVectors] = {};
   const float* q_rows[kCount];
   unrolled<kCount>([&](auto i) DIST_INT8_FORCED { q_rows[i] = queries[i].q; });
@@ -75,7 +92,7 @@ DIST_INT8_INLINE void score_keys(const Query* queries, const HeadCache<Element>&
     Vec q[kCount];
     unrolled<kCount>([&](auto i) DIST_INT8_FORCED { q[i] = broadcast(q_rows[i][d]); });
     unrolled<kVectors>([&](auto v) DIST_INT8_FORCED {
-      const Vec k = load_keys(cache.keys + d * L + j + v * kLanes, part);
+      const Vec k = load_keys(keys[v] + d * row, part);
       unrolled<kCount>([&](auto i) DIST_INT8_FORCED { acc[i][v] = fma(q[i], k, acc[i][v]); });
     });
   }

@@ -40,14 +40,15 @@ static float quantize_head(const float* x, int64_t D, float* row, int8_t* out, i
 
 void int8_kv_attention(const AttentionArgs& args, const Runtime& runtime) {
   const int64_t L = args.max_tokens, D = args.head_dim;
+  const KeyPlaces places(args);
   int8_t* key_cache = static_cast<int8_t*>(args.key_cache);
   int8_t* value_cache = static_cast<int8_t*>(args.value_cache);
   attend_tokens(
       args, runtime,
       [&](int64_t head, int64_t position, const float* key, const float* value, float* row) {
         const int64_t token = head * L + position;
-        int8_t* keys = key_cache + head * D * L + position;
-        args.key_scale[token] = quantize_head(key, D, row, keys, L);
+        int8_t* keys = key_cache + head * D * L + places.of(position);
+        args.key_scale[token] = quantize_head(key, D, row, keys, places.row);
         args.value_scale[token] = quantize_head(value, D, row, value_cache + token * D, 1);
       },
       [&](int64_t head) {
@@ -56,7 +57,8 @@ void int8_kv_attention(const AttentionArgs& args, const Runtime& runtime) {
                                  args.key_scale + head * L,
                                  args.value_scale + head * L,
                                  L,
-                                 D};
+                                 D,
+                                 places};
       });
 }
 

@@ -49,10 +49,16 @@ inline void check_caches(const char* op, const AttentionInputs& inputs, Attentio
   check_dtype(op, "value_cache", values, type);
   check_same_device(op, "key_cache", keys, qkv);
   check_same_device(op, "value_cache", values, qkv);
-  check_shape(op, "key_cache", keys, {{"S", -1}, {"KV", KV}, {"D", -1}, {"L", -1}});
+  args->groups_keys = keys.dim() == 5 && keys.is_cpu();
+  if (args->groups_keys) {
+    check_shape(op, "key_cache", keys,
+                {{"S", -1}, {"KV", KV}, {"L/16", -1}, {"D", -1}, {"16", kKeyGroup}});
+  } else {
+    check_shape(op, "key_cache", keys, {{"S", -1}, {"KV", KV}, {"D", -1}, {"L", -1}});
+  }
   const int64_t S = args->num_slots = keys.size(0);
-  const int64_t D = args->head_dim = keys.size(2);
-  const int64_t L = args->max_tokens = keys.size(3);
+  const int64_t D = args->head_dim = keys.size(args->groups_keys ? 3 : 2);
+  const int64_t L = args->max_tokens = args->groups_keys ? keys.size(2) * kKeyGroup : keys.size(3);
   check_shape(op, "value_cache", values, {{"S", S}, {"KV", KV}, {"L", L}, {"D", D}});
   args->key_cache = keys.mutable_data_ptr();
   args->value_cache = values.mutable_data_ptr();

@@ -10,6 +10,7 @@ from dist_int8.int8.registry import has_kernel
 
 _attention = torch.ops.dist_int8.attention.default if load() else None
 _ATTENDS_ON_CUDA = has_kernel("attention", "CUDA")
+_KEY_GROUP = 16  # kKeyGroup in csrc
 _CUDA_HEAD_DIM = 256  # the largest D of the CUDA kernel
 
 
@@ -22,7 +23,8 @@ def attention(
 
     Args:
         qkv: [T, (H + 2 * KV) * D]: all query heads, all key heads, all value heads.
-        key_cache: [S, KV, D, L] in qkv's dtype: S slots of L tokens; keys lie transposed.
+        key_cache: [S, KV, D, L] in qkv's dtype: S slots of L tokens; keys lie transposed. The
+            compiled op on CPUs also takes [S, KV, L/16, D, 16], see `key_cache_shape`.
         value_cache: [S, KV, L, D] in qkv's dtype.
         segments: int32 [B, 3] on the CPU, rows (slot, start, count): the next `count` rows of qkv
             are the tokens at positions start.. of that slot. Where every count is 1,
@@ -44,6 +46,26 @@ def attention(
     ):
         return _attention(qkv.contiguous(), key_cache, value_cache, segments, *args)
     return plain.attention(qkv, key_cache, value_cache, segments, args)
+
+
+def key_cache_shape(
+    num_slots: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[int, ...]:
+    """The shape in which the op for qkv of that dtype and device reads keys at their best.
+
+    [S, KV, D, L] everywhere; or, for compiled ops on CPUs where L is a multiple of 16, as many
+    elements as [S, KV, L/16, D, 16]: a new key is then written to one page instead of D of them,
+    and keys are read from one end to the other.
+    """
+    compiled = _attention is not None and device.type == "cpu" and dtype == torch.float32
+    if compiled and max_tokens % _KEY_GROUP == 0:
+        return num_slots, num_kv_heads, max_tokens // _KEY_GROUP, head_dim, _KEY_GROUP
+    return num_slots, num_kv_heads, head_dim, max_tokens
 
 
 def decode_segments(segments: Tensor, key_cache: Tensor, cos: Tensor | None = None) -> Tensor:

@@ -162,7 +162,7 @@ def _silu_mul(gate_up: Tensor) -> Tensor:
 def _attention(
     qkv: Tensor, key_cache: Tensor, value_cache: Tensor, segments: Tensor, *args: Any
 ) -> Tensor:
-    return qkv.new_empty(qkv.shape[0], AttentionArgs(*args).num_heads * key_cache.shape[2])
+    return qkv.new_empty(qkv.shape[0], AttentionArgs(*args).num_heads * key_cache.shape[-2])
 
 
 @_fake("int8_kv_attention")
@@ -175,7 +175,7 @@ def _int8_kv_attention(
     segments: Tensor,
     *args: Any,
 ) -> Tensor:
-    return qkv.new_empty(qkv.shape[0], AttentionArgs(*args).num_heads * key_cache.shape[2])
+    return qkv.new_empty(qkv.shape[0], AttentionArgs(*args).num_heads * key_cache.shape[-2])
 
 
 @_fake("prepare_blocks")

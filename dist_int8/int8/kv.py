@@ -25,7 +25,7 @@ _attention = (
 class Int8KV(NamedTuple):
     """The keys or the values of S slots of L tokens, of one block."""
 
-    values: Tensor  # int8, keys [S, KV, D, L], values [S, KV, L, D]
+    values: Tensor  # int8, keys of `attention.key_cache_shape`, values [S, KV, L, D]
     scale: Tensor  # fp32 [S, KV, L]
 
 

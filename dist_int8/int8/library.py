@@ -65,7 +65,7 @@ def library_info() -> dict[str, Any]:
     """Describes what was loaded, for `dist-int8 doctor`.
 
     path: of the library, or None. error: why it is not loaded, or None. cpu_instruction_set:
-    "avx512_vnni", "avx2" or "generic", chosen at run time (None without a library). cpu_ops,
+    "amx", "avx512_vnni", "avx2" or "generic", chosen at run time (None without a library). cpu_ops,
     cuda_ops: names of ops with a compiled kernel. cuda_architectures: such as ["80", "90a"], those
     the library was built for.
     """

@@ -45,6 +45,11 @@ def check_segments(
     rows: list[list[int]], key_cache: Tensor, cos: Tensor | None, op: str = "attention"
 ) -> None:
     """Raises ValueError for a (slot, start, count) outside the caches or the tables."""
+    if key_cache.dim() != 4:
+        raise ValueError(
+            f"{op}: key_cache must be [S, KV, D, L], got {list(key_cache.shape)}; "
+            "keys in groups are for the compiled op on CPUs"
+        )
     num_slots, _, _, max_tokens = key_cache.shape
     limit = max_tokens if cos is None else min(max_tokens, cos.shape[0])
     for b, (slot, start, count) in enumerate(rows):

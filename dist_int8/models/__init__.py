@@ -1,5 +1,6 @@
 """Models: one decoder block described by data, and the families that describe it."""
 
+from dist_int8.int8.attention import key_cache_shape
 from dist_int8.int8.kv import Int8KV
 from dist_int8.models.block import Cache, DecoderBlock
 from dist_int8.models.config import describe, ignored_tensors, load_config, tensor_sources
@@ -20,6 +21,7 @@ __all__ = [
     "TokenBatch",
     "describe",
     "ignored_tensors",
+    "key_cache_shape",
     "load_config",
     "resolve_skip",
     "tensor_sources",

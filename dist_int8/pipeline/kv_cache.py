@@ -9,16 +9,16 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from dist_int8.models import Cache, Int8KV
+from dist_int8.models import Cache, Int8KV, key_cache_shape
 
 
 class KVCache:
     """Static KV slots of the blocks of one stage.
 
-    Keys are stored transposed, [num_slots, num_kv_heads, head_dim, max_tokens], so that the scores
-    of neighbouring positions lie side by side; values are [num_slots, num_kv_heads, max_tokens,
-    head_dim]. In int8 the layout is the same, with an fp32 scale per token and head. Memory starts
-    as zeros: a masked position contributes 0 * 0, never 0 * NaN.
+    Keys are stored transposed, so that the scores of neighbouring positions lie side by side, in
+    the shape of `key_cache_shape`; values are [num_slots, num_kv_heads, max_tokens, head_dim]. In
+    int8 the layout is the same, with an fp32 scale per token and head. Memory starts as zeros: a
+    masked position contributes 0 * 0, never 0 * NaN.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class KVCache:
         device: torch.device,
         int8: bool = False,
     ) -> None:
-        key_shape = (num_slots, num_kv_heads, head_dim, max_tokens)
+        key_shape = key_cache_shape(num_slots, num_kv_heads, head_dim, max_tokens, dtype, device)
         value_shape = (num_slots, num_kv_heads, max_tokens, head_dim)
         scale_shape = (num_slots, num_kv_heads, max_tokens)
         self._layers: list[tuple[Cache, Cache]] = [
@@ -69,8 +69,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     # Pages of its own, which the kernel hands out zeroed when they are first written. torch.zeros
-    # would write all of them at once. Nor may they be huge, as numpy asks for: the first token of a
-    # sequence writes one element in each of head_dim rows of keys, 2 MiB apart in a long context.
+    # would write all of them at once. Nor may they be huge, as numpy asks for: a short sequence
+    # would take 2 MiB of keys and of values per head.
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         with suppress(OSError):  # a kernel that was built without huge pages

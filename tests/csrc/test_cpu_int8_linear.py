@@ -1,6 +1,6 @@
 """int8_linear of every instruction set against the specification, whatever this machine has.
 
-AVX-512 VNNI runs on SIMDe, an emulation of the intrinsics in headers.
+AVX-512 VNNI runs on SIMDe, an emulation of the intrinsics in headers; of AMX, amx_tiles.h has one.
 """
 
 import os
@@ -21,15 +21,18 @@ FLAGS = ["-std=c++17", "-O1", "-w", "-ffp-contract=off", "-flax-vector-conversio
 FOLDERS = [f"-I{ROOT / folder}" for folder in ("csrc", "csrc/include", "tests/csrc")]
 
 
-@pytest.fixture(scope="module", params=["generic", "avx512_vnni"])
+@pytest.fixture(scope="module", params=["generic", "avx512_vnni", "amx"])
 def program(request, tmp_path_factory):
     isa = request.param
-    if isa == "avx512_vnni" and not SIMDE.is_file():
+    if isa != "generic" and not SIMDE.is_file():
         pytest.skip(f"needs {SIMDE} (apt install libsimde-dev)")
     path = tmp_path_factory.mktemp("csrc") / isa
     defines = [f"-DDIST_INT8_ISA={isa}", f"-DDIST_INT8_ISA_{isa}=1"]
-    if isa == "avx512_vnni":
-        defines += ["-DDIST_INT8_EMULATED", "-include", "avx512_emulated.h"]
+    if isa == "amx":
+        defines.append("-DDIST_INT8_ISA_avx512_vnni=1")
+    if isa != "generic":
+        defines.append("-DDIST_INT8_EMULATED")
+        defines += ["-include", "avx512_emulated.h"]
     source = str(ROOT / "tests/csrc/cpu_int8_linear.cpp")
     command = [os.environ.get("CXX", "c++"), *FLAGS, *FOLDERS, *defines, source, "-o", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -108,6 +111,8 @@ CASES = [
     Case(3, 19, 37, rotation=64, has_bias=True),
     Case(100, 33, 200, rule="absolute", threshold=6.0, rotation=2),
     Case(6, 65, 130, rule="row_rms", threshold=4.0, rotation=64, has_bias=True),
+    Case(33, 112, 68, packed=True, rule="row_rms", threshold=2.0),
+    Case(300, 48, 64, packed=True, rotation=64),
 ]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dist_int8.int8 import kv, ops, plain, reference
+from dist_int8.int8.attention import key_cache_shape
 from dist_int8.int8.attention_args import AttentionArgs
 
 # num_heads, num_kv_heads, head_dim, max_tokens, rotary dimensions, ALiBi, window.
@@ -143,6 +144,21 @@ def test_the_plain_version_agrees(shape):
         got, want = case.run(qkv, segments, caches), case.plain(qkv, segments, copies)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         assert same_caches(caches, copies)
+
+
+@EACH_SHAPE
+def test_keys_in_groups_do_not_change_a_bit(shape):
+    case = Case(shape[0], shape[1], shape[2], shape[3] // 16 * 16, *shape[4:])
+    caches, others = case.caches(), case.caches()
+    S, KV, D, L = others[0].values.shape
+    groups = torch.ones(key_cache_shape(S, KV, D, L, torch.float32, torch.device("cpu")))
+    assert groups.shape == (S, KV, L // 16, D, 16)
+    others[0] = kv.Int8KV(groups.to(torch.int8), others[0].scale)
+    for seed, segments in enumerate([[(2, 0, 9), (0, 0, 5)], [(2, 9, 1), (0, 5, L - 5)]]):
+        qkv = case.qkv(sum(count for *_, count in segments), seed)
+        assert torch.equal(case.run(qkv, segments, others), case.run(qkv, segments, caches))
+    keys = others[0].values.transpose(2, 3).reshape(S, KV, D, L)
+    assert same_caches([others[0]._replace(values=keys), others[1]], caches)
 
 
 @EACH_SHAPE
@@ -350,7 +366,7 @@ def test_bad_arguments(change, message):
         kv.attention(given["qkv"], keys, values, given["segments"], args)
 
 
-@pytest.mark.parametrize("instruction_set", ["avx2", "generic"])
+@pytest.mark.parametrize("instruction_set", ["avx512_vnni", "avx2", "generic"])
 def test_other_instruction_sets(instruction_set):
     """This file again, with the kernels of other instruction sets."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]

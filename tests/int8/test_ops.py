@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repea
 from dist_int8.int8 import checks, ops, plain, reference
 from dist_int8.int8 import rows as rows_module
 from dist_int8.int8.activations import ACTIVATIONS
+from dist_int8.int8.attention import key_cache_shape
 from dist_int8.int8.attention_args import AttentionArgs
 from dist_int8.int8.registry import OPS
 
@@ -42,7 +43,7 @@ def rows_with_outliers(M, K, dtype=torch.float32):
 def test_the_library_is_loaded():
     info = ops.library_info()
     assert info["path"].endswith("_ops.so") and info["error"] is None
-    assert info["cpu_instruction_set"] in ("avx512_vnni", "avx2", "generic")
+    assert info["cpu_instruction_set"] in ("amx", "avx512_vnni", "avx2", "generic")
     assert {"quantize_rows", "int8_linear", "linear", "attention"} <= set(info["cpu_ops"])
 
 
@@ -395,6 +396,28 @@ class TestAttention:
         assert torch.equal(torch.cat(parts), whole)
 
     @pytest.mark.parametrize("shape", ATTENTIONS)
+    def test_keys_in_groups_do_not_change_a_bit(self, shape):
+        case = Case(shape[0], shape[1], shape[2], shape[3] // 16 * 16, *shape[4:])
+        qkv = torch.randn(case.max_tokens, case.width)
+        caches = case.empty_caches()
+        S, KV, D, L = caches[0].shape
+        grouped = key_cache_shape(S, KV, D, L, torch.float32, qkv.device)
+        assert grouped == (S, KV, L // 16, D, 16)
+        others = [torch.full(grouped, torch.nan), torch.full_like(caches[1], torch.nan)]
+        for rows, segment in ((qkv[:-3], [1, 0, L - 3]), (qkv[-3:], [1, L - 3, 3])):
+            got, want = (case.run(rows, [segment], some) for some in (others, caches))
+            assert torch.equal(got, want)
+        in_rows = others[0].transpose(2, 3).reshape(S, KV, D, L)
+        assert torch.equal(in_rows[1], caches[0][1])
+
+    def test_keys_in_groups_need_the_compiled_op(self):
+        case = Case(*ATTENTIONS[0])
+        keys = torch.zeros(3, 3, 6, 64, 16, dtype=torch.bfloat16)
+        values = torch.zeros(3, 3, 96, 64, dtype=torch.bfloat16)
+        with pytest.raises(ValueError, match=r"key_cache must be \[S, KV, D, L\], got \[3, 3, 6"):
+            case.run(torch.zeros(2, case.width, dtype=torch.bfloat16), [[0, 0, 2]], (keys, values))
+
+    @pytest.mark.parametrize("shape", ATTENTIONS)
     def test_the_plain_version_agrees(self, shape):
         case = Case(*shape)
         qkv = torch.randn(12, case.width)
@@ -667,7 +690,7 @@ def test_bad_arguments_of_other_ops(call, message):
         call()
 
 
-@pytest.mark.parametrize("instruction_set", ["avx2", "generic"])
+@pytest.mark.parametrize("instruction_set", ["avx512_vnni", "avx2", "generic"])
 def test_other_instruction_sets(instruction_set):
     """This file again, with the kernels of other instruction sets."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]

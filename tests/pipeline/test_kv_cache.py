@@ -5,22 +5,28 @@ import torch
 from dist_int8.pipeline.kv_cache import KVCache
 
 
-def make(dtype=torch.float32) -> KVCache:
+def make(dtype=torch.float32, max_tokens=16) -> KVCache:
     return KVCache(
         num_blocks=3,
         num_slots=2,
         num_kv_heads=4,
         head_dim=8,
-        max_tokens=16,
+        max_tokens=max_tokens,
         dtype=dtype,
         device=torch.device("cpu"),
     )
 
 
 def test_keys_are_stored_transposed():
-    key, value = make().layer(1)
+    key, value = make(torch.bfloat16).layer(1)
     assert key.shape == (2, 4, 8, 16) and value.shape == (2, 4, 16, 8)
     assert not key.any() and not value.any()
+
+
+def test_keys_of_the_compiled_op_are_in_groups_of_16():
+    key, value = make(max_tokens=48).layer(0)
+    assert key.shape == (2, 4, 3, 8, 16) and value.shape == (2, 4, 48, 8)
+    assert make(max_tokens=40).layer(0)[0].shape == (2, 4, 8, 40)
 
 
 def test_layers_do_not_share_memory():

@@ -101,11 +101,15 @@ struct TokenBlock {
 
 constexpr int64_t kTokensPerBlock = 24;
 
+// Of a key cache of groups: the keys of 16 neighbouring tokens lie together, feature by feature.
+constexpr int64_t kKeyGroup = 16;
+
 // New tokens: their keys and values go to the caches, then they attend to their slots.
 struct AttentionArgs {
   const void* qkv;            // [T, (H + 2 * KV) * D] of type
   DataType type;              // of qkv and out, and of caches without scales
-  void* key_cache;            // [S, KV, D, L]
+  void* key_cache;            // [S, KV, D, L]; where groups_keys [S, KV, L / 16, D, 16]
+  bool groups_keys;           // on CPUs
   void* value_cache;          // [S, KV, L, D]
   float* key_scale;           // [S, KV, L] of caches in int8, else null
   float* value_scale;         // likewise
