@@ -105,7 +105,7 @@ static void multiply_panel_in_tiles(const Job<T>& job, const Panel& panel, const
     const int64_t count = (block.count - row) / (num_tiles - t);
     low.take_rows(count);
     high.take_rows(count);
-    registers->shape(low.rows.first, low.rows.second);
+    registers->shape(shapes_of_rows(low.rows.first, low.rows.second));
     multiply_tile_rows(job, panel, block.first + row, count, low, high, &ahead);
     low.pass_rows();
     high.pass_rows();

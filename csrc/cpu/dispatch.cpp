@@ -31,16 +31,14 @@ static bool has_avx512_vnni() {
          __builtin_cpu_supports("avx512vnni");
 }
 
-// Whether there are int8 tiles and Linux lets this process have them: the registers are 8 KiB per
+// Whether there are tiles for int8 and bf16, and Linux lets this process have them: the registers are 8 KiB per
 // thread, so they are asked for.
-static bool get_amx_int8() {
+static bool get_amx() {
 #if defined(__linux__)
-  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;  // CPUID 7.0 EDX
+  constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8: CPUID 7.0 EDX
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTile) == 0 || (d & kInt8) == 0) {
-    return false;
-  }
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kNeeded) != kNeeded) return false;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
@@ -55,7 +53,7 @@ static const CpuKernels& choose() {
   };
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (allowed(amx::kernels) && has_avx512_vnni() && get_amx_int8()) return amx::kernels;
+  if (allowed(amx::kernels) && has_avx512_vnni() && get_amx()) return amx::kernels;
   if (allowed(avx512_vnni::kernels) && has_avx512_vnni()) return avx512_vnni::kernels;
   if (allowed(avx2::kernels) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     return avx2::kernels;

@@ -24,10 +24,10 @@ static float quantize_head(const float* x, int64_t D, float* row, int8_t* out, i
   const bool finite = sum(poison) == 0;
   const float largest_one = largest(absmax);
   const float step = finite ? quantization_step(largest_one, largest_one, false) : 0.0f;
-  const Vec divisor = broadcast(step);
+  const Divisor divisor(step);
   for (int64_t d = 0; d < padded; d += kLanes) {
     int8_t bytes[kLanes] = {};
-    if (step > 0) store_int8(bytes, round_to_int(load(row + d) / divisor));
+    if (step > 0) store_int8(bytes, round_to_int(divisor.divide(load(row + d))));
     const int64_t count = min64(kLanes, D - d);
     if (stride == 1) {
       memcpy(out + d, bytes, count);

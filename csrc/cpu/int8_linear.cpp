@@ -22,17 +22,7 @@ void int8_linear(const Int8LinearArgs& args, const Runtime& runtime) {
   rows.out.x_int8 = low_plane;
   rows.out.x_high = high_plane;
   rows.out.row_scale = scale;
-  if (H != 0) {
-    with_type(rows.x_type, [&](auto tag) {
-      const auto* x = static_cast<const decltype(tag)*>(rows.x);
-      for (int64_t m = 0; m < M; ++m) {
-        for (int64_t h = 0; h < H; ++h) {
-          hot_x[m * H + h] = widen(x[m * K + rows.out.hot_columns[h]]);
-        }
-      }
-    });
-  }
-  quantize_rows_padded(rows, PaddedPlanes{ld, true, sum_low, sum_high, num_high}, runtime);
+  quantize_rows_padded(rows, PaddedPlanes{ld, true, sum_low, sum_high, num_high, hot_x}, runtime);
 
   Int8MatmulArgs product{};
   product.weight = args.weight;

@@ -9,6 +9,8 @@
 //     ...                                    [acc][acc]    in L1 or L2 while all rows of an x block
 //   x row 3  [4 bytes, broadcast]            [acc][acc]    (in L2) pass by
 //
+// With AMX a few rows or more are multiplied in tiles instead (amx_tiles.h).
+//
 // Outliers live in few columns. Those of a block of x rows are gathered into a narrow plane
 // (outlier_plane.h), whose sums are made apart and joined in double, which holds any total. The
 // integer total is exact whatever the blocking.
@@ -30,10 +32,18 @@ constexpr int64_t kMaxBlockRows = 256;
 // Rows of a block share the columns of x_high: more rows have more of them.
 constexpr int64_t kMaxOutlierRows = 96;
 
+// Panels of one block are a task each; with fewer per thread than this, the last ones are waited for.
+constexpr int64_t kTasksPerThread = 8;
+
 // Rows of x per block: equally many, but for the last one.
-DIST_INT8_INLINE int64_t choose_block_rows(int64_t M, int64_t row_bytes, bool has_outliers) {
-  const int64_t fitting = min64(kBlockBytes / row_bytes, has_outliers ? kMaxOutlierRows : kMaxBlockRows);
-  const int64_t num_blocks = (M + max64(fitting, kTaskRows) - 1) / max64(fitting, kTaskRows);
+static int64_t choose_block_rows(const Int8MatmulArgs& args, const Runtime& runtime,
+                                 int64_t row_bytes, bool has_outliers) {
+  const int64_t M = args.num_rows, most = has_outliers ? kMaxOutlierRows : kMaxBlockRows;
+  const int64_t num_panels = (args.num_outputs + kPanel - 1) / kPanel;
+  const int64_t fitting = max64(min64(kBlockBytes / row_bytes, most), kTaskRows);
+  const int64_t wanted = (kTasksPerThread * runtime.num_threads + num_panels - 1) / num_panels;
+  const int64_t num_blocks =
+      max64((M + fitting - 1) / fitting, min64(wanted, M / (2 * kTaskRows)));
   return round_up((M + num_blocks - 1) / num_blocks, kTaskRows);
 }
 
@@ -112,7 +122,7 @@ void multiply_rows(const Int8MatmulArgs& args, const Runtime& runtime,
   const int64_t M = args.num_rows, K = args.num_features, N = args.num_outputs, ld = rows.ld;
   bool any_high = false;
   for (int64_t m = 0; m < M && !any_high; ++m) any_high = rows.num_high[m] != 0;
-  const int64_t block_rows = choose_block_rows(M, ld, any_high);
+  const int64_t block_rows = choose_block_rows(args, runtime, ld, any_high);
   const int64_t num_blocks = (M + block_rows - 1) / block_rows;
 
   float* bias = nullptr;

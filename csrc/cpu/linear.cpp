@@ -4,6 +4,9 @@
 // products of k = l, l + kLanes, ... by fma, and the lanes are added by a fixed tree. A register
 // tile is kTileRows rows of x by 4 weight rows (see int8_matmul.cpp for the picture).
 #include "cpu/simd.h"
+#if defined(DIST_INT8_ISA_amx)
+#include "cpu/amx_linear.h"
+#endif
 
 namespace dist_int8::DIST_INT8_ISA {
 
@@ -17,7 +20,7 @@ constexpr int64_t kTileRows = 2;
 constexpr int64_t kTileCols = 4;
 constexpr int64_t kBlockBytes = 384 * 1024;  // of x in a block of rows: most of L2
 
-enum Slot { kRows = 1, kBias };
+enum Slot { kRows = 1, kBias, kPacked };
 
 // y[i][j] = sum over k of x[i][k] * weight[j][k]. x has zeros after K up to a multiple of kLanes.
 template <int kCount, bool kPrefetch, typename W>
@@ -133,6 +136,16 @@ void linear(const LinearArgs& args, const Runtime& runtime) {
     bias = static_cast<float*>(runtime.scratch(kBias, N * sizeof(float)));
     widen_row(args.bias_type, args.bias, 0, bias, N);
   }
+#if defined(DIST_INT8_ISA_amx)
+  if (fits_tiles(args.weight_type, N, K)) {
+    const int64_t bytes = round_up(M, kTileHeight) * K * kParts * 2;
+    auto* packed = static_cast<uint16_t*>(runtime.scratch(kPacked, bytes));
+    with_type(args.x_type, [&](auto tag) {
+      multiply_in_tiles<decltype(tag)>(args, runtime, x, ld, bias, packed);
+    });
+    return;
+  }
+#endif
   with_type(args.x_type, [&](auto x_tag) {
     with_type(args.weight_type, [&](auto weight_tag) {
       multiply<decltype(x_tag), decltype(weight_tag)>(args, runtime, x, ld, bias);

@@ -104,12 +104,12 @@ static void quantize_row(const QuantizedRowsArgs& args, const PaddedPlanes& plan
   IntVec sum_low{}, sum_high{}, num_high{};
   bool wrote_high = false;
   if (step > 0) {
-    const Vec divisor = broadcast(step);
+    const Divisor divisor(step);
     for (int64_t k = 0; k < padded; k += kLanes) {
-      const IntVec q = round_to_int(load(row + k) / divisor);
+      const IntVec q = round_to_int(divisor.divide(load(row + k)));
       const IntVec spills = (q > 127) | (q < -127);
       IntVec low = q;
-      if (__builtin_expect(any(spills), 0)) {
+      if (__builtin_expect(decomposes && any(spills), 0)) {
         if (!wrote_high) {
           memset(high_out, 0, planes.ld);
           wrote_high = true;
@@ -161,7 +161,11 @@ void quantize_rows_padded(const QuantizeRowsArgs& args, const PaddedPlanes& plan
     for (int64_t m = begin; m < end; ++m) {
       widen_row(args.x_type, args.x, m * K, row, K);
       for (int64_t k = K; k < padded; ++k) row[k] = 0.0f;
-      for (int64_t h = 0; h < out.num_hot; ++h) row[out.hot_columns[h]] = 0.0f;
+      for (int64_t h = 0; h < out.num_hot; ++h) {
+        float* at = row + out.hot_columns[h];
+        if (planes.hot_x != nullptr) planes.hot_x[m * out.num_hot + h] = *at;
+        *at = 0.0f;
+      }
       rotate_row(row, padded, out.rotation);
       quantize_row(out, planes, K, m, row);
     }
@@ -184,7 +188,7 @@ static void gather_hot(const QuantizeRowsArgs& args) {
 
 void quantize_rows(const QuantizeRowsArgs& args, const Runtime& runtime) {
   gather_hot(args);
-  quantize_rows_padded(args, PaddedPlanes{args.num_features, false, nullptr, nullptr, nullptr},
+  quantize_rows_padded(args, PaddedPlanes{args.num_features, false, nullptr, nullptr, nullptr, nullptr},
                        runtime);
 }
 

@@ -11,6 +11,7 @@ struct PaddedPlanes {
   int32_t* sum_low;     // [M] sum of x_int8, or null
   int32_t* sum_high;    // [M] sum of x_high, or null
   int32_t* num_high;    // [M] how many x_high are not 0, or null
+  float* hot_x;         // [M, H] what hot columns held, or null
 };
 
 // Everything but x_hot; planes [M, ld]. high_tiles may be null.
