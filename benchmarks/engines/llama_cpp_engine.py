@@ -25,10 +25,12 @@ class LlamaCpp:
         self.lib = import_module(module)
         self.threads, self.is_ik = args.threads, args.variant == "ik"
         self.weight_bytes = bytes_of(args.model)
+        self.flags = Path("/proc/cpuinfo").read_text()
         self.lib.llama_backend_init()
-        self.model = self.lib.llama_model_load_from_file(
-            str(args.model).encode(), self.lib.llama_model_default_params()
-        )
+        params = self.lib.llama_model_default_params()
+        if not self.is_ik and "amx_int8" in self.flags:
+            params.use_extra_bufts = False  # its AMX kernels end with a protection fault
+        self.model = self.lib.llama_model_load_from_file(str(args.model).encode(), params)
         assert self.model, f"{args.model}: llama.cpp cannot load it"
         self.vocab_size = self.lib.llama_vocab_n_tokens(self.lib.llama_model_get_vocab(self.model))
         self.batch = self.lib.llama_batch_init(BATCH, 0, 1)
@@ -38,8 +40,8 @@ class LlamaCpp:
         params.n_ctx = num_sequences * num_tokens
         params.n_batch, params.n_seq_max = BATCH, num_sequences
         params.n_threads = params.n_threads_batch = self.threads
-        if self.is_ik and "avx_vnni" not in Path("/proc/cpuinfo").read_text():
-            params.flash_attn = False  # it aborts there; the package's own wrapper does the same
+        if self.is_ik and ("avx_vnni" not in self.flags or num_sequences > 1):
+            params.flash_attn = False  # it aborts there
         context = self.lib.llama_init_from_model(self.model, params)
         assert context, "llama.cpp: no context"
         return context

@@ -161,7 +161,7 @@ Tensor prepare_blocks(const Tensor& like, int64_t hidden_size, Tensors norms, Te
 // All ops but attention look at one row at a time. So many rows go through them that what one op
 // hands to the next stays in the second-level caches; where a row is so wide that only a few would,
 // all rows go at once, because every chunk reads the weights again.
-constexpr int64_t kChunkBytes = 2 << 20;
+constexpr int64_t kChunkBytes = 4 << 20;
 constexpr int64_t kFewestChunkRows = 64, kChunkStep = 32;
 
 int64_t choose_chunk_rows(const PreparedBlock& block, int64_t num_rows) {
