@@ -43,8 +43,8 @@ static void multiply_tiles() {
       int8_t* at = emulated_tiles[kSums].bytes[m] + 4 * n;
       memcpy(&sum, at, 4);
       for (int k = 0; k < 64; ++k) {
-        sum += emulated_tiles[kX].bytes[m][k] *
-               emulated_tiles[kWeights].bytes[k / 4][4 * n + k % 4];
+        sum +=
+            emulated_tiles[kX].bytes[m][k] * emulated_tiles[kWeights].bytes[k / 4][4 * n + k % 4];
       }
       memcpy(at, &sum, 4);
     }

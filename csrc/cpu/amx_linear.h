@@ -15,7 +15,7 @@ namespace dist_int8::DIST_INT8_ISA {
 
 constexpr int64_t kBf16Depth = 32;  // of K in a tile
 constexpr int64_t kParts = 3;       // of an element of x
-constexpr int kWeightTiles = 3;  // with as many sums and two tiles of x: the eight registers
+constexpr int kWeightTiles = 3;     // with as many sums and two tiles of x: the eight registers
 constexpr int64_t kGroupOutputs = kWeightTiles * kTileHeight;
 
 // The weights of three tiles, each 16 rows of K.
@@ -157,8 +157,9 @@ static void multiply_in_tiles(const LinearArgs& args, const Runtime& runtime, co
         accumulate(weights, rows_at(t), sums);
         T* out = static_cast<T*>(args.out) + t * width * N;
         for (int w = 0; w < kWeightTiles; ++w) {
-          write_tile(sums + w * kTileHeight * width, width, bias == nullptr ? nullptr : bias + at[w],
-                     min64(width, M - t * width), wanted[w] - at[w], out + at[w], N);
+          write_tile(sums + w * kTileHeight * width, width,
+                     bias == nullptr ? nullptr : bias + at[w], min64(width, M - t * width),
+                     wanted[w] - at[w], out + at[w], N);
         }
       }
     }

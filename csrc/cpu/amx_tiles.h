@@ -36,8 +36,8 @@ struct TiledStrip {
   const int8_t* last;  // of the features from depth / kTileDepth * kTileDepth on, if there are any
 };
 
-// sums[row * kStrips + s] = row of x times strip s, for the rows that the registers were shaped for.
-// Rows of `plane` hold zeros from its depth up to a multiple of kTileDepth.
+// sums[row * kStrips + s] = row of x times strip s, for the rows that the registers were shaped
+// for. Rows of `plane` hold zeros from its depth up to a multiple of kTileDepth.
 template <int kXTiles, int kStrips>
 static __attribute__((noinline)) void accumulate_tiles(const Plane& plane, int64_t first_rows,
                                                        const TiledStrip* strips, Ahead* ahead,

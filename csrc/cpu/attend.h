@@ -82,9 +82,8 @@ DIST_INT8_INLINE void score_keys(const Query* queries, const HeadCache<Element>&
                                  int64_t base, int64_t part) {
   const int64_t D = cache.head_dim, row = cache.places.row;
   const Element* keys[kVectors];
-  unrolled<kVectors>([&](auto v) DIST_INT8_FORCED {
-    keys[v] = cache.keys + cache.places.of(j + v * kLanes);
-  });
+  unrolled<kVectors>(
+      [&](auto v) DIST_INT8_FORCED { keys[v] = cache.keys + cache.places.of(j + v * kLanes); });
   Vec acc[kCount][kVectors] = {};
   const float* q_rows[kCount];
   unrolled<kCount>([&](auto i) DIST_INT8_FORCED { q_rows[i] = queries[i].q; });

@@ -16,13 +16,8 @@ void attention(const AttentionArgs& args, const Runtime& runtime) {
         memcpy(value_cache + (head * L + position) * D, value, D * sizeof(float));
       },
       [&](int64_t head) {
-        return HeadCache<float>{key_cache + head * D * L,
-                                value_cache + head * L * D,
-                                nullptr,
-                                nullptr,
-                                L,
-                                D,
-                                places};
+        return HeadCache<float>{
+            key_cache + head * D * L, value_cache + head * L * D, nullptr, nullptr, L, D, places};
       });
 }
 

@@ -31,12 +31,12 @@ static bool has_avx512_vnni() {
          __builtin_cpu_supports("avx512vnni");
 }
 
-// Whether there are tiles for int8 and bf16, and Linux lets this process have them: the registers are 8 KiB per
-// thread, so they are asked for.
+// Whether there are tiles for int8 and bf16, and Linux lets this process have them: the registers
+// are 8 KiB per thread, so they are asked for.
 static bool get_amx() {
 #if defined(__linux__)
   constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8: CPUID 7.0 EDX
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;   // ARCH_REQ_XCOMP_PERM
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kNeeded) != kNeeded) return false;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;

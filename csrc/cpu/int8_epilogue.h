@@ -54,8 +54,8 @@ struct Epilogue {
       });
       unrolled<kRows>([&](auto i) DIST_INT8_FORCED {
         const Vec x = broadcast(hot_x[(m + i) * hot_ld + h]);
-        unrolled<kStrips * kVectors>(
-            [&](auto v) DIST_INT8_FORCED { hot[i][v] = fma(x, w[v], hot[i][v]); });
+        unrolled<kStrips * kVectors>([&](auto v)
+                                         DIST_INT8_FORCED { hot[i][v] = fma(x, w[v], hot[i][v]); });
       });
     }
   }

@@ -3,6 +3,7 @@
 // Keys are rounded after the rotary embedding, and a token attends to its own rounded key and
 // value: what it sees does not depend on how a prompt was cut.
 #include "cpu/attention.h"
+#include "cpu/divisor.h"
 
 namespace dist_int8::DIST_INT8_ISA {
 

@@ -32,7 +32,8 @@ constexpr int64_t kMaxBlockRows = 256;
 // Rows of a block share the columns of x_high: more rows have more of them.
 constexpr int64_t kMaxOutlierRows = 96;
 
-// Panels of one block are a task each; with fewer per thread than this, the last ones are waited for.
+// Panels of one block are a task each; with fewer per thread than this, the last ones are waited
+// for.
 constexpr int64_t kTasksPerThread = 8;
 
 // Rows of x per block: equally many, but for the last one.
@@ -42,8 +43,7 @@ static int64_t choose_block_rows(const Int8MatmulArgs& args, const Runtime& runt
   const int64_t num_panels = (args.num_outputs + kPanel - 1) / kPanel;
   const int64_t fitting = max64(min64(kBlockBytes / row_bytes, most), kTaskRows);
   const int64_t wanted = (kTasksPerThread * runtime.num_threads + num_panels - 1) / num_panels;
-  const int64_t num_blocks =
-      max64((M + fitting - 1) / fitting, min64(wanted, M / (2 * kTaskRows)));
+  const int64_t num_blocks = max64((M + fitting - 1) / fitting, min64(wanted, M / (2 * kTaskRows)));
   return round_up((M + num_blocks - 1) / num_blocks, kTaskRows);
 }
 

@@ -1,5 +1,5 @@
-// A panel: a few strips of output features, what a thread prepares for them, and what becomes of the
-// sums of a tile of rows by them. Used by int8_matmul.cpp, which has the picture.
+// A panel: a few strips of output features, what a thread prepares for them, and what becomes of
+// the sums of a tile of rows by them. Used by int8_matmul.cpp, which has the picture.
 #pragma once
 
 #include "cpu/int8_epilogue.h"

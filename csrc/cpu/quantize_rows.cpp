@@ -1,6 +1,7 @@
 // quantize_rows: x [M, K] -> two int8 planes and a scale per row. One row never looks at another.
 #include "cpu/quantize_rows.h"
 
+#include "cpu/divisor.h"
 #include "cpu/rotate.h"
 
 namespace dist_int8::DIST_INT8_ISA {
@@ -188,8 +189,8 @@ static void gather_hot(const QuantizeRowsArgs& args) {
 
 void quantize_rows(const QuantizeRowsArgs& args, const Runtime& runtime) {
   gather_hot(args);
-  quantize_rows_padded(args, PaddedPlanes{args.num_features, false, nullptr, nullptr, nullptr, nullptr},
-                       runtime);
+  quantize_rows_padded(
+      args, PaddedPlanes{args.num_features, false, nullptr, nullptr, nullptr, nullptr}, runtime);
 }
 
 }  // namespace dist_int8::DIST_INT8_ISA

@@ -5,7 +5,7 @@ from itertools import chain
 import pytest
 import torch
 
-from dist_int8.int8 import reference
+from dist_int8.int8 import ops, reference
 from dist_int8.int8.attention_args import AttentionArgs
 from dist_int8.int8.decoder_blocks import BlockSettings, BlockTensors, LinearRule, PreparedBlocks
 
@@ -47,6 +47,38 @@ def test_a_residual_counts_as_if_it_had_been_added():
     got = run(block, x=x, residual=residual)
     expected = run(block, x=x + residual)
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+def test_wide_rows_in_chunks_are_those_of_one_op_after_the_other():
+    """So many rows of so wide an MLP that they go through it in chunks."""
+    tokens, inner = 700, 4096
+    gate_up, gate_up_scale = reference.quantize_weight(torch.randn(2 * inner, HIDDEN))
+    down, down_scale = reference.quantize_weight(torch.randn(HIDDEN, inner))
+    block = tensors(
+        gate_up=gate_up,
+        gate_up_scale=gate_up_scale,
+        down=down,
+        down_scale=down_scale,
+        key_cache=torch.zeros(1, 1, HEAD_DIM, tokens),
+        value_cache=torch.zeros(1, 1, tokens, HEAD_DIM),
+    )
+    x = torch.randn(tokens, HIDDEN)
+    whole = ((0, 0, tokens),)
+    got, total = run(block, x=x, segments=whole)
+
+    rule = {"outlier_rule": "row_rms", "outlier_threshold": 4.0}
+    weights = [block.linears[i : i + 2] for i in (0, 5, 10, 15)]
+    caches = [cache.zero_() for cache in block.caches]
+    norm = block.norms[0]
+    first = ops.add_norm(x, None, norm, None, 1e-5, "rms")[0]
+    qkv = ops.int8_linear(first, *weights[0], **rule)
+    where = torch.tensor(whole, dtype=torch.int32)
+    attended = ops.attention(qkv, *caches, where, SETTINGS.attention)
+    projected = ops.int8_linear(attended, *weights[1], **rule)
+    normed, expected_total = ops.add_norm(projected, x, norm, None, 1e-5, "rms")
+    product = ops.silu_mul(ops.int8_linear(normed, *weights[2], **rule))
+    assert torch.equal(got, ops.int8_linear(product, *weights[3], **rule))
+    assert torch.equal(total, expected_total)
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,19 @@ class TestLinear:
                     got.double(), want, rtol=TOLERANCE[dtype], atol=K**0.5 * TOLERANCE[dtype]
                 )
 
+    @pytest.mark.parametrize("N, K", [(1000, 576), (50, 64), (16, 32)])
+    def test_16_bit_weights_have_the_accuracy_of_fp32(self, N, K):
+        """Of any number of rows, which are the same bits in any company."""
+        x = torch.randn(40, K) * torch.randn(40, 1).exp()
+        weight = torch.randn(N, K).bfloat16()
+        got = ops.linear(x, weight)
+        exact = x.double() @ weight.double().T
+        error = (got - exact).abs().amax(1)
+        assert torch.all(error <= 4 * (x @ weight.float().T - exact).abs().amax(1) + 1e-7)
+        for first, count in ((0, 1), (3, 5), (7, 16), (0, 17), (5, 33)):
+            rows = slice(first, first + count)
+            assert torch.equal(ops.linear(x[rows], weight), got[rows])
+
     def test_leading_dimensions(self):
         x, weight = torch.randn(2, 3, 20), torch.randn(4, 20)
         assert torch.equal(ops.linear(x, weight).view(6, 4), ops.linear(x.view(6, 20), weight))
