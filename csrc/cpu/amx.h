@@ -2,56 +2,16 @@
 #pragma once
 
 #include "cpu/simd.h"
+#if defined(DIST_INT8_EMULATED)  // which tests/csrc does
+#include "amx_emulated.h"
+#endif
 
 namespace dist_int8::DIST_INT8_ISA {
 
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kTileHeight = 16;  // rows
 
-#if defined(DIST_INT8_EMULATED)
-
-// What the instructions do, in one thread.
-struct EmulatedTile {
-  int8_t bytes[16][64];
-};
-static EmulatedTile emulated_tiles[8];
-static int emulated_rows[8];
-
-template <int kTile>
-static void zero_tile() {
-  memset(&emulated_tiles[kTile], 0, sizeof(EmulatedTile));
-}
-template <int kTile>
-static void load_tile(const int8_t* from, int64_t stride) {
-  zero_tile<kTile>();
-  for (int i = 0; i < emulated_rows[kTile]; ++i) {
-    memcpy(emulated_tiles[kTile].bytes[i], from + i * stride, 64);
-  }
-}
-template <int kTile>
-static void store_tile(void* to, int64_t stride) {
-  for (int i = 0; i < emulated_rows[kTile]; ++i) {
-    memcpy(static_cast<char*>(to) + i * stride, emulated_tiles[kTile].bytes[i], 64);
-  }
-}
-// Sums of int32 += rows of int8 times groups of 4 x 16 int8, modulo 2^32.
-template <int kSums, int kX, int kWeights>
-static void multiply_tiles() {
-  for (int m = 0; m < emulated_rows[kX]; ++m) {
-    for (int n = 0; n < 16; ++n) {
-      uint32_t sum;
-      int8_t* at = emulated_tiles[kSums].bytes[m] + 4 * n;
-      memcpy(&sum, at, 4);
-      for (int k = 0; k < 64; ++k) {
-        sum +=
-            emulated_tiles[kX].bytes[m][k] * emulated_tiles[kWeights].bytes[k / 4][4 * n + k % 4];
-      }
-      memcpy(at, &sum, 4);
-    }
-  }
-}
-
-#else
+#if !defined(DIST_INT8_EMULATED)
 
 // As assembly: GCC's intrinsics take only literal register numbers, and an instruction set flag for
 // the whole file.
@@ -67,9 +27,17 @@ template <int kTile>
 DIST_INT8_INLINE void store_tile(void* to, int64_t stride) {
   asm volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(kTile), "r"(to), "r"(stride) : "memory");
 }
-template <int kSums, int kX, int kWeights>
+// Sums of int32 += rows of int8 times groups of 4 int8, modulo 2^32.
+template <int kSums, int kRows, int kGroups>
 DIST_INT8_INLINE void multiply_tiles() {
-  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kX), "i"(kWeights));
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kRows), "i"(kGroups));
+}
+
+// Sums of fp32 += rows of bf16 times pairs of bf16; even and odd ones are added apart, then
+// together.
+template <int kSums, int kRows, int kPairs>
+DIST_INT8_INLINE void multiply_bf16_tiles() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kRows), "i"(kPairs));
 }
 
 #endif
@@ -105,7 +73,7 @@ class TileRegisters {
     is_shaped_ = true;
     shapes_ = shapes;
 #if defined(DIST_INT8_EMULATED)
-    for (int tile = 0; tile < 8; ++tile) emulated_rows[tile] = shapes.rows[tile];
+    shape_emulated(shapes.rows, shapes.row_bytes);
 #else
     asm volatile("ldtilecfg %0" : : "m"(shapes_));
 #endif

@@ -23,11 +23,6 @@ struct WeightTiles {
   const BFloat16* rows[kWeightTiles];
 };
 
-template <int kSums, int kWeights, int kX>
-DIST_INT8_INLINE void multiply_bf16_tiles() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kWeights), "i"(kX));
-}
-
 // Whether weights of that shape go in tiles: whatever the number of rows, which changes no bit.
 DIST_INT8_INLINE bool fits_tiles(DataType weight_type, int64_t N, int64_t K) {
   return weight_type == DataType::kBFloat16 && N >= kTileHeight && K > 0 && K % kBf16Depth == 0;

@@ -1,43 +1,20 @@
-"""int8_linear of every instruction set against the specification, whatever this machine has.
+"""int8_linear of every instruction set against the specification, whatever this machine has."""
 
-AVX-512 VNNI runs on SIMDe, an emulation of the intrinsics in headers; of AMX, amx_tiles.h has one.
-"""
-
-import os
 import struct
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 
 from dist_int8.int8 import checks, packing, reference
 from dist_int8.int8.rotation import rotate_weight
-from tests.csrc.conftest import ROOT
-
-SIMDE = Path("/usr/include/simde/x86/avx512/dpbusd.h")
-FLAGS = ["-std=c++17", "-O1", "-w", "-ffp-contract=off", "-flax-vector-conversions"]
-FOLDERS = [f"-I{ROOT / folder}" for folder in ("csrc", "csrc/include", "tests/csrc")]
+from tests.csrc.conftest import DEFINES
 
 
-@pytest.fixture(scope="module", params=["generic", "avx512_vnni", "amx"])
-def program(request, tmp_path_factory):
-    isa = request.param
-    if isa != "generic" and not SIMDE.is_file():
-        pytest.skip(f"needs {SIMDE} (apt install libsimde-dev)")
-    path = tmp_path_factory.mktemp("csrc") / isa
-    defines = [f"-DDIST_INT8_ISA={isa}", f"-DDIST_INT8_ISA_{isa}=1"]
-    if isa == "amx":
-        defines.append("-DDIST_INT8_ISA_avx512_vnni=1")
-    if isa != "generic":
-        defines.append("-DDIST_INT8_EMULATED")
-        defines += ["-include", "avx512_emulated.h"]
-    source = str(ROOT / "tests/csrc/cpu_int8_linear.cpp")
-    command = [os.environ.get("CXX", "c++"), *FLAGS, *FOLDERS, *defines, source, "-o", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return path
+@pytest.fixture(scope="module", params=DEFINES)
+def program(request, compile_for_cpu):
+    return compile_for_cpu("cpu_int8_linear", request.param)
 
 
 @dataclass
