@@ -162,6 +162,7 @@ class Engine(Steps):
                 self._driver.call(partial(self._advance, call))
                 yield from call.hand_out()
             if call.refused:
+                self._raise_failure()  # which ends the engine too
                 raise ShuttingDownError("the model was shut down before every prompt was started")
         finally:  # the caller may have lost interest, or been interrupted
             self._driver.post(lambda: self._cancel(call.active))

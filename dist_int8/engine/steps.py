@@ -108,6 +108,7 @@ class Steps:
 
     def _advance_logits(self, call: LogitsCall) -> None:
         """Runs a call until it has something to hand out, or has ended."""
+        self._raise_failure()
         if self.closed or (self._draining and call not in self._logits_calls):
             raise ShuttingDownError("the model was shut down before the last of the logits")
         if call not in self._logits_calls:
@@ -190,10 +191,13 @@ class Steps:
         self._restore = None
         self.pipeline.release()
 
-    def _guard(self, work: Callable[[], Outcome]) -> Outcome:
-        """Does what needs the pipeline, again after a recovery; what else goes wrong is final."""
+    def _raise_failure(self) -> None:
         if self.failure is not None:
             raise copy.copy(self.failure)  # several threads may wait; each has its own traceback
+
+    def _guard(self, work: Callable[[], Outcome]) -> Outcome:
+        """Does what needs the pipeline, again after a recovery; what else goes wrong is final."""
+        self._raise_failure()
         try:
             while True:
                 try:

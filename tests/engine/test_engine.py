@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import dist_int8
-from dist_int8.errors import QueueFullError
+from dist_int8.errors import QueueFullError, RankError
 
 PROMPTS = [list(range(3 + i, 3 + i + length)) for i, length in enumerate((5, 40, 1, 17, 8, 29))]
 OPTIONS = {
@@ -51,6 +51,17 @@ def test_requests_that_join_late_get_the_same_tokens(model, alone):
         assert engine.step()
     assert [request.token_ids for request in requests] == alone
     assert engine.num_running == engine.num_waiting == 0 and not engine.step()
+
+
+def test_callers_that_had_not_begun_when_a_rank_was_lost_hear_of_the_loss(tiny_llama):
+    """Not that the model was shut down: that is only what the loss led to."""
+    with dist_int8.load(tiny_llama, devices=["cpu"], **OPTIONS) as model:
+        engine = model._engine
+        lost = RankError("rank 1 ended by SIGKILL", 1)
+        engine._driver.call(lambda: engine._fail(lost))
+        for call in (engine.run(make_requests(model)), engine.logits(PROMPTS)):
+            with pytest.raises(RankError, match="rank 1 ended by SIGKILL"):
+                list(call)
 
 
 def test_a_long_prompt_does_not_hold_up_a_running_answer(model):
