@@ -239,7 +239,10 @@ def test_load_that_is_interrupted_leaves_nothing_running(
             model.shutdown()
         except Interrupted:
             pass
-        model = None
+        model = None  # its thread ends by itself, a moment later
+        deadline = time.monotonic() + 10
+        while left_behind() and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert not left_behind()
 
 
