@@ -45,11 +45,10 @@ def test_process_returns_output_and_exit_status(tmp_path):
     assert run(tmp_path, "import os; os.abort()")[0].status == -signal.SIGABRT
 
 
-def test_last_line_of_a_hung_process_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(process, "INTERRUPT_S", 30.0)  # however long a traceback takes here
+def test_last_line_of_a_hung_process_is_reported(tmp_path):
     code = f"print('test_a PASSED')\nprint('test_b', end=' ', flush=True)\n{HANG}"
     ended, log = run(tmp_path, code, 1.5)
-    assert ended.status is None and ended.seconds < 30
+    assert ended.status is None and ended.seconds < 10
     assert ended.last_line == "test_b" and "KeyboardInterrupt" in log
 
 
