@@ -69,8 +69,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     # Pages of its own, which the kernel hands out zeroed when they are first written. torch.zeros
-    # would write all of them at once. Nor may they be huge, as numpy asks for: a short sequence
-    # would take 2 MiB of keys and of values per head.
+    # would write all of them at once. Nor may they be huge, as numpy asks for: where a head
+    # has room for a long context, a short sequence would take 2 MiB of it.
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         with suppress(OSError):  # a kernel that was built without huge pages

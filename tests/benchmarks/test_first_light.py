@@ -299,8 +299,8 @@ def test_terminated_run_reports_its_progress(tmp_path):
     command = [sys.executable, "-c", DRIVER, "--out", str(out), "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("step0")
-    begun = {"step0"}
-    while "step1" not in begun:  # a record follows the line
+    begun, deadline = {"step0"}, time.monotonic() + 30
+    while "step1" not in begun and time.monotonic() < deadline:  # a record follows the line
         time.sleep(0.01)
         found = records.read(out / "results.jsonl")
         begun = {record["name"] for record in found if record["kind"] == "begin"}
