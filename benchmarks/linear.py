@@ -15,9 +15,8 @@ One run, interleaved, medians, the same threads and the same x, its quantization
 
 x is normal with 6 features of 40 times that size, which are among the hot columns; bitsandbytes
 finds them by itself. Correctness first: ours equals its specification bit for bit (but for the sums
-of hot columns), and all are close to fp32. A small layer's weights are copied until the copies
-exceed every cache, and ours, before, fp32 and bf16 go through them in turn; bitsandbytes and
-torchao have one.
+of hot columns), and all are close to fp32. Every way goes through copies of its weight in turn,
+together at least twice as large as the caches, so that a call reads its weight from memory.
 
 Beside them: the bytes of weights that ours reads per second as a share of what the machine reads,
 and its operations as a share of the int8 peak of a loop in registers (`engines/machine.cpp`).
@@ -48,9 +47,18 @@ SHAPES = ((3072, 576), (4096, 4096), (14336, 4096))  # N, K
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 LARGE = (1, 77, 500, 130, 200, 400)  # features of x
 OURS = {"ours": POINTS["balanced"], "accurate": POINTS["accurate"]}
-CACHES = 200e6  # bytes of copies that no cache holds
+LEAST_BYTES = 200e6  # of the copies of a weight, where the caches are small or unknown
 LONGEST_S = 20.0  # of the repeats of a cell, beyond which two are enough
 FARTHEST = 0.1  # relative error to fp32; torchao, which has no answer to large features, has 0.04
+
+
+def bytes_of_caches() -> int:
+    """Bytes of the data caches that one core reaches, 0 if Linux does not say."""
+    found = 0
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        if (index / "type").read_text().strip() != "Instruction":
+            found += 1024 * int((index / "size").read_text().strip().removesuffix("K"))
+    return found
 
 
 class Cell:
@@ -58,16 +66,17 @@ class Cell:
 
     def __init__(self, N: int, K: int, before: Before | None) -> None:
         self.N, self.K, self.before = N, K, before
-        num_copies = max(1, int(CACHES // (N * K))) if N * K < 1e7 else 1
+        num_copies = 1 + int(max(LEAST_BYTES, 2 * bytes_of_caches()) // (N * K))
         self.weight = make_layer(N, K)
-        self.copies = [self.weight.clone() for _ in range(max(1, num_copies // 4))]
-        self.halves = [self.weight.bfloat16() for _ in range(max(1, num_copies // 2))]
-        self.int8 = reference.quantize_weight(self.weight)[0]
+        self.copies = [self.weight.clone() for _ in range(1 + num_copies // 4)]
+        self.halves = [self.weight.bfloat16() for _ in range(1 + num_copies // 2)]
+        weight_int8 = reference.quantize_weight(self.weight)[0]
+        self.int8 = [weight_int8.clone() for _ in range(num_copies)]
         linear = torch.nn.Linear(K, N, bias=False, device="meta")
         linear.weight = torch.nn.Parameter(self.weight, requires_grad=False)
         matrix = linears.Matrix(linear)
-        self.bitsandbytes = linears.bitsandbytes_linear(matrix, 6.0)
-        self.torchao = linears.torchao_linear(matrix)
+        self.bitsandbytes = [linears.bitsandbytes_linear(matrix, 6.0) for _ in range(num_copies)]
+        self.torchao = [linears.torchao_linear(matrix) for _ in range(num_copies)]
         self._make_ours(num_copies)
         if before is not None:
             before.make(N, K, num_copies)
@@ -92,13 +101,14 @@ class Cell:
         """Functions that compute the layer of x [M, K]."""
         half = x.bfloat16()
         x_int8 = reference.quantize_weight(x)[0]
-        copies, halves = itertools.cycle(self.copies), itertools.cycle(self.halves)
+        copies, halves, int8 = map(itertools.cycle, (self.copies, self.halves, self.int8))
+        bitsandbytes, torchao = map(itertools.cycle, (self.bitsandbytes, self.torchao))
         ways: dict[str, Callable[[], Any]] = {
             "fp32": lambda: functional.linear(x, next(copies)),
             "bf16": lambda: functional.linear(half, next(halves)),
-            "_int_mm": lambda: torch._int_mm(x_int8, self.int8.T),
-            "bitsandbytes": lambda: self.bitsandbytes(x),
-            "torchao": lambda: self.torchao(x),
+            "_int_mm": lambda: torch._int_mm(x_int8, next(int8).T),
+            "bitsandbytes": lambda: next(bitsandbytes)(x),
+            "torchao": lambda: next(torchao)(x),
         }
         for name, point in OURS.items():
             layers = itertools.cycle(self.ours)

@@ -84,13 +84,15 @@ class TileRegisters {
   TileShapes shapes_;
 };
 
-// Weights that are wanted soon: some lines of them go to L2 with every tile of weights.
+// Weights that are wanted soon: some lines of them go to L2 with every tile of weights, and with
+// every few rows that are finished, when memory would be idle.
 struct Ahead {
   const int8_t* weights;
   int64_t lines_per_tile;
+  int64_t lines_per_finish;
 
-  DIST_INT8_FORCED_INLINE void fetch() {
-    for (int64_t i = 0; i < lines_per_tile; ++i, weights += 64) __builtin_prefetch(weights, 0, 2);
+  DIST_INT8_FORCED_INLINE void fetch(int64_t lines) {
+    for (int64_t i = 0; i < lines; ++i, weights += 64) __builtin_prefetch(weights, 0, 2);
   }
 };
 

@@ -76,9 +76,10 @@ static void multiply_tile_rows(const Job<T>& job, const Panel& panel, int64_t m,
   for (int s = 0; s < panel.num_strips; s += at_once) {
     const int num_strips = static_cast<int>(min64(at_once, panel.num_strips - s));
     low.accumulate(s, num_strips, ahead, sums);
-    Ahead nothing{nullptr, 0};
+    Ahead nothing{nullptr, 0, 0};
     if (has_high) high.accumulate(s, num_strips, &nothing, high_sums);
     for (int64_t i = 0; i < count; i += kTileRows) {
+      ahead->fetch(ahead->lines_per_finish);
       const int64_t first = i * num_strips;
       finish_rows<TileProducts>(job, panel.parameters + s, num_strips, m + i,
                                 min64(kTileRows, count - i), sums + first,
@@ -98,8 +99,13 @@ static void multiply_panel_in_tiles(const Job<T>& job, const Panel& panel, const
   low.strips.cut(panel.low, panel.num_strips, K);
   high.strips.cut(panel.high, panel.num_strips, block.high.depth);
   const int64_t num_tiles = (block.count + kMostTileRows - 1) / kMostTileRows;
-  constexpr int64_t kLines = kTileBytes / 64;
-  Ahead ahead{panel.low[0] + kPanel * K, (kLines + num_tiles - 1) / num_tiles};
+  // Of 16 lines of the panel that follows 13 are fetched with tiles, the others while rows are
+  // finished.
+  constexpr int64_t kLines = kTileBytes / 64 * 13 / 16;
+  const int64_t num_pairs = block.count > kTileHeight ? kTileStrips / 2 : 1;
+  const int64_t num_finishes = (block.count + kTileRows - 1) / kTileRows * num_pairs;
+  Ahead ahead{panel.next, (kLines + num_tiles - 1) / num_tiles,
+              kPanel * K / 64 * 3 / 16 / num_finishes};
   int64_t row = 0;
   for (int64_t t = 0; t < num_tiles; ++t) {
     const int64_t count = (block.count - row) / (num_tiles - t);

@@ -54,7 +54,7 @@ static __attribute__((noinline)) void accumulate_tiles(const Plane& plane, int64
       constexpr int kRegister = kWeights + s % (8 - kWeights);
       const int8_t* weights = is_last ? strips[s].last : strips[s].weights + k * kStrip;
       load_tile<kRegister>(weights, kStrip * kGroup);
-      fetched.fetch();
+      fetched.fetch(fetched.lines_per_tile);
       unrolled<kXTiles>([&](auto i) DIST_INT8_FORCED {
         if (s == 0) load_tile<kX + i>(x[i] + k, plane.ld);
         multiply_tiles<2 * i + s, kX + i, kRegister>();

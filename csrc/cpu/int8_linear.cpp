@@ -34,7 +34,8 @@ void int8_linear(const Int8LinearArgs& args, const Runtime& runtime) {
   product.hot_type = args.hot_type;
   product.num_hot = H;
   product.out = args.out;
-  product.out_stride = args.num_outputs;
+  product.out_stride = args.is_gated ? args.num_outputs / 2 : args.num_outputs;
+  product.is_gated = args.is_gated;
   product.type = args.rows.x_type;
   product.num_rows = M;
   product.num_features = K;

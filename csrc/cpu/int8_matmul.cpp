@@ -11,6 +11,9 @@
 //
 // With AMX a few rows or more are multiplied in tiles instead (amx_tiles.h).
 //
+// A gated MLP's two halves of output features meet in a task: a panel of each goes to scratch
+// memory that L2 holds, and silu(gate) * up from there to y.
+//
 // Outliers live in few columns. Those of a block of x rows are gathered into a narrow plane
 // (outlier_plane.h), whose sums are made apart and joined in double, which holds any total. The
 // integer total is exact whatever the blocking.
@@ -18,6 +21,7 @@
 #if defined(DIST_INT8_ISA_amx)
 #include "cpu/amx_panel.h"
 #endif
+#include "cpu/silu.h"
 
 namespace dist_int8::DIST_INT8_ISA {
 
@@ -36,11 +40,23 @@ constexpr int64_t kMaxOutlierRows = 96;
 // for.
 constexpr int64_t kTasksPerThread = 8;
 
+// How the output features are divided.
+struct Outputs {
+  int64_t num_halves;  // 2 with a gate
+  int64_t num;         // of a half
+  int64_t num_panels;  // of a half: what a task has of each
+
+  explicit Outputs(const Int8MatmulArgs& args)
+      : num_halves(args.is_gated ? 2 : 1),
+        num(args.num_outputs / num_halves),
+        num_panels((num + kPanel - 1) / kPanel) {}
+};
+
 // Rows of x per block: equally many, but for the last one.
 static int64_t choose_block_rows(const Int8MatmulArgs& args, const Runtime& runtime,
                                  int64_t row_bytes, bool has_outliers) {
   const int64_t M = args.num_rows, most = has_outliers ? kMaxOutlierRows : kMaxBlockRows;
-  const int64_t num_panels = (args.num_outputs + kPanel - 1) / kPanel;
+  const int64_t num_panels = Outputs(args).num_panels;
   const int64_t fitting = max64(min64(kBlockBytes / row_bytes, most), kTaskRows);
   const int64_t wanted = (kTasksPerThread * runtime.num_threads + num_panels - 1) / num_panels;
   const int64_t num_blocks = max64((M + fitting - 1) / fitting, min64(wanted, M / (2 * kTaskRows)));
@@ -79,40 +95,103 @@ static void multiply_panel(const Job<T>& job, const Panel& panel, const RowBlock
   }
 }
 
+// What a thread has for its tasks.
+template <typename Products, typename T>
+class Worker {
+ public:
+  // Of the tasks [begin, end).
+  Worker(const Job<T>& job, const Runtime& runtime, int64_t begin, int64_t end)
+      : job_(job),
+        runtime_(runtime),
+        outputs_(job.args),
+        scratch_(runtime, count_groups(job.args.num_features) * kStrip * kGroup, job.args.num_hot),
+        begin_(begin),
+        end_(end) {
+    const Int8MatmulArgs& args = job.args;
+    if (args.num_rows == 1 && args.num_hot != 0 && args.is_packed) sum_hot();
+  }
+
+  // A panel of every half, [num_panels] of a block.
+  void run(const RowBlock& block, int64_t task) {
+    const int64_t n = task % outputs_.num_panels * kPanel;
+    if (outputs_.num_halves == 1) return multiply_half(job_, block, task, 0, n);
+    constexpr int64_t kStride = 2 * kPanel;
+    T* rows = static_cast<T*>(runtime_.scratch(kGate, block.count * kStride * sizeof(T)));
+    Job<T> job = job_;
+    job.epilogue.out = rows - block.first * kStride;
+    job.epilogue.stride = kStride;
+    for (int64_t half = 0; half < 2; ++half) multiply_half(job, block, task, half, n);
+    T* out = job_.epilogue.out + block.first * job_.epilogue.stride + n;
+    const int64_t count = min64(kPanel, outputs_.num - n);
+    for (int64_t i = 0; i < block.count; ++i) {
+      multiply_silu(rows + i * kStride, rows + i * kStride + kPanel, out + i * job_.epilogue.stride,
+                    count);
+    }
+  }
+
+ private:
+  void sum_hot() {
+    const int64_t most = (end_ - begin_) * kPanel, first = begin_ * kPanel;
+    const int64_t bytes = outputs_.num_halves * most * sizeof(float);
+    hot_sums_ = static_cast<float*>(runtime_.scratch(kHotSums, bytes));
+    for (int64_t half = 0; half < outputs_.num_halves; ++half) {
+      const int64_t offset = half * outputs_.num;
+      sum_hot_row(job_, offset + first, offset + min64(outputs_.num, first + most),
+                  hot_sums_ + half * most);
+    }
+  }
+
+  void multiply_half(const Job<T>& job, const RowBlock& block, int64_t task, int64_t half,
+                     int64_t n) {
+    const int64_t N = outputs_.num, first = half * N;
+    const float* hot_sums = hot_sums_ == nullptr
+                                ? nullptr
+                                : hot_sums_ + (half * (end_ - begin_) + task - begin_) * kPanel;
+    prepare_panel(job, block, first + n, first + N, hot_sums, scratch_, &panel_);
+    if (outputs_.num_halves == 2) {
+      for (int s = 0; s < panel_.num_strips; ++s) {
+        panel_.parameters[s].first = half * kPanel + s * kStrip;
+      }
+      const int64_t next = half == 0 ? N + n : n + kPanel;
+      panel_.next = job.args.weight + next * job.args.num_features;
+    }
+#if defined(DIST_INT8_ISA_amx)
+    if (block.count >= kFewestTileRows) {
+      return multiply_panel_in_tiles(job, panel_, block, &registers_);
+    }
+#endif
+    multiply_panel<Products>(job, panel_, block);
+  }
+
+  const Job<T>& job_;
+  const Runtime& runtime_;
+  const Outputs outputs_;
+  const PanelScratch scratch_;
+  const int64_t begin_, end_;
+  float* hot_sums_ = nullptr;  // [num_halves][(end - begin) * kPanel] of the only row
+  Panel panel_;
+#if defined(DIST_INT8_ISA_amx)
+  TileRegisters registers_;
+#endif
+};
+
 template <typename Products, typename T>
 static void multiply(const Int8MatmulArgs& args, const Runtime& runtime,
                      const QuantizedPlanes& rows, const RowBlock* blocks, int64_t num_blocks,
                      const float* bias) {
-  const int64_t K = args.num_features, H = args.num_hot;
   const Job<T> job{args, rows, bias,
-                   Epilogue<T>{rows.scale, rows.hot_x, rows.hot_ld, H, bias != nullptr,
+                   Epilogue<T>{rows.scale, rows.hot_x, rows.hot_ld, args.num_hot, bias != nullptr,
                                static_cast<const T*>(args.residual), static_cast<T*>(args.out),
                                args.out_stride}};
-  const int64_t num_panels = (args.num_outputs + kPanel - 1) / kPanel;
+  const Outputs outputs(args);
   // A thread should have at least about 10 us of work.
-  const int64_t work = max64(1, K * kPanel * (8 + blocks[0].count));
+  const int64_t panel = outputs.num_halves * kPanel;
+  const int64_t work = max64(1, args.num_features * panel * (8 + blocks[0].count));
   const int64_t grain = max64(1, 4000000 / work);
-  parallel(runtime, num_blocks * num_panels, grain, [&](int64_t begin, int64_t end) {
-    PanelScratch scratch(runtime, count_groups(K) * kStrip * kGroup, H);
-    if (args.num_rows == 1 && H != 0 && args.is_packed) {
-      scratch.hot_sums = sum_hot_row(job, runtime, begin * kPanel, end * kPanel);
-    }
-    Panel panel;
-#if defined(DIST_INT8_ISA_amx)
-    TileRegisters registers;
-#endif
-    for (int64_t item = begin; item < end; ++item) {
-      const RowBlock& block = blocks[item / num_panels];
-      const int64_t n = item % num_panels * kPanel;
-      prepare_panel(job, block, n, scratch, &panel);
-#if defined(DIST_INT8_ISA_amx)
-      if (block.count >= kFewestTileRows) {
-        multiply_panel_in_tiles(job, panel, block, &registers);
-        continue;
-      }
-#endif
-      multiply_panel<Products>(job, panel, block);
-      if (scratch.hot_sums != nullptr) scratch.hot_sums += kPanel;
+  parallel(runtime, num_blocks * outputs.num_panels, grain, [&](int64_t begin, int64_t end) {
+    Worker<Products, T> worker(job, runtime, begin, end);
+    for (int64_t task = begin; task < end; ++task) {
+      worker.run(blocks[task / outputs.num_panels], task);
     }
   });
 }

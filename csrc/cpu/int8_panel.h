@@ -31,6 +31,7 @@ DIST_INT8_INLINE Vec join_planes(IntVec low, IntVec high) {
 // The output features of one panel, and what a thread prepares for them.
 struct Panel {
   int num_strips;
+  const int8_t* next;               // weights that the thread reads after these
   const int8_t* low[kTileStrips];   // strips
   const int8_t* high[kTileStrips];  // the same, or the gathered columns of them
   StripParameters parameters[kTileStrips];
@@ -97,34 +98,34 @@ struct PanelScratch {
   int8_t* packed;
   int8_t* gathered;
   float* hot;
-  const float* hot_sums;  // of the next panel, where there is one row
 
   PanelScratch(const Runtime& runtime, int64_t strip_bytes, int64_t H)
       : packed(static_cast<int8_t*>(runtime.scratch(kWeights, 2 * kTileStrips * strip_bytes))),
         gathered(packed + kTileStrips * strip_bytes),
-        hot(static_cast<float*>(runtime.scratch(kHot, kPanel * H * sizeof(float)))),
-        hot_sums(nullptr) {}
+        hot(static_cast<float*>(runtime.scratch(kHot, kPanel * H * sizeof(float)))) {}
 };
 
-// Prepares the strips of output features [n, N) of a panel for a block.
+// Prepares the first panel of the output features [n, end) for a block. hot_sums: of the only row
+// from output feature n on, or null.
 template <typename T>
-static void prepare_panel(const Job<T>& job, const RowBlock& block, int64_t n,
-                          const PanelScratch& scratch, Panel* panel) {
+static void prepare_panel(const Job<T>& job, const RowBlock& block, int64_t n, int64_t end,
+                          const float* hot_sums, const PanelScratch& scratch, Panel* panel) {
   const Int8MatmulArgs& args = job.args;
-  const int64_t K = args.num_features, N = args.num_outputs;
+  const int64_t K = args.num_features;
   const int64_t strip_bytes = count_groups(K) * kStrip * kGroup;
+  panel->next = args.weight + (n + kPanel) * K;
   int s = 0;
-  for (; s < kTileStrips && n < N; ++s, n += kStrip) {
+  for (; s < kTileStrips && n < end; ++s, n += kStrip) {
     StripParameters& parameters = panel->parameters[s];
     parameters.first = n;
-    const int64_t count = parameters.count = min64(kStrip, N - n);
+    const int64_t count = parameters.count = min64(kStrip, end - n);
     memset(parameters.col_scale, 0, sizeof(parameters.col_scale));
     memcpy(parameters.col_scale, args.col_scale + n, count * sizeof(float));
     if (job.bias != nullptr) memcpy(parameters.bias, job.bias + n, count * sizeof(float));
     float* hot = scratch.hot + s * kStrip * args.num_hot;
     parameters.hot_sums = nullptr;
-    if (scratch.hot_sums != nullptr) {
-      parameters.hot_sums = scratch.hot_sums + s * kStrip;
+    if (hot_sums != nullptr) {
+      parameters.hot_sums = hot_sums + s * kStrip;
     } else if (args.num_hot != 0) {
       widen_hot(args, n, count, hot);
     }
@@ -146,18 +147,14 @@ static void prepare_panel(const Job<T>& job, const RowBlock& block, int64_t n,
   panel->num_strips = s;
 }
 
-// Of the only row, for the output features [first, end): [end - first] in scratch memory.
+// Of the only row, for the output features [first, end), to sums.
 template <typename T>
-static const float* sum_hot_row(const Job<T>& job, const Runtime& runtime, int64_t first,
-                                int64_t end) {
-  const Int8MatmulArgs& args = job.args;
-  const int64_t H = args.num_hot, count = (min64(end, args.num_outputs) - first) / kStrip;
-  float* sums = static_cast<float*>(runtime.scratch(kHotSums, (end - first) * sizeof(float)));
-  with_type(args.hot_type, [&](auto tag) {
-    const auto* weight = static_cast<const decltype(tag)*>(args.hot_weight) + first * H;
-    sum_hot_strips(weight, count, job.rows.hot_x, H, sums);
+static void sum_hot_row(const Job<T>& job, int64_t first, int64_t end, float* sums) {
+  const int64_t H = job.args.num_hot;
+  with_type(job.args.hot_type, [&](auto tag) {
+    const auto* weight = static_cast<const decltype(tag)*>(job.args.hot_weight) + first * H;
+    sum_hot_strips(weight, (end - first) / kStrip, job.rows.hot_x, H, sums);
   });
-  return sums;
 }
 
 }  // namespace dist_int8::DIST_INT8_ISA

@@ -15,7 +15,8 @@ enum Slot {
   kWeights,
   kHot,
   kHotSums,
-  kBias
+  kBias,
+  kGate
 };
 
 struct QuantizedPlanes {

@@ -277,9 +277,6 @@ DIST_INT8_INLINE Vec exponential(Vec v) {
   return p * (Vec)exponent;
 }
 
-// v / (1 + e^-v)
-DIST_INT8_INLINE Vec silu(Vec v) { return v / (broadcast(1.0f) + exponential(-v)); }
-
 // Calls body(begin, end) on ranges that cover [0, count), in threads where grain allows.
 template <typename Body>
 DIST_INT8_INLINE void parallel(const Runtime& runtime, int64_t count, int64_t grain,

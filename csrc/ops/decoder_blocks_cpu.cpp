@@ -73,7 +73,9 @@ class Preparation {
     const Tensor attended = linear_at(kAttentionOutput, rows_of(width, x), &block);
     block.norms[1] = norm_at(1, attended);
     const Tensor gate_up = linear_at(kGateUp, attended, &block);
-    linear_at(kDown, rows_of(check_silu_mul("silu_mul", gate_up).num_features, x), &block);
+    const int64_t intermediate = check_silu_mul("silu_mul", gate_up).num_features;
+    block.linears[kGateUp].is_gated = intermediate % 16 == 0;
+    linear_at(kDown, rows_of(intermediate, x), &block);
     check_width("attention_output", block.linears[kAttentionOutput].num_outputs, x.size(1));
     check_width("down", block.linears[kDown].num_outputs, x.size(1));
     return block;
@@ -158,19 +160,15 @@ Tensor prepare_blocks(const Tensor& like, int64_t hidden_size, Tensors norms, Te
   return prepared;
 }
 
-// All ops but attention look at one row at a time. So many rows go through them that what one op
-// hands to the next stays in the second-level caches; where a row is so wide that only a few would,
-// all rows go at once, because every chunk reads the weights again.
-constexpr int64_t kChunkBytes = 4 << 20;
-constexpr int64_t kFewestChunkRows = 64, kChunkStep = 32;
+// All ops but attention look at one row at a time. So many rows go through them together as a
+// linear multiplies by a weight that it has read once: their temporaries stay in the caches, or at
+// least in memory that malloc keeps, and weights are read no more often than without chunks.
+constexpr int64_t kMostChunkRows = 256, kChunkStep = 32;
 
-int64_t choose_chunk_rows(const PreparedBlock& block, int64_t num_rows) {
-  int64_t widest = 1;
-  for (const Int8LinearArgs& linear : block.linears) {
-    widest = std::max(widest, linear.rows.num_features + linear.num_outputs);
-  }
-  const int64_t fitting = kChunkBytes / (widest * int64_t{sizeof(float)}) / kChunkStep * kChunkStep;
-  return fitting < kFewestChunkRows ? num_rows : std::min(fitting, num_rows);
+int64_t choose_chunk_rows(int64_t num_rows) {
+  const int64_t num_chunks = std::max<int64_t>(1, (num_rows + kMostChunkRows - 1) / kMostChunkRows);
+  const int64_t rows = (num_rows + num_chunks - 1) / num_chunks;
+  return std::min(num_rows, (rows + kChunkStep - 1) / kChunkStep * kChunkStep);
 }
 
 // Temporaries live no longer than they do in Python, which the plan counts on.
@@ -181,7 +179,7 @@ class Call {
 
   std::tuple<Tensor, Tensor> run(const PreparedBlock& block, const Tensor& x,
                                  const std::optional<Tensor>& residual) const {
-    const int64_t chunk = choose_chunk_rows(block, num_rows_);
+    const int64_t chunk = choose_chunk_rows(num_rows_);
     std::optional<Tensor> total = x, attended;
     {
       const Tensor qkv = rows_of(block.linears[kQkv].num_outputs);
@@ -209,10 +207,14 @@ class Call {
         attended.reset();
         total.reset();
       }
-      const Tensor gate_up = chunk_of(block.linears[kGateUp].num_outputs);
       const Tensor product = chunk_of(block.linears[kDown].rows.num_features);
-      linear(block.linears[kGateUp], count, row(normed, 0), row(gate_up, 0));
-      silu_mul(count, gate_up, product);
+      if (block.linears[kGateUp].is_gated) {
+        linear(block.linears[kGateUp], count, row(normed, 0), row(product, 0));
+      } else {
+        const Tensor gate_up = chunk_of(block.linears[kGateUp].num_outputs);
+        linear(block.linears[kGateUp], count, row(normed, 0), row(gate_up, 0));
+        silu_mul(count, gate_up, product);
+      }
       linear(block.linears[kDown], count, row(product, 0), row(out, first));
     }
     return {out, sum};

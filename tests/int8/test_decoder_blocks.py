@@ -5,7 +5,7 @@ from itertools import chain
 import pytest
 import torch
 
-from dist_int8.int8 import ops, reference
+from dist_int8.int8 import ops, packing, reference
 from dist_int8.int8.attention_args import AttentionArgs
 from dist_int8.int8.decoder_blocks import BlockSettings, BlockTensors, LinearRule, PreparedBlocks
 
@@ -49,35 +49,52 @@ def test_a_residual_counts_as_if_it_had_been_added():
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 
-def test_wide_rows_in_chunks_are_those_of_one_op_after_the_other():
-    """So many rows of so wide an MLP that they go through it in chunks."""
-    tokens, inner = 700, 4096
-    gate_up, gate_up_scale = reference.quantize_weight(torch.randn(2 * inner, HIDDEN))
-    down, down_scale = reference.quantize_weight(torch.randn(HIDDEN, inner))
+def gated_mlp(inner, is_packed):
+    """Tensors of an MLP with hot columns and biases, packed or not."""
+    hot_columns = torch.tensor([3, 14], dtype=torch.int32)
+    changes, parts = {}, {"gate_up": (2 * inner, HIDDEN), "down": (HIDDEN, inner)}
+    for name, (rows, columns) in parts.items():
+        weight, scale = reference.quantize_weight(torch.randn(rows, columns))
+        hot_weight = torch.randn(rows, 2).bfloat16()
+        if is_packed:
+            weight, hot_weight = packing.pack_(weight, packing.GROUP), packing.pack_(hot_weight, 1)
+        changes[name] = [weight, scale, torch.randn(rows), hot_columns, hot_weight]
+    return changes
+
+
+# Inner features of one strip, of a panel and a part of one, and such that cut a strip in two.
+@pytest.mark.parametrize("rule", [("none", 0.0), ("row_rms", 4.0)])
+@pytest.mark.parametrize(
+    ("tokens", "inner", "is_packed"),
+    [(1, 16, True), (1, 80, True), (3, 80, False), (40, 176, True), (9, 40, False)]
+    + [(700, 4096, True)],
+)
+def test_blocks_are_one_op_after_the_other(tokens, inner, is_packed, rule):
+    """Also where the halves of an MLP meet within a linear, and rows go through in chunks."""
+    mlp = gated_mlp(inner, is_packed)
     block = tensors(
-        gate_up=gate_up,
-        gate_up_scale=gate_up_scale,
-        down=down,
-        down_scale=down_scale,
         key_cache=torch.zeros(1, 1, HEAD_DIM, tokens),
         value_cache=torch.zeros(1, 1, tokens, HEAD_DIM),
     )
+    linears = [block.linears[5 * i : 5 * i + 5] for i in range(2)] + list(mlp.values())
+    block = block._replace(linears=list(chain.from_iterable(linears)))
     x = torch.randn(tokens, HIDDEN)
     whole = ((0, 0, tokens),)
-    got, total = run(block, x=x, segments=whole)
+    kind = LinearRule(*rule, rotation=8)
+    got, total = run(block, x=x, segments=whole, linears=kind)
 
-    rule = {"outlier_rule": "row_rms", "outlier_threshold": 4.0}
-    weights = [block.linears[i : i + 2] for i in (0, 5, 10, 15)]
+    def linear(x, index):
+        weight, scale, bias, hot_columns, hot_weight = linears[index]
+        hot = {"hot_columns": hot_columns, "hot_weight": hot_weight}
+        return ops.int8_linear(x, weight, scale, bias, **kind._asdict(), **hot)
+
     caches = [cache.zero_() for cache in block.caches]
     norm = block.norms[0]
-    first = ops.add_norm(x, None, norm, None, 1e-5, "rms")[0]
-    qkv = ops.int8_linear(first, *weights[0], **rule)
+    qkv = linear(ops.add_norm(x, None, norm, None, 1e-5, "rms")[0], 0)
     where = torch.tensor(whole, dtype=torch.int32)
-    attended = ops.attention(qkv, *caches, where, SETTINGS.attention)
-    projected = ops.int8_linear(attended, *weights[1], **rule)
+    projected = linear(ops.attention(qkv, *caches, where, SETTINGS.attention), 1)
     normed, expected_total = ops.add_norm(projected, x, norm, None, 1e-5, "rms")
-    product = ops.silu_mul(ops.int8_linear(normed, *weights[2], **rule))
-    assert torch.equal(got, ops.int8_linear(product, *weights[3], **rule))
+    assert torch.equal(got, linear(ops.silu_mul(linear(normed, 2)), 3))
     assert torch.equal(total, expected_total)
 
 

@@ -89,6 +89,7 @@ struct Int8MatmulArgs {
   int64_t num_features;  // K, at most kMaxInputFeatures
   int64_t num_outputs;   // N
   int64_t num_hot;       // H
+  bool is_gated;         // out [M, N / 2] is silu(first half of y) * second half. CPU only
 };
 
 // Tokens that share a task on a CPU: neighbours in one sequence.

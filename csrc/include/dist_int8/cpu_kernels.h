@@ -25,6 +25,7 @@ struct Int8LinearArgs {
   const void* hot_weight;  // [N, H] of hot_type, or null
   DataType hot_type;
   int64_t num_outputs;  // N
+  bool is_gated;        // out [M, N / 2] is silu(first half of y) * second half; N / 2 = 16 n
   void* out;            // [M, N] of rows.x_type
 };
 
