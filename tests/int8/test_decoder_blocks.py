@@ -66,8 +66,14 @@ def gated_mlp(inner, is_packed):
 @pytest.mark.parametrize("rule", [("none", 0.0), ("row_rms", 4.0)])
 @pytest.mark.parametrize(
     ("tokens", "inner", "is_packed"),
-    [(1, 16, True), (1, 80, True), (3, 80, False), (40, 176, True), (9, 40, False)]
-    + [(700, 4096, True)],
+    [
+        (1, 16, True),
+        (1, 80, True),
+        (3, 80, False),
+        (40, 176, True),
+        (9, 40, False),
+        (700, 4096, True),
+    ],
 )
 def test_blocks_are_one_op_after_the_other(tokens, inner, is_packed, rule):
     """Also where the halves of an MLP meet within a linear, and rows go through in chunks."""
