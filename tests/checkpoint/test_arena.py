@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,3 +81,23 @@ def test_tensors_off_the_cpu_or_on_request_have_memory_of_their_own(arena):
     tensor = arena.empty((3, 4), torch.float16)
     assert tensor.device == arena.device and tensor.shape == (3, 4)
     assert tensor.untyped_storage().nbytes() == 24
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not HUGE_PAGES.exists(), reason="this kernel has no huge pages")
+@pytest.mark.parametrize("num_bytes", [1000, arena_module.LARGE])
+def test_memory_is_in_huge_pages_where_there_are_any(num_bytes):
+    arena = Arena("cpu")
+    address = arena.empty((num_bytes,), torch.int8).data_ptr()
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first:
+            begin, end = (int(part, 16) for part in first.split("-"))
+            inside = begin <= address < end
+        elif inside and first == "VmFlags:":
+            assert "hg" in rest  # advised to be in huge pages
+            return
+    raise AssertionError("the mapping was not found")
