@@ -90,7 +90,7 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 @pytest.mark.parametrize("num_bytes", [1000, arena_module.LARGE])
 def test_memory_is_in_huge_pages_where_there_are_any(num_bytes):
     arena = Arena("cpu")
-    address = arena.empty((num_bytes,), torch.int8).data_ptr()
+    address = arena.empty((num_bytes,), torch.int8).data_ptr() + 8192  # beyond malloc's first page
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, *rest = line.split()
