@@ -110,7 +110,8 @@ class Cell:
             "bitsandbytes": lambda: next(bitsandbytes)(x),
             "torchao": lambda: next(torchao)(x),
         }
-        layers = itertools.cycle(self.ours)  # shared, so that none finds in a cache what another read
+        # shared, so that no point finds in a cache what another one has read
+        layers = itertools.cycle(self.ours)
         for name, point in OURS.items():
             ways[name] = lambda rule=point.rule: self.run(x, rule, *next(layers))
         return ways
