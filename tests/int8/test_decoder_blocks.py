@@ -52,14 +52,14 @@ def test_a_residual_counts_as_if_it_had_been_added():
 def gated_mlp(inner, is_packed):
     """Tensors of an MLP with hot columns and biases, packed or not."""
     hot_columns = torch.tensor([3, 14], dtype=torch.int32)
-    changes, parts = {}, {"gate_up": (2 * inner, HIDDEN), "down": (HIDDEN, inner)}
-    for name, (rows, columns) in parts.items():
+    linears, shapes = {}, {"gate_up": (2 * inner, HIDDEN), "down": (HIDDEN, inner)}
+    for name, (rows, columns) in shapes.items():
         weight, scale = reference.quantize_weight(torch.randn(rows, columns))
         hot_weight = torch.randn(rows, 2).bfloat16()
         if is_packed:
             weight, hot_weight = packing.pack_(weight, packing.GROUP), packing.pack_(hot_weight, 1)
-        changes[name] = [weight, scale, torch.randn(rows), hot_columns, hot_weight]
-    return changes
+        linears[name] = [weight, scale, torch.randn(rows), hot_columns, hot_weight]
+    return linears
 
 
 # Inner features of one strip, of a panel and a part of one, and such that cut a strip in two.
