@@ -75,6 +75,7 @@ static void multiply_tile_rows(const Job<T>& job, const Panel& panel, int64_t m,
   const int at_once = low.rows.second != 0 ? 2 : kTileStrips;
   for (int s = 0; s < panel.num_strips; s += at_once) {
     const int num_strips = static_cast<int>(min64(at_once, panel.num_strips - s));
+    if (job.epilogue.is_far) job.epilogue.fetch(panel.parameters + s, num_strips, m, count);
     low.accumulate(s, num_strips, ahead, sums);
     Ahead nothing{nullptr, 0, 0};
     if (has_high) high.accumulate(s, num_strips, &nothing, high_sums);

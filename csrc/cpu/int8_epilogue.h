@@ -27,6 +27,7 @@ struct Epilogue {
   const T* residual;  // [M, stride], or null
   T* out;             // [M, stride]
   int64_t stride;
+  bool is_far;  // `out` is more than caches hold
 
   // Vector v of a strip of row m, of its totals and its sum of hot columns.
   DIST_INT8_FORCED_INLINE void finish(int64_t m, const StripParameters& strip, int v, Vec total,
@@ -57,6 +58,16 @@ struct Epilogue {
         unrolled<kStrips * kVectors>([&](auto v)
                                          DIST_INT8_FORCED { hot[i][v] = fma(x, w[v], hot[i][v]); });
       });
+    }
+  }
+
+  // Brings lines that rows [m, m + count) of some strips will be written to.
+  DIST_INT8_FORCED_INLINE void fetch(const StripParameters* strips, int num_strips, int64_t m,
+                                     int64_t count) const {
+    for (int64_t i = m; i < m + count; ++i) {
+      for (int s = 0; s < num_strips; ++s) {
+        __builtin_prefetch(out + i * stride + strips[s].first, 1, 3);
+      }
     }
   }
 

@@ -33,6 +33,7 @@ constexpr int64_t kBlockBytes = 384 * 1024;  // most of L2
 constexpr int64_t kTaskRows = kTileRows;
 #endif
 constexpr int64_t kMaxBlockRows = 256;
+constexpr int64_t kFarBytes = 8 * 1024 * 1024;  // of y, beyond which stores wait for memory
 // Rows of a block share the columns of x_high: more rows have more of them.
 constexpr int64_t kMaxOutlierRows = 96;
 
@@ -120,6 +121,7 @@ class Worker {
     Job<T> job = job_;
     job.epilogue.out = rows - block.first * kStride;
     job.epilogue.stride = kStride;
+    job.epilogue.is_far = false;
     for (int64_t half = 0; half < 2; ++half) multiply_half(job, block, task, half, n);
     T* out = job_.epilogue.out + block.first * job_.epilogue.stride + n;
     const int64_t count = min64(kPanel, outputs_.num - n);
@@ -179,10 +181,11 @@ template <typename Products, typename T>
 static void multiply(const Int8MatmulArgs& args, const Runtime& runtime,
                      const QuantizedPlanes& rows, const RowBlock* blocks, int64_t num_blocks,
                      const float* bias) {
+  const int64_t out_bytes = args.num_rows * args.out_stride * static_cast<int64_t>(sizeof(T));
   const Job<T> job{args, rows, bias,
                    Epilogue<T>{rows.scale, rows.hot_x, rows.hot_ld, args.num_hot, bias != nullptr,
                                static_cast<const T*>(args.residual), static_cast<T*>(args.out),
-                               args.out_stride}};
+                               args.out_stride, out_bytes > kFarBytes}};
   const Outputs outputs(args);
   // A thread should have at least about 10 us of work.
   const int64_t panel = outputs.num_halves * kPanel;
