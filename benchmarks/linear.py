@@ -164,8 +164,7 @@ class Cell:
         x[:, list(LARGE)] *= 40.0
         errors = self.check(x)
         timed = {
-            name: functools.partial(seconds_per_call, way)
-            for name, way in self.ways(x).items()
+            name: functools.partial(seconds_per_call, way) for name, way in self.ways(x).items()
         }
         if self.before is not None:
             timed["before"] = self.before.seconds
