@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 NUM_HOT = 16
-PAUSE_S, WARM_S, COUNTED_S, LONG_S = 0.02, 0.03, 0.03, 0.3
+PAUSE_S, WARM_S, COUNTED_S, LONG_S = 0.02, 0.12, 0.03, 0.3
 RULE = {"outlier_rule": "row_rms", "outlier_threshold": 4.0}
 
 
@@ -35,8 +35,9 @@ def seconds_per_call(function: Callable[[], object]) -> float:
     """Median seconds of calls that follow each other, as those of decoding do.
 
     In the pause the threads of whoever ran before go to sleep (torch's spin on for some
-    milliseconds). Cores and memory that have slept are slow for some milliseconds more, which
-    pass in calls that do not count. A call that takes long is its own measurement.
+    milliseconds). Cores and memory that have slept are slow for some milliseconds more. Both pass
+    in calls that do not count, long enough to go through all copies of a weight once, as the token
+    before has. A call that takes long is its own measurement.
     """
     time.sleep(PAUSE_S)
     begun = time.perf_counter()
