@@ -55,9 +55,9 @@ def _compare_hot_columns(entry: Located, key: str, count: int) -> list[str]:
 
 
 def _compare_rotation(entry: Located, wanted: int) -> list[str]:
+    how = f"be rotated in blocks of {wanted}" if wanted else "not be rotated"
     return [
-        f"{piece.name} must be rotated in blocks of {wanted}, as config.json says (rotation), got "
-        f"{piece.rotation}"
+        f"{piece.name} must {how}, as config.json says (rotation), got {piece.rotation}"
         for piece in entry.pieces
         if piece.rotation != wanted
     ]

@@ -95,7 +95,8 @@ class Chosen:
                 weights are floating-point.
 
         Raises:
-            ValueError: no such point, or a threshold without a rule that has one.
+            ValueError: no such point, a threshold without a rule that has one, or the rule absolute
+                with rotated weights.
         """
         name = self.accuracy or DEFAULT_POINT
         if name not in POINTS:
@@ -107,7 +108,15 @@ class Chosen:
         rotation = rotation if stored_rotation is None else stored_rotation
         rule = self.outlier_rule or (point.rule if rotation else point.unrotated_rule)
         threshold, num_hot = self.outlier_threshold, self.num_hot_columns
-        if threshold is not None and self.outlier_rule is None and rule not in THRESHOLDS:
+        if rule == "absolute" and rotation:
+            raise ValueError(
+                f"outlier_rule: outlier_rule absolute must have weights that are not rotated, got "
+                f"rotation {rotation}, which scales x; write rotation: 0 beside it, or quantize "
+                "with accuracy: paper"
+            )
+        # 0 beside a rule without a threshold is what this resolves to; beside "none" it says the same
+        is_free = rule == "none" or self.outlier_rule is not None
+        if threshold is not None and rule not in THRESHOLDS and not (threshold == 0 and is_free):
             raise ValueError(
                 f"outlier_threshold: outlier_threshold must be left out where the rule has none "
                 f"({name} with rotation {rotation}: {rule}), got {threshold:g}; write "

@@ -127,7 +127,7 @@ class Settings(Checked):
     accuracy: Accuracy | None = Field(
         default=None,
         description="Named point of accuracy and speed: balanced (rotated, one plane, which is "
-        "fastest), accurate (rotated, two planes) or paper (LLM.int8() as published). By default "
+        "fastest), accurate (rotated, two planes) or paper (the rule of LLM.int8()). By default "
         "balanced, or what an int8 checkpoint was made for. The settings beside it change one "
         "thing each.",
         examples=["balanced"],
@@ -150,8 +150,8 @@ class Settings(Checked):
         default=None,
         ge=0,
         allow_inf_nan=False,
-        description="Threshold of the outlier rule, by default 6.0 for absolute and 4.0 for "
-        "row_rms; 0 switches the decomposition off.",
+        description="Threshold of the outlier rules that have one, by default 6.0 for absolute "
+        "and 4.0 for row_rms; 0 switches the decomposition off.",
         examples=[6.0],
     )
     skip_modules: Annotated[list[NonEmpty], BeforeValidator(listed)] = Field(

@@ -33,7 +33,7 @@ def convert(
     module: nn.Module,
     *,
     outlier_threshold: float = 6.0,
-    outlier_rule: str = "absolute",
+    outlier_rule: str | None = None,
     skip: Collection[str] = (HEAD,),
     hot_columns: Mapping[str, Sequence[int]] | None = None,
     rotation: int = 0,
@@ -55,7 +55,7 @@ def convert(
     Args:
         module: for example a model of transformers.
         outlier_threshold, outlier_rule: which elements of an input count as outliers, as in
-            `Int8Linear`.
+            `Int8Linear`, with its defaults.
         skip: linears to leave alone, whose qualified name has one of these as one or several whole
             components ("lm_head"; "mlp.down"; "layers.0").
         hot_columns: by qualified name, the input features that a linear keeps in floating point.
@@ -74,7 +74,7 @@ def convert(
         )
     if isinstance(skip, str):
         raise ValueError(f"convert: skip must be a list of names, got {skip!r}; write [{skip!r}]")
-    checks.check_outlier_rule(outlier_rule, outlier_threshold)
+    checks.check_outlier_rule(outlier_rule or "none", outlier_threshold)
     check_rotation(rotation)
     places = _list_places(module, skip)
     _check_names(module, places, skip, hot_columns or {})
@@ -104,7 +104,7 @@ def swap_linears(
     module: nn.Module,
     *,
     outlier_threshold: float = 6.0,
-    outlier_rule: str = "absolute",
+    outlier_rule: str | None = None,
     skip: Collection[str] = (HEAD,),
     hot_columns: Mapping[str, Sequence[int]] | None = None,
     rotation: int = 0,

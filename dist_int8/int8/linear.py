@@ -29,7 +29,8 @@ class Int8Linear(Int8Module):
     say which elements of a row of x are outliers (see `reference.outlier_mask`); they are settings,
     not part of the state dict. With a `rotation` (`rotation.rotation_block` says which block size
     holds) weight_int8 and col_scale are of the rotated weight and rows of x are rotated before they
-    are quantized; `weight` and `dequantize` rotate back. The formulas are in
+    are quantized; `weight` and `dequantize` rotate back. The state dict of a rotated layer has
+    `rotation` too, an int32 scalar, and a layer takes the rotation of the state it loads. The formulas are in
     `dist_int8.int8.reference`.
 
     The layer does not train, but the gradient of x passes through it: that of a frozen `nn.Linear`
@@ -52,14 +53,21 @@ class Int8Linear(Int8Module):
         bias: bool = True,
         *,
         outlier_threshold: float = 6.0,
-        outlier_rule: str = "absolute",
+        outlier_rule: str | None = None,
         hot_columns: Sequence[int] | Tensor | None = None,
         rotation: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """`dtype`: of bias, hot weights and what `weight` says (default: torch's default)."""
+        """Makes a layer of zeros.
+
+        Args:
+            outlier_rule: default: the paper's "absolute", or "none" with a rotation, which makes
+                outliers small and scales x, so that an absolute threshold means little.
+            dtype: of bias, hot weights and what `weight` says (default: torch's default).
+        """
         super().__init__()
+        outlier_rule = outlier_rule or ("none" if rotation else "absolute")
         checks.check_outlier_rule(outlier_rule, outlier_threshold)
         check_rotation(rotation)
         self.in_features = in_features
@@ -83,13 +91,13 @@ class Int8Linear(Int8Module):
         cls,
         linear: nn.Module,
         outlier_threshold: float = 6.0,
-        outlier_rule: str = "absolute",
+        outlier_rule: str | None = None,
         hot_columns: Sequence[int] | Tensor | None = None,
         rotation: int = 0,
     ) -> Self:
         """Makes the int8 layer of a floating one (which stays unchanged), on the same device.
 
-        The defaults are the paper's. A linear on the meta device gives a layer on the meta device.
+        The defaults are the paper's, or one plane with a rotation. A linear on the meta device gives a layer on the meta device.
         `linear` may also be GPT-2's Conv1D, or of a subclass without a forward of its own. Raises
         ValueError for another class, an unknown rule, a bad threshold or rotation, or hot columns
         that are repeated or outside 0 .. K - 1.
@@ -244,10 +252,21 @@ class Int8Linear(Int8Module):
             f"rotation={self.rotation}"
         )
 
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.rotation:
+            destination[prefix + "rotation"] = torch.tensor(self.rotation, dtype=torch.int32)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Makes room for the hot columns of the state in a layer that was made without any."""
+        """Takes the state's rotation, and makes room for its hot columns where there is none."""
+        rotation = state_dict.pop(prefix + "rotation", None)
+        if prefix + "weight_int8" in state_dict:
+            self.rotation = 0 if rotation is None else int(rotation)
+            check_rotation(self.rotation)
         columns = state_dict.get(prefix + "hot_columns")
         weight = state_dict.get(prefix + "hot_weight")
         if columns is not None and weight is not None:

@@ -190,10 +190,11 @@ def check_rotation(llama, base, **_):
 
 def check_outlier_rule(llama, base, **_):
     assert not torch.equal(show(llama, outlier_rule="all")[1], base[1])
+    assert "must have weights that are not rotated" in refused(llama, outlier_rule="absolute")
 
 
 def check_outlier_threshold(llama, base, **_):
-    low = show(llama, outlier_rule="absolute", outlier_threshold=0.1)
+    low = show(llama, rotation=0, outlier_rule="absolute", outlier_threshold=0.1)
     assert not torch.equal(low[1], base[1])
     message = refused(llama, outlier_threshold=4.0)
     assert "load():outlier_threshold: outlier_threshold must be left out where the rule" in message

@@ -144,7 +144,9 @@ def test_a_named_point_decides_what_is_written_and_is_remembered(tiny_llama, tmp
     accurate = config("accurate", "--accuracy", "accurate", "--rotation", 32)
     assert (accurate["rotation"], accurate["accuracy"]) == (32, "accurate")
     assert held("accurate") == (32, "all", 0.0)
-    assert held("accurate", outlier_rule="absolute") == (32, "absolute", 6.0)
+    assert held("accurate", outlier_rule="row_rms") == (32, "row_rms", 4.0)
+    with pytest.raises(ValueError, match="that are not rotated, got rotation 32"):
+        held("accurate", outlier_rule="absolute")
     assert "--accuracy must be left out for" in refusal(tmp_path / "paper", "--accuracy", "paper")
     assert "rotation must be chosen when" in refusal(tmp_path / "paper", "--rotation", 64)
     assert "has none, got 64" in refusal(tiny_llama, "--format", "bitsandbytes", "--rotation", 64)

@@ -25,9 +25,29 @@ def test_a_setting_beside_a_point_changes_that_alone(name):
     assert other == Numerics(point.rotation, point.outlier_rule, point.outlier_threshold, 48)
     other = numerics(accuracy=name, outlier_rule="row_rms")
     assert other == Numerics(point.rotation, "row_rms", 4.0, point.num_hot_columns)
-    other = numerics(accuracy=name, outlier_rule="absolute", outlier_threshold=5.0)
-    assert other == Numerics(point.rotation, "absolute", 5.0, point.num_hot_columns)
-    assert numerics(accuracy=name, rotation=128).rotation == 128
+    other = numerics(accuracy=name, outlier_rule="row_rms", outlier_threshold=5.0)
+    assert other == Numerics(point.rotation, "row_rms", 5.0, point.num_hot_columns)
+    if name != "paper":
+        assert numerics(accuracy=name, rotation=128).rotation == 128
+
+
+def test_a_threshold_of_0_says_what_the_rule_none_does():
+    assert numerics(outlier_threshold=0.0) == numerics()
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"outlier_rule": "absolute"}, "must have weights that are not rotated, got rotation 64"),
+        ({"accuracy": "paper", "rotation": 16}, "that are not rotated, got rotation 16"),
+        ({"accuracy": "paper", "stored_rotation": 32}, "that are not rotated, got rotation 32"),
+        ({"outlier_rule": "none", "outlier_threshold": 5.0}, "rule has none"),
+        ({"accuracy": "accurate", "outlier_threshold": 0.0}, "rule has none"),
+    ],
+)
+def test_rules_that_do_not_go_together_are_refused(settings, part):
+    with pytest.raises(ValueError, match=part):
+        numerics(**settings)
 
 
 def test_weights_that_are_not_rotated_have_dynamic_outliers():
@@ -86,4 +106,4 @@ def test_the_bounds_are_those_of_the_ops():
             with pytest.raises(ValueError, match="power of two from 2 to 1024"):
                 check(rotation)
     for rule in OUTLIER_RULES:
-        assert Settings(outlier_rule=rule).numerics.outlier_rule == rule
+        assert Settings(outlier_rule=rule, rotation=0).numerics.outlier_rule == rule

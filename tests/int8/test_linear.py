@@ -146,6 +146,21 @@ def test_state_dict_round_trip(hot, bias, tmp_path):
         assert torch.equal(other.dequantize(), layer.dequantize())
 
 
+def test_the_state_of_a_rotated_layer_brings_its_rotation():
+    x = rows()
+    rotated = Int8Linear.from_linear(a_linear(), rotation=32)
+    plain = Int8Linear.from_linear(a_linear())
+    assert (rotated.outlier_rule, plain.outlier_rule) == ("none", "absolute")
+    other = nn.Sequential(Int8Linear(96, 56, outlier_rule="none"))
+    other.load_state_dict(nn.Sequential(rotated).state_dict())
+    assert other[0].rotation == 32 and torch.equal(other(x), rotated(x))
+    other.load_state_dict(nn.Sequential(plain).state_dict())
+    assert other[0].rotation == 0 and torch.equal(other[0].dequantize(), plain.dequantize())
+    wrong = {**rotated.state_dict(), "rotation": torch.tensor(3)}
+    with pytest.raises(ValueError, match="rotation must be 0 or a power of two"):
+        other[0].load_state_dict(wrong)
+
+
 def test_state_dict_of_another_shape_is_refused():
     state = Int8Linear.from_linear(a_linear(K=64)).state_dict()
     with pytest.raises(RuntimeError, match="size mismatch for weight_int8"):
