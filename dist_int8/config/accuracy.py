@@ -114,7 +114,7 @@ class Chosen:
                 f"rotation {rotation}, which scales x; write rotation: 0 beside it, or quantize "
                 "with accuracy: paper"
             )
-        # 0 beside a rule without a threshold is what this resolves to; beside "none" it says the same
+        # 0 beside a rule without one is what this resolves to; beside "none" it says the same
         is_free = rule == "none" or self.outlier_rule is not None
         if threshold is not None and rule not in THRESHOLDS and not (threshold == 0 and is_free):
             raise ValueError(

@@ -189,7 +189,8 @@ class Settings(Checked):
     num_hot_columns: Annotated[int, Field(ge=0, multiple_of=16)] | None = Field(
         default=None,
         description="Number of hot columns that calibration finds per linear, and four times as "
-        "many in `down`: 0 or a multiple of 16; by default that of `accuracy`, 16.",
+        "many in `down`: 0 or a multiple of 16; by default that of `accuracy`: 16, and 0 for "
+        "paper.",
         examples=[16],
     )
     allow_pickle: bool = Field(

@@ -2,7 +2,8 @@
 
 `load()` runs when `dist_int8.int8.ops` is imported. Without a library (a source tree that was never
 built, say) every op runs in plain torch; `library_info()` says so and why. The environment variable
-DIST_INT8_LIBRARY names another library, for a source tree on a machine that cannot build one.
+DIST_INT8_LIBRARY names another library, for a source tree on a machine that cannot build one, and
+DIST_INT8_CPU_ISA the CPU kernels to use where the processor has more than one kind, for tests.
 """
 
 import ctypes
@@ -15,6 +16,8 @@ import torch
 
 from dist_int8.int8.registry import OPS, has_kernel
 
+INSTRUCTION_SETS = ("amx", "avx512_vnni", "avx2", "generic")
+
 _path: str | None = None
 _error: str | None = None
 
@@ -23,11 +26,17 @@ def load() -> bool:
     """Loads the library and describes its ops to torch.compile; returns whether there is one.
 
     Raises:
-        ImportError: the library that DIST_INT8_LIBRARY names is not there or does not load.
+        ImportError: the library that DIST_INT8_LIBRARY names is not there or does not load, or
+            DIST_INT8_CPU_ISA names no instruction set.
     """
     global _path, _error
     if _path is not None:
         return True
+    if (wanted := os.environ.get("DIST_INT8_CPU_ISA")) and wanted not in INSTRUCTION_SETS:
+        raise ImportError(
+            f"environment: DIST_INT8_CPU_ISA must be one of {', '.join(INSTRUCTION_SETS)}, got "
+            f"{wanted!r}; choose one, or unset it"
+        )
     named = os.environ.get("DIST_INT8_LIBRARY")
     path = _named(named) if named else _built()
     if path is None:

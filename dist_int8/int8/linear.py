@@ -30,8 +30,8 @@ class Int8Linear(Int8Module):
     not part of the state dict. With a `rotation` (`rotation.rotation_block` says which block size
     holds) weight_int8 and col_scale are of the rotated weight and rows of x are rotated before they
     are quantized; `weight` and `dequantize` rotate back. The state dict of a rotated layer has
-    `rotation` too, an int32 scalar, and a layer takes the rotation of the state it loads. The formulas are in
-    `dist_int8.int8.reference`.
+    `rotation` too, an int32 scalar, and a layer takes the rotation of the state it loads. The
+    formulas are in `dist_int8.int8.reference`.
 
     The layer does not train, but the gradient of x passes through it: that of a frozen `nn.Linear`
     with the dequantized weight. `weight` is that matrix, made when an operation needs its values.
@@ -97,10 +97,10 @@ class Int8Linear(Int8Module):
     ) -> Self:
         """Makes the int8 layer of a floating one (which stays unchanged), on the same device.
 
-        The defaults are the paper's, or one plane with a rotation. A linear on the meta device gives a layer on the meta device.
-        `linear` may also be GPT-2's Conv1D, or of a subclass without a forward of its own. Raises
-        ValueError for another class, an unknown rule, a bad threshold or rotation, or hot columns
-        that are repeated or outside 0 .. K - 1.
+        The defaults are the paper's, or one plane with a rotation. A linear on the meta device
+        gives a layer on the meta device. `linear` may also be GPT-2's Conv1D, or of a subclass
+        without a forward of its own. Raises ValueError for another class, an unknown rule, a bad
+        threshold or rotation, or hot columns that are repeated or outside 0 .. K - 1.
         """
         found = convertible.inherited(linear)
         if found is None:
