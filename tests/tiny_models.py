@@ -116,3 +116,9 @@ def compute_logits(stage: DecoderStage, ids: Tensor) -> Tensor:
     """Compute the logits [tokens, vocab] of one sequence by a stage that holds the whole model."""
     batch = TokenBatch.from_segments(ids, [(0, 0, len(ids))])
     return stage(batch, None, OneSequenceCaches(stage.spec))
+
+
+def tensors_of(stage):
+    """Tensors that a stage holds, weights row-major; its state dict says rotations beside them."""
+    state = stage.state_dict()
+    return [tensor for name, tensor in state.items() if not name.endswith(".rotation")]

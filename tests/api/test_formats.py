@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tiny_models import tensors_of
 from transformers import LlamaForCausalLM
 
 import dist_int8
@@ -18,8 +19,8 @@ IDS = torch.arange(40).view(2, 20)
 
 def held_bytes(model):
     """Bytes that the stage in this process holds, each storage counted once."""
-    state = model._engine.pipeline.stage.model.state_dict()
-    return sum({t.data_ptr(): t.numel() * t.element_size() for t in state.values()}.values())
+    tensors = tensors_of(model._engine.pipeline.stage.model)
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import make_config
+from tiny_models import make_config, tensors_of
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import dist_int8
@@ -107,11 +107,10 @@ def test_int8_logits_are_the_same_on_two_stages(one_stage, two_stages):
 
 
 def test_stage_bytes_are_exact(one_stage, two_stages):
-    model = one_stage._engine.pipeline.stage.model
-    held = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
+    held = {t.data_ptr(): t.nbytes for t in tensors_of(one_stage._engine.pipeline.stage.model)}
     assert one_stage.plan.stages[0].bytes == sum(held.values())
-    first = two_stages._engine.pipeline.stage.model.state_dict().values()
-    assert two_stages.plan.stages[0].bytes == sum(t.numel() * t.element_size() for t in first)
+    first = tensors_of(two_stages._engine.pipeline.stage.model)
+    assert two_stages.plan.stages[0].bytes == sum(t.nbytes for t in first)
 
 
 def test_rank_0_submits_in_the_order_of_the_schedule(two_stages):
