@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "pipeline": {"distributed", "errors", "models"},
     "checkpoint": {"int8", "models"},
     "profiling": {"config", "int8", "models", "partition"},
-    "engine": {"config", "errors", "pipeline"},
+    "engine": {"config", "errors", "int8", "models", "pipeline"},
     "api": ROOMS_OF_API,
     "launcher": {"api", "config", "distributed"},  # api: the rank alone; config: the log level
     "evaluation": {"api", "checkpoint", "config", "distributed", "engine", "int8", "models"},
@@ -101,7 +101,7 @@ OWNERS = {  # outside dependency -> the only files or rooms that import it
     "transformers": {
         "models",
         "engine/detokenizer",
-        "engine/sampling",
+        "engine/processors",
         "api/prepare",
         "evaluation",
         "api/model",

@@ -329,5 +329,7 @@ void silu_mul(const SiluMulArgs& args, const Runtime& runtime);
 void attention(const AttentionArgs& args, const Runtime& runtime);
 void int8_kv_attention(const AttentionArgs& args, const Runtime& runtime);
 void transform_layout(const TransformLayoutArgs& args, const Runtime& runtime);
+void sample_tokens(const SamplingArgs& args, const Runtime& runtime);
+void penalize_logits(const SamplingArgs& args, const Runtime& runtime);
 
 }  // namespace dist_int8::DIST_INT8_ISA

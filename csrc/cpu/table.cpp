@@ -18,6 +18,8 @@ const CpuKernels kernels = {
     attention,
     int8_kv_attention,
     transform_layout,
+    sample_tokens,
+    penalize_logits,
 };
 
 }  // namespace dist_int8::DIST_INT8_ISA

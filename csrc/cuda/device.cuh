@@ -134,6 +134,10 @@ DIST_INT8_DEVICE void copy_async_wait() {
 
 DIST_INT8_DEVICE int32_t atomic_add(int32_t* at, int32_t value) { return atomicAdd(at, value); }
 DIST_INT8_DEVICE uint32_t atomic_add(uint32_t* at, uint32_t value) { return atomicAdd(at, value); }
+DIST_INT8_DEVICE uint64_t atomic_add(uint64_t* at, uint64_t value) {
+  return atomicAdd(reinterpret_cast<unsigned long long*>(at), value);
+}
+DIST_INT8_DEVICE float atomic_add(float* at, float value) { return atomicAdd(at, value); }
 DIST_INT8_DEVICE uint32_t atomic_or(uint32_t* at, uint32_t value) { return atomicOr(at, value); }
 
 // ---------------------------------------------------------------------------------- tensor cores

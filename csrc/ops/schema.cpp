@@ -62,6 +62,12 @@ STABLE_TORCH_LIBRARY(dist_int8, m) {
   m.def(
       "decoder_blocks(Tensor x, Tensor? residual, Tensor segments, Tensor prepared) -> (Tensor, "
       "Tensor)");
+  m.def(
+      "sample_tokens(Tensor logits, Tensor slots, Tensor lengths, Tensor settings, Tensor seeds) "
+      "-> Tensor");
+  m.def(
+      "penalize_logits(Tensor(a!) logits, Tensor slots, Tensor lengths, Tensor settings, "
+      "Tensor history) -> ()");
   m.def("transform_layout(Tensor x, int source, int target, int rows, int cols) -> Tensor");
 }
 

@@ -26,6 +26,8 @@ class GenerationKeywords(TypedDict, total=False):
     epsilon_cutoff: float | None
     eta_cutoff: float | None
     repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
     no_repeat_ngram_size: int | None
     seed: int | None
     stop: str | list[str] | tuple[str, ...] | None

@@ -55,7 +55,7 @@ def build_stage(prepared: Prepared, rank: int, progress: bool) -> Stage:
         device=device,
         int8=settings.kv == "int8",
     )
-    return Stage(model, kv_cache, TokenSampler(limits.max_tokens) if last else None)
+    return Stage(model, kv_cache, TokenSampler(limits, device) if last else None)
 
 
 def _describe_format(prepared: Prepared) -> StageFormat:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from dist_int8.checkpoint.load import StageLoader
 from dist_int8.checkpoint.stage_format import StageFormat
 from dist_int8.int8.convert import is_skipped
-from dist_int8.models.decoder import TokenBatch
 from dist_int8.models.spec import ModelSpec
 from dist_int8.models.stage_slice import StageSlice
+from dist_int8.models.token_batch import TokenBatch
 from dist_int8.models.tokenizer import read_tokens
 
 OFF, RANDOM = "off", "random"
@@ -177,7 +177,7 @@ class _CalibrationRun:
         first = self._loader.load_embedding_rows(rows)
         device = self._loader.device
         return [
-            first(TokenBatch(ids.to(device), batch.segments, batch.positions), None, NO_CACHES)
+            first(replace(batch, token_ids=ids.to(device)), None, NO_CACHES)
             for ids, batch in zip(places.split(self._window), self._batches, strict=True)
         ]
 

@@ -41,6 +41,7 @@ Sequence = Annotated[list[TokenId], Field(min_length=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Cutoff = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Bias = Annotated[float, Field(lt=float("inf"))]  # -inf forbids
 
 
@@ -131,6 +132,18 @@ class GenerationSettings(Checked):
         description="Divisor of the positive logits of tokens seen before, and factor of the "
         "negative ones.",
         examples=[1.1],
+    )
+    presence_penalty: Penalty = Field(
+        default=0.0,
+        description="What is subtracted from the logits of tokens that are in the answer already, "
+        "-2 to 2.",
+        examples=[0.5],
+    )
+    frequency_penalty: Penalty = Field(
+        default=0.0,
+        description="What is subtracted from the logit of a token per time that it is in the "
+        "answer already, -2 to 2.",
+        examples=[0.2],
     )
     no_repeat_ngram_size: Size = Field(
         default=0,

@@ -177,5 +177,9 @@ def _sampling_row(request: Request) -> tuple[float, ...]:
         settings.sampling_temperature if settings.sampling else 0.0,
         float(settings.top_k or 0),
         settings.top_p if settings.top_p is not None else 1.0,
+        settings.min_p or 0.0,
         settings.repetition_penalty,
+        settings.presence_penalty,
+        settings.frequency_penalty,
+        float(len(request.prompt_ids)),
     )

@@ -10,7 +10,6 @@ from dist_int8.pipeline.rules import MAX_RULE_WORDS, Rule, RuleKind, count_words
 
 _SAMPLING_RULES = (
     (RuleKind.TOP_H, "top_h"),
-    (RuleKind.MIN_P, "min_p"),
     (RuleKind.TYPICAL_P, "typical_p"),
     (RuleKind.EPSILON, "epsilon_cutoff"),
     (RuleKind.ETA, "eta_cutoff"),

@@ -188,6 +188,16 @@ def _decoder_blocks(x: Tensor, residual: Tensor | None, *_: object) -> tuple[Ten
     return torch.empty_like(x), torch.empty_like(x)
 
 
+@_fake("sample_tokens")
+def _sample_tokens(logits: Tensor, *_: object) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
+@_fake("penalize_logits")
+def _penalize_logits(logits: Tensor, *_: object) -> None:
+    pass
+
+
 @_fake("transform_layout")
 def _transform_layout(x: Tensor, source: int, target: int, rows: int, cols: int) -> Tensor:
     tile_rows, tile_cols = ((1, 1), (1, 32), (8, 32), (32, 32))[target]

@@ -4,7 +4,8 @@ M or T rows are tokens, flattened: there is no batch dimension. On a CPU every r
 compiled ops is a function of its own row alone (of its own sequence, for `attention`), bit for bit:
 sums run in an order that depends on neither M, tiling nor threads.
 
-They are implemented by family, in `rows`, `matmul` and `attention`; models call them through here.
+They are implemented by family, in `rows`, `matmul`, `attention` and `sampling`; models and the
+sampler call them through here.
 """
 
 from dist_int8.int8.attention import attention, decode_segments
@@ -22,6 +23,7 @@ from dist_int8.int8.rows import (
     silu_mul,
     silu_mul_quantize,
 )
+from dist_int8.int8.sampling import penalize_logits, sample_tokens
 
 __all__ = [
     "AttentionArgs",
@@ -37,8 +39,10 @@ __all__ = [
     "library_info",
     "linear",
     "norm_kind_index",
+    "penalize_logits",
     "quantize_rows",
     "rule_index",
+    "sample_tokens",
     "silu_mul",
     "silu_mul_quantize",
 ]

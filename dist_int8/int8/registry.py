@@ -18,6 +18,8 @@ OPS = (
     "int8_kv_attention",
     "prepare_blocks",
     "decoder_blocks",
+    "sample_tokens",
+    "penalize_logits",
     "transform_layout",
 )
 

@@ -4,10 +4,11 @@ from dist_int8.int8.attention import key_cache_shape
 from dist_int8.int8.kv import Int8KV
 from dist_int8.models.block import Cache, DecoderBlock
 from dist_int8.models.config import describe, ignored_tensors, load_config, tensor_sources
-from dist_int8.models.decoder import DecoderStage, TokenBatch
+from dist_int8.models.decoder import DecoderStage
 from dist_int8.models.linear_names import resolve_skip
 from dist_int8.models.spec import BlockSpec, ModelSpec, RotarySpec
 from dist_int8.models.stage_slice import StageSlice
+from dist_int8.models.token_batch import TokenBatch
 
 __all__ = [
     "BlockSpec",

@@ -1,7 +1,5 @@
 """A contiguous run of decoder blocks as one module, with embedding and head where they belong."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import torch
@@ -16,57 +14,7 @@ from dist_int8.models.rotary import alibi_slopes, make_rotary_tables
 from dist_int8.models.run_blocks import run_blocks
 from dist_int8.models.spec import ModelSpec
 from dist_int8.models.stage_slice import StageSlice
-
-
-@dataclass(frozen=True, slots=True)
-class TokenBatch:
-    """The tokens of one micro-batch: T tokens of B sequences, in segment order, without padding.
-
-    Attributes:
-        token_ids: int64 [T]; only the first stage reads them.
-        segments: int32 [B, 3] on the CPU, rows (slot, start, count).
-        positions: int64 [T], position of each token in its sequence.
-        logit_rows: int64 [R], rows of the batch whose logits are wanted; None: all of them.
-    """
-
-    token_ids: Tensor | None
-    segments: Tensor
-    positions: Tensor
-    logit_rows: Tensor | None = None
-
-    @classmethod
-    def from_segments(
-        cls,
-        token_ids: Iterable[int] | Tensor | None,
-        segments: Iterable[tuple[int, int, int]] | Tensor,
-        logit_rows: Iterable[int] | Tensor | None = None,
-        device: torch.device | str = "cpu",
-    ) -> Self:
-        """Makes a batch from Python numbers or tensors.
-
-        Args:
-            token_ids: T token ids, or None on a stage that is not the first.
-            segments: (slot, start, count) of each sequence, counts adding up to T, slots distinct.
-            logit_rows: rows (0 .. T-1) whose logits are wanted; None: all.
-            device: where all but the segments go.
-        """
-        # As lists: iterating over a tensor makes a tensor of every element (150 us for 4 rows).
-        rows = segments.tolist() if isinstance(segments, Tensor) else list(segments)
-        if isinstance(logit_rows, Tensor):
-            logit_rows = logit_rows.tolist()
-        positions = [p for _, start, count in rows for p in range(start, start + count)]
-        if token_ids is not None:
-            token_ids = torch.as_tensor(token_ids, dtype=torch.int64, device=device)
-            assert len(token_ids) == len(positions), (len(token_ids), rows)
-        assert len({slot for slot, _, _ in rows}) == len(rows), f"one segment per slot: {rows}"
-        return cls(
-            token_ids,
-            torch.tensor(rows, dtype=torch.int32).view(-1, 3),
-            torch.tensor(positions, dtype=torch.int64, device=device),
-            None
-            if logit_rows is None
-            else torch.tensor(list(logit_rows), dtype=torch.int64, device=device),
-        )
+from dist_int8.models.token_batch import TokenBatch
 
 
 class LayerCaches(Protocol):

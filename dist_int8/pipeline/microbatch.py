@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from dist_int8.pipeline.rules import Rule
 
-SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "repetition_penalty")
+# Columns of the settings that the last stage keeps of every sequence; `int8.sampling_reference` has
+# them in the same order.
+SAMPLING_FIELDS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "prompt_length",
+)
 
 
 class Kind(IntEnum):
@@ -66,17 +76,6 @@ class MicroBatch:
     @property
     def num_tokens(self) -> int:
         return self.token_ids.numel()
-
-    # As lists: an index with a mask showed as 4% of a decoding step in a profile.
-    def last_rows(self) -> list[int]:
-        """The row of the last token of every segment that emits."""
-        ends = accumulate(count for _, _, count in self.segments.tolist())
-        return [end - 1 for end, emits in zip(ends, self.emits.tolist(), strict=True) if emits]
-
-    def emitting_slots(self) -> list[int]:
-        """The slot of every segment that emits."""
-        pairs = zip(self.segments.tolist(), self.emits.tolist(), strict=True)
-        return [slot for (slot, _, _), emits in pairs if emits]
 
 
 @dataclass

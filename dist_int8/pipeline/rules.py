@@ -37,10 +37,9 @@ class RuleKind(IntEnum):
     SUPPRESS = 8  # none of token_ids
     SUPPRESS_FIRST = 9  # none of token_ids after token `number`
     TOP_H = 10
-    MIN_P = 11
-    TYPICAL_P = 12
-    EPSILON = 13
-    ETA = 14
+    TYPICAL_P = 11
+    EPSILON = 12
+    ETA = 13
 
 
 # kind -> (smallest, largest) value, (fewest, most) token ids
@@ -56,7 +55,6 @@ _CHECKS: dict[RuleKind, tuple[tuple[float, float], tuple[float, float]]] = {
     RuleKind.SUPPRESS: ((0, 0), (1, _EVERY)),
     RuleKind.SUPPRESS_FIRST: ((0, 0), (1, _EVERY)),
     RuleKind.TOP_H: ((5e-324, 1), (0, 0)),
-    RuleKind.MIN_P: ((0, 1), (0, 0)),
     RuleKind.TYPICAL_P: ((5e-324, 1), (0, 0)),
     RuleKind.EPSILON: ((5e-324, 1), (0, 0)),
     RuleKind.ETA: ((5e-324, 1), (0, 0)),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dist_int8.models.decoder import DecoderStage, TokenBatch
+from dist_int8.models import DecoderStage, TokenBatch
 from dist_int8.pipeline.kv_cache import KVCache
 from dist_int8.pipeline.microbatch import Kind, MicroBatch, Result
 
@@ -18,11 +17,11 @@ from dist_int8.pipeline.microbatch import Kind, MicroBatch, Result
 class Sampler(Protocol):
     """Chooses the next tokens on the last stage."""
 
-    def observe(self, micro_batch: MicroBatch) -> None:
-        """Takes the settings and tokens that a micro-batch brings."""
+    def sample(self, logits: Tensor, micro_batch: MicroBatch, batch: TokenBatch) -> Tensor:
+        """int64 [E] on the device from logits fp32 [E, V], a row for every segment that emits.
 
-    def sample(self, logits: Tensor, slots: list[int]) -> Tensor:
-        """int64 [E] on the CPU from logits fp32 [E, V], row i of the sequence in slots[i]."""
+        Also takes the settings and tokens that the micro-batch brings.
+        """
 
 
 class Stage:
@@ -43,24 +42,20 @@ class Stage:
     @torch.inference_mode()
     def run(self, micro_batch: MicroBatch, hidden_states: Tensor | None) -> Tensor | Result:
         """hidden_states [T, hidden_size] for the next stage, or the Result from the last one."""
-        logit_rows: Sequence[int] | None = None
-        if self.sampler is not None:
-            logit_rows = (
-                range(micro_batch.num_tokens)
-                if micro_batch.kind == Kind.LOGITS
-                else micro_batch.last_rows()
-            )
-        batch = TokenBatch.from_segments(
-            micro_batch.token_ids, micro_batch.segments, logit_rows, device=self.device
-        )
+        batch = self._make_batch(micro_batch)
         output = self.model(batch, hidden_states, self.kv_cache)
         if self.sampler is None:
             return output
         if micro_batch.kind == Kind.LOGITS:
             return Result(micro_batch.lane, micro_batch.step, output.float().cpu())
-        self.sampler.observe(micro_batch)
-        tokens = self.sampler.sample(output, micro_batch.emitting_slots())
-        return Result(micro_batch.lane, micro_batch.step, tokens)
+        tokens = self.sampler.sample(output, micro_batch, batch)
+        return Result(micro_batch.lane, micro_batch.step, tokens.cpu())
+
+    def _make_batch(self, micro_batch: MicroBatch) -> TokenBatch:
+        token_ids, segments = micro_batch.token_ids, micro_batch.segments
+        if micro_batch.kind == Kind.LOGITS:
+            return TokenBatch.from_segments(token_ids, segments, device=self.device)
+        return TokenBatch.of_emitting(token_ids, segments, micro_batch.emits, self.device)
 
 
 def give_back_memory() -> None:

@@ -20,7 +20,7 @@ from dist_int8.pipeline.rules import MAX_RULE_WORDS, Rule, pack_rules, unpack_ru
 
 HEADER_SIZE = 16
 MAGIC = 0x6473745F696E7438  # "dst_int8"
-VERSION = 2
+VERSION = 3
 MAX_STAGES = 256  # maximum number of spans in a message
 LEAST_TEMPERATURE = 1e-3  # as of the settings of a generation
 
@@ -146,7 +146,7 @@ def unpack(header: Tensor, control: Tensor, limits: Limits) -> MicroBatch:
         token_ids.tolist(), segments.tolist(), emits.tolist(), starts[:, 0].tolist(), limits
     )
     for row in settings.tolist():
-        _check_settings(*row)
+        _check_settings(row, limits)
     return MicroBatch(
         kind=Kind(kind),
         lane=lane,
@@ -201,18 +201,20 @@ def _check_control(
         raise ProtocolError("control: emits must be 0 or 1")
 
 
-def _check_settings(
-    temperature: float, top_k: float, top_p: float, repetition_penalty: float
-) -> None:
+def _check_settings(row: list[float], limits: Limits) -> None:
     """Raises ProtocolError for settings that no request has; NaN fails every comparison."""
+    temperature, top_k, top_p, min_p, repetition, presence, frequency, prompt_length = row
     if not (
         (temperature == 0 or LEAST_TEMPERATURE <= temperature < math.inf)
         and 0 <= top_k < 2**63
         and 0 < top_p <= 1
-        and 0 < repetition_penalty < math.inf
+        and 0 <= min_p <= 1
+        and 0 < repetition < math.inf
+        and abs(presence) < math.inf
+        and abs(frequency) < math.inf
+        and 0 <= prompt_length <= limits.max_tokens
     ):
-        given = (temperature, top_k, top_p, repetition_penalty)
-        raise ProtocolError(f"control: sampling settings must be those of a request, got {given}")
+        raise ProtocolError(f"control: sampling settings must be those of a request, got {row}")
 
 
 def pack_result(result: Result) -> tuple[Tensor, Tensor]:

@@ -553,6 +553,8 @@ def compiled_calls():
         (hidden, inner),
     ):
         linears += [*linear_arguments(1, columns, rows)[1:3], *[none] * 3]
+    sampled = (torch.zeros(2, 7), torch.tensor([0, 2]).int(), torch.tensor([1, 3]).int())
+    sampled += (torch.ones(3, 8, dtype=torch.float64),)
     calls = {
         "quantize_rows": (x, 2, 4.0, hot[0]),
         "int8_linear": (x, weight_int8, col_scale, bias, 2, 4.0, *hot),
@@ -587,6 +589,8 @@ def compiled_calls():
             2,
             4.0,
         ),
+        "sample_tokens": (*sampled, torch.zeros(3, dtype=torch.int64)),
+        "penalize_logits": (*sampled, torch.zeros(3, 4, dtype=torch.int32)),
         "transform_layout": (weight_int8, 0, 3, 6, 40),
     }
     prepared = torch.ops.dist_int8.prepare_blocks(*calls["prepare_blocks"])

@@ -10,13 +10,19 @@ import torch
 
 import dist_int8
 from dist_int8.pipeline import wire
-from dist_int8.pipeline.microbatch import Kind, MicroBatch
+from dist_int8.pipeline.microbatch import SAMPLING_FIELDS, Kind, MicroBatch
 from dist_int8.pipeline.rules import Rule, RuleKind
 from dist_int8.pipeline.transport import TAG
 
 PROMPT = "a prompt of this pipeline"
 HIDDEN = 64
 STEPS = itertools.count(1000)  # a buffer holds no older message of the same step
+
+
+def settings(**given: float) -> torch.Tensor:
+    """One row, greedy but for what is given."""
+    row = dict.fromkeys(SAMPLING_FIELDS, 0.0) | {"top_p": 1.0, "repetition_penalty": 1.0}
+    return torch.tensor([list((row | given).values())], dtype=torch.float64)
 
 
 def a_step(slot=1, seed=0, **fields) -> MicroBatch:
@@ -27,7 +33,7 @@ def a_step(slot=1, seed=0, **fields) -> MicroBatch:
         "segments": torch.tensor([[slot, 0, 3]], dtype=torch.int32),
         "emits": torch.ones(1, dtype=torch.int64),
         "starts": torch.tensor([[slot, seed]]),
-        "settings": torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64),
+        "settings": settings(),
     }
     return MicroBatch(Kind.STEP, **{**values, **fields})
 
@@ -42,13 +48,9 @@ def bytes_of(micro_batch: MicroBatch, **header_fields: int) -> torch.Tensor:
     return torch.cat([part.view(torch.uint8).flatten() for part in parts])
 
 
-def settings(*values: float) -> torch.Tensor:
-    return torch.tensor([values], dtype=torch.float64)
-
-
 FORGED = {
     "another protocol": (bytes_of(a_step(), field_0=1), "magic and version must be"),
-    "a later version": (bytes_of(a_step(), field_1=3), "magic and version must be"),
+    "a later version": (bytes_of(a_step(), field_1=4), "magic and version must be"),
     "an unknown kind": (bytes_of(a_step(), field_2=77), "kind must be 1, 2 or 3, got 77"),
     "a result": (bytes_of(a_step(), field_2=4), "kind must be 1, 2 or 3, got 4"),
     "a negative shape": (bytes_of(a_step(), field_5=-3), "num_tokens must be 1 to 544, got -3"),
@@ -59,7 +61,7 @@ FORGED = {
     "a slot out of range": (bytes_of(a_step(slot=32)), "slots of segments must be 0 to 31"),
     "a slot never started": (
         bytes_of(
-            a_step(slot=31, starts=torch.zeros(0, 2).long(), settings=torch.zeros(0, 4).double())
+            a_step(slot=31, starts=torch.zeros(0, 2).long(), settings=torch.zeros(0, 8).double())
         ),
         "no sampling settings have arrived for slot 31",
     ),
@@ -72,11 +74,11 @@ FORGED = {
         "token ids must be 0",
     ),
     "not a number": (
-        bytes_of(a_step(settings=settings(float("nan"), 0, 1, 1))),
+        bytes_of(a_step(settings=settings(temperature=float("nan")))),
         "sampling settings",
     ),
     "an icy temperature": (
-        bytes_of(a_step(settings=settings(1e-300, 0, 1, 1))),
+        bytes_of(a_step(settings=settings(temperature=1e-300))),
         "sampling settings",
     ),
     "rules without end": (bytes_of(a_step(), field_9=2**50), "words of rules must be 0 to 2048"),

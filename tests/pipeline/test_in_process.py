@@ -48,7 +48,7 @@ def test_the_same_tokens_and_logits_without_another_process(
 def test_a_stage_that_fails_is_named_and_ends_the_model(tiny_llama, monkeypatch):
     model = load(tiny_llama, devices=["cpu", "cpu"], in_process=True)
 
-    def fail(self, logits, slots):
+    def fail(self, *_):
         raise MemoryError("no room for the logits")
 
     monkeypatch.setattr("dist_int8.engine.sampling.TokenSampler.sample", fail)

@@ -14,7 +14,7 @@ LIMITS = Limits(num_slots=4, max_tokens=64, max_rows=32, hidden_size=8, vocab_si
 RULES = [
     (2, Rule(RuleKind.BIAS, value=-math.inf, token_ids=(7, 99))),
     (2, Rule(RuleKind.MIN_LENGTH, 12, token_ids=(3,))),
-    (1, Rule(RuleKind.MIN_P, value=0.05)),
+    (1, Rule(RuleKind.TYPICAL_P, value=0.05)),
     (1, Rule(RuleKind.DECAY, 2, 1.25, (3, 4))),
 ]
 
@@ -26,7 +26,7 @@ def make_micro_batch(rules) -> MicroBatch:
         segments=torch.tensor([[2, 0, 1], [1, 0, 1]], dtype=torch.int32),
         emits=torch.ones(2, dtype=torch.int64),
         starts=torch.tensor([[2, 1], [1, 2]]),
-        settings=torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2, dtype=torch.float64),
+        settings=torch.tensor([[0, 0, 1, 0, 1, 0, 0, 1]] * 2, dtype=torch.float64),
         rules=rules,
         spans=[(1, 2)],
     )
@@ -61,8 +61,8 @@ def test_the_largest_message_has_room_for_the_rules_of_every_slot():
     ("position", "value", "message"),
     [
         (0, 3, "rules must be of slots that start"),
-        (1, 0, "kinds of rules must be 1 to 14, got 0"),
-        (1, 15, "kinds of rules"),
+        (1, 0, "kinds of rules must be 1 to 13, got 0"),
+        (1, 14, "kinds of rules"),
         (1, int(RuleKind.TOP_H), "rules must be those of a request"),  # it has no token ids
         (2, -1, "rules must be those of a request"),
         (2, 2**60, "rules must be those of a request"),

@@ -21,7 +21,7 @@ def make_micro_batch() -> MicroBatch:
         segments=torch.tensor([[2, 10, 3], [0, 63, 1]], dtype=torch.int32),
         emits=torch.tensor([0, 1]),
         starts=torch.tensor([[2, 2**62 + 1]]),
-        settings=torch.tensor([[0.7, 50.0, 0.9, 1.1]], dtype=torch.float64),
+        settings=torch.tensor([[0.7, 50, 0.9, 0.05, 1.1, -0.5, 0.2, 13]], dtype=torch.float64),
         spans=[(10, 25), (2**60, 2**60 + 1)],
     )
 
@@ -36,12 +36,6 @@ def test_round_trip_keeps_every_field():
         assert getattr(got, name).dtype == getattr(sent, name).dtype, name
 
 
-def test_last_rows_are_those_of_segments_that_emit():
-    micro_batch = make_micro_batch()
-    assert micro_batch.last_rows() == [3]
-    assert micro_batch.emitting_slots() == [0]
-
-
 def test_shutdown_has_no_tokens():
     header, control = wire.pack(MicroBatch(Kind.SHUTDOWN))
     assert control.numel() == 0 == wire.control_size(header, LIMITS)
@@ -52,7 +46,7 @@ def test_shutdown_has_no_tokens():
     ("field", "value", "message"),
     [
         (0, 1, "magic"),
-        (1, 3, "version"),
+        (1, 4, "version"),
         (2, 9, "kind must be 1, 2 or 3, got 9"),
         (2, 4, "kind"),
         (3, -1, "lane"),
@@ -89,7 +83,11 @@ def test_forged_headers_are_refused_before_their_sizes_are_used(field, value, me
         (lambda m: m.settings.__setitem__((0, 0), 1e-300), "sampling settings"),
         (lambda m: m.settings.__setitem__((0, 1), -1.0), "sampling settings"),
         (lambda m: m.settings.__setitem__((0, 2), 0.0), "sampling settings"),
-        (lambda m: m.settings.__setitem__((0, 3), math.inf), "sampling settings"),
+        (lambda m: m.settings.__setitem__((0, 3), 1.01), "sampling settings"),
+        (lambda m: m.settings.__setitem__((0, 4), math.inf), "sampling settings"),
+        (lambda m: m.settings.__setitem__((0, 5), math.nan), "sampling settings"),
+        (lambda m: m.settings.__setitem__((0, 6), -math.inf), "sampling settings"),
+        (lambda m: m.settings.__setitem__((0, 7), 65.0), "sampling settings"),
     ],
 )
 def test_forged_control_data_is_refused(change, message):

@@ -4,6 +4,7 @@
 
 #include "dist_int8/layouts.h"
 #include "dist_int8/numeric.h"
+#include "dist_int8/sampling.h"
 
 namespace dist_int8 {
 
@@ -138,6 +139,22 @@ struct AttentionArgs {
   float* partial;           // [T, H, num_splits, D + 2], not used where num_splits is 1
   int64_t split_tokens;     // of attention_splits()
   int64_t num_splits;
+};
+
+// The rows of logits of the sequences that get a token now.
+struct SamplingArgs {
+  float* logits;           // [E, V]; penalize_logits changes them, sample_tokens reads them
+  const int32_t* slots;    // [E], each in 0..S-1
+  const int32_t* lengths;  // [E]: tokens of the sequence so far, the position of the new one
+  const double* settings;  // [S, kNumSamplingColumns]
+  const int64_t* seeds;    // [S]
+  const int32_t* history;  // [S, L]: tokens of the sequences, of penalize_logits
+  int64_t* token_ids;      // [E]: result of sample_tokens
+  float* scratch;          // [E, L]: on a GPU, of penalize_logits
+  int64_t num_rows;        // E
+  int64_t vocabulary;      // V, at most kMaxVocabulary
+  int64_t num_slots;       // S
+  int64_t max_tokens;      // L
 };
 
 }  // namespace dist_int8

@@ -54,6 +54,8 @@ struct CpuKernels {
   void (*attention)(const AttentionArgs&, const Runtime&);
   void (*int8_kv_attention)(const AttentionArgs&, const Runtime&);
   void (*transform_layout)(const TransformLayoutArgs&, const Runtime&);
+  void (*sample_tokens)(const SamplingArgs&, const Runtime&);
+  void (*penalize_logits)(const SamplingArgs&, const Runtime&);
 };
 
 // The best kernels that this machine runs; DIST_INT8_CPU_ISA=generic|avx2|avx512_vnni|amx narrows

@@ -49,6 +49,9 @@ const char* cuda_attention(const AttentionArgs& args, void* stream);
 
 const char* cuda_transform_layout(const TransformLayoutArgs& args, void* stream);
 
+const char* cuda_sample_tokens(const SamplingArgs& args, void* stream);
+const char* cuda_penalize_logits(const SamplingArgs& args, void* stream);
+
 // What the launches of matrix products ask about a GPU.
 struct DeviceLimits {
   int32_t num_multiprocessors;
