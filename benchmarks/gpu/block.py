@@ -89,7 +89,7 @@ class Step:
         self.x[:, :: self.hidden // 6] *= 30.0  # outlier features
         self.residual = torch.randn(batch, self.hidden, device=device).to(DTYPE)
         rows = [(slot, context - 1, 1) for slot in range(batch)]
-        self.segments = ops.decode_segments(torch.tensor(rows, dtype=torch.int32), self.keys, None)
+        self.segments = ops.Segments.of(torch.tensor(rows, dtype=torch.int32), device)
         self.tables = PositionTables(None, None, alibi_slopes(spec.num_heads).to(device))
 
     def run(self) -> Any:

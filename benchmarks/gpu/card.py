@@ -19,7 +19,7 @@ from records import Records, make_parser
 from timing import environment
 from torch import Tensor
 
-from dist_int8.int8 import kv, ops, reference
+from dist_int8.int8 import kv, ops, prefill, reference
 from dist_int8.int8.kv import Int8KV
 from dist_int8.int8.layouts import transform_layout
 
@@ -95,6 +95,10 @@ def cases() -> Iterator[Case]:
     for name, counts in (("decode", (1, 1)), ("prefill", (5, 1))):
         yield f"attention, {name}", attend, (random(sum(counts), 12 * 64).to(DTYPE), counts)
     yield "int8_kv_attention", attend_int8, (random(2, 12 * 64).to(DTYPE), (1, 1))
+    yield "place_tokens", place, (random(6, 12 * 64).to(DTYPE),)
+    logits = 3 * random(4, 32_000)
+    yield "sample_tokens", draw, (logits,)
+    yield "penalize_logits", penalize, (logits,)
     matrix = torch.randint(-127, 128, (65, 259), dtype=torch.int8)
     yield "transform_layout", lambda x: transform_layout(x, "row", "col_ampere"), (matrix,)
 
@@ -132,6 +136,42 @@ def attend_int8(qkv: Tensor, counts: tuple[int, ...]) -> Tensor:
         return Int8KV(int8.to(qkv.device), torch.full((2, 2, 96), 0.01, device=qkv.device))
 
     return kv.attention(qkv, cache(2, 2, 64, 96), cache(2, 2, 96, 64), segments_of(counts), HEADS)
+
+
+def place(qkv: Tensor) -> Tensor:
+    """What qkv and the keys become."""
+    keys, cache = random(2, 2, 64, 96).to(qkv), random(2, 2, 96, 64, seed=1).to(qkv)
+    angles = torch.arange(96.0, device=qkv.device)[:, None] / torch.arange(1, 33, device=qkv.device)
+    heads = HEADS._replace(cos=angles.cos(), sin=angles.sin())
+    places = ops.Segments.of(segments_of((5, 1)), qkv.device).places
+    placed = qkv.clone()
+    prefill.place_tokens(placed, keys, cache, places, heads)
+    return torch.cat([placed.flatten(), keys.flatten(), cache.flatten()]).float()[None]
+
+
+def sampling_settings(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots, lengths and settings of four sequences: greedy, warm, top-k and top-p, penalized."""
+    rows = [
+        [0.0, 0, 1, 0, 1, 0, 0, 0],
+        [1.0, 0, 1, 0.01, 1, 0, 0, 0],
+        [0.7, 50, 0.9, 0, 1, 0, 0, 0],
+        [0.0, 0, 1, 0, 1.3, 0.5, 0.1, 20],
+    ]
+    slots = torch.arange(4, dtype=torch.int32, device=logits.device)
+    settings = torch.tensor(rows, dtype=torch.float64, device=logits.device)
+    return slots, slots * 30 + 10, settings
+
+
+def draw(logits: Tensor) -> Tensor:
+    seeds = torch.arange(4, device=logits.device)
+    return ops.sample_tokens(logits, *sampling_settings(logits), seeds).float()
+
+
+def penalize(logits: Tensor) -> Tensor:
+    history = torch.arange(4 * 128, dtype=torch.int32).view(4, 128).to(logits.device) % 99
+    penalized = logits.clone()
+    ops.penalize_logits(penalized, *sampling_settings(logits), history)
+    return penalized
 
 
 def moved(value: Any, device: torch.device) -> Any:

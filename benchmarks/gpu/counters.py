@@ -55,7 +55,7 @@ def calls(sizes: dict[str, int], device: torch.device) -> Iterator[tuple[str, Ca
     values = torch.randn(batch, 8, context, D, device=device).to(dtype)
     qkv = torch.randn(batch, 48 * D, device=device).to(dtype)
     places = torch.tensor([(slot, context - 1, 1) for slot in range(batch)], dtype=torch.int32)
-    segments = ops.decode_segments(places, keys)
+    segments = ops.Segments.of(places, device)
     heads = ops.AttentionArgs(num_heads=32, num_kv_heads=8, scale=D**-0.5)
     yield "decode attention", lambda: ops.attention(qkv, keys, values, segments, heads)
 

@@ -1,4 +1,5 @@
-// Attention of decoding on a GPU: segments, outputs, and the launch on the current stream.
+// Attention of decoding on a GPU, and what prompts need before flash attention: segments, outputs,
+// and the launch on the current stream.
 #include "dist_int8/cuda_kernels.h"
 #include "ops/attention_checks.h"
 #include "ops/stream_cuda.h"
@@ -41,9 +42,26 @@ Tensor attention(const Tensor& qkv, const Tensor& key_cache, const Tensor& value
   return out;
 }
 
+void place_tokens(Tensor qkv, const Tensor& key_cache, const Tensor& value_cache,
+                  const Tensor& places, int64_t num_heads, int64_t num_kv_heads, double scale,
+                  const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                  const std::optional<Tensor>& alibi_slopes, int64_t window) {
+  constexpr const char* op = "place_tokens";
+  const AttentionSettings settings{num_heads, num_kv_heads, scale, cos, sin, alibi_slopes, window};
+  AttentionArgs args =
+      check_attention(op, {qkv, key_cache, value_cache, nullptr, nullptr, places, settings});
+  check_dtype(op, "places", places, ScalarType::Int);
+  check_shape(op, "places", places, {{"T", args.num_rows}, {"3", 3}});
+  check_same_device(op, "places", places, qkv);
+  args.segments = places.const_data_ptr<int32_t>();
+  args.qkv_in_place = qkv.mutable_data_ptr();
+  launch_on(op, qkv, [&](void* stream) { return cuda_place_tokens(args, stream); });
+}
+
 }  // namespace
 }  // namespace dist_int8
 
 STABLE_TORCH_LIBRARY_IMPL(dist_int8, CUDA, m) {
   m.impl("attention", TORCH_BOX(&dist_int8::attention));
+  m.impl("place_tokens", TORCH_BOX(&dist_int8::place_tokens));
 }

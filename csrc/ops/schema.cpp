@@ -45,6 +45,10 @@ STABLE_TORCH_LIBRARY(dist_int8, m) {
       "int num_heads, int num_kv_heads, float scale, Tensor? cos, Tensor? sin, "
       "Tensor? alibi_slopes, int window) -> Tensor");
   m.def(
+      "place_tokens(Tensor(a!) qkv, Tensor(b!) key_cache, Tensor(c!) value_cache, Tensor places, "
+      "int num_heads, int num_kv_heads, float scale, Tensor? cos, Tensor? sin, "
+      "Tensor? alibi_slopes, int window) -> ()");
+  m.def(
       "int8_kv_attention(Tensor qkv, Tensor(a!) key_cache, Tensor(b!) key_scale, "
       "Tensor(c!) value_cache, Tensor(d!) value_scale, Tensor segments, int num_heads, "
       "int num_kv_heads, float scale, Tensor? cos, Tensor? sin, Tensor? alibi_slopes, "

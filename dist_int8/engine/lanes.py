@@ -1,8 +1,8 @@
 """Groups requests into lanes; each turn of a lane is one micro-batch.
 
-A lane's micro-batch has one token of every sequence that decodes and a chunk of the prompts that
-are still being prefilled. Sequences of a lane decode in step, and lanes are kept equally long, so
-that no stage waits for one micro-batch much longer than for the others.
+A lane's micro-batch has one token of every sequence that decodes and, behind all of those, a chunk
+of the prompts that are still being prefilled. Sequences of a lane decode in step, and lanes are
+kept equally long, so that no stage waits for one micro-batch much longer than for the others.
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ class Lanes:
 def _form(lane: Lane, chunk: int, step: int) -> Turn:
     token_ids: list[int] = []
     segments, emits, starts, settings, rules, emitting = [], [], [], [], [], []
-    for request in lane.requests:
+    # On a GPU another kernel serves the first tokens than the prompts behind them.
+    for request in sorted(lane.requests, key=lambda request: request.num_prompt_left > 0):
         start = request.num_submitted
         if request.pending:
             continue

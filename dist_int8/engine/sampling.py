@@ -68,7 +68,8 @@ class TokenSampler:
         penalized = not self._penalized.isdisjoint(slots)
         if penalized or not self._processors.keys().isdisjoint(slots):
             assert batch.token_ids is not None
-            self._history[batch.places[:, 0], batch.places[:, 1]] = batch.token_ids
+            places = batch.segments.places
+            self._history[places[:, 0], places[:, 1]] = batch.token_ids
         if not len(logits):
             return torch.empty(0, dtype=torch.int64, device=logits.device)
         rows = self._list_processors(micro_batch)

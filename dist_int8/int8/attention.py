@@ -1,12 +1,15 @@
 """Attention over the KV cache: compiled where the library has a kernel, else plain torch."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from dist_int8.int8 import plain
+from dist_int8.int8 import plain, prefill
 from dist_int8.int8.attention_args import AttentionArgs
 from dist_int8.int8.library import load
 from dist_int8.int8.registry import has_kernel
+from dist_int8.int8.segments import Segments
 
 _attention = torch.ops.dist_int8.attention.default if load() else None
 _ATTENDS_ON_CUDA = has_kernel("attention", "CUDA")
@@ -15,20 +18,24 @@ _CUDA_HEAD_DIM = 256  # the largest D of the CUDA kernel
 
 
 def attention(
-    qkv: Tensor, key_cache: Tensor, value_cache: Tensor, segments: Tensor, args: AttentionArgs
+    qkv: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    segments: Segments | Tensor,
+    args: AttentionArgs,
 ) -> Tensor:
     """Causal attention of T new tokens; their keys and values first go to the caches, in place.
 
     Softmax in fp32 of scale * q . k.
 
     Args:
-        qkv: [T, (H + 2 * KV) * D]: all query heads, all key heads, all value heads.
+        qkv: [T, (H + 2 * KV) * D]: all query heads, all key heads, all value heads. Of a prompt on
+            a GPU it is changed.
         key_cache: [S, KV, D, L] in qkv's dtype: S slots of L tokens; keys lie transposed. The
             compiled op on CPUs also takes [S, KV, L/16, D, 16], see `key_cache_shape`.
         value_cache: [S, KV, L, D] in qkv's dtype.
-        segments: int32 [B, 3] on the CPU, rows (slot, start, count): the next `count` rows of qkv
-            are the tokens at positions start.. of that slot. Where every count is 1,
-            `decode_segments` takes them to a GPU once for many calls.
+        segments: which tokens the rows of qkv are; made once for many calls, or their rows, int32
+            [B, 3] on the CPU: (slot, start, count).
         args: heads, scale and positions.
 
     Returns:
@@ -36,16 +43,59 @@ def attention(
 
     Raises:
         ValueError: shapes and dtypes, a slot or a position outside the caches or the tables, and
-            segments that do not add up to T, all before anything is written. Segments on a GPU are
-            not read by the host: one that is not valid there gives NaN and leaves the caches alone.
+            segments that do not add up to T, all before anything is written. `Segments` on a GPU
+            are not read by the host: `check_segments` looks once for many calls, and a token that
+            is not valid there gives NaN and leaves the caches alone.
     """
     if qkv.is_cuda:
-        segments = decode_segments(segments, key_cache, args.cos)
-    if _attention is not None and (
-        (qkv.is_cpu and qkv.dtype == torch.float32) or (qkv.is_cuda and segments.is_cuda)
-    ):
-        return _attention(qkv.contiguous(), key_cache, value_cache, segments, *args)
-    return plain.attention(qkv, key_cache, value_cache, segments, args)
+        if isinstance(segments, Tensor):
+            check_segments(segments, key_cache, args.cos)
+            segments = Segments.of(segments, qkv.device)
+        return _attend_on_gpu(qkv, key_cache, value_cache, segments, args)
+    rows = segments if isinstance(segments, Tensor) else segments.rows
+    if _attention is not None and qkv.is_cpu and qkv.dtype == torch.float32:
+        return _attention(qkv.contiguous(), key_cache, value_cache, rows, *args)
+    return plain.attention(qkv, key_cache, value_cache, rows, args)
+
+
+def _attend_on_gpu(
+    qkv: Tensor, key_cache: Tensor, value_cache: Tensor, segments: Segments, args: AttentionArgs
+) -> Tensor:
+    """Tokens of sequences that decode go to our kernel, prompts to flash attention."""
+    if _attention is None or not _ATTENDS_ON_CUDA or key_cache.shape[2] > _CUDA_HEAD_DIM:
+        return plain.attention(qkv, key_cache, value_cache, segments.rows, args)
+    return split_attention(
+        qkv, key_cache, value_cache, segments, args, decode=_attention, prefill=prefill.attention
+    )
+
+
+def split_attention(
+    qkv: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    segments: Segments,
+    args: AttentionArgs,
+    *,
+    decode: Callable[..., Tensor],
+    prefill: Callable[..., Tensor],
+) -> Tensor:
+    """Attention of the first segments by `decode` and of the prompts behind them by `prefill`.
+
+    Args:
+        decode: of (qkv, key_cache, value_cache, places, *args), one token per sequence.
+        prefill: as `prefill.attention`.
+    """
+    qkv, first = qkv.contiguous(), segments.num_decodes
+    if segments.prompts is None:
+        return decode(qkv, key_cache, value_cache, segments.places, *args)
+    if not first:
+        return prefill(qkv, key_cache, value_cache, segments, args)
+    places = segments.places[:first]
+    parts = [
+        decode(qkv[:first], key_cache, value_cache, places, *args),
+        prefill(qkv[first:], key_cache, value_cache, segments, args),
+    ]
+    return torch.cat(parts)
 
 
 def key_cache_shape(
@@ -68,19 +118,6 @@ def key_cache_shape(
     return num_slots, num_kv_heads, head_dim, max_tokens
 
 
-def decode_segments(segments: Tensor, key_cache: Tensor, cos: Tensor | None = None) -> Tensor:
-    """The segments of `attention`, on the caches' GPU if its kernel takes them, else as they are.
-
-    The kernel takes int32 [B, 3] with every count 1: one new token per sequence. The copy does not
-    wait. Raises ValueError for a slot or a position outside the caches or the tables.
-    """
-    if (
-        segments.is_cuda
-        or not key_cache.is_cuda
-        or not _ATTENDS_ON_CUDA
-        or key_cache.shape[2] > _CUDA_HEAD_DIM
-        or not bool((segments[:, 2] == 1).all())
-    ):
-        return segments
-    plain.check_segments(segments.tolist(), key_cache, cos)
-    return segments.pin_memory().to(key_cache.device, non_blocking=True)
+def check_segments(rows: Tensor, key_cache: Tensor, cos: Tensor | None = None) -> None:
+    """Raises ValueError for rows int32 [B, 3] outside the caches or the tables, on the host."""
+    plain.check_segments(rows.tolist(), key_cache, cos)

@@ -165,6 +165,11 @@ def _attention(
     return qkv.new_empty(qkv.shape[0], AttentionArgs(*args).num_heads * key_cache.shape[-2])
 
 
+@_fake("place_tokens")
+def _place_tokens(qkv: Tensor, *_: object) -> None:
+    pass
+
+
 @_fake("int8_kv_attention")
 def _int8_kv_attention(
     qkv: Tensor,

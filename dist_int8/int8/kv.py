@@ -14,6 +14,7 @@ from dist_int8.int8 import plain
 from dist_int8.int8.attention_args import AttentionArgs
 from dist_int8.int8.library import load
 from dist_int8.int8.registry import has_kernel
+from dist_int8.int8.segments import Segments
 
 _attention = (
     torch.ops.dist_int8.int8_kv_attention.default
@@ -30,15 +31,20 @@ class Int8KV(NamedTuple):
 
 
 def attention(
-    qkv: Tensor, key_cache: Int8KV, value_cache: Int8KV, segments: Tensor, args: AttentionArgs
+    qkv: Tensor,
+    key_cache: Int8KV,
+    value_cache: Int8KV,
+    segments: Segments | Tensor,
+    args: AttentionArgs,
 ) -> Tensor:
     """`ops.attention` with caches in int8; the same arguments and errors.
 
-    New keys and values are rounded by `plain.quantize_heads`, bit for bit. segments are on the CPU.
-    For qkv in 16 bits or on a GPU, plain torch takes memory for the widened keys and values of one
-    slot; the compiled op takes none.
+    New keys and values are rounded by `plain.quantize_heads`, bit for bit. For qkv in 16 bits or on
+    a GPU, plain torch takes memory for the widened keys and values of one slot; the compiled op
+    takes none.
     """
-    tensors = qkv.contiguous(), *key_cache, *value_cache, segments
+    rows = segments if isinstance(segments, Tensor) else segments.rows
+    tensors = qkv.contiguous(), *key_cache, *value_cache, rows
     if _attention is not None and qkv.is_cpu and qkv.dtype == torch.float32:
         return _attention(*tensors, *args)
     return plain.int8_kv_attention(*tensors, args)

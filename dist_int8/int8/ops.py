@@ -8,7 +8,7 @@ They are implemented by family, in `rows`, `matmul`, `attention` and `sampling`;
 sampler call them through here.
 """
 
-from dist_int8.int8.attention import attention, decode_segments
+from dist_int8.int8.attention import attention, check_segments
 from dist_int8.int8.attention_args import AttentionArgs
 from dist_int8.int8.library import library_info
 from dist_int8.int8.matmul import int8_linear, int8_matmul, int8_weight_linear, linear
@@ -24,15 +24,17 @@ from dist_int8.int8.rows import (
     silu_mul_quantize,
 )
 from dist_int8.int8.sampling import penalize_logits, sample_tokens
+from dist_int8.int8.segments import Segments
 
 __all__ = [
     "AttentionArgs",
     "QuantizedRows",
+    "Segments",
     "activation_quantize",
     "add_norm",
     "add_norm_quantize",
     "attention",
-    "decode_segments",
+    "check_segments",
     "int8_linear",
     "int8_matmul",
     "int8_weight_linear",

@@ -104,6 +104,21 @@ def attention(
     return out.to(qkv.dtype).reshape(num_tokens, args.num_heads * head_dim)
 
 
+def place_tokens(
+    qkv: Tensor, key_cache: Tensor, value_cache: Tensor, places: Tensor, args: AttentionArgs
+) -> None:
+    """Documented in `dist_int8.int8.prefill`. No host reads."""
+    head_dim = key_cache.shape[2]
+    H, KV = args.num_heads, args.num_kv_heads
+    heads = qkv.view(qkv.shape[0], H + 2 * KV, head_dim)
+    slots, positions = places[:, 0].long(), places[:, 1].long()
+    if args.cos is not None and args.sin is not None:
+        turned = rotate(heads[:, : H + KV].float(), args.cos[positions], args.sin[positions])
+        heads[:, : H + KV] = turned.to(qkv.dtype)
+    key_cache[slots, :, :, positions] = heads[:, H : H + KV]
+    value_cache[slots, :, positions] = heads[:, H + KV :]
+
+
 def _split_heads(
     qkv: Tensor, head_dim: int, rows: list[list[int]], args: AttentionArgs
 ) -> tuple[Tensor, Tensor, Tensor]:

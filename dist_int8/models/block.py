@@ -108,7 +108,7 @@ class DecoderBlock(nn.Module):
     def _attention(
         self,
         x: Input,
-        segments: Tensor,
+        segments: ops.Segments,
         key_cache: Cache,
         value_cache: Cache,
         tables: PositionTables,
@@ -138,7 +138,7 @@ class DecoderBlock(nn.Module):
         self,
         x: Tensor,
         residual: Tensor | None,
-        segments: Tensor,
+        segments: ops.Segments,
         key_cache: Cache,
         value_cache: Cache,
         tables: PositionTables,
@@ -148,7 +148,7 @@ class DecoderBlock(nn.Module):
         Args:
             x: [T, hidden].
             residual: [T, hidden] still to be added to x, or None.
-            segments: int32 [B, 3], rows (slot, start, count).
+            segments: which tokens the rows of x are.
             key_cache: [S, KV, D, L], changed in place; or in int8.
             value_cache: [S, KV, L, D], changed in place; or in int8.
             tables: the stage's position tables.

@@ -20,7 +20,7 @@ Caches = tuple[Cache, Cache]  # of keys and of values
 def run_blocks(
     blocks: Iterable[DecoderBlock],
     x: Tensor,
-    segments: Tensor,
+    segments: ops.Segments,
     caches_of: Callable[[int], Caches],
     tables: PositionTables,
     calls: BlockCalls,
@@ -32,8 +32,9 @@ def run_blocks(
     residual: Tensor | None = None
     blocks = tuple(blocks)
     caches = [caches_of(index) for index in range(len(blocks))]
-    if caches and isinstance(caches[0][0], Tensor):  # once for all blocks
-        segments = ops.decode_segments(segments, caches[0][0], tables.cos)
+    if x.is_cuda and caches:  # once for all blocks: kernels on a GPU cannot say what is wrong
+        keys = caches[0][0]
+        ops.check_segments(segments.rows, keys if isinstance(keys, Tensor) else keys[0], tables.cos)
     # torch.compile and hooks on all modules want to see the ops and the modules.
     if not runs(x) or torch.compiler.is_compiling() or _has_any_global_hook():
         return _one_by_one(blocks, caches, x, residual, segments, tables)
@@ -53,7 +54,7 @@ def _one_by_one(
     caches: Iterable[Caches],
     x: Tensor,
     residual: Tensor | None,
-    segments: Tensor,
+    segments: ops.Segments,
     tables: PositionTables,
 ) -> Hidden:
     for block, cache in zip(blocks, caches, strict=True):
@@ -66,7 +67,7 @@ def _in_one_call(
     caches: Iterable[Caches],
     x: Tensor,
     residual: Tensor | None,
-    segments: Tensor,
+    segments: ops.Segments,
     tables: PositionTables,
 ) -> Hidden:
     assert call.rule is not None
@@ -76,7 +77,7 @@ def _in_one_call(
     tensors = BlockTensors(call.norm_tensors(), call.linear_tensors(), _flatten(caches))
     if call.prepared is None or not call.prepared.are_of(tensors, settings):
         call.prepared = PreparedBlocks(x, tensors, settings)
-    return call.prepared.run(x, residual, segments)
+    return call.prepared.run(x, residual, segments.rows)
 
 
 def _flatten(caches: Iterable[Caches]) -> list[Tensor]:

@@ -7,40 +7,36 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Ints = npt.NDArray[np.int32]
+from dist_int8.int8.segments import Ints, Segments, upload
 
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
     """The tokens of one micro-batch: T tokens of B sequences, in segment order, without padding.
 
-    All but `segments` are parts of one tensor on the stage's device, uploaded in one copy for which
-    the host does not wait.
+    What lies on the device came there in one copy, for which the host does not wait.
 
     Attributes:
-        segments: int32 [B, 3] on the CPU, rows (slot, start, count).
-        token_ids: int32 [T]; None where they are not known.
-        places: int32 [T, 3], rows (slot, position, 1): the token's place in the KV cache.
-        logit_rows: int32 [R], rows of the batch whose logits are wanted; None: all of them.
-        slots: int32 [R], the slots of their sequences.
-        lengths: int32 [R], tokens of their sequences so far.
+        segments: which tokens of which sequences these are.
+        token_ids: int32 [T] on the device; None where they are not known.
+        logit_rows: int32 [R] on the device, rows of the batch whose logits are wanted; None: all.
+        slots: int32 [R] on the device, the slots of their sequences.
+        lengths: int32 [R] on the device, tokens of their sequences so far.
     """
 
-    segments: Tensor
+    segments: Segments
     token_ids: Tensor | None
-    places: Tensor
     logit_rows: Tensor | None
     slots: Tensor
     lengths: Tensor
 
     @property
     def positions(self) -> Tensor:
-        """int32 [T], position of each token in its sequence."""
-        return self.places[:, 1]
+        """int32 [T] on the device, position of each token in its sequence."""
+        return self.segments.places[:, 1]
 
     @classmethod
     def from_segments(
@@ -56,7 +52,7 @@ class TokenBatch:
             token_ids: T token ids, or None on a stage that is not the first.
             segments: (slot, start, count) of each sequence, counts adding up to T, slots distinct.
             logit_rows: rows (0 .. T-1) whose logits are wanted; None: all.
-            device: where all but the segments go.
+            device: of the stage.
         """
         wanted = None if logit_rows is None else _ints(logit_rows)
         return cls._make(token_ids, _ints(segments).reshape(-1, 3), wanted, torch.device(device))
@@ -74,27 +70,25 @@ class TokenBatch:
     def _make(
         cls,
         token_ids: Iterable[int] | Tensor | None,
-        segments: Ints,
+        rows: Ints,
         logit_rows: Ints | None,
         device: torch.device,
     ) -> Self:
-        places = _list_places(segments)
-        num_tokens = len(places)
+        assert len(set(rows[:, 0].tolist())) == len(rows), "one segment per slot"
+        parts, make_segments = Segments.parts_of(rows)
+        places = parts[0]
         ids = None if token_ids is None else _ints(token_ids)
-        assert ids is None or len(ids) == num_tokens, (len(ids), segments)
-        assert len(set(segments[:, 0].tolist())) == len(segments), "one segment per slot"
+        assert ids is None or len(ids) == len(places), (len(ids), rows)
         last = places if logit_rows is None else places[logit_rows]
-        parts = [places, last[:, 0], last[:, 1] + 1]
-        parts += [] if ids is None else [ids]
-        parts += [] if logit_rows is None else [logit_rows]
-        where, slots, lengths, *rest = _upload(parts, device)
+        extra = [last[:, 0], last[:, 1] + 1]
+        extra += [part for part in (ids, logit_rows) if part is not None]
+        there = upload([*extra, *parts], device)
         return cls(
-            torch.from_numpy(segments),
-            None if ids is None else rest[0],
-            where.view(-1, 3),
-            None if logit_rows is None else rest[-1],
-            slots,
-            lengths,
+            make_segments(there[len(extra) :]),
+            None if ids is None else there[2],
+            None if logit_rows is None else there[len(extra) - 1],
+            there[0],
+            there[1],
         )
 
 
@@ -104,27 +98,3 @@ def _ints(values: Any) -> Ints:
     elif not isinstance(values, np.ndarray):
         values = list(values)
     return np.asarray(values, dtype=np.int32)
-
-
-def _list_places(segments: Ints) -> Ints:
-    """Rows (slot, position, 1) of every token."""
-    counts = segments[:, 2]
-    if (counts == 1).all():
-        return segments
-    firsts = counts.cumsum() - counts  # row of each segment's first token
-    places = np.repeat(segments, counts, axis=0)
-    places[:, 1] += np.arange(len(places), dtype=np.int32) - np.repeat(firsts, counts)
-    places[:, 2] = 1
-    return places
-
-
-def _upload(parts: list[Ints], device: torch.device) -> list[Tensor]:
-    """The parts as flat int32 tensors on the device, by one copy that the host does not wait for.
-
-    The pinned memory it is made from goes back to torch's cache, which gives it away again only
-    once the copy is done.
-    """
-    whole = torch.from_numpy(np.concatenate([part.ravel() for part in parts]))
-    if device.type == "cuda":
-        whole = whole.pin_memory()
-    return list(whole.to(device, non_blocking=True).split([part.size for part in parts]))

@@ -61,6 +61,8 @@ def activation_bytes(
         # logits in the head's dtype, in fp32, and an fp32 copy for sampling
         phases.append(stream + emitting * model.vocab_size * (size + 2 * FLOAT32_BYTES))
     buffers = 0 if first and last else 2 * rows * model.hidden_size * size
+    if last:  # the tokens of every sequence, for penalties
+        buffers += workload.num_sequences * workload.max_tokens * INT32_BYTES
     indices = 4 * INT64_BYTES * (rows + workload.max_tokens)  # positions, token ids, rows to keep
     return max(phases) + buffers + indices + _table_bytes(model, workload)
 

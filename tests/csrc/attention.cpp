@@ -1,9 +1,12 @@
 // attention TYPE B H KV D R/2 S L P WINDOW SCALE HAS_SLOPES SPLIT: the CUDA kernels' bodies in the
-// emulator. Standard input: qkv, key cache, value cache, segments, cos, sin, slopes; standard
-// output: out, key cache, value cache. SPLIT is split_tokens, or 0 for what attention_splits says.
+// emulator; with SPLIT -1 place_tokens, and qkv in place of out. Standard input: qkv, key cache,
+// value cache, segments, cos, sin, slopes; standard output: out, key cache, value cache. SPLIT is
+// split_tokens, or 0 for what attention_splits says.
 #include "cuda/attention.cuh"
 
 #include <string>
+
+#include "cuda/place_tokens.cuh"
 
 using namespace dist_int8;
 using emulator::Options;
@@ -42,6 +45,30 @@ void launch_attend(const AttentionArgs& args, const Options& options) {
 }
 
 template <typename T>
+int place_tokens(AttentionArgs args, const std::vector<T>& given, const std::vector<T>& keys,
+                 const std::vector<T>& values) {
+  std::vector<T> results[3];
+  for (Order order : {Order::kForward, Order::kReverse, Order::kRandom}) {
+    auto qkv = given, key_cache = keys, value_cache = values;
+    args.qkv_in_place = qkv.data();
+    args.key_cache = key_cache.data();
+    args.value_cache = value_cache.data();
+    emulator::launch({args.num_rows}, attention::kPlaceThreads, 0, Options{order, 3, false},
+                     [&] { attention::place_in_place<T>(args); });
+    std::vector<T>* made[3] = {&qkv, &key_cache, &value_cache};
+    for (int i = 0; i < 3; ++i) {
+      if (order == Order::kForward) results[i] = *made[i];
+      if (std::memcmp(results[i].data(), made[i]->data(), made[i]->size() * sizeof(T)) != 0) {
+        std::fprintf(stderr, "the result depends on the order of threads\n");
+        return 1;
+      }
+    }
+  }
+  for (const auto& result : results) write(result);
+  return 0;
+}
+
+template <typename T>
 int run(AttentionArgs args, bool has_slopes, int64_t split) {
   const int64_t H = args.num_heads, KV = args.num_kv_heads, D = args.head_dim;
   const int64_t cache = args.num_slots * KV * D * args.max_tokens;
@@ -56,6 +83,7 @@ int run(AttentionArgs args, bool has_slopes, int64_t split) {
   args.cos = cos.data();
   args.sin = sin.data();
   args.alibi_slopes = has_slopes ? slopes.data() : nullptr;
+  if (split == -1) return place_tokens(args, qkv, keys, values);
   const AttentionSplits splits = attention_splits(args.max_tokens);
   args.split_tokens = split != 0 ? split : splits.split_tokens;
   args.num_splits = split != 0 ? (args.max_tokens + split - 1) / split : splits.num_splits;

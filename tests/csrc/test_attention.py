@@ -64,7 +64,7 @@ class Case:
         done = subprocess.run(command, input=data, capture_output=True)
         assert done.returncode == 0, done.stderr.decode()
         got, at = [], 0
-        shapes = [(len(self.segments), self.H * self.D)]
+        shapes = [self.qkv.shape if split == -1 else (len(self.segments), self.H * self.D)]
         shapes += [self.key_cache.shape, self.value_cache.shape]
         for shape in shapes:
             count = int(numpy.prod(shape)) * self.dtype.itemsize
@@ -141,3 +141,21 @@ def test_a_segment_that_is_not_valid_gives_nan_and_touches_nothing(program, segm
     before = case.key_cache.clone()
     before[2, :, :, 9] = keys[2, :, :, 9]
     torch.testing.assert_close(keys, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("H", "KV", "D", "half"), [(4, 2, 64, 32), (3, 1, 20, 5), (2, 2, 16, 0)])
+def test_tokens_of_a_prompt_are_placed_and_rotated(program, dtype, H, KV, D, half):
+    places = [(1, p) for p in range(7, 12)] + [(0, 0), (2, 63)]
+    case = Case(dtype, places, H, KV, D, L=64, half=half)
+    got = case.run(program, split=-1)
+    qkv, keys, values = (t.clone() for t in (case.qkv, case.key_cache, case.value_cache))
+    args = AttentionArgs(H, KV, 1.0, case.cos, case.sin)
+    plain.place_tokens(qkv, keys, values, case.segments, args)
+    for mine, theirs in zip(got, (qkv, keys, values), strict=True):
+        assert torch.equal(mine.nan_to_num(), theirs.nan_to_num())
+    assert half == 0 or not torch.equal(qkv, case.qkv)
+    case.segments[2, 1] = 64  # past the end: left alone
+    got = case.run(program, split=-1)
+    assert torch.equal(got[0][2], case.qkv[2])
+    assert torch.equal(got[1][1, :, :, 10].nan_to_num(), keys[1, :, :, 10].nan_to_num())

@@ -59,7 +59,7 @@ class Case:
         self.x, self.residual = random(batch, 256), random(batch, 256)
         positions = [(7 * b + 3) % MAX_TOKENS for b in range(batch)]
         segments = torch.tensor([(b, p, 1) for b, p in enumerate(positions)], dtype=torch.int32)
-        self.segments = ops.decode_segments(segments, self.keys)
+        self.segments = ops.Segments.of(segments, device)
         self.tables = PositionTables(None, None, alibi_slopes(8).to(device))
 
     def run(self):

@@ -575,6 +575,7 @@ def compiled_calls():
         "silu_mul_quantize": (x, 2, 4.0, hot[0]),
         "activation_quantize": (x, 3, 1, 6.0, None),
         "attention": tuple(attention),
+        "place_tokens": (*attention[:3], torch.zeros(7, 3).int(), *attention[4:]),
         "int8_kv_attention": (attention[0], *int8_caches, *attention[3:]),
         "prepare_blocks": (
             torch.randn(7, hidden),

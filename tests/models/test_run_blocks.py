@@ -8,7 +8,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from dist_int8.int8 import kv
+from dist_int8.int8 import kv, ops
 from dist_int8.int8.decoder_blocks import PreparedBlocks
 from dist_int8.int8.linear import Int8Linear
 from dist_int8.models import run_blocks as blocks_module
@@ -91,7 +91,7 @@ def run(blocks, int8_kv=False, dtype=torch.float32):
         num_tokens = sum(count for _, _, count in segments)
         x = torch.randn(num_tokens, HIDDEN, generator=generator).to(dtype)
         x[:, 7] *= 30
-        where = torch.tensor(segments, dtype=torch.int32)
+        where = ops.Segments.of(torch.tensor(segments, dtype=torch.int32))
         results += run_blocks(blocks, x, where, lambda index: caches[index], tables, KEPT)
     for layer in caches:
         for one in layer:
@@ -228,7 +228,7 @@ def test_a_changed_block_computes_its_changed_function(change, monkeypatch):
 def test_compiles_without_graph_breaks(calls):
     blocks = [make_block(), make_block()]
     caches = [torch.zeros(1, 2, HEAD_DIM, MAX_TOKENS), torch.zeros(1, 2, MAX_TOKENS, HEAD_DIM)]
-    segments = torch.tensor([[0, 0, 3]], dtype=torch.int32)
+    segments = ops.Segments.of(torch.tensor([[0, 0, 3]], dtype=torch.int32))
 
     def step(x):
         tables = PositionTables(None, None, None)
@@ -260,7 +260,7 @@ def test_sixteen_bits_run_op_by_op(calls):
 
 def test_no_blocks_leave_x_as_it_is():
     x = torch.randn(2, HIDDEN)
-    segments = torch.tensor([[0, 0, 2]], dtype=torch.int32)
+    segments = ops.Segments.of(torch.tensor([[0, 0, 2]], dtype=torch.int32))
     tables = PositionTables(None, None, None)
     got, residual = run_blocks([], x, segments, lambda index: None, tables, BlockCalls())
     assert got is x and residual is None

@@ -139,6 +139,7 @@ struct AttentionArgs {
   float* partial;           // [T, H, num_splits, D + 2], not used where num_splits is 1
   int64_t split_tokens;     // of attention_splits()
   int64_t num_splits;
+  void* qkv_in_place;  // qkv again: place_tokens rotates its queries and keys
 };
 
 // The rows of logits of the sequences that get a token now.

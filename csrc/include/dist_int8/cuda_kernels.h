@@ -47,6 +47,10 @@ inline AttentionSplits attention_splits(int64_t max_tokens) {
 
 const char* cuda_attention(const AttentionArgs& args, void* stream);
 
+// Rotates queries and keys of qkv in place, and writes keys and values to the caches: what prompts
+// need before flash attention.
+const char* cuda_place_tokens(const AttentionArgs& args, void* stream);
+
 const char* cuda_transform_layout(const TransformLayoutArgs& args, void* stream);
 
 const char* cuda_sample_tokens(const SamplingArgs& args, void* stream);
