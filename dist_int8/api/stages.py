@@ -19,6 +19,7 @@ from dist_int8.checkpoint import (
 from dist_int8.engine import TokenSampler
 from dist_int8.models import DecoderStage, StageSlice
 from dist_int8.partition import StagePlan
+from dist_int8.pipeline.graphs import CudaRecorder
 from dist_int8.pipeline.kv_cache import KVCache
 from dist_int8.pipeline.stage import Stage
 
@@ -55,7 +56,10 @@ def build_stage(prepared: Prepared, rank: int, progress: bool) -> Stage:
         device=device,
         int8=settings.kv == "int8",
     )
-    return Stage(model, kv_cache, TokenSampler(limits, device) if last else None)
+    stage = Stage(model, kv_cache, TokenSampler(limits, device) if last else None)
+    if settings.cuda_graphs and device.type == "cuda" and kv_cache.has_gpu_kernel:
+        stage.use_graphs(limits, CudaRecorder())
+    return stage
 
 
 def _describe_format(prepared: Prepared) -> StageFormat:

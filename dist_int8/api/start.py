@@ -211,6 +211,7 @@ def _configure_engine(prepared: Prepared) -> EngineConfig:
         smallest_chunk=SMALLEST_CHUNK[device.type],
         max_queue=settings.max_queue,
         eos_token_ids=prepared.encoder.eos_token_ids,
+        runs_ahead=num_stages == 1 and device.type == "cuda",
     )
 
 

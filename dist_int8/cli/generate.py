@@ -106,6 +106,7 @@ class GenerateOptions:
         device_flag(LAYOUT),
         *settings_flags(LAYOUT, "stages", "gpus", "devices"),
         *settings_flags(RUNTIME, "micro_batches", "threads_per_stage", "dtype", "int8"),
+        *settings_flags(RUNTIME, "cuda_graphs"),
         *settings_flags(RUNTIME, "accuracy", "rotation", "outlier_rule", "outlier_threshold"),
         *settings_flags(RUNTIME, "max_sequences"),
         *settings_flags(RUNTIME, "calibrate", "num_hot_columns", "head", "embedding", "kv"),

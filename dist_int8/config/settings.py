@@ -82,6 +82,12 @@ class Settings(Checked):
         "others share the cores, false is faster.",
         examples=[False],
     )
+    cuda_graphs: bool = Field(
+        default=True,
+        description="Replay decoding steps on a GPU as CUDA graphs, each recorded when its number "
+        "of sequences first comes; false launches kernel by kernel.",
+        examples=[False],
+    )
     micro_batches: Count | None = Field(
         default=None,
         description="Number of lanes, each with one micro-batch in flight; by default one per "

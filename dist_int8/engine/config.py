@@ -16,6 +16,9 @@ class EngineConfig:
         smallest_chunk: prompt tokens below which cutting costs more than an idle stage.
         max_queue: requests that may wait for a slot.
         eos_token_ids: tokens that end an answer.
+        runs_ahead: whether a step is submitted before the tokens of the one ahead of it are known:
+            only where one stage is the whole pipeline, and looks them up itself. A sequence that
+            ends has then one token computed for nothing.
     """
 
     num_stages: int
@@ -24,3 +27,4 @@ class EngineConfig:
     smallest_chunk: int
     max_queue: int
     eos_token_ids: frozenset[int] = frozenset()
+    runs_ahead: bool = False

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dist_int8.engine.requests import Request
-from dist_int8.pipeline.microbatch import Kind, MicroBatch
+from dist_int8.pipeline.microbatch import UNKNOWN_TOKEN, Kind, Limits, MicroBatch
 
 
 @dataclass
@@ -31,13 +31,20 @@ class Lane:
     @property
     def decodes(self) -> bool:
         """Whether a request in it is ready to decode its next token."""
-        return any(not request.pending and not request.num_prompt_left for request in self.requests)
+        return any(
+            not request.num_pending and not request.num_prompt_left for request in self.requests
+        )
 
-    @property
-    def ready(self) -> bool:
-        """Whether it has a micro-batch to run: prompts at any time, decoding ones all together."""
+    def is_ready(self, ahead: int, max_tokens: int) -> bool:
+        """Whether it has a micro-batch to run: prompts at any time, decoding ones all together.
+
+        Args:
+            ahead: how many tokens of a request may be pending when another one is asked for.
+            max_tokens: maximum number of tokens in a slot.
+        """
         return self.prefills or (
-            bool(self.requests) and not any(request.pending for request in self.requests)
+            all(request.num_pending <= ahead for request in self.requests)
+            and any(request.may_run(ahead, max_tokens) for request in self.requests)
         )
 
 
@@ -61,12 +68,14 @@ class Lanes:
 
     Args:
         num_lanes: number of lanes.
-        num_slots: places in the KV cache.
+        limits: slots and tokens of the KV cache.
+        ahead: how many tokens of a request may be pending when another one is asked for.
     """
 
-    def __init__(self, num_lanes: int, num_slots: int) -> None:
+    def __init__(self, num_lanes: int, limits: Limits, ahead: int = 0) -> None:
         self._turns = deque(Lane(index) for index in range(num_lanes))
-        self.free_slots = deque(range(num_slots))
+        self._rule = (ahead, limits.max_tokens)
+        self.free_slots = deque(range(limits.num_slots))
 
     @property
     def running(self) -> list[Request]:
@@ -106,11 +115,13 @@ class Lanes:
         for lane in self._turns:
             self._level(lane, share)
         for position, lane in enumerate(self._turns):
-            if not lane.ready:
+            if not lane.is_ready(*self._rule):
                 continue
-            turn = _form(lane, chunk, step)
+            turn = self._form(lane, chunk, step)
             decoder_waits = any(
-                other.ready and other.decodes for other in self._turns if other is not lane
+                other.is_ready(*self._rule) and other.decodes
+                for other in self._turns
+                if other is not lane
             )
             if not lane.prefills or decoder_waits:
                 del self._turns[position]
@@ -120,56 +131,55 @@ class Lanes:
 
     def _level(self, lane: Lane, share: int) -> None:
         """Moves requests beyond a lane's share, ceil(running / lanes), to the shortest lane."""
-        idle = [request for request in lane.requests if not request.pending]
+        idle = [request for request in lane.requests if not request.num_pending]
         while len(lane.requests) > share and idle:
             moved = idle.pop()
             lane.requests.remove(moved)
             shortest = min(self._turns, key=lambda other: (len(other.requests), other.index))
             shortest.requests.append(moved)
 
-
-def _form(lane: Lane, chunk: int, step: int) -> Turn:
-    token_ids: list[int] = []
-    segments, emits, starts, settings, rules, emitting = [], [], [], [], [], []
-    # On a GPU another kernel serves the first tokens than the prompts behind them.
-    for request in sorted(lane.requests, key=lambda request: request.num_prompt_left > 0):
-        start = request.num_submitted
-        if request.pending:
-            continue
-        if request.num_prompt_left:
-            count = min(request.num_prompt_left, chunk)
-            if not count:
+    def _form(self, lane: Lane, chunk: int, step: int) -> Turn:
+        token_ids: list[int] = []
+        segments, emits, starts, settings, rules, emitting = [], [], [], [], [], []
+        # On a GPU another kernel serves the first tokens than the prompts behind them.
+        for request in sorted(lane.requests, key=lambda request: request.num_prompt_left > 0):
+            start = request.num_submitted
+            if not request.may_run(*self._rule):
                 continue
-            chunk -= count
-            if start == 0:
-                starts.append((request.slot, request.seed))
-                settings.append(_sampling_row(request))
-                rules += [(request.slot, rule) for rule in request.rules]
-            token_ids += request.prefill_ids[start : start + count]
-        else:
-            count = 1
-            token_ids.append(request.token_ids[-1])
-        request.num_submitted += count
-        emit = not request.num_prompt_left
-        segments.append((request.slot, start, count))
-        emits.append(int(emit))
-        if emit:
-            request.pending = True
-            emitting.append(request)
-    assert segments, "a lane that is ready has something to run"
-    micro_batch = MicroBatch(
-        Kind.STEP,
-        lane=lane.index,
-        step=step,
-        token_ids=torch.tensor(token_ids, dtype=torch.int64),
-        segments=torch.tensor(segments, dtype=torch.int32),
-        emits=torch.tensor(emits, dtype=torch.int64),
-        rules=rules,
-    )
-    if starts:
-        micro_batch.starts = torch.tensor(starts, dtype=torch.int64)
-        micro_batch.settings = torch.tensor(settings, dtype=torch.float64)
-    return Turn(lane, micro_batch, emitting)
+            if request.num_prompt_left:
+                count = min(request.num_prompt_left, chunk)
+                if not count:
+                    continue
+                chunk -= count
+                if start == 0:
+                    starts.append((request.slot, request.seed))
+                    settings.append(_sampling_row(request))
+                    rules += [(request.slot, rule) for rule in request.rules]
+                token_ids += request.prefill_ids[start : start + count]
+            else:
+                count = 1
+                token_ids.append(UNKNOWN_TOKEN if request.num_pending else request.token_ids[-1])
+            request.num_submitted += count
+            emit = not request.num_prompt_left
+            segments.append((request.slot, start, count))
+            emits.append(int(emit))
+            if emit:
+                request.num_pending += 1
+                emitting.append(request)
+        assert segments, "a lane that is ready has something to run"
+        micro_batch = MicroBatch(
+            Kind.STEP,
+            lane=lane.index,
+            step=step,
+            token_ids=torch.tensor(token_ids, dtype=torch.int64),
+            segments=torch.tensor(segments, dtype=torch.int32),
+            emits=torch.tensor(emits, dtype=torch.int64),
+            rules=rules,
+        )
+        if starts:
+            micro_batch.starts = torch.tensor(starts, dtype=torch.int64)
+            micro_batch.settings = torch.tensor(settings, dtype=torch.float64)
+        return Turn(lane, micro_batch, emitting)
 
 
 def _sampling_row(request: Request) -> tuple[float, ...]:

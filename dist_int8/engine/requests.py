@@ -30,7 +30,7 @@ class Request:
         slot: its place in the KV cache while it runs.
         num_replayed: tokens of the answer that are prefilled again, after a recovery.
         num_submitted: tokens that went into the pipeline.
-        pending: whether its next token is being computed.
+        num_pending: tokens that are being computed; two where the engine runs ahead.
         token_ids: the answer so far.
         finish_reason: "eos", "stop", "length", "time" or "cancelled" once it ended.
         error: why it ended without an answer.
@@ -48,7 +48,7 @@ class Request:
     slot: int = -1
     num_replayed: int = 0
     num_submitted: int = 0
-    pending: bool = False
+    num_pending: int = 0
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     error: Exception | None = None
@@ -89,23 +89,40 @@ class Request:
         self, token_id: int, eos_token_ids: frozenset[int], max_tokens: int
     ) -> str | None:
         """Why the answer ends with this token; None where it goes on."""
-        settings, num_tokens = self.settings, len(self.token_ids)
+        settings = self.settings
         if token_id in find_eos_tokens(settings, eos_token_ids):
             return "eos"
         if self.text.stopped or token_id in settings.stop_token_ids:
             return "stop"
-        num_allowed = settings.count_new_tokens(len(self.prompt_ids))
-        if num_tokens >= num_allowed or len(self.prompt_ids) + num_tokens >= max_tokens:
+        if self.is_full(len(self.token_ids), max_tokens):
             return "length"
         if self.deadline is not None and time.monotonic() > self.deadline:
             return "time"
         return None
 
+    def is_full(self, num_tokens: int, max_tokens: int) -> bool:
+        """Whether an answer of num_tokens has no room for another."""
+        num_allowed = self.settings.count_new_tokens(len(self.prompt_ids))
+        return num_tokens >= num_allowed or len(self.prompt_ids) + num_tokens >= max_tokens
+
+    def may_run(self, ahead: int, max_tokens: int) -> bool:
+        """Whether it has tokens to prefill, or one to decode.
+
+        Args:
+            ahead: how many tokens may be pending when another one is asked for.
+            max_tokens: maximum number of tokens in a slot.
+        """
+        if self.num_prompt_left or not self.num_pending:
+            return True
+        if self.num_pending > ahead:
+            return False
+        return not self.is_full(len(self.token_ids) + self.num_pending, max_tokens)
+
     def replay(self) -> None:
         """Returns to the start, with the answer so far as part of what is prefilled."""
         self.num_replayed = len(self.token_ids)
         self.num_submitted = 0
-        self.pending = False
+        self.num_pending = 0
 
     @property
     def ended(self) -> bool:

@@ -3,9 +3,16 @@
 Two ops serve all rows together, `ops.penalize_logits` and `ops.sample_tokens`: no logits are copied
 to the host. A draw is a function of the sequence's seed and length, so that sampling is
 batch-invariant, and a sequence that is replayed draws the same tokens again.
+
+What is known of the sequences lies in tables on the device, a row per slot and one for rows that
+only fill up a micro-batch. With `keeps_tokens` a step needs nothing from the host that it could not
+know before the step ahead of it has ended: a token may be asked for before it is known there, as
+UNKNOWN_TOKEN.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -29,47 +36,78 @@ class TokenSampler:
     Args:
         limits: slots and tokens of the KV cache.
         device: of the logits.
+        keeps_tokens: whether every step writes down its tokens, instead of only those steps whose
+            sequences need it; None: on a GPU.
     """
 
-    def __init__(self, limits: Limits, device: torch.device | str = "cpu") -> None:
-        slots = limits.num_slots
-        self._settings = torch.zeros(
-            slots, len(SAMPLING_FIELDS), dtype=torch.float64, device=device
-        )
-        self._seeds = torch.zeros(slots, dtype=torch.int64, device=device)
+    def __init__(
+        self,
+        limits: Limits,
+        device: torch.device | str = "cpu",
+        keeps_tokens: bool | None = None,
+    ) -> None:
+        device, rows = torch.device(device), limits.num_slots + 1
+        self._keeps_tokens = device.type == "cuda" if keeps_tokens is None else keeps_tokens
+        self._settings = torch.zeros(rows, len(SAMPLING_FIELDS), dtype=torch.float64, device=device)
+        self._settings[:, SAMPLING_FIELDS.index("repetition_penalty")] = 1.0
+        self._seeds = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._newest = torch.zeros(rows, dtype=torch.int32, device=device)
         # From numpy: the operating system hands its zeros out when they are first written.
-        history = np.zeros((slots, limits.max_tokens), dtype=np.int32)
+        history = np.zeros((rows, limits.max_tokens), dtype=np.int32)
         self._history = torch.from_numpy(history).to(device)
         self._started: set[int] = set()
         self._penalized: set[int] = set()
         self._processors: dict[int, Processors] = {}
 
-    def sample(self, logits: Tensor, micro_batch: MicroBatch, batch: TokenBatch) -> Tensor:
-        """Takes a micro-batch's settings and tokens, and chooses tokens after its segments.
+    def take_settings(self, micro_batch: MicroBatch) -> bool:
+        """Takes the settings of the sequences that start with a micro-batch.
 
-        Args:
-            logits: fp32 [E, V], a row for every segment that emits; changed in place.
-            micro_batch: settings of the sequences that start, and which segments emit.
-            batch: the same tokens on the device.
-
-        Returns:
-            int64 [E] on the device; NOT_A_TOKEN where the logits are NaN.
+        Returns whether `draw` serves all of its sequences, on the device alone.
 
         Raises:
             ProtocolError: the settings of a sequence have not arrived.
         """
         self._start(micro_batch)
-        segments = micro_batch.segments.tolist()
-        slots = {slot for slot, _, _ in segments}
-        if unknown := slots - self._started:
+        slots = micro_batch.segments[:, 0].tolist()
+        if unknown := set(slots) - self._started:
             raise ProtocolError(
                 f"control: no sampling settings have arrived for slot {min(unknown)}"
             )
+        return self._processors.keys().isdisjoint(slots)
+
+    def fill_in(self, batch: TokenBatch) -> TokenBatch:
+        """The batch with the newest token of its sequence in place of each UNKNOWN_TOKEN."""
+        ids, slots = batch.token_ids, batch.segments.places[:, 0]
+        assert ids is not None and self._keeps_tokens
+        return replace(batch, token_ids=torch.where(ids < 0, self._newest[slots], ids))
+
+    def draw(self, logits: Tensor, batch: TokenBatch) -> Tensor:
+        """Chooses the tokens after a micro-batch whose sequences have no rarer rules.
+
+        Args:
+            logits: fp32 [E, V], a row for every segment that emits; changed in place.
+            batch: its tokens on the device.
+
+        Returns:
+            int64 [E] on the device; NOT_A_TOKEN where the logits are NaN.
+        """
+        if self._keeps_tokens:
+            self._write_down(batch)
+            ops.penalize_logits(logits, batch.slots, batch.lengths, self._settings, self._history)
+        return self._draw(logits, batch)
+
+    def sample(self, logits: Tensor, micro_batch: MicroBatch, batch: TokenBatch) -> Tensor:
+        """The same for any micro-batch, whose settings `take_settings` has taken.
+
+        Args:
+            logits: as of `draw`.
+            micro_batch: which sequences it has.
+            batch: its tokens on the device.
+        """
+        slots = set(micro_batch.segments[:, 0].tolist())
         penalized = not self._penalized.isdisjoint(slots)
-        if penalized or not self._processors.keys().isdisjoint(slots):
-            assert batch.token_ids is not None
-            places = batch.segments.places
-            self._history[places[:, 0], places[:, 1]] = batch.token_ids
+        if self._keeps_tokens or penalized or not self._processors.keys().isdisjoint(slots):
+            self._write_down(batch)
         if not len(logits):
             return torch.empty(0, dtype=torch.int64, device=logits.device)
         rows = self._list_processors(micro_batch)
@@ -79,7 +117,20 @@ class TokenSampler:
             ops.penalize_logits(logits, batch.slots, batch.lengths, self._settings, self._history)
         for processors, row, tokens in rows:
             processors.after_penalties(tokens, logits[row : row + 1])
-        return ops.sample_tokens(logits, batch.slots, batch.lengths, self._settings, self._seeds)
+        return self._draw(logits, batch)
+
+    def _draw(self, logits: Tensor, batch: TokenBatch) -> Tensor:
+        table = (batch.slots, batch.lengths, self._settings, self._seeds)
+        tokens = ops.sample_tokens(logits, *table)
+        if self._keeps_tokens:
+            self._newest[batch.slots] = tokens.int().clamp(min=0)
+        return tokens
+
+    def _write_down(self, batch: TokenBatch) -> None:
+        """Writes the batch's tokens into the history of their sequences."""
+        assert batch.token_ids is not None
+        places = batch.segments.places
+        self._history[places[:, 0], places[:, 1]] = batch.token_ids
 
     def _start(self, micro_batch: MicroBatch) -> None:
         """Takes the settings of the sequences that start."""
@@ -99,9 +150,10 @@ class TokenSampler:
                 if self._processors[slot].warps:
                     settings |= _DONE_BY_PROCESSORS
                     table[row] = torch.tensor(list(settings.values()), dtype=torch.float64)
-        slots, device = micro_batch.starts[:, 0], self._settings.device
-        self._settings[_send(slots, device)] = _send(table, device)
-        self._seeds[_send(slots, device)] = _send(micro_batch.starts[:, 1], device)
+        device = self._settings.device
+        slots = _send(micro_batch.starts[:, 0], device)
+        self._settings[slots] = _send(table, device)
+        self._seeds[slots] = _send(micro_batch.starts[:, 1], device)
 
     def _list_processors(self, micro_batch: MicroBatch) -> list[tuple[Processors, int, Tensor]]:
         """Lists, of segments with rules that emit: processors, row, token ids int64 [1, L]."""

@@ -13,6 +13,7 @@ from dist_int8.engine.lanes import Lanes, Turn
 from dist_int8.engine.requests import Request
 from dist_int8.errors import QueueFullError
 from dist_int8.pipeline import schedule
+from dist_int8.pipeline.microbatch import Limits
 
 
 class Scheduler:
@@ -20,12 +21,12 @@ class Scheduler:
 
     Args:
         config: how requests are scheduled.
-        num_slots: places in the KV cache.
+        limits: slots and tokens of the KV cache.
     """
 
-    def __init__(self, config: EngineConfig, num_slots: int) -> None:
+    def __init__(self, config: EngineConfig, limits: Limits) -> None:
         self.config = config
-        self.num_micro_batches = min(config.num_micro_batches, num_slots)
+        self.num_micro_batches = min(config.num_micro_batches, limits.num_slots)
         # with one micro-batch only one is in flight; otherwise chunks of a single prompt stream
         # through the stages as well
         self.in_flight_limit = (
@@ -33,8 +34,10 @@ class Scheduler:
             if config.num_micro_batches > 1
             else 1
         )
+        ahead = 1 if config.runs_ahead else 0
+        self.in_flight_limit += ahead
         self._waiting: deque[Request] = deque()
-        self._lanes = Lanes(self.num_micro_batches, num_slots)
+        self._lanes = Lanes(self.num_micro_batches, limits, ahead)
         self._chunk = config.prefill_chunk
         self._num_lent = 0
 
@@ -127,7 +130,7 @@ class Scheduler:
         request.finish_reason = "cancelled"
         if request in self._waiting:
             self._waiting.remove(request)
-        elif not request.pending:
+        elif not request.num_pending:
             self._lanes.release(request)
 
     def clear_queue(self) -> list[Request]:

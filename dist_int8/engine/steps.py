@@ -54,7 +54,7 @@ class Steps:
         self.num_steps = 0
         self.failure: BaseException | None = None
         self.closed = False
-        self._scheduler = Scheduler(config, limits.num_slots)
+        self._scheduler = Scheduler(config, limits)
         self._in_flight: deque[Turn | LogitsTurn] = deque()
         self._logits_calls: list[LogitsCall] = []
         self._restore = restore
@@ -235,8 +235,8 @@ class Steps:
             turn.take(result.values)
             return
         for request, token_id in zip(turn.emitting, result.values.tolist(), strict=True):
-            request.pending = False
-            if request.finish_reason != "cancelled":
+            request.num_pending -= 1
+            if not request.ended:
                 request.take(token_id, self.config.eos_token_ids, self.limits.max_tokens)
             if request.ended:
                 self._scheduler.release(request)

@@ -62,7 +62,7 @@ def _attend_on_gpu(
     qkv: Tensor, key_cache: Tensor, value_cache: Tensor, segments: Segments, args: AttentionArgs
 ) -> Tensor:
     """Tokens of sequences that decode go to our kernel, prompts to flash attention."""
-    if _attention is None or not _ATTENDS_ON_CUDA or key_cache.shape[2] > _CUDA_HEAD_DIM:
+    if _attention is None or not decodes_on_gpu(key_cache):
         return plain.attention(qkv, key_cache, value_cache, segments.rows, args)
     return split_attention(
         qkv, key_cache, value_cache, segments, args, decode=_attention, prefill=prefill.attention
@@ -116,6 +116,11 @@ def key_cache_shape(
     if compiled and max_tokens % _KEY_GROUP == 0:
         return num_slots, num_kv_heads, max_tokens // _KEY_GROUP, head_dim, _KEY_GROUP
     return num_slots, num_kv_heads, head_dim, max_tokens
+
+
+def decodes_on_gpu(key_cache: Tensor) -> bool:
+    """Whether the library has a kernel that decodes over keys [S, KV, D, L] on their GPU."""
+    return key_cache.is_cuda and _ATTENDS_ON_CUDA and key_cache.shape[2] <= _CUDA_HEAD_DIM
 
 
 def check_segments(rows: Tensor, key_cache: Tensor, cos: Tensor | None = None) -> None:

@@ -68,7 +68,9 @@ class Segments:
 
         def make(there: list[Tensor]) -> Segments:
             ends = Prompts(prompts, there[1], there[2]) if len(prompts) else None
-            return cls(torch.from_numpy(rows), there[0].view(-1, 3), num_decodes, ends)
+            places = there[0].view(-1, 3)
+            on_host = places if ends is None and places.is_cpu else torch.from_numpy(rows)
+            return cls(on_host, places, num_decodes, ends)
 
         return parts, make
 

@@ -1,6 +1,6 @@
 """Models: one decoder block described by data, and the families that describe it."""
 
-from dist_int8.int8.attention import key_cache_shape
+from dist_int8.int8.attention import decodes_on_gpu, key_cache_shape
 from dist_int8.int8.kv import Int8KV
 from dist_int8.models.block import Cache, DecoderBlock
 from dist_int8.models.config import describe, ignored_tensors, load_config, tensor_sources
@@ -20,6 +20,7 @@ __all__ = [
     "RotarySpec",
     "StageSlice",
     "TokenBatch",
+    "decodes_on_gpu",
     "describe",
     "ignored_tensors",
     "key_cache_shape",

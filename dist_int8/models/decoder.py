@@ -175,6 +175,15 @@ class DecoderStage(nn.Module):
             x = self.project_out(x)
         return x
 
+    def check(self, batch: TokenBatch, kv_cache: LayerCaches) -> None:
+        """Raises ValueError for tokens outside the caches or the tables, without a look at a GPU.
+
+        Ops on CPUs check this themselves.
+        """
+        keys, _ = kv_cache.layer(0)
+        cache = keys if isinstance(keys, Tensor) else keys.values
+        ops.check_segments(batch.segments.rows, cache, self.rotary_cos)
+
     def forward(
         self, batch: TokenBatch, hidden_states: Tensor | None, kv_cache: LayerCaches
     ) -> Tensor:

@@ -32,9 +32,6 @@ def run_blocks(
     residual: Tensor | None = None
     blocks = tuple(blocks)
     caches = [caches_of(index) for index in range(len(blocks))]
-    if x.is_cuda and caches:  # once for all blocks: kernels on a GPU cannot say what is wrong
-        keys = caches[0][0]
-        ops.check_segments(segments.rows, keys if isinstance(keys, Tensor) else keys[0], tables.cos)
     # torch.compile and hooks on all modules want to see the ops and the modules.
     if not runs(x) or torch.compiler.is_compiling() or _has_any_global_hook():
         return _one_by_one(blocks, caches, x, residual, segments, tables)

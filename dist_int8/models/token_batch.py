@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class TokenBatch:
         segments: Iterable[tuple[int, int, int]] | Tensor,
         logit_rows: Iterable[int] | Tensor | None = None,
         device: torch.device | str = "cpu",
-    ) -> Self:
+    ) -> TokenBatch:
         """Makes a batch from Python numbers or tensors on the CPU.
 
         Args:
@@ -60,7 +60,7 @@ class TokenBatch:
     @classmethod
     def of_emitting(
         cls, token_ids: Tensor, segments: Tensor, emits: Tensor, device: torch.device
-    ) -> Self:
+    ) -> TokenBatch:
         """Makes a batch whose logits are wanted after the segments marked in `emits` [B]."""
         rows = _ints(segments)
         ends = rows[:, 2].cumsum(dtype=np.int32) - 1
@@ -73,23 +73,35 @@ class TokenBatch:
         rows: Ints,
         logit_rows: Ints | None,
         device: torch.device,
-    ) -> Self:
+    ) -> TokenBatch:
         assert len(set(rows[:, 0].tolist())) == len(rows), "one segment per slot"
-        parts, make_segments = Segments.parts_of(rows)
-        places = parts[0]
         ids = None if token_ids is None else _ints(token_ids)
-        assert ids is None or len(ids) == len(places), (len(ids), rows)
+        parts, make = cls.parts_of(ids, rows, logit_rows)
+        return make(upload(parts, device))
+
+    @classmethod
+    def parts_of(
+        cls, token_ids: Ints | None, rows: Ints, logit_rows: Ints | None
+    ) -> tuple[list[Ints], Callable[[list[Tensor]], TokenBatch]]:
+        """Lists what goes to the device, and returns what makes the batch of it once there."""
+        of_segments, make_segments = Segments.parts_of(rows)
+        places = of_segments[0]
+        assert token_ids is None or len(token_ids) == len(places), (len(token_ids), rows)
         last = places if logit_rows is None else places[logit_rows]
-        extra = [last[:, 0], last[:, 1] + 1]
-        extra += [part for part in (ids, logit_rows) if part is not None]
-        there = upload([*extra, *parts], device)
-        return cls(
-            make_segments(there[len(extra) :]),
-            None if ids is None else there[2],
-            None if logit_rows is None else there[len(extra) - 1],
-            there[0],
-            there[1],
-        )
+        parts = [last[:, 0], last[:, 1] + 1]
+        parts += [part for part in (token_ids, logit_rows) if part is not None]
+        num_parts = len(parts)
+
+        def make(there: list[Tensor]) -> TokenBatch:
+            return cls(
+                make_segments(there[num_parts:]),
+                None if token_ids is None else there[2],
+                None if logit_rows is None else there[num_parts - 1],
+                there[0],
+                there[1],
+            )
+
+        return [*parts, *of_segments], make
 
 
 def _ints(values: Any) -> Ints:

@@ -9,7 +9,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from dist_int8.models import Cache, Int8KV, key_cache_shape
+from dist_int8.models import Cache, Int8KV, decodes_on_gpu, key_cache_shape
 
 
 class KVCache:
@@ -48,6 +48,12 @@ class KVCache:
     def layer(self, block: int) -> tuple[Cache, Cache]:
         """(key_cache, value_cache) of a block, counted within the stage."""
         return self._layers[block]
+
+    @property
+    def has_gpu_kernel(self) -> bool:
+        """Whether decoding reads this cache by a kernel that needs nothing of the host."""
+        keys, _ = self._layers[0]
+        return isinstance(keys, Tensor) and decodes_on_gpu(keys)
 
     def num_bytes(self) -> int:
         """Bytes reserved; on CPUs the operating system hands them out when first written."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dist_int8.pipeline.rules import Rule
+
+UNKNOWN_TOKEN = -1  # the newest token of a sequence, which only the device knows yet
 
 # Columns of the settings that the last stage keeps of every sequence; `int8.sampling_reference` has
 # them in the same order.
@@ -51,7 +54,7 @@ class MicroBatch:
         kind: STEP, LOGITS or SHUTDOWN.
         lane: the group of sequences it belongs to.
         step: number of the submission; results come back in this order.
-        token_ids: int64 [T].
+        token_ids: int64 [T]; UNKNOWN_TOKEN only where one stage is the whole pipeline.
         segments: int32 [B, 3], rows (slot, start, count): `count` tokens of the sequence in KV slot
             `slot`, at positions start .. start + count - 1; concatenated in this order.
         emits: int64 [B], 1 where the token after the segment is sampled.
@@ -77,15 +80,37 @@ class MicroBatch:
     def num_tokens(self) -> int:
         return self.token_ids.numel()
 
+    @property
+    def has_unknown_tokens(self) -> bool:
+        """Whether some token ids are UNKNOWN_TOKEN."""
+        return bool((self.token_ids == UNKNOWN_TOKEN).any())
+
 
 @dataclass
 class Result:
-    """What the last stage sends back for a micro-batch: tokens int64 [E], or logits fp32 [T, V]."""
+    """What the last stage sends back for a micro-batch.
+
+    Attributes:
+        lane, step: of the micro-batch.
+        values: tokens int64 [E] or logits fp32 [T, V], on the CPU.
+        spans: of the stages that ran it.
+        ready: an event of a GPU before which the values are not there yet; None: they are.
+    """
 
     lane: int
     step: int
     values: Tensor
     spans: list[tuple[int, int]] = field(default_factory=list)
+    ready: Any = None
+
+    def is_ready(self) -> bool:
+        """Whether the values are there."""
+        return self.ready is None or bool(self.ready.query())
+
+    def wait(self) -> None:
+        """Waits until the values are there."""
+        if self.ready is not None:
+            self.ready.synchronize()
 
 
 @dataclass(frozen=True)

@@ -87,8 +87,11 @@ class Pipeline:
                 self.check()
                 if time.monotonic() > min(deadline, self._given_up_at):
                     raise self.world.hung(self._in_flight[0])
+        if not wait and not self._results[0].is_ready():
+            return None
         self._in_flight.popleft()
         done = self._results.popleft()
+        done.wait()
         self.trace.finished(done.spans)
         return done
 

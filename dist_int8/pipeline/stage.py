@@ -10,18 +10,25 @@ import torch
 from torch import Tensor
 
 from dist_int8.models import DecoderStage, TokenBatch
+from dist_int8.pipeline.graphs import DecodeGraphs, Recorder
 from dist_int8.pipeline.kv_cache import KVCache
-from dist_int8.pipeline.microbatch import Kind, MicroBatch, Result
+from dist_int8.pipeline.microbatch import Kind, Limits, MicroBatch, Result
 
 
 class Sampler(Protocol):
     """Chooses the next tokens on the last stage."""
 
-    def sample(self, logits: Tensor, micro_batch: MicroBatch, batch: TokenBatch) -> Tensor:
-        """int64 [E] on the device from logits fp32 [E, V], a row for every segment that emits.
+    def take_settings(self, micro_batch: MicroBatch) -> bool:
+        """Takes what a micro-batch brings; returns whether `draw` serves all its sequences."""
 
-        Also takes the settings and tokens that the micro-batch brings.
-        """
+    def fill_in(self, batch: TokenBatch) -> TokenBatch:
+        """The batch with the newest token of its sequence for each UNKNOWN_TOKEN."""
+
+    def draw(self, logits: Tensor, batch: TokenBatch) -> Tensor:
+        """int64 [E] on the device from logits fp32 [E, V], without looking at the host."""
+
+    def sample(self, logits: Tensor, micro_batch: MicroBatch, batch: TokenBatch) -> Tensor:
+        """The same for sequences with any rules; logits of the segments that emit."""
 
 
 class Stage:
@@ -37,25 +44,72 @@ class Stage:
         self.model = model
         self.kv_cache = kv_cache
         self.sampler = sampler
+        self.graphs: DecodeGraphs | None = None
         self.device = next(iter(model.state_dict().values())).device
+
+    def use_graphs(self, limits: Limits, record: Recorder) -> None:
+        """Replays decode steps from now on, each recorded when its number of rows first comes."""
+        self.graphs = DecodeGraphs(
+            self._compute,
+            record,
+            device=self.device,
+            max_rows=limits.num_slots,
+            hidden=None if self.model.slice.first else (limits.hidden_size, self.model.dtype),
+        )
 
     @torch.inference_mode()
     def run(self, micro_batch: MicroBatch, hidden_states: Tensor | None) -> Tensor | Result:
         """hidden_states [T, hidden_size] for the next stage, or the Result from the last one."""
-        batch = self._make_batch(micro_batch)
+        if micro_batch.kind == Kind.LOGITS:
+            return self._run_logits(micro_batch, hidden_states)
+        on_device = self.sampler is None or self.sampler.take_settings(micro_batch)
+        if self.graphs is not None and on_device and self.graphs.take(micro_batch):
+            output = self.graphs.run(micro_batch, hidden_states)
+        else:
+            output = self._run_eagerly(micro_batch, hidden_states)
+        return output if self.sampler is None else self._make_result(micro_batch, output)
+
+    def _run_logits(self, micro_batch: MicroBatch, hidden_states: Tensor | None) -> Tensor | Result:
+        token_ids, segments = micro_batch.token_ids, micro_batch.segments
+        batch = TokenBatch.from_segments(token_ids, segments, device=self.device)
+        self._check(batch)
         output = self.model(batch, hidden_states, self.kv_cache)
         if self.sampler is None:
             return output
-        if micro_batch.kind == Kind.LOGITS:
-            return Result(micro_batch.lane, micro_batch.step, output.float().cpu())
-        tokens = self.sampler.sample(output, micro_batch, batch)
-        return Result(micro_batch.lane, micro_batch.step, tokens.cpu())
+        return Result(micro_batch.lane, micro_batch.step, output.float().cpu())
 
-    def _make_batch(self, micro_batch: MicroBatch) -> TokenBatch:
+    def _run_eagerly(self, micro_batch: MicroBatch, hidden_states: Tensor | None) -> Tensor:
+        """Hidden states, or the tokens int64 [E] of the last stage."""
         token_ids, segments = micro_batch.token_ids, micro_batch.segments
-        if micro_batch.kind == Kind.LOGITS:
-            return TokenBatch.from_segments(token_ids, segments, device=self.device)
-        return TokenBatch.of_emitting(token_ids, segments, micro_batch.emits, self.device)
+        batch = TokenBatch.of_emitting(token_ids, segments, micro_batch.emits, self.device)
+        self._check(batch)
+        if self.sampler is None:
+            return self.model(batch, hidden_states, self.kv_cache)
+        if micro_batch.has_unknown_tokens:
+            batch = self.sampler.fill_in(batch)
+        logits = self.model(batch, hidden_states, self.kv_cache)
+        return self.sampler.sample(logits, micro_batch, batch)
+
+    def _compute(self, batch: TokenBatch, hidden_states: Tensor | None) -> Tensor:
+        """A whole decode step without a look at the host: what a graph holds."""
+        if self.sampler is None:
+            return self.model(batch, hidden_states, self.kv_cache)
+        if self.model.slice.first:
+            batch = self.sampler.fill_in(batch)
+        return self.sampler.draw(self.model(batch, hidden_states, self.kv_cache), batch)
+
+    def _check(self, batch: TokenBatch) -> None:
+        if self.device.type == "cuda":  # kernels there cannot say what is wrong
+            self.model.check(batch, self.kv_cache)
+
+    def _make_result(self, micro_batch: MicroBatch, tokens: Tensor) -> Result:
+        """The result of tokens on the device; on a GPU they are still to be computed."""
+        result = Result(micro_batch.lane, micro_batch.step, tokens)
+        if tokens.is_cuda:
+            result.values = torch.empty_like(tokens, device="cpu", pin_memory=True)
+            result.values.copy_(tokens, non_blocking=True)
+            result.ready = torch.cuda.current_stream(self.device).record_event()
+        return result
 
 
 def give_back_memory() -> None:

@@ -111,6 +111,7 @@ class Transport:
 
     def send_result(self, result: Result) -> None:
         """Starts sending a result to rank 0."""
+        result.wait()
         parts = wire.pack_result(result)
         if result.values.dtype == torch.int64:
             self._send([_message(*parts, result.values)])

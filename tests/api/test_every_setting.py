@@ -126,6 +126,12 @@ print(len(os.sched_getaffinity(child)), len(os.sched_getaffinity(0)))
     )
 
 
+def check_cuda_graphs(llama, caplog, **_):
+    with load(llama, cuda_graphs=False) as model:
+        assert "without effect here: cuda_graphs (no stage is on a GPU)" in caplog.text
+        assert model._engine.pipeline.stage.graphs is None
+
+
 def check_micro_batches(llama, **_):
     with load(llama, micro_batches=3) as model:
         assert model.num_micro_batches == 3

@@ -54,6 +54,7 @@ class Sequences:
         batch = TokenBatch.of_emitting(
             micro_batch.token_ids, micro_batch.segments, micro_batch.emits, ON_CPU
         )
+        self.sampler.take_settings(micro_batch)
         chosen = self.sampler.sample(logits.clone(), micro_batch, batch).tolist()
         for slot, token in zip(slots, chosen, strict=True):
             self.tokens[slot].append(token)

@@ -1,0 +1,139 @@
+"""Decode steps of a stage as graphs: recorded once for a number of rows, then replayed.
+
+A decode step of a small model is hundreds of launches, each of which takes the host longer than the
+kernel takes the GPU. A graph is launched as a whole. It reads and writes the same memory in every
+replay, so what differs from step to step lies in one buffer:
+
+    micro-batch -> pinned memory -> [slots | lengths | token ids | places] --replay--> output
+                     one copy          static, rows up to the bucket's       clone of its rows
+
+Rows that only fill up a bucket belong to a slot that no sequence has: attention leaves the KV cache
+alone for it, and the sampler has a row of its own. A row's result does not depend on how many
+others there are, but for a head in 16 bits, which is cuBLAS'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_int8.models import TokenBatch
+from dist_int8.pipeline.microbatch import MicroBatch
+
+Replay = Callable[[], object]
+Recorder = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
+"""Records a function without arguments; returns what runs it again, and what it wrote its result
+to."""
+
+
+def list_buckets(max_rows: int) -> list[int]:
+    """Numbers of rows that steps are filled up to: 1, 2, 4, then multiples of 8, and max_rows."""
+    return sorted({*(b for b in (1, 2, 4) if b < max_rows), *range(8, max_rows, 8), max_rows})
+
+
+@dataclass
+class _Graph:
+    """One bucket's graph and the memory that it reads and writes."""
+
+    inputs: Tensor  # int32, the parts of a TokenBatch
+    hidden_states: Tensor | None
+    replay: Replay
+    output: Tensor
+
+
+class DecodeGraphs:
+    """The graphs of one stage, recorded when a step of their number of rows first comes.
+
+    Args:
+        compute: of a batch and hidden states [rows, hidden_size] (None on the first stage): hidden
+            states or tokens, all rows of it; without a look at the host.
+        record: what records it.
+        device: of the stage.
+        max_rows: the most rows of a step: the number of slots.
+        hidden: (size, dtype) of hidden states; None on the first stage.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[TokenBatch, Tensor | None], Tensor],
+        record: Recorder,
+        device: torch.device,
+        max_rows: int,
+        hidden: tuple[int, torch.dtype] | None,
+    ) -> None:
+        self._compute = compute
+        self._record = record
+        self._device = device
+        self._hidden = hidden
+        self._no_slot = max_rows  # the slot after the last one
+        self._buckets = list_buckets(max_rows)
+        self._graphs: dict[int, _Graph] = {}
+
+    def take(self, micro_batch: MicroBatch) -> bool:
+        """Whether a micro-batch is a decode step: one token of each sequence, all of which emit."""
+        num_segments = micro_batch.segments.shape[0]
+        return num_segments == micro_batch.num_tokens and bool(micro_batch.emits.all())
+
+    def run(self, micro_batch: MicroBatch, hidden_states: Tensor | None) -> Tensor:
+        """What `compute` gives for a decode step, without its rows that fill up the bucket."""
+        num_rows = micro_batch.num_tokens
+        bucket = next(b for b in self._buckets if b >= num_rows)
+        if bucket not in self._graphs:
+            self._graphs[bucket] = self._make(bucket)
+        graph = self._graphs[bucket]
+        graph.inputs.copy_(self._pin(self._pack(micro_batch, bucket)), non_blocking=True)
+        if graph.hidden_states is not None:
+            assert hidden_states is not None
+            graph.hidden_states[:num_rows].copy_(hidden_states, non_blocking=True)
+        graph.replay()
+        return graph.output[:num_rows].clone()
+
+    def _make(self, bucket: int) -> _Graph:
+        rows = np.tile(np.array([self._no_slot, 0, 1], np.int32), (bucket, 1))
+        parts, make_batch = TokenBatch.parts_of(np.zeros(bucket, np.int32), rows, None)
+        inputs = torch.from_numpy(np.concatenate([part.ravel() for part in parts]))
+        inputs = inputs.to(self._device)
+        batch = make_batch(list(inputs.split([part.size for part in parts])))
+        hidden_states = None
+        if self._hidden is not None:
+            size, dtype = self._hidden
+            hidden_states = torch.zeros(bucket, size, dtype=dtype, device=self._device)
+        replay, output = self._record(lambda: self._compute(batch, hidden_states))
+        return _Graph(inputs, hidden_states, replay, output)
+
+    def _pack(self, micro_batch: MicroBatch, bucket: int) -> Tensor:
+        """What `inputs` of the bucket's graph holds for this step."""
+        num_rows = micro_batch.num_tokens
+        rows = np.empty((bucket, 3), np.int32)
+        rows[:num_rows] = micro_batch.segments.numpy()
+        rows[num_rows:] = (self._no_slot, 0, 1)
+        ids = np.zeros(bucket, np.int32)
+        ids[:num_rows] = micro_batch.token_ids.numpy()
+        parts, _ = TokenBatch.parts_of(ids, rows, None)
+        return torch.from_numpy(np.concatenate([part.ravel() for part in parts]))
+
+    def _pin(self, values: Tensor) -> Tensor:
+        return values.pin_memory() if self._device.type == "cuda" else values
+
+
+class CudaRecorder:
+    """Records CUDA graphs that share one pool of memory: they never run at the same time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            work()  # libraries set themselves up at their first call
+        current.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # Other stages of this process may launch what they like meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            output = work()
+        return graph.replay, output
