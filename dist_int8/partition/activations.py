@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dist_int8.partition.memory import FLOAT32_BYTES, INT32_BYTES, BlockSizes, Formats, ModelSizes
 
 INT64_BYTES = 8
+SPLIT_TOKENS, MAX_SPLITS = 256, 32  # of a context in decoding (csrc, attention_splits)
 MAX_SUMS_BYTES = 64 << 20  # int32 sums of a GEMM on a GPU at once (csrc/ops/matmul_cuda.cpp)
 
 
@@ -20,12 +21,14 @@ class Workload:
         max_tokens: maximum number of tokens in a slot, prompt and answer together.
         prefill_chunk: maximum number of prompt tokens in a micro-batch.
         num_micro_batches: number of micro-batches that share the sequences; None: one per stage.
+        records_steps: whether decode steps are CUDA graphs, which keep memory of their own.
     """
 
     num_sequences: int
     max_tokens: int
     prefill_chunk: int = 512
     num_micro_batches: int | None = None
+    records_steps: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -44,8 +47,8 @@ def activation_bytes(
     """Computes the peak bytes that a stage allocates on top of parameters and KV cache.
 
     This is the largest phase of a micro-batch of `max_rows` tokens, counting every tensor alive in
-    it, plus the transport's receive buffers and the position tables. A test compares it with the
-    live tensors of real steps.
+    it, plus the transport's receive buffers, the position tables and what recorded decode steps
+    keep. A test compares it with the live tensors of real steps.
     """
     rows, size = workload.max_rows, formats.float_size
     phases = []
@@ -53,18 +56,53 @@ def activation_bytes(
         stream = 3 * rows * block.hidden_size * size  # x, the residual and a norm's output
         rotates = model.rotary is not None
         phases += [stream + phase for phase in _attention_phases(block, formats, workload, rotates)]
-        phases.append(stream + _mlp_bytes(block, formats, workload))
-        phases.append(stream + _product_bytes(block, formats, workload))
+        phases += _linear_phases(block, formats, rows)
     if last:
-        emitting = min(rows, workload.num_sequences)
-        stream = (rows + 2 * emitting) * model.hidden_size * size
-        # logits in the head's dtype, in fp32, and an fp32 copy for sampling
-        phases.append(stream + emitting * model.vocab_size * (size + 2 * FLOAT32_BYTES))
+        phases.append(_logit_bytes(model, formats, workload, rows))
     buffers = 0 if first and last else 2 * rows * model.hidden_size * size
     if last:  # the tokens of every sequence, for penalties
         buffers += workload.num_sequences * workload.max_tokens * INT32_BYTES
     indices = 4 * INT64_BYTES * (rows + workload.max_tokens)  # positions, token ids, rows to keep
-    return max(phases) + buffers + indices + _table_bytes(model, workload)
+    total = max(phases) + buffers + indices + _table_bytes(model, workload)
+    return total + _graph_bytes(model, formats, workload, last=last)
+
+
+def _linear_phases(block: BlockSizes, formats: Formats, rows: int) -> list[int]:
+    stream = 3 * rows * block.hidden_size * formats.float_size
+    return [
+        stream + _mlp_bytes(block, formats, rows),
+        stream + _product_bytes(block, formats, rows),
+    ]
+
+
+def _logit_bytes(model: ModelSizes, formats: Formats, workload: Workload, rows: int) -> int:
+    """Computes the bytes alive on the last stage while tokens are chosen."""
+    emitting = min(rows, workload.num_sequences)
+    stream = (rows + 2 * emitting) * model.hidden_size * formats.float_size
+    # logits in the head's dtype, in fp32, and an fp32 copy for sampling
+    return stream + emitting * model.vocab_size * (formats.float_size + 2 * FLOAT32_BYTES)
+
+
+def _graph_bytes(model: ModelSizes, formats: Formats, workload: Workload, *, last: bool) -> int:
+    """Computes the bytes that recorded decode steps keep (pipeline/graphs.py).
+
+    They share one pool, as large as the largest of them needs; results and inputs of each stay.
+    """
+    if not workload.records_steps:
+        return 0
+    rows, size = workload.num_sequences, formats.float_size
+    splits = min(-(-workload.max_tokens // SPLIT_TOKENS), MAX_SPLITS)
+    phases = []
+    for block in set(model.blocks):
+        heads = block.num_heads * block.head_dim
+        sums = block.num_heads * splits * (block.head_dim + 2) * FLOAT32_BYTES
+        stream = 3 * block.hidden_size * size
+        phases.append(rows * (stream + (block.qkv_size + heads) * size + sums))
+        phases += _linear_phases(block, formats, rows)
+    if last:
+        phases.append(_logit_bytes(model, formats, workload, rows))
+    kept = 8 * INT64_BYTES + (0 if last else 2 * model.hidden_size * size)
+    return max(phases) + (3 + rows // 8) * rows * kept
 
 
 def _attention_phases(
@@ -95,19 +133,18 @@ def _attention_phases(
     yield copies + slot + chunk * heads * FLOAT32_BYTES + 2 * scores
 
 
-def _mlp_bytes(block: BlockSizes, formats: Formats, workload: Workload) -> int:
+def _mlp_bytes(block: BlockSizes, formats: Formats, rows: int) -> int:
     """Computes the bytes alive in an MLP: its rows, the activation's temporaries, int8 planes."""
-    rows, inner = workload.max_rows, block.intermediate_size
+    inner = block.intermediate_size
     copies = 3 if block.gated else 5  # gate, up and their product; GELU: x, its cube, tanh, ...
     planes = 2 * inner if formats.int8 else 0
     return rows * (copies * inner * formats.float_size + planes)
 
 
-def _product_bytes(block: BlockSizes, formats: Formats, workload: Workload) -> int:
+def _product_bytes(block: BlockSizes, formats: Formats, rows: int) -> int:
     """Computes the bytes alive in the widest int8 product: two planes of x, output, int32 sums."""
     if not formats.int8:
         return 0
-    rows = workload.max_rows
     widest = max(block.qkv_size, block.intermediate_size * (1 + block.gated))
     sums = min(rows * widest * INT32_BYTES, MAX_SUMS_BYTES)
     return rows * (2 * block.hidden_size + widest * formats.float_size) + sums

@@ -62,7 +62,7 @@ def answer(settings: Settings, options: PlanRequest, config: Any, spec: Any, sou
     except ValueError as error:
         raise ValueError(f"{source}:{error}") from None
     formats = choose_formats_for(settings, config, names)
-    question = _make_question(settings, options, spec)
+    question = _make_question(settings, options, spec, names)
     devices = describe_devices(settings, names, source=source)
     check(spec, devices, question)  # wrong values come before those that are missing
     budgets = None
@@ -81,7 +81,9 @@ def answer(settings: Settings, options: PlanRequest, config: Any, spec: Any, sou
     return replace(plan, asked="reserved by load()") if reserved else plan
 
 
-def _make_question(settings: Settings, options: PlanRequest, spec: Any) -> Question:
+def _make_question(
+    settings: Settings, options: PlanRequest, spec: Any, names: Sequence[str]
+) -> Question:
     num_sequences, max_tokens = options.num_sequences, options.max_tokens
     if options.like_load:
         limit = spec.max_positions or DEFAULT_MAX_TOKENS
@@ -93,6 +95,7 @@ def _make_question(settings: Settings, options: PlanRequest, spec: Any) -> Quest
         max_tokens=max_tokens,
         prefill_chunk=settings.prefill_chunk,
         num_micro_batches=settings.micro_batches,
+        records_steps=_records_steps(settings, names),
         options=replace(_cut_options(settings), choose_count=options.choose_count),
     )
 
@@ -204,12 +207,19 @@ def make_plan(
         max_tokens=max_tokens,
         prefill_chunk=settings.prefill_chunk,
         num_micro_batches=settings.micro_batches,
+        records_steps=_records_steps(settings, [device.name for device in devices]),
         options=_cut_options(settings),
     )
     plan = ask(model, devices, formats, question)
     if not plan.fits:
         raise ValueError(plan.refusal())
     return replace(plan, numerics=describe_formats(settings, formats))
+
+
+def _records_steps(settings: Settings, names: Sequence[str]) -> bool:
+    """Whether stages on GPUs record their decode steps; an int8 KV cache has no kernel there."""
+    on_gpu = any(name != "cpu" for name in names)
+    return settings.cuda_graphs and settings.kv != "int8" and on_gpu
 
 
 def _cut_options(settings: Settings) -> CutOptions:

@@ -35,6 +35,7 @@ class Question:
             limit.
         prefill_chunk: maximum number of prompt tokens in a micro-batch.
         num_micro_batches: number of micro-batches that share the sequences; None: one per stage.
+        records_steps: whether decode steps are CUDA graphs.
         options: how to cut the model into stages.
     """
 
@@ -42,11 +43,18 @@ class Question:
     max_tokens: int | None = None
     prefill_chunk: int = 512
     num_micro_batches: int | None = None
+    records_steps: bool = False
     options: CutOptions = field(default_factory=CutOptions)
 
     def workload(self, num_sequences: int, max_tokens: int) -> Workload:
         """Returns the workload of this question with nothing left open."""
-        return Workload(num_sequences, max_tokens, self.prefill_chunk, self.num_micro_batches)
+        return Workload(
+            num_sequences,
+            max_tokens,
+            self.prefill_chunk,
+            self.num_micro_batches,
+            self.records_steps,
+        )
 
 
 def ask(
@@ -226,7 +234,8 @@ def _suggest_formats(case: _Case) -> Iterator[str]:
 def _suggest_workloads(case: _Case) -> Iterator[str]:
     def most(field: str) -> int:
         def fits(number: int) -> bool:
-            return case.fits(workload=replace(case.workload, **{field: number}))
+            changed: dict[str, Any] = {field: number}
+            return case.fits(workload=replace(case.workload, **changed))
 
         return largest(1, getattr(case.workload, field), fits)
 

@@ -82,8 +82,10 @@ class DecodeGraphs:
         """What `compute` gives for a decode step, without its rows that fill up the bucket."""
         num_rows = micro_batch.num_tokens
         bucket = next(b for b in self._buckets if b >= num_rows)
-        if bucket not in self._graphs:
-            self._graphs[bucket] = self._make(bucket)
+        # The largest first: the others then find room in what it has taken.
+        for size in (self._buckets[-1], bucket):
+            if size not in self._graphs:
+                self._graphs[size] = self._make(size)
         graph = self._graphs[bucket]
         graph.inputs.copy_(self._pin(self._pack(micro_batch, bucket)), non_blocking=True)
         if graph.hidden_states is not None:

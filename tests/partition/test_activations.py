@@ -133,3 +133,25 @@ def test_max_sums_bytes_equals_the_constant_of_the_library():
     source = (ROOT / "csrc" / "ops" / "matmul_cuda.cpp").read_text()
     megabytes = re.search(r"kMaxSumsBytes = (\d+) << 20;", source)
     assert megabytes and int(megabytes[1]) << 20 == MAX_SUMS_BYTES
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("name", ["bloom-176b", "llama-3-70b", "opt-350m"])
+def test_recorded_decode_steps_have_room_of_their_own(monkeypatch, name, last):
+    as_kernels(monkeypatch)
+    spec = describe(load_config(MODELS / name))
+    spec = replace(spec, blocks=spec.blocks[:2])
+    workload = Workload(num_sequences=24, max_tokens=512)
+    without, recorded = (
+        activation_bytes(
+            spec, FORMATS, replace(workload, records_steps=records), first=False, last=last
+        )
+        for records in (False, True)
+    )
+    peak = peak_bytes(spec, workload, [(slot, 511, 1) for slot in range(24)], last)
+    # not seen here: a copy of the logits, partial sums of attention, results that are kept
+    unseen = 24 * spec.vocab_size * 4 if last else 24 * 6 * 2 * spec.hidden_size * 2
+    unseen += 24 * spec.blocks[0].num_heads * 2 * (spec.blocks[0].head_dim + 2) * 4
+    assert recorded - without <= 1.35 * peak + unseen
+    plain_attention = 512 * 4 * 2 * spec.blocks[0].num_heads * spec.blocks[0].head_dim
+    assert peak <= recorded - without + plain_attention
