@@ -72,6 +72,7 @@ class Transport:
         self.num_refused = 0
         self._log = RankLogger(__name__, world.rank)
         self._sent: deque[list[tuple[dist.Work, Tensor]]] = deque()
+        self._on_gpu: deque[tuple[dist.Work, Tensor]] = deque()  # under way over NCCL
         self._received: queue.Queue[Result | BaseException] = queue.Queue(maxsize=BUFFERS)
         self._stream: Any = None
         self._over_nccl = "cuda" in world.groups
@@ -153,6 +154,11 @@ class Transport:
         """Waits until everything sent has left."""
         while self._sent:
             self._wait_for_oldest()
+        try:
+            while self._on_gpu:
+                self._on_gpu.popleft()[0].wait(self._send_timeout)
+        except (RuntimeError, dist.DistError) as error:
+            raise self._lost_target(error) from None
 
     def abort(self) -> None:
         """Closes the connections to both neighbours: what waits on them here gets RankError.
@@ -195,9 +201,19 @@ class Transport:
         return work, tensor  # kept until its copy has left
 
     def _wait_for_oldest(self) -> None:
+        """Waits until the oldest message has left, but for what NCCL sends: a GPU does that.
+
+        Such a tensor is kept until it has left. Its header, which the next rank takes first, is
+        what holds a fast stage back.
+        """
         try:
-            for work, _ in self._sent.popleft():
-                work.wait(self._send_timeout)
+            for work, tensor in self._sent.popleft():
+                if tensor.is_cuda:
+                    self._on_gpu.append((work, tensor))
+                else:
+                    work.wait(self._send_timeout)
+            while self._on_gpu and self._on_gpu[0][0].is_completed():
+                self._on_gpu.popleft()
         except (RuntimeError, dist.DistError) as error:
             raise self._lost_target(error) from None
 

@@ -59,10 +59,19 @@ def test_compute_capability_8_6_and_8_9_run_the_kernels_of_8_0(tile):
             assert len(set(tile(*[(a, M, N, 4096) for a in (80, 86, 89)]))) == 1
 
 
-def test_gpus_without_a_kernel_of_their_own(tile):
-    assert tile((75, 2048, 4096, 4096), (70, 2048, 4096, 4096)) == ["Tiled"] * 2
-    later = tile((100, 2048, 4096, 4096), (120, 2048, 4096, 4096))
-    assert all(name.startswith("Sm80_") for name in later)
+# What every card runs at 16, 128, 512 and 2,048 rows. Cards below 7.5 have no library to load.
+CARDS = {
+    ("Small", "Tiled", "Tiled", "Tiled"): (61, 62, 70, 72, 75),
+    ("Small", "Tiled", "Tiled", "Sm80_128x256x64"): (80, 86, 87, 89, 100, 101, 103, 110, 120, 121),
+    ("Small", "Tiled", "Sm90_128x128x128", "Sm90_256x128x128"): (90,),
+}
+
+
+@pytest.mark.parametrize("kernels", CARDS, ids=lambda kernels: kernels[-1])
+def test_every_compute_capability_has_its_kernels(tile, kernels):
+    for architecture in CARDS[kernels]:
+        shapes = [(architecture, M, 4096, 4096) for M in (16, 128, 512, 2048)]
+        assert tile(*shapes) == list(kernels), architecture
 
 
 def test_unaligned_shapes_go_to_our_own_kernel(tile):

@@ -185,6 +185,81 @@ def test_sampling_on_the_gpu_is_reproducible(stage_device, family):
         assert all(0 <= token < 48 for tokens in first for token in tokens)
 
 
+@pytest.mark.parametrize("name", ["llama", "bloom", "opt"])
+def test_graphs_and_two_steps_in_flight_change_no_token(stage_device, family, name):
+    """In fp32, where the head's sums hardly depend on the number of rows."""
+    sampled = {"temperature": 1.0, "top_p": 0.9, "frequency_penalty": 0.2, "seed": 3}
+    found = []
+    for graphs in (False, True):
+        options = {**OPTIONS, "dtype": "float32", "cuda_graphs": graphs}
+        with dist_int8.load(family(name), devices=[stage_device], **options) as model:
+            ends = {"stop_token_ids": [3, 17]}
+            found.append(
+                [answers(model, prompts(), **how) for how in ({}, sampled, ends, sampled | ends)]
+            )
+    assert found[0] == found[1]
+
+
+def test_a_draw_is_that_of_the_cpu(stage_device, family):
+    """At a temperature that leaves the logits' differences no weight."""
+    hot = {"temperature": 1e4, "seed": 5}
+    with dist_int8.load(family("llama"), devices=["cpu"], dtype="float32", **OPTIONS) as model:
+        expected = answers(model, prompts(), **hot)
+    options = {**OPTIONS, "dtype": "float32"}
+    with dist_int8.load(family("llama"), devices=[stage_device], **options) as model:
+        got = answers(model, prompts(), **hot)
+    same = [
+        a == b
+        for mine, theirs in zip(got, expected, strict=True)
+        for a, b in zip(mine, theirs, strict=True)
+    ]
+    assert sum(same) > 0.9 * len(same)
+
+
+def test_a_steady_decode_never_waits_for_the_gpu(stage_device, gpu_only, family):
+    """torch raises for every wait of its own; what waits for tokens waits for an event."""
+    with dist_int8.load(family("llama"), devices=[stage_device], **OPTIONS) as model:
+        answers(model, prompts())  # records the graphs
+        engine = model._engine
+        chosen = model._encoder.choose(None, {"max_new_tokens": 40, "temperature": 1.0})
+        requests = model._encoder.make_requests(prompts()[:4], chosen)
+        engine.add(requests)
+        while not all(len(request.token_ids) > 2 for request in requests):
+            engine.step()
+        before = sum(len(request.token_ids) for request in requests)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(12):
+                engine.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert sum(len(request.token_ids) for request in requests) > before
+        while not all(request.ended for request in requests):
+            engine.step()
+
+
+def test_a_prompt_beside_sequences_that_decode_never_waits(stage_device, gpu_only, family):
+    options = {**OPTIONS, "dtype": "bfloat16", "prefill_chunk": 8}
+    with dist_int8.load(family("llama"), devices=[stage_device], **options) as model:
+        answers(model, prompts())
+        engine = model._engine
+        chosen = model._encoder.choose(None, {"max_new_tokens": 40})
+        requests = model._encoder.make_requests([prompts()[1], prompts()[4]], chosen)
+        engine.add(requests[:1])
+        while len(requests[0].token_ids) < 3:
+            engine.step()
+        engine.add(requests[1:])
+        engine.step()  # the settings of a sequence that starts
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(6):  # chunks of 8, of 60 tokens
+                engine.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        while not all(request.ended for request in requests):
+            engine.step()
+
+
 @pytest.mark.parametrize("num_hot_columns", [0, 16])
 def test_an_int8_checkpoint_gives_the_logits_of_its_original(
     stage_device, family, tmp_path, num_hot_columns

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import time
+from collections import deque
+from datetime import timedelta
 
 import torch
 
@@ -120,3 +122,39 @@ def test_a_forged_header_is_refused_and_the_next_message_taken(tmp_path, capfd):
 def test_a_closed_connection_names_the_rank(tmp_path):
     text, seconds = run(tmp_path, die, num_results=1)[1]
     assert text.startswith("lost the connection from rank 0") and seconds < 10
+
+
+class WorkOfNCCL:
+    """What torch gives for a send over NCCL: done some time, and nobody needs to wait for it."""
+
+    def __init__(self):
+        self.done = self.waited = False
+
+    def is_completed(self):
+        return self.done
+
+    def wait(self, timeout):
+        assert timeout.total_seconds() == 5.0
+        self.waited = True
+
+
+class OnGPU:
+    is_cuda = True
+
+
+def test_the_host_does_not_wait_for_what_nccl_sends():
+    """NCCL needs GPUs: its works are stood in for here."""
+    transport = object.__new__(Transport)
+    transport._sent, transport._on_gpu, transport.target = deque(), deque(), 1
+    transport._send_timeout = timedelta(seconds=5.0)
+    works = [WorkOfNCCL() for _ in range(3)]
+    for work in works:
+        transport._sent.append([(work, OnGPU())])
+    transport._wait_for_oldest()
+    transport._wait_for_oldest()
+    assert [work.waited for work in works] == [False] * 3 and len(transport._on_gpu) == 2
+    works[0].done = works[1].done = True
+    transport._wait_for_oldest()  # what has left is let go
+    assert [work for work, _ in transport._on_gpu] == works[2:]
+    transport.flush()
+    assert works[2].waited and not transport._on_gpu

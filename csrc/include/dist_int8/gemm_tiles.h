@@ -6,7 +6,11 @@
 //   M     1 .. 32              33 .. 128            129 .. 512            513 ..
 //   9.0   int8_matmul_small    int8_matmul_tiled    wgmma, 128 x 128      wgmma, 256 x 128
 //   8.x   int8_matmul_small    int8_matmul_tiled    int8_matmul_tiled     mma, 128 x 256
+//   10.x  the same, mma from the PTX of 8.0
+//   12.x  the same, mma from the PTX of 8.0
 //   7.5   int8_matmul_small    int8_matmul_tiled    int8_matmul_tiled     int8_matmul_tiled
+//
+// Below 7.5 there are no int8 tensor cores, and nvcc 13 compiles for none of these cards.
 //
 // Our own two kernels read weights once and carry outliers, hot columns, bias and residual along.
 // The CUTLASS kernels multiply faster, but their sums go through memory (int8_finish): that pays
