@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_int8.pipeline.clock import LateSpan, Span
 from dist_int8.pipeline.rules import Rule
 
 UNKNOWN_TOKEN = -1  # the newest token of a sequence, which only the device knows yet
@@ -62,7 +63,7 @@ class MicroBatch:
             micro-batch, their first one.
         settings: float64 [R, len(SAMPLING_FIELDS)].
         rules: (slot, rule) of the sequences in `starts` that have any.
-        spans: (start, end) of the stages that ran it, in order, in nanoseconds of the wall clock.
+        spans: when the stages worked on it, in their order.
     """
 
     kind: Kind
@@ -74,7 +75,7 @@ class MicroBatch:
     starts: Tensor = NO_STARTS
     settings: Tensor = NO_SETTINGS
     rules: list[tuple[int, Rule]] = field(default_factory=list)
-    spans: list[tuple[int, int]] = field(default_factory=list)
+    spans: list[Span | LateSpan] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -100,7 +101,7 @@ class Result:
     lane: int
     step: int
     values: Tensor
-    spans: list[tuple[int, int]] = field(default_factory=list)
+    spans: list[Span | LateSpan] = field(default_factory=list)
     ready: Any = None
 
     def is_ready(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from dist_int8.distributed.world import World
 from dist_int8.errors import ProtocolError, RankError
 from dist_int8.pipeline import schedule
+from dist_int8.pipeline.clock import read_spans
 from dist_int8.pipeline.in_process import InProcessTransport
 from dist_int8.pipeline.microbatch import Kind, MicroBatch, Result
 from dist_int8.pipeline.stage import Stage, give_back_memory
@@ -92,7 +93,7 @@ class Pipeline:
         self._in_flight.popleft()
         done = self._results.popleft()
         done.wait()
-        self.trace.finished(done.spans)
+        self.trace.finished(read_spans(done.spans))
         return done
 
     def _take(self, transport: Transport | InProcessTransport, received: Result) -> None:
@@ -155,9 +156,9 @@ class Pipeline:
 
 def _timed(stage: Stage, micro_batch: MicroBatch, hidden_states: Tensor | None) -> Tensor | Result:
     """Runs the stage and appends the time span to what travels on."""
-    started = time.time_ns()
+    started = stage.clock.start()
     output = stage.run(micro_batch, hidden_states)
-    micro_batch.spans.append((started, time.time_ns()))
+    micro_batch.spans.append(stage.clock.stop(started))
     if isinstance(output, Result):
         output.spans = micro_batch.spans
     return output

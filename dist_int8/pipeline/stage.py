@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_int8.models import DecoderStage, TokenBatch
+from dist_int8.pipeline.clock import StageClock
 from dist_int8.pipeline.graphs import DecodeGraphs, Recorder
 from dist_int8.pipeline.kv_cache import KVCache
 from dist_int8.pipeline.microbatch import Kind, Limits, MicroBatch, Result
@@ -46,6 +47,7 @@ class Stage:
         self.sampler = sampler
         self.graphs: DecodeGraphs | None = None
         self.device = next(iter(model.state_dict().values())).device
+        self.clock = StageClock(self.device)
 
     def use_graphs(self, limits: Limits, record: Recorder) -> None:
         """Replays decode steps from now on, each recorded when its number of rows first comes."""

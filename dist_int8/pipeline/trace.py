@@ -3,7 +3,8 @@
 Every stage notes when it started and ended a micro-batch, and the notes travel to rank 0 with the
 micro-batch itself: no other messages, no files of other hosts. Times are of the wall clock, so on
 several hosts a trace is as exact as their clocks agree; durations and utilisation do not depend on
-it. On a GPU they are those of the host, which runs ahead of the device except where it samples.
+it. On a GPU they are those of the device (`clock`); where stages are processes, those of the host,
+which runs ahead of it, on all but the last.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dist_int8.errors import ProtocolError
+from dist_int8.pipeline.clock import LateSpan, Span, host_spans, read_spans
 from dist_int8.pipeline.microbatch import SAMPLING_FIELDS, Kind, Limits, MicroBatch, Result
 from dist_int8.pipeline.rules import MAX_RULE_WORDS, Rule, pack_rules, unpack_rules
 
@@ -45,7 +46,7 @@ def pack(micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
             micro_batch.emits,
             micro_batch.starts.flatten(),
             micro_batch.settings.flatten().view(torch.int64),
-            _spans_tensor(micro_batch.spans),
+            _spans_tensor(host_spans(micro_batch.spans)),
             *rules,
         ]
     )
@@ -105,11 +106,11 @@ def _control_size(num_tokens: int, num_segments: int, num_starts: int, num_spans
     return num_tokens + num_segments * 4 + num_starts * (2 + len(SAMPLING_FIELDS)) + num_spans * 2
 
 
-def _spans_tensor(spans: list[tuple[int, int]]) -> Tensor:
+def _spans_tensor(spans: list[Span]) -> Tensor:
     return torch.tensor(spans, dtype=torch.int64).flatten()
 
 
-def _spans_list(values: Tensor) -> list[tuple[int, int]]:
+def _spans_list(values: Tensor) -> list[Span | LateSpan]:
     return [(start, end) for start, end in values.view(-1, 2).tolist()]
 
 
@@ -222,7 +223,7 @@ def pack_result(result: Result) -> tuple[Tensor, Tensor]:
     tokens = result.values.dtype == torch.int64
     kind = Kind.TOKENS_RESULT if tokens else Kind.LOGITS_RESULT
     header = _header(int(kind), result.lane, result.step, result.values.shape[0], len(result.spans))
-    return header, _spans_tensor(result.spans)
+    return header, _spans_tensor(read_spans(result.spans))
 
 
 def result_spans_size(header: Tensor) -> int:
