@@ -31,7 +31,7 @@ CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 # The results in benchmarks/results are committed: `make bench RESULTS=benchmarks/results` renews them.
 RESULTS ?= build/benchmarks
 BENCHMARKS := accuracy batch_invariance checkpoint contention decode faults frontier int8_extras \
-    linear pipeline plan serving simulator
+    linear pipeline plan sampling serving simulator
 
 # What `make gpu-bundle` packs for a machine with a GPU and no network (benchmarks/README.md).
 BUNDLE ?= .gpu

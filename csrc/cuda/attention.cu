@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor<T, kQuerie
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kCombineThreads)
+__global__ void __launch_bounds__(kCombineThreads, 8)
     combine_kernel(const __grid_constant__ AttentionArgs args) {
   combine<T>(args);
 }

@@ -13,8 +13,10 @@ UNKNOWN_TOKEN.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -48,8 +50,9 @@ class TokenSampler:
     ) -> None:
         device, rows = torch.device(device), limits.num_slots + 1
         self._keeps_tokens = device.type == "cuda" if keeps_tokens is None else keeps_tokens
-        self._settings = torch.zeros(rows, len(SAMPLING_FIELDS), dtype=torch.float64, device=device)
-        self._settings[:, SAMPLING_FIELDS.index("repetition_penalty")] = 1.0
+        settings = np.zeros((rows, len(SAMPLING_FIELDS)))
+        settings[:, SAMPLING_FIELDS.index("repetition_penalty")] = 1.0
+        self._settings = torch.from_numpy(settings).to(device)
         self._seeds = torch.zeros(rows, dtype=torch.int64, device=device)
         self._newest = torch.zeros(rows, dtype=torch.int32, device=device)
         # From numpy: the operating system hands its zeros out when they are first written.
@@ -68,7 +71,7 @@ class TokenSampler:
             ProtocolError: the settings of a sequence have not arrived.
         """
         self._start(micro_batch)
-        slots = micro_batch.segments[:, 0].tolist()
+        slots = micro_batch.segments.numpy()[:, 0].tolist()
         if unknown := set(slots) - self._started:
             raise ProtocolError(
                 f"control: no sampling settings have arrived for slot {min(unknown)}"
@@ -76,10 +79,17 @@ class TokenSampler:
         return self._processors.keys().isdisjoint(slots)
 
     def fill_in(self, batch: TokenBatch) -> TokenBatch:
-        """The batch with the newest token of its sequence in place of each UNKNOWN_TOKEN."""
-        ids, slots = batch.token_ids, batch.segments.places[:, 0]
-        assert ids is not None and self._keeps_tokens
-        return replace(batch, token_ids=torch.where(ids < 0, self._newest[slots], ids))
+        """The batch with the newest token of its sequence in place of each UNKNOWN_TOKEN.
+
+        Without `keeps_tokens` none is known, and none may be asked for.
+        """
+        if not self._keeps_tokens:
+            return batch
+        ids, slots = batch.token_ids, batch.segments.places.select(1, 0)
+        assert ids is not None
+        return replace(
+            batch, token_ids=torch.where(ids < 0, self._newest.index_select(0, slots), ids)
+        )
 
     def draw(self, logits: Tensor, batch: TokenBatch) -> Tensor:
         """Chooses the tokens after a micro-batch whose sequences have no rarer rules.
@@ -104,9 +114,13 @@ class TokenSampler:
             micro_batch: which sequences it has.
             batch: its tokens on the device.
         """
-        slots = set(micro_batch.segments[:, 0].tolist())
-        penalized = not self._penalized.isdisjoint(slots)
-        if self._keeps_tokens or penalized or not self._processors.keys().isdisjoint(slots):
+        penalized = False
+        writes = self._keeps_tokens
+        if self._penalized or self._processors:  # of other sequences, perhaps
+            slots = micro_batch.segments.numpy()[:, 0].tolist()
+            penalized = not self._penalized.isdisjoint(slots)
+            writes |= penalized or not self._processors.keys().isdisjoint(slots)
+        if writes:
             self._write_down(batch)
         if not len(logits):
             return torch.empty(0, dtype=torch.int64, device=logits.device)
@@ -123,21 +137,23 @@ class TokenSampler:
         table = (batch.slots, batch.lengths, self._settings, self._seeds)
         tokens = ops.sample_tokens(logits, *table)
         if self._keeps_tokens:
-            self._newest[batch.slots] = tokens.int().clamp(min=0)
+            self._newest.index_copy_(0, batch.slots.long(), tokens.int().clamp(min=0))
         return tokens
 
     def _write_down(self, batch: TokenBatch) -> None:
         """Writes the batch's tokens into the history of their sequences."""
         assert batch.token_ids is not None
-        places = batch.segments.places
-        self._history[places[:, 0], places[:, 1]] = batch.token_ids
+        slots, positions, _ = batch.segments.places.long().unbind(1)
+        at = slots * self._history.shape[1] + positions
+        self._history.view(-1).index_copy_(0, at, batch.token_ids)
 
     def _start(self, micro_batch: MicroBatch) -> None:
         """Takes the settings of the sequences that start."""
         if not len(micro_batch.starts):
             return
-        table = micro_batch.settings.clone()
-        for row, slot in enumerate(micro_batch.starts[:, 0].tolist()):
+        table = micro_batch.settings.numpy().copy()
+        slots, seeds = np.ascontiguousarray(micro_batch.starts.numpy().T)
+        for row, slot in enumerate(slots.tolist()):
             settings = dict(zip(SAMPLING_FIELDS, table[row].tolist(), strict=True))
             rules = [rule for started, rule in micro_batch.rules if started == slot]
             self._started.add(slot)
@@ -149,11 +165,11 @@ class TokenSampler:
                 self._processors[slot] = Processors(rules, settings)
                 if self._processors[slot].warps:
                     settings |= _DONE_BY_PROCESSORS
-                    table[row] = torch.tensor(list(settings.values()), dtype=torch.float64)
+                    table[row] = list(settings.values())
         device = self._settings.device
-        slots = _send(micro_batch.starts[:, 0], device)
-        self._settings[slots] = _send(table, device)
-        self._seeds[slots] = _send(micro_batch.starts[:, 1], device)
+        places = _send(slots, device)
+        self._settings.index_copy_(0, places, _send(table, device))
+        self._seeds.index_copy_(0, places, _send(seeds, device))
 
     def _list_processors(self, micro_batch: MicroBatch) -> list[tuple[Processors, int, Tensor]]:
         """Lists, of segments with rules that emit: processors, row, token ids int64 [1, L]."""
@@ -168,8 +184,9 @@ class TokenSampler:
         ]
 
 
-def _send(values: Tensor, device: torch.device) -> Tensor:
+def _send(values: npt.NDArray[Any], device: torch.device) -> Tensor:
     """The values on the device, by a copy that the host does not wait for."""
+    there = torch.from_numpy(values)
     if device.type == "cuda":
-        values = values.contiguous().pin_memory()
-    return values.to(device, non_blocking=True)
+        there = there.pin_memory()
+    return there.to(device, non_blocking=True)

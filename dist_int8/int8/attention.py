@@ -90,10 +90,11 @@ def split_attention(
         return decode(qkv, key_cache, value_cache, segments.places, *args)
     if not first:
         return prefill(qkv, key_cache, value_cache, segments, args)
-    places = segments.places[:first]
+    decoding, prompts = qkv.split([first, len(qkv) - first])
+    places = segments.places.narrow(0, 0, first)
     parts = [
-        decode(qkv[:first], key_cache, value_cache, places, *args),
-        prefill(qkv[first:], key_cache, value_cache, segments, args),
+        decode(decoding, key_cache, value_cache, places, *args),
+        prefill(prompts, key_cache, value_cache, segments, args),
     ]
     return torch.cat(parts)
 

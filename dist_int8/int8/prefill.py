@@ -55,7 +55,8 @@ def attention(
     rows = torch.from_numpy(prompts.rows)
     if not is_usable(qkv.device, qkv.dtype, head_dim, args.alibi_slopes is not None):
         return plain.attention(qkv, key_cache, value_cache, rows, args)
-    place_tokens(qkv, key_cache, value_cache, segments.places[segments.num_decodes :], args)
+    places = segments.places.narrow(0, segments.num_decodes, len(qkv))
+    place_tokens(qkv, key_cache, value_cache, places, args)
     heads = qkv.view(qkv.shape[0], -1, head_dim)
     sizes = [args.num_heads, args.num_kv_heads, args.num_kv_heads]
     query, key, value = heads.split(sizes, dim=1)
@@ -87,8 +88,8 @@ def gather(key_cache: Tensor, value_cache: Tensor, segments: Segments) -> tuple[
     """Keys and values [all tokens of the prompts so far, KV, D], one sequence after the other."""
     assert segments.prompts is not None
     ends = [(slot, start + count) for slot, start, count in segments.prompts.rows.tolist()]
-    keys = [key_cache[slot, :, :, :end].permute(2, 0, 1) for slot, end in ends]
-    values = [value_cache[slot, :, :end].transpose(0, 1) for slot, end in ends]
+    keys = [key_cache.select(0, slot).narrow(2, 0, end).permute(2, 0, 1) for slot, end in ends]
+    values = [value_cache.select(0, slot).narrow(1, 0, end).transpose(0, 1) for slot, end in ends]
     return torch.cat(keys), torch.cat(values)
 
 

@@ -92,12 +92,15 @@ def _sum_up(counts: Ints) -> Ints:
 
 
 def upload(parts: list[Ints], device: torch.device) -> list[Tensor]:
-    """The parts as flat int32 tensors on the device, by one copy that the host does not wait for.
+    """The parts as flat int32 tensors on the device; on a GPU by one copy, without a wait.
 
     The pinned memory it is made from goes back to torch's cache, which gives it away again only
     once the copy is done.
     """
-    whole = torch.from_numpy(np.concatenate([part.ravel() for part in parts]))
+    flat = [part.ravel() for part in parts]
+    if device.type == "cpu":
+        return [torch.from_numpy(part) for part in flat]
+    whole = torch.from_numpy(np.concatenate(flat))
     if device.type == "cuda":
         whole = whole.pin_memory()
-    return list(whole.to(device, non_blocking=True).split([part.size for part in parts]))
+    return list(whole.to(device, non_blocking=True).split([part.size for part in flat]))

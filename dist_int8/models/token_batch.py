@@ -62,9 +62,11 @@ class TokenBatch:
         cls, token_ids: Tensor, segments: Tensor, emits: Tensor, device: torch.device
     ) -> TokenBatch:
         """Makes a batch whose logits are wanted after the segments marked in `emits` [B]."""
-        rows = _ints(segments)
+        rows, emitting = _ints(segments), emits.numpy() != 0
+        if len(rows) == len(token_ids) and emitting.all():  # a decode step: every row is wanted
+            return cls._make(token_ids, rows, None, device)
         ends = rows[:, 2].cumsum(dtype=np.int32) - 1
-        return cls._make(token_ids, rows, ends[emits.numpy() != 0], device)
+        return cls._make(token_ids, rows, ends[emitting], device)
 
     @classmethod
     def _make(

@@ -76,7 +76,7 @@ class DecodeGraphs:
     def take(self, micro_batch: MicroBatch) -> bool:
         """Whether a micro-batch is a decode step: one token of each sequence, all of which emit."""
         num_segments = micro_batch.segments.shape[0]
-        return num_segments == micro_batch.num_tokens and bool(micro_batch.emits.all())
+        return num_segments == micro_batch.num_tokens and bool(micro_batch.emits.numpy().all())
 
     def run(self, micro_batch: MicroBatch, hidden_states: Tensor | None) -> Tensor:
         """What `compute` gives for a decode step, without its rows that fill up the bucket."""
@@ -87,12 +87,12 @@ class DecodeGraphs:
             if size not in self._graphs:
                 self._graphs[size] = self._make(size)
         graph = self._graphs[bucket]
-        graph.inputs.copy_(self._pin(self._pack(micro_batch, bucket)), non_blocking=True)
+        self._upload(self._pack(micro_batch, bucket), graph.inputs)
         if graph.hidden_states is not None:
             assert hidden_states is not None
-            graph.hidden_states[:num_rows].copy_(hidden_states, non_blocking=True)
+            graph.hidden_states.narrow(0, 0, num_rows).copy_(hidden_states, non_blocking=True)
         graph.replay()
-        return graph.output[:num_rows].clone()
+        return graph.output.narrow(0, 0, num_rows).clone()
 
     def _make(self, bucket: int) -> _Graph:
         rows = np.tile(np.array([self._no_slot, 0, 1], np.int32), (bucket, 1))
@@ -118,8 +118,9 @@ class DecodeGraphs:
         parts, _ = TokenBatch.parts_of(ids, rows, None)
         return torch.from_numpy(np.concatenate([part.ravel() for part in parts]))
 
-    def _pin(self, values: Tensor) -> Tensor:
-        return values.pin_memory() if self._device.type == "cuda" else values
+    def _upload(self, values: Tensor, to: Tensor) -> None:
+        """Copies, without a wait: the pinned memory is given away again once the copy is done."""
+        to.copy_(values.pin_memory() if to.is_cuda else values, non_blocking=True)
 
 
 class CudaRecorder:

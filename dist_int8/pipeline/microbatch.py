@@ -81,11 +81,6 @@ class MicroBatch:
     def num_tokens(self) -> int:
         return self.token_ids.numel()
 
-    @property
-    def has_unknown_tokens(self) -> bool:
-        """Whether some token ids are UNKNOWN_TOKEN."""
-        return bool((self.token_ids == UNKNOWN_TOKEN).any())
-
 
 @dataclass
 class Result:

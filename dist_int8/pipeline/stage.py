@@ -87,7 +87,7 @@ class Stage:
         self._check(batch)
         if self.sampler is None:
             return self.model(batch, hidden_states, self.kv_cache)
-        if micro_batch.has_unknown_tokens:
+        if self.model.slice.first:
             batch = self.sampler.fill_in(batch)
         logits = self.model(batch, hidden_states, self.kv_cache)
         return self.sampler.sample(logits, micro_batch, batch)
