@@ -9,9 +9,9 @@ from typing import Any
 
 from dist_int8.config import GenerationSettings
 from dist_int8.engine.rules import find_eos_tokens
-from dist_int8.engine.sampling import NOT_A_TOKEN
 from dist_int8.engine.text import TextStream
 from dist_int8.errors import RequestError
+from dist_int8.int8.sampling_reference import NOT_A_TOKEN
 from dist_int8.pipeline.rules import Rule
 
 

@@ -26,8 +26,6 @@ from dist_int8.int8 import ops
 from dist_int8.models.token_batch import TokenBatch
 from dist_int8.pipeline.microbatch import SAMPLING_FIELDS, Limits, MicroBatch
 
-NOT_A_TOKEN = -1  # in place of a token whose logits are NaN
-
 _PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 _DONE_BY_PROCESSORS = {"temperature": 1.0, "top_k": 0.0, "top_p": 1.0, "min_p": 0.0}
 

@@ -22,7 +22,7 @@ from dist_int8.int8 import plain
 from dist_int8.int8.attention_args import AttentionArgs
 from dist_int8.int8.library import load
 from dist_int8.int8.registry import has_kernel, has_op
-from dist_int8.int8.segments import Segments
+from dist_int8.int8.segments import Prompts, Segments
 
 _log = logging.getLogger(__name__)
 _place_tokens = (
@@ -52,17 +52,16 @@ def attention(
     prompts = segments.prompts
     assert prompts is not None
     head_dim = key_cache.shape[2]
-    rows = torch.from_numpy(prompts.rows)
     if not is_usable(qkv.device, qkv.dtype, head_dim, args.alibi_slopes is not None):
-        return plain.attention(qkv, key_cache, value_cache, rows, args)
+        return plain.attention(qkv, key_cache, value_cache, prompts.rows, args)
     places = segments.places.narrow(0, segments.num_decodes, len(qkv))
     place_tokens(qkv, key_cache, value_cache, places, args)
     heads = qkv.view(qkv.shape[0], -1, head_dim)
     sizes = [args.num_heads, args.num_kv_heads, args.num_kv_heads]
     query, key, value = heads.split(sizes, dim=1)
-    if prompts.rows[:, 1].any():
-        key, value = gather(key_cache, value_cache, segments)
-    out = attend(query, key, value, segments, args)
+    if prompts.sources:
+        key, value = gather(key_cache, value_cache, prompts)
+    out = attend(query, key, value, prompts, args)
     return out.reshape(qkv.shape[0], args.num_heads * head_dim)
 
 
@@ -84,33 +83,30 @@ def place_tokens(
         plain.place_tokens(qkv, key_cache, value_cache, places, args)
 
 
-def gather(key_cache: Tensor, value_cache: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+def gather(key_cache: Tensor, value_cache: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
     """Keys and values [all tokens of the prompts so far, KV, D], one sequence after the other."""
-    assert segments.prompts is not None
-    ends = [(slot, start + count) for slot, start, count in segments.prompts.rows.tolist()]
-    keys = [key_cache.select(0, slot).narrow(2, 0, end).permute(2, 0, 1) for slot, end in ends]
-    values = [value_cache.select(0, slot).narrow(1, 0, end).transpose(0, 1) for slot, end in ends]
+    keys, values = [], []
+    for slot, end in prompts.sources:
+        keys.append(key_cache.select(0, slot).narrow(2, 0, end).permute(2, 0, 1))
+        values.append(value_cache.select(0, slot).narrow(1, 0, end).transpose(0, 1))
     return torch.cat(keys), torch.cat(values)
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, args: AttentionArgs
+    query: Tensor, key: Tensor, value: Tensor, prompts: Prompts, args: AttentionArgs
 ) -> Tensor:
     """Flash attention of query [T, H, D] over key and value [tokens so far, KV, D] -> [T, H, D].
 
     The last token of a segment sees all keys of its sequence, the one before it all but the last.
     """
-    prompts = segments.prompts
-    assert prompts is not None
-    _, starts, counts = prompts.rows.T
     out, *_ = torch.ops.aten._flash_attention_forward(
         query,
         key,
         value,
         prompts.query_ends,
         prompts.key_ends,
-        int(counts.max()),
-        int((starts + counts).max()),
+        prompts.max_queries,
+        prompts.max_keys,
         0.0,
         True,
         False,
@@ -167,7 +163,8 @@ def measure_error(
     generator = torch.Generator().manual_seed(0)
     slopes = torch.tensor([0.5, 0.25], device=device) if has_slopes else None
     rows = torch.tensor([[1, 0, 19], [0, 40, 5]], dtype=torch.int32)
-    segments = Segments.of(rows, device)
+    prompts = Segments.of(rows, device).prompts
+    assert prompts is not None
     error = 0.0
     for window in (0, 17):
         args = AttentionArgs(2, 1, head_dim**-0.5, alibi_slopes=slopes, window=window)
@@ -176,7 +173,7 @@ def measure_error(
         qkv = torch.randn(24, 4 * head_dim, generator=generator).to(device, dtype)
         expected = plain.attention(qkv, keys, values, rows, args)
         query = qkv.view(24, 4, head_dim)[:, :2]
-        got = attend(query, *gather(keys, values, segments), segments, args)
+        got = attend(query, *gather(keys, values, prompts), prompts, args)
         difference = (got.reshape(expected.shape) - expected).abs().max()
         error = max(error, float(difference))
     return error

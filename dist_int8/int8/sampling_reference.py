@@ -26,7 +26,7 @@ SETTINGS = (
 )
 """Columns of `settings`, float64 [S, 8]: a row per slot."""
 
-NOT_A_TOKEN = -1
+NOT_A_TOKEN = -1  # in place of a token whose logits are NaN
 WEIGHT_BITS = 40
 LEAST_EXPONENT = -28.0  # exp(-28) * 2^40 < 1
 _WORD = 2**64 - 1

@@ -21,15 +21,32 @@ Ints = npt.NDArray[np.int32]
 class Prompts(NamedTuple):
     """The segments that are not single tokens of sequences that decode, behind all of those.
 
+    What the host needs of them is worked out once, for all blocks of a stage.
+
     Attributes:
-        rows: int32 [P, 3] on the host, (slot, start, count).
+        rows: int32 [P, 3] on the CPU, (slot, start, count).
+        sources: (slot, tokens so far) of each, where one does not begin its sequence; else none.
+        max_queries: most tokens of a segment.
+        max_keys: most tokens of a sequence so far.
         query_ends: int32 [P + 1] on the device: 0, then tokens up to the end of each segment.
         key_ends: int32 [P + 1] on the device: the same of all tokens of their sequences so far.
     """
 
-    rows: Ints
+    rows: Tensor
+    sources: list[tuple[int, int]]
+    max_queries: int
+    max_keys: int
     query_ends: Tensor
     key_ends: Tensor
+
+    @classmethod
+    def of(cls, rows: Ints, query_ends: Tensor, key_ends: Tensor) -> Prompts:
+        """Makes the prompts of rows [P, 3] on the host and their ends on the device."""
+        slots, starts, counts = rows.T
+        ends = starts + counts
+        sources = list(zip(slots.tolist(), ends.tolist(), strict=True)) if starts.any() else []
+        sizes = (int(counts.max()), int(ends.max()))
+        return cls(torch.from_numpy(rows), sources, *sizes, query_ends, key_ends)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +84,7 @@ class Segments:
             parts += [_sum_up(prompts[:, 2]), _sum_up(prompts[:, 1] + prompts[:, 2])]
 
         def make(there: list[Tensor]) -> Segments:
-            ends = Prompts(prompts, there[1], there[2]) if len(prompts) else None
+            ends = Prompts.of(prompts, there[1], there[2]) if len(prompts) else None
             places = there[0].view(-1, 3)
             on_host = places if ends is None and places.is_cpu else torch.from_numpy(rows)
             return cls(on_host, places, num_decodes, ends)

@@ -14,6 +14,7 @@ others there are, but for a head in 16 bits, which is cuBLAS'.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from dist_int8.models import TokenBatch
 from dist_int8.pipeline.microbatch import MicroBatch
+
+_log = logging.getLogger(__name__)
 
 Replay = Callable[[], object]
 Recorder = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
@@ -72,20 +75,33 @@ class DecodeGraphs:
         self._no_slot = max_rows  # the slot after the last one
         self._buckets = list_buckets(max_rows)
         self._graphs: dict[int, _Graph] = {}
+        self._fails = False
 
     def take(self, micro_batch: MicroBatch) -> bool:
-        """Whether a micro-batch is a decode step: one token of each sequence, all of which emit."""
-        num_segments = micro_batch.segments.shape[0]
-        return num_segments == micro_batch.num_tokens and bool(micro_batch.emits.numpy().all())
+        """Whether `run` serves a micro-batch: a decode step, whose graph is recorded if need be.
+
+        That is one token of each sequence, all of which emit. Where recording fails nothing is
+        taken any more, and a warning says so.
+        """
+        is_step = micro_batch.segments.shape[0] == micro_batch.num_tokens
+        if self._fails or not (is_step and micro_batch.emits.numpy().all()):
+            return False
+        # The largest first: the others then find room in what it has taken.
+        for bucket in (self._buckets[-1], self._find_bucket(micro_batch)):
+            try:
+                if bucket not in self._graphs:
+                    self._graphs[bucket] = self._make(bucket)
+            except RuntimeError as error:  # such as an op that cannot be captured
+                self._fails = True
+                _log.warning(
+                    "decode steps cannot be recorded and are launched one by one: %s", error
+                )
+                return False
+        return True
 
     def run(self, micro_batch: MicroBatch, hidden_states: Tensor | None) -> Tensor:
-        """What `compute` gives for a decode step, without its rows that fill up the bucket."""
-        num_rows = micro_batch.num_tokens
-        bucket = next(b for b in self._buckets if b >= num_rows)
-        # The largest first: the others then find room in what it has taken.
-        for size in (self._buckets[-1], bucket):
-            if size not in self._graphs:
-                self._graphs[size] = self._make(size)
+        """What `compute` gives for a step that `take` has taken, without the rows that fill up."""
+        num_rows, bucket = micro_batch.num_tokens, self._find_bucket(micro_batch)
         graph = self._graphs[bucket]
         self._upload(self._pack(micro_batch, bucket), graph.inputs)
         if graph.hidden_states is not None:
@@ -93,6 +109,9 @@ class DecodeGraphs:
             graph.hidden_states.narrow(0, 0, num_rows).copy_(hidden_states, non_blocking=True)
         graph.replay()
         return graph.output.narrow(0, 0, num_rows).clone()
+
+    def _find_bucket(self, micro_batch: MicroBatch) -> int:
+        return next(b for b in self._buckets if b >= micro_batch.num_tokens)
 
     def _make(self, bucket: int) -> _Graph:
         rows = np.tile(np.array([self._no_slot, 0, 1], np.int32), (bucket, 1))

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dist_int8.config import GenerationSettings
-from dist_int8.engine.sampling import NOT_A_TOKEN, TokenSampler
+from dist_int8.engine.sampling import TokenSampler
 from dist_int8.errors import ProtocolError
-from dist_int8.int8.sampling_reference import SETTINGS
+from dist_int8.int8.sampling_reference import NOT_A_TOKEN, SETTINGS
 from dist_int8.models import TokenBatch
 from dist_int8.pipeline import wire
 from dist_int8.pipeline.microbatch import SAMPLING_FIELDS, Kind, Limits, MicroBatch

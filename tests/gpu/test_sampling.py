@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dist_int8.int8 import ops
+from dist_int8.int8.sampling_reference import SETTINGS
 
 RULES = [
     {"temperature": 0},
@@ -14,22 +15,12 @@ RULES = [
     {"temperature": 1, "top_k": 3000, "min_p": 1e-4},
     {"temperature": 0.01},
 ]
-COLUMNS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition",
-    "presence",
-    "frequency",
-    "prompt",
-)
-NEUTRAL = dict.fromkeys(COLUMNS, 0.0) | {"top_p": 1.0, "repetition": 1.0}
+NEUTRAL = dict.fromkeys(SETTINGS, 0.0) | {"top_p": 1.0, "repetition_penalty": 1.0}
 
 
 def table(rows):
     return torch.tensor(
-        [[float((NEUTRAL | row)[name]) for name in COLUMNS] for row in rows]
+        [[float((NEUTRAL | row)[name]) for name in SETTINGS] for row in rows]
     ).double()
 
 
@@ -50,8 +41,11 @@ def test_penalties_are_those_of_the_cpu(device):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 5000, generator=generator)
     history = torch.randint(0, 5000, (6, 3000), generator=generator, dtype=torch.int32)
-    rows = [{"repetition": 1 + i / 4, "presence": i / 3, "frequency": -i / 5} for i in range(6)]
-    settings = table([row | {"prompt": 400 * i} for i, row in enumerate(rows)])
+    rows = [
+        {"repetition_penalty": 1 + i / 4, "presence_penalty": i / 3, "frequency_penalty": -i / 5}
+        for i in range(6)
+    ]
+    settings = table([row | {"prompt_length": 400 * i} for i, row in enumerate(rows)])
     lengths = torch.tensor([3000, 1, 0, 1500, 2999, 2000], dtype=torch.int32)
     args = (torch.arange(6, dtype=torch.int32), lengths, settings, history)
     expected, got = logits.clone(), logits.to(device)

@@ -237,7 +237,7 @@ def test_hidden_states_of_a_middle_stage_go_through_a_graph():
 
 
 def test_only_decode_steps_are_taken():
-    graphs = DecodeGraphs(lambda *_: None, FakeRecorder(), torch.device("cpu"), 4, None)
+    graphs = DecodeGraphs(lambda *_: torch.zeros(1), FakeRecorder(), torch.device("cpu"), 4, None)
     kind = {"token_ids": torch.zeros(3).long(), "emits": torch.ones(2).long()}
     rows = torch.tensor([[0, 5, 1], [1, 0, 2]], dtype=torch.int32)
     assert not graphs.take(MicroBatch(Kind.STEP, segments=rows, **kind))
@@ -245,3 +245,16 @@ def test_only_decode_steps_are_taken():
     assert graphs.take(MicroBatch(Kind.STEP, segments=rows, **kind))
     kind["emits"][0] = 0  # a chunk of one token that does not end its prompt
     assert not graphs.take(MicroBatch(Kind.STEP, segments=rows, **kind))
+
+
+def test_steps_that_cannot_be_recorded_run_as_before(plain, ready, caplog):
+    make_ready(ready)
+    tried = []
+
+    def fail(work):
+        tried.append(work)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    ready._engine.pipeline.stage.use_graphs(ready._engine.limits, fail)
+    assert answers(ready, prompts()) == answers(plain, prompts())
+    assert len(tried) == 1 and caplog.text.count("cannot be recorded") == 1
