@@ -104,8 +104,9 @@ class Driver:
         self._line = _Line()
         self._owner = owner
         self._thread = _DriverThread(target=self._line.work, name="dist_int8 driver", daemon=True)
-        self._thread.start()
+        # Before the thread starts: an exception of a signal handler may come while it does.
         weakref.finalize(self, self._line.put, None).atexit = False
+        self._thread.start()
         if begin is not None:
             self.call(begin)
 

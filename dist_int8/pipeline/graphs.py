@@ -28,6 +28,7 @@ from dist_int8.pipeline.microbatch import MicroBatch
 _log = logging.getLogger(__name__)
 
 Replay = Callable[[], object]
+Compute = Callable[[TokenBatch, Tensor | None], Tensor]
 Recorder = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
 """Records a function without arguments; returns what runs it again, and what it wrote its result
 to."""
@@ -52,8 +53,6 @@ class DecodeGraphs:
     """The graphs of one stage, recorded when a step of their number of rows first comes.
 
     Args:
-        compute: of a batch and hidden states [rows, hidden_size] (None on the first stage): hidden
-            states or tokens, all rows of it; without a look at the host.
         record: what records it.
         device: of the stage.
         max_rows: the most rows of a step: the number of slots.
@@ -62,13 +61,11 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        compute: Callable[[TokenBatch, Tensor | None], Tensor],
         record: Recorder,
         device: torch.device,
         max_rows: int,
         hidden: tuple[int, torch.dtype] | None,
     ) -> None:
-        self._compute = compute
         self._record = record
         self._device = device
         self._hidden = hidden
@@ -77,11 +74,17 @@ class DecodeGraphs:
         self._graphs: dict[int, _Graph] = {}
         self._fails = False
 
-    def take(self, micro_batch: MicroBatch) -> bool:
+    def take(self, micro_batch: MicroBatch, compute: Compute) -> bool:
         """Whether `run` serves a micro-batch: a decode step, whose graph is recorded if need be.
 
         That is one token of each sequence, all of which emit. Where recording fails nothing is
         taken any more, and a warning says so.
+
+        Args:
+            micro_batch: any.
+            compute: what is recorded, of a batch and hidden states [rows, hidden_size] (None on the
+                first stage): hidden states or tokens, all rows of it; without a look at the host.
+                Not kept: it refers to the stage.
         """
         is_step = micro_batch.segments.shape[0] == micro_batch.num_tokens
         if self._fails or not (is_step and micro_batch.emits.numpy().all()):
@@ -90,7 +93,7 @@ class DecodeGraphs:
         for bucket in (self._buckets[-1], self._find_bucket(micro_batch)):
             try:
                 if bucket not in self._graphs:
-                    self._graphs[bucket] = self._make(bucket)
+                    self._graphs[bucket] = self._make(bucket, compute)
             except RuntimeError as error:  # such as an op that cannot be captured
                 self._fails = True
                 _log.warning(
@@ -100,7 +103,7 @@ class DecodeGraphs:
         return True
 
     def run(self, micro_batch: MicroBatch, hidden_states: Tensor | None) -> Tensor:
-        """What `compute` gives for a step that `take` has taken, without the rows that fill up."""
+        """The result of a step that `take` has taken, without the rows that fill up."""
         num_rows, bucket = micro_batch.num_tokens, self._find_bucket(micro_batch)
         graph = self._graphs[bucket]
         self._upload(self._pack(micro_batch, bucket), graph.inputs)
@@ -113,7 +116,7 @@ class DecodeGraphs:
     def _find_bucket(self, micro_batch: MicroBatch) -> int:
         return next(b for b in self._buckets if b >= micro_batch.num_tokens)
 
-    def _make(self, bucket: int) -> _Graph:
+    def _make(self, bucket: int, compute: Compute) -> _Graph:
         rows = np.tile(np.array([self._no_slot, 0, 1], np.int32), (bucket, 1))
         parts, make_batch = TokenBatch.parts_of(np.zeros(bucket, np.int32), rows, None)
         inputs = torch.from_numpy(np.concatenate([part.ravel() for part in parts]))
@@ -123,7 +126,7 @@ class DecodeGraphs:
         if self._hidden is not None:
             size, dtype = self._hidden
             hidden_states = torch.zeros(bucket, size, dtype=dtype, device=self._device)
-        replay, output = self._record(lambda: self._compute(batch, hidden_states))
+        replay, output = self._record(lambda: compute(batch, hidden_states))
         return _Graph(inputs, hidden_states, replay, output)
 
     def _pack(self, micro_batch: MicroBatch, bucket: int) -> Tensor:

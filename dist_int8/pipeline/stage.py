@@ -52,7 +52,6 @@ class Stage:
     def use_graphs(self, limits: Limits, record: Recorder) -> None:
         """Replays decode steps from now on, each recorded when its number of rows first comes."""
         self.graphs = DecodeGraphs(
-            self._compute,
             record,
             device=self.device,
             max_rows=limits.num_slots,
@@ -65,7 +64,7 @@ class Stage:
         if micro_batch.kind == Kind.LOGITS:
             return self._run_logits(micro_batch, hidden_states)
         on_device = self.sampler is None or self.sampler.take_settings(micro_batch)
-        if self.graphs is not None and on_device and self.graphs.take(micro_batch):
+        if self.graphs is not None and on_device and self.graphs.take(micro_batch, self._compute):
             output = self.graphs.run(micro_batch, hidden_states)
         else:
             output = self._run_eagerly(micro_batch, hidden_states)

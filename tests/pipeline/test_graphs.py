@@ -6,6 +6,8 @@ on the same memory, and nothing else. A Python value that was read meanwhile is 
 recording.
 """
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -216,7 +218,7 @@ def test_hidden_states_of_a_middle_stage_go_through_a_graph():
         return hidden_states * batch.lengths[:, None] + batch.token_ids[:, None]
 
     recorder, cpu = FakeRecorder(), torch.device("cpu")
-    graphs = DecodeGraphs(compute, recorder, cpu, max_rows=12, hidden=(3, torch.float32))
+    graphs = DecodeGraphs(recorder, cpu, max_rows=12, hidden=(3, torch.float32))
     for num_rows in (5, 7, 2, 12, 6):
         slots = torch.randperm(12)[:num_rows]
         positions = torch.randint(0, 50, (num_rows,))
@@ -228,7 +230,7 @@ def test_hidden_states_of_a_middle_stage_go_through_a_graph():
             segments=segments,
             emits=torch.ones(num_rows, dtype=torch.int64),
         )
-        assert graphs.take(micro_batch)
+        assert graphs.take(micro_batch, compute)
         hidden_states = torch.randn(num_rows, 3)
         got = graphs.run(micro_batch, hidden_states)
         expected = hidden_states * (positions + 1)[:, None] + token_ids[:, None]
@@ -237,14 +239,19 @@ def test_hidden_states_of_a_middle_stage_go_through_a_graph():
 
 
 def test_only_decode_steps_are_taken():
-    graphs = DecodeGraphs(lambda *_: torch.zeros(1), FakeRecorder(), torch.device("cpu"), 4, None)
+    graphs = DecodeGraphs(FakeRecorder(), torch.device("cpu"), 4, None)
+
+    def takes(rows, kind):
+        micro_batch = MicroBatch(Kind.STEP, segments=rows, **kind)
+        return graphs.take(micro_batch, lambda *_: torch.zeros(1))
+
     kind = {"token_ids": torch.zeros(3).long(), "emits": torch.ones(2).long()}
     rows = torch.tensor([[0, 5, 1], [1, 0, 2]], dtype=torch.int32)
-    assert not graphs.take(MicroBatch(Kind.STEP, segments=rows, **kind))
+    assert not takes(rows, kind)
     rows[1, 2], kind["token_ids"] = 1, torch.zeros(2).long()
-    assert graphs.take(MicroBatch(Kind.STEP, segments=rows, **kind))
+    assert takes(rows, kind)
     kind["emits"][0] = 0  # a chunk of one token that does not end its prompt
-    assert not graphs.take(MicroBatch(Kind.STEP, segments=rows, **kind))
+    assert not takes(rows, kind)
 
 
 def test_steps_that_cannot_be_recorded_run_as_before(plain, ready, caplog):
@@ -258,3 +265,15 @@ def test_steps_that_cannot_be_recorded_run_as_before(plain, ready, caplog):
     ready._engine.pipeline.stage.use_graphs(ready._engine.limits, fail)
     assert answers(ready, prompts()) == answers(plain, prompts())
     assert len(tried) == 1 and caplog.text.count("cannot be recorded") == 1
+
+
+def test_a_stage_with_graphs_is_freed_without_a_garbage_collection(ready):
+    make_ready(ready)
+    answers(ready, prompts((3,)))
+    stage = weakref.ref(ready._engine.pipeline.stage)
+    gc.disable()
+    try:
+        ready.shutdown()
+        assert stage() is None
+    finally:
+        gc.enable()
