@@ -19,7 +19,7 @@ from records import Records, make_parser
 from timing import environment
 from torch import Tensor
 
-from dist_int8.int8 import kv, ops, prefill, reference
+from dist_int8.int8 import ops, prefill, reference
 from dist_int8.int8.kv import Int8KV
 from dist_int8.int8.layouts import transform_layout
 
@@ -94,7 +94,9 @@ def cases() -> Iterator[Case]:
     yield "activation_quantize", gelu, (x,)
     for name, counts in (("decode", (1, 1)), ("prefill", (5, 1))):
         yield f"attention, {name}", attend, (random(sum(counts), 12 * 64).to(DTYPE), counts)
-    yield "int8_kv_attention", attend_int8, (random(2, 12 * 64).to(DTYPE), (1, 1))
+    qkv = random(2, 12 * 64).to(DTYPE)
+    yield "int8_kv_attention", attend_int8, (qkv, (1, 1))
+    yield "attention_quantize", lambda *a: values(attend(*a, SETTINGS)), (qkv, (1, 1))
     yield "place_tokens", place, (random(6, 12 * 64).to(DTYPE),)
     logits = 3 * random(4, 32_000)
     yield "sample_tokens", draw, (logits,)
@@ -123,9 +125,12 @@ def segments_of(counts: tuple[int, ...]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32)
 
 
-def attend(qkv: Tensor, counts: tuple[int, ...]) -> Tensor:
+def attend(qkv: Tensor, counts: tuple[int, ...], quantization: Any = None) -> Any:
     keys, cache = random(2, 2, 64, 96).to(qkv), random(2, 2, 96, 64, seed=1).to(qkv)
-    return ops.attention(qkv, keys, cache, segments_of(counts), HEADS)
+    arguments = (qkv, keys, cache, segments_of(counts), HEADS)
+    if quantization is None:
+        return ops.attention(*arguments)
+    return ops.attention_quantize(*arguments, *quantization)
 
 
 def attend_int8(qkv: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -135,7 +140,7 @@ def attend_int8(qkv: Tensor, counts: tuple[int, ...]) -> Tensor:
         int8 = torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
         return Int8KV(int8.to(qkv.device), torch.full((2, 2, 96), 0.01, device=qkv.device))
 
-    return kv.attention(qkv, cache(2, 2, 64, 96), cache(2, 2, 96, 64), segments_of(counts), HEADS)
+    return ops.attention(qkv, cache(2, 2, 64, 96), cache(2, 2, 96, 64), segments_of(counts), HEADS)
 
 
 def place(qkv: Tensor) -> Tensor:

@@ -1,28 +1,17 @@
 #include "cuda/attention.cuh"
+#include "cuda/attention_combine.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/row_launch.cuh"
 
 namespace dist_int8 {
 namespace {
 
 using namespace attention;
 
-// More queries keep more sums in registers, fp32 and unaligned rows more addresses.
-template <typename T, int kQueries, bool kAligned>
-constexpr int blocks_per_multiprocessor() {
-  if (!kAligned || kQueries > 2) return 2;
-  return (kQueries == 1 ? 4 : 3) - (sizeof(T) == 4 ? 1 : 0);
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    place_kernel(const __grid_constant__ AttentionArgs args, int64_t blocks_per_token) {
-  place<T>(args, blocks_per_token);
-}
-
-template <typename T, int kQueries, bool kAligned>
-__global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor<T, kQueries, kAligned>())
+template <typename T, typename Cell, int kMaxDim>
+__global__ void __launch_bounds__(32 * kMaxWarps, 2)
     attend_kernel(const __grid_constant__ AttentionArgs args, int64_t chunks, int64_t items) {
-  attend<T, kQueries, kAligned>(args, chunks, items);
+  attend<T, Cell, kMaxDim>(args, chunks, items);
 }
 
 template <typename T>
@@ -31,64 +20,69 @@ __global__ void __launch_bounds__(kCombineThreads, 8)
   combine<T>(args);
 }
 
-template <typename T, int kQueries, bool kAligned>
+template <typename T, int kSpans>
+__global__ void __launch_bounds__(rows::max_threads(kSpans), 1)
+    combine_quantize_kernel(const __grid_constant__ AttentionQuantizeArgs args, int num_kept) {
+  combine_quantize<T, kSpans>(args, num_kept);
+}
+
+template <typename T, typename Cell, int kMaxDim>
 const char* launch_attend(const AttentionArgs& args, void* stream) {
-  int device = 0, multiprocessors = 0;
+  int device = 0, multiprocessors = 0, block_bytes = 0, multiprocessor_bytes = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
+  const auto ask = [&](int* value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
+  };
+  ask(&multiprocessors, cudaDevAttrMultiProcessorCount);
+  ask(&block_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ask(&multiprocessor_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  const int64_t items = num_items(args, kQueries), chunks = num_chunks(args, kQueries);
-  const int64_t most =
-      int64_t{multiprocessors} * blocks_per_multiprocessor<T, kQueries, kAligned>();
-  const dim3 grid(static_cast<unsigned>(items < most ? items : most));
-  return launch(attend_kernel<T, kQueries, kAligned>, grid, kThreads,
-                shared_bytes(args.head_dim, kQueries), stream, args, chunks, items);
+  const Launch how = choose_launch<Cell>(args.head_dim, block_bytes);
+  // As many blocks as fit at once: a block also takes 1 KiB for itself, and registers allow 2.
+  int64_t blocks = multiprocessor_bytes / (how.shared_bytes + 1024);
+  blocks = multiprocessors * (blocks < 1 ? 1 : blocks > 4 ? 4 : blocks);
+  const int64_t items = num_items(args), chunks = num_chunks(args);
+  const dim3 grid(static_cast<unsigned>(items < blocks ? items : blocks));
+  return launch(attend_kernel<T, Cell, kMaxDim>, grid, 32 * how.num_warps, how.shared_bytes, stream,
+                args, chunks, items);
 }
 
-template <typename T, bool kAligned>
+template <typename T, typename Cell>
 const char* launch_attend(const AttentionArgs& args, void* stream) {
-  switch (queries_per_block(args.num_heads / args.num_kv_heads)) {
-    case 1:
-      return launch_attend<T, 1, kAligned>(args, stream);
-    case 2:
-      return launch_attend<T, 2, kAligned>(args, stream);
-    default:
-      return launch_attend<T, 4, kAligned>(args, stream);
-  }
+  if (args.head_dim <= 64) return launch_attend<T, Cell, 64>(args, stream);
+  if (args.head_dim <= 128) return launch_attend<T, Cell, 128>(args, stream);
+  return launch_attend<T, Cell, kMaxHeadDim>(args, stream);
 }
 
-template <typename T>
-const char* launch_all(const AttentionArgs& args, void* stream) {
-  const int64_t per_token = place_blocks_per_token(args);
-  const dim3 place_grid(static_cast<unsigned>(args.num_rows * per_token));
-  if (const char* error =
-          launch(place_kernel<T>, place_grid, kThreads, 0, stream, args, per_token)) {
-    return error;
-  }
-  const char* error = is_aligned(args) ? launch_attend<T, true>(args, stream)
-                                       : launch_attend<T, false>(args, stream);
-  if (error != nullptr) return error;
-  const int64_t heads_per_block = kCombineThreads / 32;
-  const int64_t blocks = (args.num_rows * args.num_heads + heads_per_block - 1) / heads_per_block;
-  return launch(combine_kernel<T>, dim3(static_cast<unsigned>(blocks)), kCombineThreads, 0, stream,
-                args);
+const char* launch_attend(const AttentionArgs& args, void* stream) {
+  return rows::with_type(args.type, [&](auto tag) {
+    using T = decltype(tag);
+    return args.key_scale != nullptr ? launch_attend<T, int8_t>(args, stream)
+                                     : launch_attend<T, T>(args, stream);
+  });
 }
 
 }  // namespace
 
 const char* cuda_attention(const AttentionArgs& args, void* stream) {
   if (args.num_rows == 0) return nullptr;
-  switch (args.type) {
-    case DataType::kFloat32:
-      return launch_all<float>(args, stream);
-    case DataType::kBFloat16:
-      return launch_all<BFloat16>(args, stream);
-    case DataType::kFloat16:
-      return launch_all<Float16>(args, stream);
-  }
-  return "an unknown dtype";
+  if (const char* error = launch_attend(args, stream)) return error;
+  const int64_t heads_per_block = kCombineThreads / 32;
+  const int64_t blocks = (args.num_rows * args.num_heads + heads_per_block - 1) / heads_per_block;
+  return rows::with_type(args.type, [&](auto tag) {
+    return launch(combine_kernel<decltype(tag)>, dim3(static_cast<unsigned>(blocks)),
+                  kCombineThreads, 0, stream, args);
+  });
+}
+
+const char* cuda_attention_quantize(const AttentionQuantizeArgs& args, void* stream) {
+  if (args.num_rows == 0) return nullptr;
+  if (const char* error = launch_attend(args.attention, stream)) return error;
+  return rows::with_type(args.attention.type, [&](auto tag) {
+    using T = decltype(tag);
+    return rows::launch_quantized(combine_quantize_kernel<T, 1>, combine_quantize_kernel<T, 2>,
+                                  args, stream);
+  });
 }
 
 }  // namespace dist_int8

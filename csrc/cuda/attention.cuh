@@ -1,66 +1,52 @@
-// attention for decoding: one new token per segment, in three kernels.
+// attention for decoding: one new token per segment, in two kernels.
 //
-//   place    rotates the new keys and writes keys and values to the caches
 //   attend   a block takes one key-value head of one segment and one split of its context, and
-//   reads
-//            keys and values once for up to kQueries of the heads that share them
-//   combine  adds the splits of a context, in rising order
+//            reads keys and values once for up to kQueries of the heads that share them. The block
+//            with the end of the context also places the new key and value: it writes them to the
+//            caches, and into the tiles that its warps have loaded
+//   combine  (attention_combine.cuh) adds the splits of a context, in rising order
 //
-// attend goes through its split in tiles of 256 positions that start at multiples of 256:
+// Warps share nothing until the end: each takes every num_warps()-th tile of the split through a
+// ring of its own, filled by asynchronous copies two tiles ahead, keys and values in turn. The
+// running maximum and sum are those of Milakov and Gimelshein 2018 (arXiv:1805.02867), per warp;
+// the warps' results are added in their order.
 //
-//   scores   keys lie transposed, [D, L]. A lane loads 16 bytes, kVec neighbouring positions of one
-//            d; the lanes of a warp are 32 positions x kVec values of d. An exchange that halves
-//            the values at each step (a reduce-scatter) then leaves every thread one position.
-//   softmax  running maximum and sum (Milakov and Gimelshein 2018, arXiv:1805.02867)
-//   values   [L, D]: a thread keeps kValueVec values of d and takes every few positions
-//
-// Tiles, splits and all orders of sums depend on the cache's length, the position and the window
-// alone: a token's result is the same bits in every batch.
+// Tiles start at multiples of their size, and tiles, splits and all orders of sums depend on the
+// cache's length, the position, the window and the GPU alone: a token's result is the same bits in
+// every batch.
 #pragma once
 
-#include "cuda/token.cuh"
+#include "cuda/attention_softmax.cuh"
+#include "cuda/quantize_head.cuh"
 #include "dist_int8/cuda_kernels.h"
 
 namespace dist_int8 {
 namespace attention {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-constexpr int kTile = 256;  // positions; one per thread
+constexpr int kMaxWarps = 4;
 constexpr int kMaxHeadDim = 256;
-constexpr int kMaxQueries = 4;
-constexpr int kPlacePerThread = 4;
-constexpr int kCombineThreads = 128;
+constexpr int kHeadDimUnit = 16;  // D and L are multiples of it
 
-// Heads that one block serves.
-inline int queries_per_block(int64_t group) { return group >= 3 ? 4 : static_cast<int>(group); }
-
-inline int64_t num_chunks(const AttentionArgs& args, int queries) {
+inline int64_t num_chunks(const AttentionArgs& args) {
   const int64_t group = args.num_heads / args.num_kv_heads;
-  return (group + queries - 1) / queries;
+  return (group + kQueries - 1) / kQueries;
 }
 
-inline int64_t num_items(const AttentionArgs& args, int queries) {
-  return args.num_rows * args.num_kv_heads * num_chunks(args, queries) * args.num_splits;
+inline int64_t num_items(const AttentionArgs& args) {
+  return args.num_rows * args.num_kv_heads * num_chunks(args) * args.num_splits;
 }
 
-inline int64_t place_blocks_per_token(const AttentionArgs& args) {
-  const int64_t elements = args.num_kv_heads * args.head_dim;
-  return (elements + kThreads * kPlacePerThread - 1) / (kThreads * kPlacePerThread);
-}
-
-inline int shared_bytes(int64_t head_dim, int queries) {
-  const int64_t floats =
-      head_dim * queries + kTile * queries + kWarps * queries + kThreads * (16 / 2);
-  return static_cast<int>(floats * 4);
-}
-
-// Vector accesses need every row of the caches to start at a multiple of 16 bytes.
-inline bool is_aligned(const AttentionArgs& args) {
-  const int64_t vec = args.type == DataType::kFloat32 ? 4 : 8;
-  return args.max_tokens % vec == 0 && args.head_dim % vec == 0 &&
-         reinterpret_cast<uintptr_t>(args.key_cache) % 16 == 0 &&
-         reinterpret_cast<uintptr_t>(args.value_cache) % 16 == 0;
+// As many warps as have room for a ring, and the block's shared memory with them.
+struct Launch {
+  int num_warps;
+  int shared_bytes;
+};
+template <typename Cell>
+inline Launch choose_launch(int64_t head_dim, int max_shared_bytes) {
+  const SharedLayout s = shared_layout<Cell>(static_cast<int>(head_dim));
+  int warps = kMaxWarps;
+  while (warps > 1 && s.rings + warps * kUnits * s.unit > max_shared_bytes) warps /= 2;
+  return Launch{warps, s.rings + warps * kUnits * s.unit};
 }
 
 template <typename T>
@@ -69,283 +55,228 @@ DIST_INT8_DEVICE const T* qkv_head(const AttentionArgs& args, int64_t b, int64_t
   return static_cast<const T*>(args.qkv) + (b * width + head) * args.head_dim;
 }
 
-// Grid: num_rows * place_blocks_per_token blocks.
-template <typename T>
-DIST_INT8_DEVICE void place(const AttentionArgs& args, int64_t blocks_per_token) {
+// The power of two that brings a number into [2^13, 2^14); 1 where there is none.
+DIST_INT8_DEVICE float unit_factor(float absmax, float* undo) {
+  const int exponent = static_cast<int>(bits_from_float(absmax) >> 23);
+  const bool usable = exponent >= 14 && exponent < 255;
+  *undo = usable ? float_from_bits(static_cast<uint32_t>(exponent - 13) << 23) : 1.0f;
+  return usable ? float_from_bits(static_cast<uint32_t>(267 - exponent) << 23) : 1.0f;
+}
+
+// False where there is nothing to do.
+DIST_INT8_DEVICE bool find_item(const AttentionArgs& args, int64_t index, int64_t chunks,
+                                Item* item) {
+  // Splits are the slowest: those beyond the end of a context come last and cost next to nothing.
+  const int64_t KV = args.num_kv_heads, group = args.num_heads / KV;
+  const int64_t chunk = index % chunks;
+  item->kv_head = index / chunks % KV;
+  item->row = index / (chunks * KV) % args.num_rows;
+  item->split = index / (chunks * KV * args.num_rows);
+  item->token = token_of(args, item->row);
+  if (!item->token.valid) return false;
+  const int64_t split_start = item->split * args.split_tokens;
+  const int64_t split_end = split_start + args.split_tokens, position = item->token.position;
+  const bool is_last = position < split_end;
+  item->start = static_cast<int>(split_start > item->token.first ? split_start : item->token.first);
+  item->end = static_cast<int>(is_last ? position + 1 : split_end);
+  item->new_position = is_last ? static_cast<int>(position) : -1;
+  item->first_head = item->kv_head * group + chunk * kQueries;
+  const int64_t left = group - chunk * kQueries;
+  item->num_queries = static_cast<int>(left < kQueries ? left : kQueries);
+  return item->start < item->end;
+}
+
+// A warp's queries to shared memory: rotated, times scale and a power of two, in two parts.
+template <typename T, typename Cell, int kMaxDim>
+DIST_INT8_DEVICE void prepare_queries(const AttentionArgs& args, const Item& item,
+                                      const SharedLayout& s, unsigned char* shared) {
+  using namespace device;
+  const int D = static_cast<int>(args.head_dim);
+  for (int g = warp_index(); g < kQueries; g += num_warps()) {
+    float mine[kMaxDim / 32] = {};  // pairs of neighbours
+    float absmax = 0.0f;
+    DIST_INT8_UNROLL
+    for (int i = 0; i < (kMaxDim + 63) / 64; ++i) {
+      DIST_INT8_UNROLL
+      for (int e = 0; e < 2; ++e) {
+        const int d = i * 64 + lane_index() * 2 + e;
+        if (g >= item.num_queries || d >= D) continue;
+        const T* head = qkv_head<T>(args, item.row, item.first_head + g);
+        mine[2 * i + e] = rotated(args, head, item.token.position, d) * args.scale;
+        absmax = Largest::combine(fabsf(mine[2 * i + e]), absmax);
+      }
+    }
+    float undo = 1.0f, factor = 1.0f;
+    if constexpr (!Tile<Cell>::kIsFloat) factor = unit_factor(warp_reduce<Largest>(absmax), &undo);
+    DIST_INT8_UNROLL
+    for (int i = 0; i < (kMaxDim + 63) / 64; ++i) {
+      const int d = i * 64 + lane_index() * 2;
+      if (d >= D) continue;
+      unsigned char* row = shared + g * s.query_stride;
+      if constexpr (Tile<Cell>::kIsFloat) {
+        reinterpret_cast<float*>(row)[d] = mine[2 * i];
+        reinterpret_cast<float*>(row)[d + 1] = mine[2 * i + 1];
+      } else {
+        uint32_t* high = reinterpret_cast<uint32_t*>(row + d * 2);
+        uint32_t* low = reinterpret_cast<uint32_t*>(row + kQueries * s.query_stride + d * 2);
+        split_pair<typename OperandOf<Cell>::Type>(mine[2 * i] * factor, mine[2 * i + 1] * factor,
+                                                   high, low);
+      }
+    }
+    if (lane_index() == 0) reinterpret_cast<float*>(shared + s.undo)[g] = undo;
+  }
+}
+
+// The new key (0) and value (1) to shared memory and, by one block, to the caches.
+template <typename T, typename Cell, int kMaxDim>
+DIST_INT8_DEVICE void place_new(const AttentionArgs& args, const Item& item, const SharedLayout& s,
+                                unsigned char* shared) {
   using namespace device;
   const int64_t H = args.num_heads, KV = args.num_kv_heads, D = args.head_dim;
-  const int64_t L = args.max_tokens, b = block_x() / blocks_per_token;
-  const Token token = token_of(args, b);
-  if (!token.valid) return;
-  int64_t i = block_x() % blocks_per_token * (kThreads * kPlacePerThread) + thread_index();
-  DIST_INT8_UNROLL
-  for (int step = 0; step < kPlacePerThread; ++step, i += kThreads) {
-    if (i >= KV * D) return;
-    const int64_t h = i / D, d = i % D;
-    T* keys = static_cast<T*>(args.key_cache) + (token.slot * KV + h) * D * L;
-    T* values = static_cast<T*>(args.value_cache) + (token.slot * KV + h) * L * D;
-    narrow(rotated(args, qkv_head<T>(args, b, H + h), token.position, d),
-           &keys[d * L + token.position]);
-    values[token.position * D + d] = qkv_head<T>(args, b, H + KV + h)[d];
-  }
-}
-
-template <int kCount>
-struct alignas(kCount * 4) Floats {
-  float at[kCount];
-};
-
-// kVec neighbours from memory that ends after `available` of them.
-template <typename T, int kVec, bool kAligned>
-DIST_INT8_DEVICE void load_vector(const T* from, int64_t available, T (&to)[kVec]) {
-  if constexpr (kAligned) {
-    const device::Vector16 raw = device::load16(from);
-    memcpy(to, &raw, sizeof(to));
-  } else {
+  const int64_t L = args.max_tokens, position = item.token.position;
+  const int64_t head = item.token.slot * KV + item.kv_head;
+  const bool writes = item.first_head == item.kv_head * (H / KV);
+  for (int which = warp_index(); which < 2; which += num_warps()) {
+    const T* from = qkv_head<T>(args, item.row, H + which * KV + item.kv_head);
+    float mine[kMaxDim / 32];
     DIST_INT8_UNROLL
-    for (int i = 0; i < kVec; ++i) to[i] = i < available ? from[i] : T{};
-  }
-}
-
-// Lanes that differ in one bit of their number swap halves of what they hold and add up, bit after
-// bit, until one entry of `sums` is left: that of the number of the bits exchanged.
-template <int kOffset, int kKept, int kCount, int kQueries>
-DIST_INT8_DEVICE void exchange_halves(float (&sums)[kCount][kQueries]) {
-  if constexpr (kKept >= 1) {
-    const bool upper = (device::lane_index() & kOffset) != 0;
-    DIST_INT8_UNROLL
-    for (int p = 0; p < kKept; ++p) {
-      DIST_INT8_UNROLL
-      for (int g = 0; g < kQueries; ++g) {
-        const float keep = upper ? sums[p + kKept][g] : sums[p][g];
-        const float send = upper ? sums[p][g] : sums[p + kKept][g];
-        sums[p][g] = keep + device::warp_shuffle_xor(send, kOffset);
-      }
+    for (int i = 0; i < kMaxDim / 32; ++i) {
+      const int64_t d = i * 32 + lane_index();
+      mine[i] = 0.0f;
+      if (d < D) mine[i] = which == 0 ? rotated(args, from, position, d) : widen(from[d]);
     }
-    exchange_halves<kOffset / 2, kKept / 2>(sums);
+    float scale = 1.0f;
+    if constexpr (Tile<Cell>::kIsInt8) scale = quantize_head(mine);
+    Cell* fresh = reinterpret_cast<Cell*>(shared + s.fresh) + which * D;
+    Cell* cache = static_cast<Cell*>(which == 0 ? args.key_cache : args.value_cache) + head * D * L;
+    DIST_INT8_UNROLL
+    for (int i = 0; i < kMaxDim / 32; ++i) {
+      const int64_t d = i * 32 + lane_index();
+      if (d >= D) continue;
+      to_cell(mine[i], fresh + d);
+      if (writes) cache[which == 0 ? d * L + position : position * D + d] = fresh[d];
+    }
+    if constexpr (Tile<Cell>::kIsInt8) {
+      if (lane_index() != 0) continue;
+      reinterpret_cast<float*>(shared + s.fresh_scales)[which] = scale;
+      float* scales = (which == 0 ? args.key_scale : args.value_scale) + head * L;
+      if (writes) scales[position] = scale;
+    }
   }
 }
 
-// This thread's position of a tile, and the scores of kQueries heads for it.
-template <typename T, int kQueries, bool kAligned>
-DIST_INT8_DEVICE int score_tile(const AttentionArgs& args, const T* keys,
-                                const Floats<kQueries>* query, int64_t tile, int64_t start,
-                                int64_t end, float (&scores)[kQueries]) {
+// A tile that holds the new token's position was loaded before anyone wrote it there.
+template <typename Cell>
+DIST_INT8_DEVICE void patch_tile(const SharedLayout& s, const unsigned char* shared,
+                                 unsigned char* unit, int which, int at, int head_dim) {
   using namespace device;
-  constexpr int kVec = 16 / sizeof(T);
-  constexpr int kPositionLanes = 32 / kVec;  // the other lanes split d: kVec of them
-  constexpr int kBatch = 4;                  // loads under way
-  const int position_lane = lane_index() % kPositionLanes, d_lane = lane_index() / kPositionLanes;
-  const int within = warp_index() * 32 + position_lane * kVec;
-  const int64_t j = tile + within, L = args.max_tokens;
-  const int D = static_cast<int>(args.head_dim);
+  constexpr int kPerPiece = Tile<Cell>::kPerPiece;
+  const Cell* fresh = reinterpret_cast<const Cell*>(shared + s.fresh) + which * head_dim;
+  for (int d = lane_index(); d < head_dim; d += 32) {
+    unsigned char* piece = which == 0 ? unit + key_offset(d, at / kPerPiece)
+                                      : unit + at * s.value_stride + d / kPerPiece * 16;
+    reinterpret_cast<Cell*>(piece)[(which == 0 ? at : d) % kPerPiece] = fresh[d];
+  }
+  if (Tile<Cell>::kIsInt8 && lane_index() == 0) {
+    const float scale = reinterpret_cast<const float*>(shared + s.fresh_scales)[which];
+    reinterpret_cast<float*>(unit + (which == 0 ? s.key_scales : s.value_scales))[at] = scale;
+  }
+  warp_sync();
+}
 
-  float sums[kVec][kQueries] = {};
-  if (j < end && j + kVec > start) {
-    for (int d = d_lane; d < D; d += kBatch * kVec) {
-      T loaded[kBatch][kVec] = {};
-      DIST_INT8_UNROLL
-      for (int u = 0; u < kBatch; ++u) {
-        if (d + u * kVec < D) {
-          load_vector<T, kVec, kAligned>(keys + (d + u * kVec) * L + j, L - j, loaded[u]);
-        }
-      }
-      DIST_INT8_UNROLL
-      for (int u = 0; u < kBatch; ++u) {
-        if (d + u * kVec >= D) break;
-        const Floats<kQueries> q = query[d + u * kVec];
-        DIST_INT8_UNROLL
-        for (int p = 0; p < kVec; ++p) {
-          const float key = widen(loaded[u][p]);
-          DIST_INT8_UNROLL
-          for (int g = 0; g < kQueries; ++g) sums[p][g] = fmaf(q.at[g], key, sums[p][g]);
-        }
+// A warp's tiles of an item.
+template <typename Cell, int kMaxDim>
+DIST_INT8_DEVICE void attend_tiles(const Item& item, const Context<Cell>& context,
+                                   const SharedLayout& s, unsigned char* shared, float slope,
+                                   Running<kMaxDim>& running) {
+  using namespace device;
+  constexpr int kPositions = Tile<Cell>::kPositions;
+  unsigned char* ring = shared + s.rings + warp_index() * kUnits * s.unit;
+  const float undo = reinterpret_cast<const float*>(shared + s.undo)[lane_index() / 4];
+  // The first tile of the split that is this warp's: warps take tiles by their number in the cache.
+  int tile = context.start / kPositions;
+  tile += (warp_index() + num_warps() - tile % num_warps()) % num_warps();
+  const int last = (context.end - 1) / kPositions;
+  int to_load = tile;
+  int slot_to_load = 0, slot = 0;
+  const auto load_next = [&](bool are_keys) {
+    unsigned char* unit = ring + slot_to_load * s.unit;
+    if (to_load <= last) {
+      if (are_keys) {
+        load_keys(s, unit, context, to_load * kPositions);
+      } else {
+        load_values(s, unit, context, to_load * kPositions);
       }
     }
+    copy_async_commit();
+    if (!are_keys) to_load += num_warps();
+    slot_to_load = slot_to_load == kUnits - 1 ? 0 : slot_to_load + 1;
+  };
+  const auto wait_for = [&](int which, int first) {
+    unsigned char* unit = ring + slot * s.unit;
+    slot = slot == kUnits - 1 ? 0 : slot + 1;
+    copy_async_wait<2>();
+    warp_sync();
+    const int at = item.new_position - first;
+    if (at >= 0 && at < kPositions) {
+      patch_tile<Cell>(s, shared, unit, which, at, context.head_dim);
+    }
+    return unit;
+  };
+  load_next(true);
+  load_next(false);
+  for (; tile <= last; tile += num_warps()) {
+    const int first = tile * kPositions;
+    float weights[Tile<Cell>::kFragments][2];
+    load_next(true);
+    const unsigned char* keys = wait_for(0, first);
+    multiply_keys<Cell>(shared, s, keys, context.head_dim, weights);
+    const float shrink =
+        weigh_tile<Cell>(context, reinterpret_cast<const float*>(keys + s.key_scales), first, undo,
+                         slope, running, weights);
+    warp_sync();
+    load_next(false);
+    const unsigned char* values = wait_for(1, first);
+    scale_weights<Cell>(context, reinterpret_cast<const float*>(values + s.value_scales), first,
+                        shrink, running, weights);
+    multiply_values<Cell, kMaxDim>(weights, s, values, context.head_dim, running.sums);
+    warp_sync();
   }
-  exchange_halves<16, kVec / 2>(sums);
-  DIST_INT8_UNROLL
-  for (int g = 0; g < kQueries; ++g) scores[g] = sums[0][g];
-  return within + d_lane;
 }
 
 // Grid: any number of blocks; each takes every num_blocks_x()-th item.
-template <typename T, int kQueries, bool kAligned>
+template <typename T, typename Cell, int kMaxDim>
 DIST_INT8_DEVICE void attend(const AttentionArgs& args, int64_t chunks, int64_t items) {
   using namespace device;
-  constexpr int kValueVec = kAligned ? 16 / sizeof(T) : 1;
-  constexpr int kBatch = 4;
-  const float kNothing = -INFINITY;
-  const int64_t H = args.num_heads, KV = args.num_kv_heads, L = args.max_tokens;
-  const int64_t group = H / KV;
-  const int D = static_cast<int>(args.head_dim), t = thread_index();
-
-  Floats<kQueries>* query = reinterpret_cast<Floats<kQueries>*>(dynamic_shared());  // [D]
-  Floats<kQueries>* weights = query + D;                                            // [kTile]
-  float* of_warps = reinterpret_cast<float*>(weights + kTile);                      // [kWarps, g]
-  float* gathered = of_warps + kWarps * kQueries;  // [rows of threads, D]
-
-  const int vectors = D / kValueVec, thread_rows = kThreads / vectors;
-  const int vector = t % vectors, thread_row = t / vectors;
-
-  for (int64_t item = block_x(); item < items; item += num_blocks_x()) {
-    // Splits are the slowest: those beyond the end of a context come last and cost next to nothing.
-    const int64_t chunk = item % chunks, h = item / chunks % KV;
-    const int64_t b = item / (chunks * KV) % args.num_rows;
-    const int64_t split = item / (chunks * KV * args.num_rows);
-    const Token token = token_of(args, b);
-    if (!token.valid) continue;
-    const int64_t split_start = split * args.split_tokens;
-    const int64_t split_end = split_start + args.split_tokens;
-    const int64_t start = split_start > token.first ? split_start : token.first;
-    const int64_t end = split_end <= token.position ? split_end : token.position + 1;
-    if (start >= end) continue;
-    const int64_t first_head = h * group + chunk * kQueries;
-    const int num_queries =
-        static_cast<int>(group - chunk * kQueries < kQueries ? group - chunk * kQueries : kQueries);
-
+  const int64_t KV = args.num_kv_heads, L = args.max_tokens;
+  const int D = static_cast<int>(args.head_dim);
+  const SharedLayout s = shared_layout<Cell>(D);
+  unsigned char* shared = dynamic_shared();
+  for (int64_t index = block_x(); index < items; index += num_blocks_x()) {
+    Item item;
+    if (!find_item(args, index, chunks, &item)) continue;
     block_sync();  // the last item's shared memory is read
-    for (int i = t; i < D * kQueries; i += kThreads) {
-      const int g = i / D, d = i % D;
-      float q = 0.0f;
-      if (g < num_queries) {
-        q = rotated(args, qkv_head<T>(args, b, first_head + g), token.position, d) * args.scale;
-      }
-      query[d].at[g] = q;
-    }
-    float slope[kQueries], highest[kQueries], total[kQueries];
-    DIST_INT8_UNROLL
-    for (int g = 0; g < kQueries; ++g) {
-      const bool has_slope = args.alibi_slopes != nullptr && g < num_queries;
-      slope[g] = has_slope ? args.alibi_slopes[first_head + g] : 0.0f;
-      highest[g] = kNothing;
-      total[g] = 0.0f;
-    }
-    float sums[kQueries][kValueVec] = {};
+    prepare_queries<T, Cell, kMaxDim>(args, item, s, shared);
+    if (item.new_position >= 0) place_new<T, Cell, kMaxDim>(args, item, s, shared);
     block_sync();
 
-    const T* keys = static_cast<const T*>(args.key_cache) + (token.slot * KV + h) * D * L;
-    const T* values = static_cast<const T*>(args.value_cache) + (token.slot * KV + h) * L * D;
-    for (int64_t tile = start / kTile * kTile; tile < end; tile += kTile) {
-      float scores[kQueries];
-      const int mine =
-          score_tile<T, kQueries, kAligned>(args, keys, query, tile, start, end, scores);
-      const bool seen = tile + mine >= start && tile + mine < end;
-      DIST_INT8_UNROLL
-      for (int g = 0; g < kQueries; ++g) {
-        const float biased = scores[g] + slope[g] * static_cast<float>(tile + mine);
-        scores[g] = seen ? biased : kNothing;
-        const float of_warp = warp_reduce<Largest>(scores[g]);
-        if (lane_index() == 0) of_warps[warp_index() * kQueries + g] = of_warp;
-      }
-      block_sync();
-      float shrink[kQueries];
-      DIST_INT8_UNROLL
-      for (int g = 0; g < kQueries; ++g) {
-        float now = highest[g];
-        for (int w = 0; w < kWarps; ++w) {
-          now = Largest::combine(of_warps[w * kQueries + g], now);
-        }
-        shrink[g] = highest[g] == kNothing ? 0.0f : expf(highest[g] - now);
-        const float weight = seen ? expf(scores[g] - now) : 0.0f;
-        highest[g] = now;
-        total[g] = total[g] * shrink[g] + weight;
-        weights[mine].at[g] = weight;
-        DIST_INT8_UNROLL
-        for (int i = 0; i < kValueVec; ++i) sums[g][i] *= shrink[g];
-      }
-      block_sync();
-
-      const int from = static_cast<int>(start > tile ? start - tile : 0);
-      const int to = static_cast<int>(end - tile < kTile ? end - tile : kTile);
-      if (thread_row < thread_rows) {
-        for (int j = from + thread_row; j < to; j += kBatch * thread_rows) {
-          T loaded[kBatch][kValueVec] = {};
-          DIST_INT8_UNROLL
-          for (int u = 0; u < kBatch; ++u) {
-            const int at = j + u * thread_rows;
-            if (at < to) {
-              load_vector<T, kValueVec, kAligned>(values + (tile + at) * D + vector * kValueVec,
-                                                  kValueVec, loaded[u]);
-            }
-          }
-          DIST_INT8_UNROLL
-          for (int u = 0; u < kBatch; ++u) {
-            if (j + u * thread_rows >= to) break;
-            const Floats<kQueries> weight = weights[j + u * thread_rows];
-            DIST_INT8_UNROLL
-            for (int i = 0; i < kValueVec; ++i) {
-              const float value = widen(loaded[u][i]);
-              DIST_INT8_UNROLL
-              for (int g = 0; g < kQueries; ++g) {
-                sums[g][i] = fmaf(weight.at[g], value, sums[g][i]);
-              }
-            }
-          }
-        }
-      }
-    }
-
-    DIST_INT8_UNROLL
-    for (int g = 0; g < kQueries; ++g) {
-      // The first barrier inside also ends the reading of `gathered` for the query before.
-      const float all = block_reduce<Sum>(total[g], of_warps);
-      if (thread_row < thread_rows) {
-        DIST_INT8_UNROLL
-        for (int i = 0; i < kValueVec; ++i) {
-          gathered[thread_row * D + vector * kValueVec + i] = sums[g][i];
-        }
-      }
-      block_sync();
-      if (g < num_queries && t < D) {
-        float sum = 0.0f;
-        for (int row = 0; row < thread_rows; ++row) sum += gathered[row * D + t];
-        const int64_t head = b * H + first_head + g;
-        if (args.num_splits == 1) {
-          narrow(sum / all, static_cast<T*>(args.out) + head * D + t);
-        } else {
-          float* partial = args.partial + (head * args.num_splits + split) * (D + 2);
-          partial[t] = sum;
-          if (t == 0) {
-            partial[D] = highest[g];
-            partial[D + 1] = all;
-          }
-        }
-      }
-    }
-  }
-}
-
-// A warp takes one head of one token. Segments that are not valid get NaN here, whatever the number
-// of splits.
-template <typename T>
-DIST_INT8_DEVICE void combine(const AttentionArgs& args) {
-  using namespace device;
-  const int64_t D = args.head_dim;
-  const int64_t head = block_x() * (kCombineThreads / 32) + warp_index();
-  if (head >= args.num_rows * args.num_heads) return;
-  const Token token = token_of(args, head / args.num_heads);
-  T* out = static_cast<T*>(args.out) + head * D;
-  if (!token.valid) {
-    for (int64_t d = lane_index(); d < D; d += 32) narrow(NAN, out + d);
-    return;
-  }
-  if (args.num_splits == 1) return;
-  const int64_t first = token.first / args.split_tokens, last = token.position / args.split_tokens;
-  const float* partial = args.partial + head * args.num_splits * (D + 2);
-  float highest = partial[first * (D + 2) + D];
-  for (int64_t s = first + 1; s <= last; ++s) {
-    highest = Largest::combine(partial[s * (D + 2) + D], highest);
-  }
-  for (int64_t d = lane_index(); d < D; d += 32) {
-    float sum = 0.0f, total = 0.0f;
-    for (int64_t s = first; s <= last; ++s) {
-      const float* of_split = partial + s * (D + 2);
-      const float factor = expf(of_split[D] - highest);
-      sum = fmaf(factor, of_split[d], sum);
-      total = fmaf(factor, of_split[D + 1], total);
-    }
-    narrow(sum / total, out + d);
+    const int64_t head = item.token.slot * KV + item.kv_head;
+    const Context<Cell> context{static_cast<const Cell*>(args.key_cache) + head * D * L,
+                                static_cast<const Cell*>(args.value_cache) + head * L * D,
+                                Tile<Cell>::kIsInt8 ? args.key_scale + head * L : nullptr,
+                                Tile<Cell>::kIsInt8 ? args.value_scale + head * L : nullptr,
+                                L,
+                                item.start,
+                                item.end,
+                                D};
+    const int query = lane_index() / 4;
+    const bool has_slope = args.alibi_slopes != nullptr && query < item.num_queries;
+    const float slope = has_slope ? args.alibi_slopes[item.first_head + query] : 0.0f;
+    Running<kMaxDim> running{-INFINITY, 0.0f, Tile<Cell>::kIsInt8 ? 0.0f : 1.0f, {}};
+    attend_tiles<Cell, kMaxDim>(item, context, s, shared, slope, running);
+    copy_async_wait<0>();
+    block_sync();
+    merge_warps<Cell, kMaxDim>(args, item, reinterpret_cast<float*>(shared + s.rings), running);
   }
 }
 

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "cuda/int8_matmul_small.cuh"
+#include "cuda/widen_bytes.cuh"
 
 namespace dist_int8 {
 
@@ -52,28 +53,6 @@ DIST_INT8_DEVICE void fill_weight_linear_tile(const Int8WeightLinearArgs& args, 
       store16(to, load16_bytes(x + m * K * 2, at * 2, K * 2));
     }
   }
-}
-
-// Four signed bytes to two pairs of 16-bit floats, exactly. The byte plus 128 becomes the low end
-// of the mantissa of a large number, of which that number and 128 are subtracted.
-DIST_INT8_DEVICE void widen_bytes(uint32_t bytes, uint32_t (&pairs)[2], Float16) {
-  using namespace device;
-  const uint32_t biased = bytes ^ 0x80808080u;
-  pairs[0] =
-      subtract_halves(permute_bytes(biased, 0x64646464u, 0x4140u), 0x64806480u);  // 1024 + 128
-  pairs[1] = subtract_halves(permute_bytes(biased, 0x64646464u, 0x4342u), 0x64806480u);
-}
-DIST_INT8_DEVICE void widen_bytes(uint32_t bytes, uint32_t (&pairs)[2], BFloat16) {
-  using namespace device;
-  const uint32_t biased = bytes ^ 0x80808080u;
-  uint32_t wide[4];
-  DIST_INT8_UNROLL
-  for (int i = 0; i < 4; ++i) {  // 2^23 + 128; the upper half of the fp32 difference is all of it
-    const uint32_t large = permute_bytes(biased, 0x4b000000u, 0x7540u + i);
-    wide[i] = bits_from_float(float_from_bits(large) - 8388736.0f);
-  }
-  pairs[0] = permute_bytes(wide[0], wide[1], 0x7632u);
-  pairs[1] = permute_bytes(wide[2], wide[3], 0x7632u);
 }
 
 template <typename Shape, typename T>

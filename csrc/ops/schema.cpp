@@ -45,14 +45,21 @@ STABLE_TORCH_LIBRARY(dist_int8, m) {
       "int num_heads, int num_kv_heads, float scale, Tensor? cos, Tensor? sin, "
       "Tensor? alibi_slopes, int window) -> Tensor");
   m.def(
-      "place_tokens(Tensor(a!) qkv, Tensor(b!) key_cache, Tensor(c!) value_cache, Tensor places, "
-      "int num_heads, int num_kv_heads, float scale, Tensor? cos, Tensor? sin, "
-      "Tensor? alibi_slopes, int window) -> ()");
+      "place_tokens(Tensor(a!) qkv, Tensor(b!) key_cache, Tensor(c!)? key_scale, "
+      "Tensor(d!) value_cache, Tensor(e!)? value_scale, Tensor places, int num_heads, "
+      "int num_kv_heads, float scale, Tensor? cos, Tensor? sin, Tensor? alibi_slopes, int window) "
+      "-> ()");
   m.def(
       "int8_kv_attention(Tensor qkv, Tensor(a!) key_cache, Tensor(b!) key_scale, "
       "Tensor(c!) value_cache, Tensor(d!) value_scale, Tensor segments, int num_heads, "
       "int num_kv_heads, float scale, Tensor? cos, Tensor? sin, Tensor? alibi_slopes, "
       "int window) -> Tensor");
+  m.def(
+      "attention_quantize(Tensor qkv, Tensor(a!) key_cache, Tensor(b!)? key_scale, "
+      "Tensor(c!) value_cache, Tensor(d!)? value_scale, Tensor segments, int num_heads, "
+      "int num_kv_heads, float scale, Tensor? cos, Tensor? sin, Tensor? alibi_slopes, int window, "
+      "int outlier_rule, float outlier_threshold, Tensor? hot_columns, int rotation=0) "
+      "-> " QUANTIZED_ROWS);
   // Of every block in turn: norms, weight and bias of both; linears, weight_int8, col_scale, bias,
   // hot_columns, hot_weight of qkv, attention_output, gate_up and down; caches, the two of
   // attention, or the four of int8_kv_attention. What a block lacks is a tensor of bool. The result

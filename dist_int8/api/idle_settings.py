@@ -75,8 +75,6 @@ def _list_reasons(settings: Settings, facts: Facts) -> Iterator[tuple[str, str]]
         yield "reserve", "no `memory` is given for the CPU"
     if all(device == "cpu" for device in facts.devices):
         yield "cuda_graphs", "no stage is on a GPU"
-    elif settings.kv == "int8":
-        yield "cuda_graphs", "an int8 KV cache has no kernel on a GPU"
     if isinstance(settings.memory, dict) and not set(settings.memory) <= set(facts.devices):
         unused = ", ".join(sorted(set(settings.memory) - set(facts.devices)))
         yield "memory", f"no stage is on {unused}"

@@ -30,7 +30,7 @@ class BlockTensors(NamedTuple):
         linears: weight_int8, col_scale, bias, hot_columns, hot_weight (the last three or None) of
             qkv, then of attention_output, gate_up and down.
         caches: key_cache and value_cache of `ops.attention`, changed in place; or, of
-            `kv.attention`, values and scale of both.
+            `Int8KV`, values and scale of both.
     """
 
     norms: list[Tensor | None]

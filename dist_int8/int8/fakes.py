@@ -165,6 +165,21 @@ def _attention(
     return qkv.new_empty(qkv.shape[0], AttentionArgs(*args).num_heads * key_cache.shape[-2])
 
 
+@_fake("attention_quantize")
+def _attention_quantize(
+    qkv: Tensor,
+    key_cache: Tensor,
+    key_scale: Tensor | None,
+    value_cache: Tensor,
+    value_scale: Tensor | None,
+    segments: Tensor,
+    *rest: Any,
+) -> Rows:
+    outlier_rule, outlier_threshold, hot_columns = rest[7:10]
+    num_features = AttentionArgs(*rest[:7]).num_heads * key_cache.shape[-2]
+    return _quantized(qkv, num_features, (outlier_rule, outlier_threshold), hot_columns)
+
+
 @_fake("place_tokens")
 def _place_tokens(qkv: Tensor, *_: object) -> None:
     pass

@@ -1,26 +1,12 @@
-"""Attention over keys and values that are kept in int8, with one scale per token and head.
+"""The two kinds of KV cache: in the dtype of the model, or in int8 with a scale per token and head.
 
-Keys are rounded after the rotary embedding, and a token attends to its own rounded key too, so what
-it sees does not depend on how a prompt was split into chunks. On CPUs in fp32 it is one compiled
-op, which reads int8; elsewhere plain torch widens one sequence after the other.
+Keys are rounded to int8 after the rotary embedding, and a token attends to its own rounded key too,
+so what it sees does not depend on how a prompt was split into chunks.
 """
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-
-from dist_int8.int8 import plain
-from dist_int8.int8.attention_args import AttentionArgs
-from dist_int8.int8.library import load
-from dist_int8.int8.registry import has_kernel
-from dist_int8.int8.segments import Segments
-
-_attention = (
-    torch.ops.dist_int8.int8_kv_attention.default
-    if load() and has_kernel("int8_kv_attention", "CPU")
-    else None
-)
 
 
 class Int8KV(NamedTuple):
@@ -30,21 +16,21 @@ class Int8KV(NamedTuple):
     scale: Tensor  # fp32 [S, KV, L]
 
 
-def attention(
-    qkv: Tensor,
-    key_cache: Int8KV,
-    value_cache: Int8KV,
-    segments: Segments | Tensor,
-    args: AttentionArgs,
-) -> Tensor:
-    """`ops.attention` with caches in int8; the same arguments and errors.
+Cache = Tensor | Int8KV  # of the keys or of the values; both are of one kind
 
-    New keys and values are rounded by `plain.quantize_heads`, bit for bit. For qkv in 16 bits or on
-    a GPU, plain torch takes memory for the widened keys and values of one slot; the compiled op
-    takes none.
-    """
-    rows = segments if isinstance(segments, Tensor) else segments.rows
-    tensors = qkv.contiguous(), *key_cache, *value_cache, rows
-    if _attention is not None and qkv.is_cpu and qkv.dtype == torch.float32:
-        return _attention(*tensors, *args)
-    return plain.int8_kv_attention(*tensors, args)
+
+def list_tensors(key_cache: Cache, value_cache: Cache) -> list[Tensor]:
+    """The tensors of both, keys first: 2 of them, or 4 in int8."""
+    caches = (key_cache, value_cache)
+    return [t for cache in caches for t in (cache if isinstance(cache, Int8KV) else (cache,))]
+
+
+def list_with_scales(key_cache: Cache, value_cache: Cache) -> list[Tensor | None]:
+    """Keys, their scale, values, their scale; without scales None in their place."""
+    caches = (key_cache, value_cache)
+    return [t for cache in caches for t in (cache if isinstance(cache, Int8KV) else (cache, None))]
+
+
+def elements_of(cache: Cache) -> Tensor:
+    """The tensor of keys or values themselves."""
+    return cache.values if isinstance(cache, Int8KV) else cache

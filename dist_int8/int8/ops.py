@@ -8,7 +8,7 @@ They are implemented by family, in `rows`, `matmul`, `attention` and `sampling`;
 sampler call them through here.
 """
 
-from dist_int8.int8.attention import attention, check_segments
+from dist_int8.int8.attention import attention, attention_quantize, check_segments
 from dist_int8.int8.attention_args import AttentionArgs
 from dist_int8.int8.library import library_info
 from dist_int8.int8.matmul import int8_linear, int8_matmul, int8_weight_linear, linear
@@ -34,6 +34,7 @@ __all__ = [
     "add_norm",
     "add_norm_quantize",
     "attention",
+    "attention_quantize",
     "check_segments",
     "int8_linear",
     "int8_matmul",

@@ -4,11 +4,14 @@ Same arguments and results as in `dist_int8.int8.ops`, which documents them. `qu
 `int8_linear` in plain torch are the specification itself, `dist_int8.int8.reference`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dist_int8.int8 import reference
 from dist_int8.int8.attention_args import AttentionArgs
+from dist_int8.int8.kv import Cache, Int8KV, elements_of, list_tensors
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -104,19 +107,46 @@ def attention(
     return out.to(qkv.dtype).reshape(num_tokens, args.num_heads * head_dim)
 
 
+def attend(
+    qkv: Tensor, key_cache: Cache, value_cache: Cache, segments: Tensor, args: AttentionArgs
+) -> Tensor:
+    """`attention` or `int8_kv_attention`, whichever the caches are of."""
+    of_kind: Any = int8_kv_attention if isinstance(key_cache, Int8KV) else attention
+    attended: Tensor = of_kind(
+        qkv.contiguous(), *list_tensors(key_cache, value_cache), segments, args
+    )
+    return attended
+
+
 def place_tokens(
-    qkv: Tensor, key_cache: Tensor, value_cache: Tensor, places: Tensor, args: AttentionArgs
+    qkv: Tensor, key_cache: Cache, value_cache: Cache, places: Tensor, args: AttentionArgs
 ) -> None:
     """Documented in `dist_int8.int8.prefill`. No host reads."""
-    head_dim = key_cache.shape[2]
+    head_dim = elements_of(key_cache).shape[2]
     H, KV = args.num_heads, args.num_kv_heads
     heads = qkv.view(qkv.shape[0], H + 2 * KV, head_dim)
     slots, positions = places[:, 0].long(), places[:, 1].long()
+    turned = heads.float()
     if args.cos is not None and args.sin is not None:
-        turned = rotate(heads[:, : H + KV].float(), args.cos[positions], args.sin[positions])
-        heads[:, : H + KV] = turned.to(qkv.dtype)
-    key_cache[slots, :, :, positions] = heads[:, H : H + KV]
-    value_cache[slots, :, positions] = heads[:, H + KV :]
+        tables = args.cos[positions], args.sin[positions]
+        turned = torch.cat([rotate(turned[:, : H + KV], *tables), turned[:, H + KV :]], dim=1)
+    query, key, value = turned.split([H, KV, KV], dim=1)
+    if isinstance(key_cache, Int8KV) and isinstance(value_cache, Int8KV):
+        key = _place_int8(key, key_cache, (slots, slice(None), slice(None), positions), places)
+        value = _place_int8(value, value_cache, (slots, slice(None), positions), places)
+        turned = torch.cat([query, key, value], dim=1)
+    heads.copy_(turned)
+    if not isinstance(key_cache, Int8KV) and not isinstance(value_cache, Int8KV):
+        key_cache[slots, :, :, positions] = heads[:, H : H + KV]
+        value_cache[slots, :, positions] = heads[:, H + KV :]
+
+
+def _place_int8(heads: Tensor, cache: Int8KV, at: tuple[Any, ...], places: Tensor) -> Tensor:
+    """Rounds heads fp32 [T, KV, D] into a cache, and returns them as it holds them."""
+    rounded, scale = quantize_heads(heads)
+    cache.values[at] = rounded
+    cache.scale[places[:, 0].long(), :, places[:, 1].long()] = scale
+    return rounded * scale[..., None]
 
 
 def _split_heads(
@@ -190,7 +220,7 @@ def int8_kv_attention(
     """`attention` over the rounded keys and values, those of the new tokens included.
 
     key_cache int8 [S, KV, D, L], value_cache int8 [S, KV, L, D], their scales fp32 [S, KV, L].
-    Documented in `dist_int8.int8.kv`. Widens one slot after the other.
+    Documented in `dist_int8.int8.attention`. Widens one slot after the other.
     """
     op = "int8_kv_attention"
     head_dim = key_cache.shape[2]

@@ -2,7 +2,8 @@
 
 No padding and no loop over sequences: `ops.place_tokens` rotates and writes all keys and values in
 one launch, and one call of flash attention serves all chunks. A chunk that begins its sequence
-reads keys and values where the linear left them; later ones are gathered from the cache.
+reads keys and values where the linear left them; later ones are gathered from the cache. Of a cache
+in int8 both are what it holds, rounded to the model's dtype.
 
 The op is torch's own and not public. Its schema is compared with the one known here, and before it
 is used for the first time, what it computes is compared with plain torch; where either differs,
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from dist_int8.int8 import plain
 from dist_int8.int8.attention_args import AttentionArgs
+from dist_int8.int8.kv import Cache, Int8KV, elements_of, list_with_scales
 from dist_int8.int8.library import load
 from dist_int8.int8.registry import has_kernel, has_op
 from dist_int8.int8.segments import Prompts, Segments
@@ -43,7 +45,7 @@ _TOLERANCE = 2e-2  # of 16-bit results around 1
 
 
 def attention(
-    qkv: Tensor, key_cache: Tensor, value_cache: Tensor, segments: Segments, args: AttentionArgs
+    qkv: Tensor, key_cache: Cache, value_cache: Cache, segments: Segments, args: AttentionArgs
 ) -> Tensor:
     """`ops.attention` of the prompts among the segments, which qkv [T, ...] is of alone.
 
@@ -51,45 +53,58 @@ def attention(
     """
     prompts = segments.prompts
     assert prompts is not None
-    head_dim = key_cache.shape[2]
+    head_dim = elements_of(key_cache).shape[2]
     if not is_usable(qkv.device, qkv.dtype, head_dim, args.alibi_slopes is not None):
-        return plain.attention(qkv, key_cache, value_cache, prompts.rows, args)
+        return plain.attend(qkv, key_cache, value_cache, prompts.rows, args)
     places = segments.places.narrow(0, segments.num_decodes, len(qkv))
     place_tokens(qkv, key_cache, value_cache, places, args)
     heads = qkv.view(qkv.shape[0], -1, head_dim)
     sizes = [args.num_heads, args.num_kv_heads, args.num_kv_heads]
     query, key, value = heads.split(sizes, dim=1)
     if prompts.sources:
-        key, value = gather(key_cache, value_cache, prompts)
+        key, value = gather(key_cache, value_cache, prompts, qkv.dtype)
     out = attend(query, key, value, prompts, args)
     return out.reshape(qkv.shape[0], args.num_heads * head_dim)
 
 
 def place_tokens(
-    qkv: Tensor, key_cache: Tensor, value_cache: Tensor, places: Tensor, args: AttentionArgs
+    qkv: Tensor, key_cache: Cache, value_cache: Cache, places: Tensor, args: AttentionArgs
 ) -> None:
     """Rotates queries and keys of qkv in place and writes keys and values to the caches, in place.
 
+    For caches in int8 the keys and values in qkv become what the caches hold.
+
     Args:
         qkv: [T, (H + 2 * KV) * D].
-        key_cache, value_cache: [S, KV, D, L] and [S, KV, L, D] in qkv's dtype.
+        key_cache, value_cache: [S, KV, D, L] and [S, KV, L, D] in qkv's dtype, or `Int8KV`.
         places: int32 [T, 3] on their device, (slot, position, 1) of each token. One outside the
             caches or the tables is passed over on a GPU.
         args: as of `ops.attention`.
     """
     if _place_tokens is not None and qkv.is_cuda:
-        _place_tokens(qkv, key_cache, value_cache, places, *args)
+        _place_tokens(qkv, *list_with_scales(key_cache, value_cache), places, *args)
     else:
         plain.place_tokens(qkv, key_cache, value_cache, places, args)
 
 
-def gather(key_cache: Tensor, value_cache: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
+def gather(
+    key_cache: Cache, value_cache: Cache, prompts: Prompts, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Keys and values [all tokens of the prompts so far, KV, D], one sequence after the other."""
     keys, values = [], []
     for slot, end in prompts.sources:
-        keys.append(key_cache.select(0, slot).narrow(2, 0, end).permute(2, 0, 1))
-        values.append(value_cache.select(0, slot).narrow(1, 0, end).transpose(0, 1))
+        keys.append(_read(key_cache, slot, end, 2, dtype).permute(2, 0, 1))
+        values.append(_read(value_cache, slot, end, 1, dtype).transpose(0, 1))
     return torch.cat(keys), torch.cat(values)
+
+
+def _read(cache: Cache, slot: int, end: int, dim: int, dtype: torch.dtype) -> Tensor:
+    """The first `end` tokens, which lie along `dim`, of a slot."""
+    elements = elements_of(cache).select(0, slot).narrow(dim, 0, end)
+    if not isinstance(cache, Int8KV):
+        return elements
+    scale = cache.scale.select(0, slot).narrow(1, 0, end).unsqueeze(3 - dim)
+    return (elements * scale).to(dtype)
 
 
 def attend(
@@ -173,7 +188,7 @@ def measure_error(
         qkv = torch.randn(24, 4 * head_dim, generator=generator).to(device, dtype)
         expected = plain.attention(qkv, keys, values, rows, args)
         query = qkv.view(24, 4, head_dim)[:, :2]
-        got = attend(query, *gather(keys, values, prompts), prompts, args)
+        got = attend(query, *gather(keys, values, prompts, dtype), prompts, args)
         difference = (got.reshape(expected.shape) - expected).abs().max()
         error = max(error, float(difference))
     return error
@@ -183,6 +198,15 @@ if has_op("place_tokens"):
 
     @torch.library.impl("dist_int8::place_tokens", "CPU")
     def _place_tokens_on_cpu(
-        qkv: Tensor, key_cache: Tensor, value_cache: Tensor, places: Tensor, *args: Any
+        qkv: Tensor,
+        key_cache: Tensor,
+        key_scale: Tensor | None,
+        value_cache: Tensor,
+        value_scale: Tensor | None,
+        places: Tensor,
+        *args: Any,
     ) -> None:
-        plain.place_tokens(qkv, key_cache, value_cache, places, AttentionArgs(*args))
+        caches: tuple[Cache, Cache] = (key_cache, value_cache)
+        if key_scale is not None and value_scale is not None:
+            caches = Int8KV(key_cache, key_scale), Int8KV(value_cache, value_scale)
+        plain.place_tokens(qkv, *caches, places, AttentionArgs(*args))

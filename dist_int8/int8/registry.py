@@ -15,6 +15,7 @@ OPS = (
     "silu_mul_quantize",
     "activation_quantize",
     "attention",
+    "attention_quantize",
     "place_tokens",
     "int8_kv_attention",
     "prepare_blocks",

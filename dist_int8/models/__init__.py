@@ -1,8 +1,8 @@
 """Models: one decoder block described by data, and the families that describe it."""
 
 from dist_int8.int8.attention import decodes_on_gpu, key_cache_shape
-from dist_int8.int8.kv import Int8KV
-from dist_int8.models.block import Cache, DecoderBlock
+from dist_int8.int8.kv import Cache, Int8KV
+from dist_int8.models.block import DecoderBlock
 from dist_int8.models.config import describe, ignored_tensors, load_config, tensor_sources
 from dist_int8.models.decoder import DecoderStage
 from dist_int8.models.linear_names import resolve_skip

@@ -4,20 +4,21 @@ Between blocks the residual stream travels as a pair (x, residual): the sum is t
 The next norm adds and normalizes in one op (`ops.add_norm`), so a Llama block is eight calls:
 add_norm, qkv, attention, attention_output, add_norm, gate_up, silu_mul, down.
 
-On a GPU, a norm or an activation in front of an `Int8Linear` also quantizes its rows, so that they
-never travel through memory in floating point. On CPUs `int8_linear` quantizes inside, and blocks
-like Llama's run in one call (`run_blocks.py`), with the same result.
+On a GPU, a norm, an activation or the attention in front of an `Int8Linear` also quantizes its
+rows, so that they never travel through memory in floating point. On CPUs `int8_linear` quantizes
+inside, and blocks like Llama's run in one call (`run_blocks.py`), with the same result.
 """
 
 from functools import partial
-from typing import Any, NamedTuple, TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from dist_int8.int8 import kv, ops
+from dist_int8.int8 import ops
 from dist_int8.int8.activations import ACTIVATIONS
 from dist_int8.int8.attention_args import AttentionArgs
+from dist_int8.int8.kv import Cache
 from dist_int8.int8.linear import Int8Linear
 from dist_int8.models.spec import BlockSpec, NormKind
 
@@ -25,7 +26,6 @@ from dist_int8.models.spec import BlockSpec, NormKind
 FUSED_DEVICES = {"cuda"}
 
 Input = Tensor | ops.QuantizedRows  # of a linear: QuantizedRows only for an Int8Linear
-Cache = Tensor | kv.Int8KV  # of the keys or the values of a block; both are of one kind
 
 
 def _takes_rows(linear: nn.Module, x: Tensor) -> TypeGuard[Int8Linear]:
@@ -117,9 +117,13 @@ class DecoderBlock(nn.Module):
         args = AttentionArgs(
             spec.num_heads, spec.num_kv_heads, self.scale, *tables, window=spec.window
         )
-        attend: Any = kv.attention if isinstance(key_cache, kv.Int8KV) else ops.attention
-        context: Tensor = attend(self.qkv(x), key_cache, value_cache, segments, args)
-        return self.attention_output(context)
+        qkv, output = self.qkv(x), self.attention_output
+        if _takes_rows(output, qkv):
+            rows = ops.attention_quantize(
+                qkv, key_cache, value_cache, segments, args, *output.quantization
+            )
+            return output(rows)
+        return output(ops.attention(qkv, key_cache, value_cache, segments, args))
 
     @property
     def _first_of_mlp(self) -> nn.Module:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from dist_int8.int8 import ops
 from dist_int8.int8.embedding import Int8Embedding
-from dist_int8.models.block import Cache, DecoderBlock, Norm, PositionTables
+from dist_int8.int8.kv import Cache
+from dist_int8.models.block import DecoderBlock, Norm, PositionTables
 from dist_int8.models.block_calls import BlockCalls
 from dist_int8.models.rotary import alibi_slopes, make_rotary_tables
 from dist_int8.models.run_blocks import run_blocks
@@ -181,8 +182,7 @@ class DecoderStage(nn.Module):
         Ops on CPUs check this themselves.
         """
         keys, _ = kv_cache.layer(0)
-        cache = keys if isinstance(keys, Tensor) else keys.values
-        ops.check_segments(batch.segments.rows, cache, self.rotary_cos)
+        ops.check_segments(batch.segments.rows, keys, self.rotary_cos)
 
     def forward(
         self, batch: TokenBatch, hidden_states: Tensor | None, kv_cache: LayerCaches

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from dist_int8.int8 import kv, ops
+from dist_int8.int8 import ops
 from dist_int8.int8.attention_args import AttentionArgs
 from dist_int8.int8.decoder_blocks import BlockSettings, BlockTensors, PreparedBlocks, runs
-from dist_int8.models.block import Cache, DecoderBlock, PositionTables
+from dist_int8.int8.kv import Cache, list_tensors
+from dist_int8.models.block import DecoderBlock, PositionTables
 from dist_int8.models.block_calls import BlockCall, BlockCalls
 
 Hidden = tuple[Tensor, Tensor | None]  # (x, residual); their sum is the hidden state
@@ -71,17 +72,8 @@ def _in_one_call(
     spec, scale, norm_kind, norm_eps, linear_rule = call.rule
     attention = AttentionArgs(spec.num_heads, spec.num_kv_heads, scale, *tables, window=spec.window)
     settings = BlockSettings(norm_eps, norm_kind, linear_rule, attention)
-    tensors = BlockTensors(call.norm_tensors(), call.linear_tensors(), _flatten(caches))
+    flat = chain.from_iterable(list_tensors(*cache) for cache in caches)
+    tensors = BlockTensors(call.norm_tensors(), call.linear_tensors(), list(flat))
     if call.prepared is None or not call.prepared.are_of(tensors, settings):
         call.prepared = PreparedBlocks(x, tensors, settings)
     return call.prepared.run(x, residual, segments.rows)
-
-
-def _flatten(caches: Iterable[Caches]) -> list[Tensor]:
-    flat: list[Tensor] = []
-    for cache in chain.from_iterable(caches):
-        if isinstance(cache, kv.Int8KV):
-            flat.extend(cache)
-        else:
-            flat.append(cache)
-    return flat

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dist_int8.partition.memory import FLOAT32_BYTES, INT32_BYTES, BlockSizes, Formats, ModelSizes
 
 INT64_BYTES = 8
+SLOT_UNIT = 16  # tokens (pipeline/kv_cache.py)
 SPLIT_TOKENS, MAX_SPLITS = 256, 32  # of a context in decoding (csrc, attention_splits)
 MAX_SUMS_BYTES = 64 << 20  # int32 sums of a GEMM on a GPU at once (csrc/ops/matmul_cuda.cpp)
 
@@ -32,13 +33,13 @@ class Workload:
 
     @property
     def num_tokens(self) -> int:
-        """Number of positions in the KV cache."""
-        return self.num_sequences * self.max_tokens
+        """Number of positions in the KV cache: a slot's are a multiple of `SLOT_UNIT`."""
+        return self.num_sequences * -(-self.max_tokens // SLOT_UNIT) * SLOT_UNIT
 
     @property
     def max_rows(self) -> int:
         """Maximum number of tokens in a micro-batch: a prompt chunk and all decoding sequences."""
-        return min(self.prefill_chunk + self.num_sequences, self.num_tokens)
+        return min(self.prefill_chunk + self.num_sequences, self.num_sequences * self.max_tokens)
 
 
 def activation_bytes(

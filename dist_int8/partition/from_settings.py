@@ -217,9 +217,9 @@ def make_plan(
 
 
 def _records_steps(settings: Settings, names: Sequence[str]) -> bool:
-    """Whether stages on GPUs record their decode steps; an int8 KV cache has no kernel there."""
+    """Whether stages on GPUs record their decode steps."""
     on_gpu = any(name != "cpu" for name in names)
-    return settings.cuda_graphs and settings.kv != "int8" and on_gpu
+    return settings.cuda_graphs and on_gpu
 
 
 def _cut_options(settings: Settings) -> CutOptions:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from dist_int8.models import Cache, Int8KV, decodes_on_gpu, key_cache_shape
 
+SLOT_UNIT = 16  # tokens
+
 
 class KVCache:
     """Static KV slots of the blocks of one stage.
@@ -18,7 +20,8 @@ class KVCache:
     Keys are stored transposed, so that the scores of neighbouring positions lie side by side, in
     the shape of `key_cache_shape`; values are [num_slots, num_kv_heads, max_tokens, head_dim]. In
     int8 the layout is the same, with an fp32 scale per token and head. Memory starts as zeros: a
-    masked position contributes 0 * 0, never 0 * NaN.
+    masked position contributes 0 * 0, never 0 * NaN. A slot has room for max_tokens, rounded up to
+    a multiple of `SLOT_UNIT`, in which kernels read.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class KVCache:
         device: torch.device,
         int8: bool = False,
     ) -> None:
+        max_tokens = -(-max_tokens // SLOT_UNIT) * SLOT_UNIT
         key_shape = key_cache_shape(num_slots, num_kv_heads, head_dim, max_tokens, dtype, device)
         value_shape = (num_slots, num_kv_heads, max_tokens, head_dim)
         scale_shape = (num_slots, num_kv_heads, max_tokens)
@@ -52,8 +56,7 @@ class KVCache:
     @property
     def has_gpu_kernel(self) -> bool:
         """Whether decoding reads this cache by a kernel that needs nothing of the host."""
-        keys, _ = self._layers[0]
-        return isinstance(keys, Tensor) and decodes_on_gpu(keys)
+        return decodes_on_gpu(self._layers[0][0])
 
     def num_bytes(self) -> int:
         """Bytes reserved; on CPUs the operating system hands them out when first written."""

@@ -59,7 +59,7 @@ class Case:
 
     def run(self, qkv, segments, caches):
         segments = torch.tensor(segments, dtype=torch.int32)
-        return kv.attention(qkv, *caches, segments, AttentionArgs(**self.settings))
+        return ops.attention(qkv, *caches, segments, AttentionArgs(**self.settings))
 
     def plain(self, qkv, segments, caches):
         segments = torch.tensor(segments, dtype=torch.int32)
@@ -281,7 +281,7 @@ def test_it_compiles_without_graph_breaks():
 
     def attend(qkv, key_cache, value_cache):
         args = AttentionArgs(**case.settings)
-        return kv.attention(qkv, key_cache, value_cache, segments, args) + 1
+        return ops.attention(qkv, key_cache, value_cache, segments, args) + 1
 
     eager = attend(case.qkv(5), *case.caches())
     compiled = torch.compile(attend, fullgraph=True, backend="eager")
@@ -363,7 +363,7 @@ def test_bad_arguments(change, message):
     values = kv.Int8KV(given.pop("value_cache"), given.pop("value_scale"))
     args = AttentionArgs(**{name: given[name] for name in AttentionArgs._fields})
     with pytest.raises(ValueError, match=f"^int8_kv_attention: {message}"):
-        kv.attention(given["qkv"], keys, values, given["segments"], args)
+        ops.attention(given["qkv"], keys, values, given["segments"], args)
 
 
 @pytest.mark.parametrize("instruction_set", ["avx512_vnni", "avx2", "generic"])

@@ -543,6 +543,7 @@ def compiled_calls():
     int8_caches = [
         part for cache, scale in zip(caches, scales, strict=True) for part in (cache.char(), scale)
     ]
+    with_scales = (attention[0], caches[0], None, caches[1], None)
     hidden, heads, inner = 40, 4 * 16, 24
     none = torch.empty(0, dtype=torch.bool)
     linears = []
@@ -575,7 +576,8 @@ def compiled_calls():
         "silu_mul_quantize": (x, 2, 4.0, hot[0]),
         "activation_quantize": (x, 3, 1, 6.0, None),
         "attention": tuple(attention),
-        "place_tokens": (*attention[:3], torch.zeros(7, 3).int(), *attention[4:]),
+        "attention_quantize": (*with_scales, *attention[3:], 2, 4.0, hot[0]),
+        "place_tokens": (*with_scales, torch.zeros(7, 3).int(), *attention[4:]),
         "int8_kv_attention": (attention[0], *int8_caches, *attention[3:]),
         "prepare_blocks": (
             torch.randn(7, hidden),

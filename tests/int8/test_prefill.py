@@ -12,6 +12,7 @@ import torch
 from dist_int8.int8 import plain, prefill
 from dist_int8.int8.attention import split_attention
 from dist_int8.int8.attention_args import AttentionArgs
+from dist_int8.int8.kv import Int8KV, list_tensors
 from dist_int8.int8.segments import Segments
 
 H, KV, D, L = 6, 2, 16, 64
@@ -70,17 +71,25 @@ def tensors(num_tokens, dtype=torch.float32):
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
-def run_both(rows, args, dtype=torch.float32):
+def run_both(rows, args, dtype=torch.float32, int8=False):
     """(out, keys, values) of the split attention and of plain torch without a split."""
     rows = torch.tensor(rows, dtype=torch.int32)
-    given = tensors(int(rows[:, 2].sum()), dtype)
-    ours, theirs = ([t.clone() for t in given] for _ in range(2))
+    qkv, *caches = tensors(int(rows[:, 2].sum()), dtype)
 
-    def decode(qkv, keys, values, places, *args):
-        return plain.attention(qkv, keys, values, places, AttentionArgs(*args))
+    def copies():
+        if not int8:
+            return [cache.clone() for cache in caches]
+        return [
+            Int8KV((cache * 40).clamp(-127, 127).char(), torch.full((NUM_SLOTS, KV, L), 0.025))
+            for cache in caches
+        ]
 
-    got = split_attention(*ours, Segments.of(rows), args, decode=decode, prefill=prefill.attention)
-    return [got, *ours[1:]], [plain.attention(*theirs, rows, args), *theirs[1:]]
+    ours, theirs = copies(), copies()
+    got = split_attention(
+        qkv.clone(), *ours, Segments.of(rows), args, decode=plain.attend, prefill=prefill.attention
+    )
+    expected = plain.attend(qkv, *theirs, rows, args)
+    return [got, *list_tensors(*ours)], [expected, *list_tensors(*theirs)]
 
 
 @pytest.mark.parametrize("rows", [MIXED, MIXED[2:], MIXED[:2], FRESH], ids=str)
@@ -93,10 +102,22 @@ def test_a_split_batch_is_that_of_plain_torch(rows, how):
         torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-6)
 
 
-def test_16_bit_results_are_near():
-    got, expected = run_both(MIXED, make_args(half=8), torch.bfloat16)
+@pytest.mark.parametrize("int8", [False, True])
+def test_16_bit_results_are_near(int8):
+    got, expected = run_both(MIXED, make_args(half=8), torch.bfloat16, int8)
     torch.testing.assert_close(got[0], expected[0], rtol=2e-2, atol=2e-2)
-    assert torch.equal(got[1], expected[1]) and torch.equal(got[2], expected[2])
+    for mine, theirs in zip(got[1:], expected[1:], strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("rows", [MIXED, MIXED[2:], FRESH], ids=str)
+@pytest.mark.parametrize("how", [{}, {"half": 8, "slopes": True, "window": 9}], ids=str)
+def test_a_split_batch_sees_rounded_keys_and_values(rows, how):
+    got, expected = run_both(rows, make_args(**how), int8=True)
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-6)
+    floating, _ = run_both(rows, make_args(**how))
+    assert not torch.allclose(got[0], floating[0], rtol=1e-3)
 
 
 def test_prompts_that_begin_read_no_cache(monkeypatch):

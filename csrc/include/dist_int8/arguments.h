@@ -136,10 +136,18 @@ struct AttentionArgs {
 
   // On a GPU: one new token per segment. A segment that is not valid gets NaN.
   const int32_t* segments;  // [T, 3] on the device: slot, position, 1
-  float* partial;           // [T, H, num_splits, D + 2], not used where num_splits is 1
+  float* partial;           // [T, H, num_splits, D + 2]: sums, highest score, sum of weights
   int64_t split_tokens;     // of attention_splits()
   int64_t num_splits;
   void* qkv_in_place;  // qkv again: place_tokens rotates its queries and keys
+};
+
+// Decoding on a GPU whose result is only quantized: attention.out is not used.
+struct AttentionQuantizeArgs {
+  AttentionArgs attention;
+  int64_t num_rows;      // T
+  int64_t num_features;  // H * D
+  QuantizedRowsArgs out;
 };
 
 // The rows of logits of the sequences that get a token now.
