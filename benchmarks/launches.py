@@ -41,7 +41,9 @@ MODELS = Path(__file__).parents[1] / "configs" / "models"
 DEVICE = torch.device("cuda:0")
 # Kernels that one call of an op starts, where that is not one.
 KERNELS = {
-    "dist_int8::attention": 3,  # place, attend, combine
+    "dist_int8::attention": 2,  # attend, combine
+    "dist_int8::int8_kv_attention": 2,
+    "dist_int8::attention_quantize": 2,
     "dist_int8::int8_linear": 2,  # quantize_rows and the product
 }
 # With more rows than this on Hopper the product is CUTLASS', and a second kernel finishes it.
@@ -124,6 +126,7 @@ def on_a_fake_gpu() -> Iterator[FakeTensorMode]:
         faked(TokenSampler, "_write_down"),
         faked(TokenSampler, "_draw"),
         faked(attention, "_attend_on_gpu"),
+        faked(attention, "_attend_quantized_on_gpu"),
         mock.patch.object(Tensor, "pin_memory", lambda self: self),
         mock.patch.object(torch.cuda, "current_stream", return_value=stream),
         mock.patch.object(prefill, "is_usable", lambda *_: True),

@@ -16,6 +16,7 @@ def a_call(name: str) -> tuple[torch.Tensor, tuple]:
     heads = (1, 1, 1.0, None, None, None, 0)
     qkv, keys, values = torch.randn(2, 48), torch.zeros(1, 1, 16, 4), torch.zeros(1, 1, 4, 16)
     scales = torch.zeros(1, 1, 4)
+    with_scales = (qkv, keys, None, values, None)
     sampled = (torch.randn(1, 7), *torch.zeros(2, 1).int(), torch.ones(1, 8).double())
     calls = {
         "quantize_rows": (x, 0, 0.0, None),
@@ -30,7 +31,8 @@ def a_call(name: str) -> tuple[torch.Tensor, tuple]:
         "silu_mul_quantize": (x, 0, 0.0, None),
         "activation_quantize": (x, 0, 0, 0.0, None),
         "attention": (qkv, keys, values, segments, *heads),
-        "place_tokens": (qkv, keys, values, segments.new_zeros(2, 3), *heads),
+        "attention_quantize": (*with_scales, segments, *heads, 0, 0.0, None),
+        "place_tokens": (*with_scales, segments.new_zeros(2, 3), *heads),
         "int8_kv_attention": (qkv, keys.char(), scales, values.char(), scales, segments, *heads),
         "sample_tokens": (*sampled, torch.zeros(1, dtype=torch.int64)),
         "penalize_logits": (*sampled, torch.zeros(1, 1).int()),

@@ -103,7 +103,8 @@ def test_norms_that_quantize_give_the_same_bits(name, dtype, hot_columns, monkey
         assert (got is None) == (want is None)
         assert got is None or torch.equal(got, want)
     from_norms = 0 if BLOCKS[name].keys() & {"norm_after", "residual_from_norm"} else 2
-    assert len(quantized) == 2 * (from_norms + 1)
+    others = 2  # attention and the activation
+    assert len(quantized) == 2 * (from_norms + others)
 
 
 def test_a_floating_linear_gets_rows_that_are_not_quantized(monkeypatch):

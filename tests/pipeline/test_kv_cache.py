@@ -26,7 +26,11 @@ def test_keys_are_stored_transposed():
 def test_keys_of_the_compiled_op_are_in_groups_of_16():
     key, value = make(max_tokens=48).layer(0)
     assert key.shape == (2, 4, 3, 8, 16) and value.shape == (2, 4, 48, 8)
-    assert make(max_tokens=40).layer(0)[0].shape == (2, 4, 8, 40)
+
+
+def test_slots_have_room_for_whole_groups():
+    key, value = make(torch.bfloat16, max_tokens=33).layer(0)
+    assert key.shape == (2, 4, 8, 48) and value.shape == (2, 4, 48, 8)
 
 
 def test_layers_do_not_share_memory():
