@@ -7,12 +7,14 @@ namespace {
 template <typename T>
 __global__ void __launch_bounds__(rows::max_threads(1), 1)
     add_norm_kernel(const __grid_constant__ AddNormArgs args, int num_kept) {
+  device::begin_in_turn();
   rows::add_norm_body<T, 0>(args, num_kept);
 }
 
 template <typename T, int kSpans>
 __global__ void __launch_bounds__(rows::max_threads(kSpans), 1)
     add_norm_quantize_kernel(const __grid_constant__ AddNormArgs args, int num_kept) {
+  device::begin_in_turn();
   rows::add_norm_body<T, kSpans>(args, num_kept);
 }
 

@@ -11,18 +11,21 @@ using namespace attention;
 template <typename T, typename Cell, int kMaxDim>
 __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     attend_kernel(const __grid_constant__ AttentionArgs args, int64_t chunks, int64_t items) {
+  device::begin_in_turn();
   attend<T, Cell, kMaxDim>(args, chunks, items);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kCombineThreads, 8)
     combine_kernel(const __grid_constant__ AttentionArgs args) {
+  device::begin_in_turn();
   combine<T>(args);
 }
 
 template <typename T, int kSpans>
 __global__ void __launch_bounds__(rows::max_threads(kSpans), 1)
     combine_quantize_kernel(const __grid_constant__ AttentionQuantizeArgs args, int num_kept) {
+  device::begin_in_turn();
   combine_quantize<T, kSpans>(args, num_kept);
 }
 
@@ -43,8 +46,8 @@ const char* launch_attend(const AttentionArgs& args, void* stream) {
   blocks = multiprocessors * (blocks < 1 ? 1 : blocks > 4 ? 4 : blocks);
   const int64_t items = num_items(args), chunks = num_chunks(args);
   const dim3 grid(static_cast<unsigned>(items < blocks ? items : blocks));
-  return launch(attend_kernel<T, Cell, kMaxDim>, grid, 32 * how.num_warps, how.shared_bytes, stream,
-                args, chunks, items);
+  return launch_early(attend_kernel<T, Cell, kMaxDim>, grid, 32 * how.num_warps, how.shared_bytes,
+                      stream, args, chunks, items);
 }
 
 template <typename T, typename Cell>
@@ -70,8 +73,8 @@ const char* cuda_attention(const AttentionArgs& args, void* stream) {
   const int64_t heads_per_block = kCombineThreads / 32;
   const int64_t blocks = (args.num_rows * args.num_heads + heads_per_block - 1) / heads_per_block;
   return rows::with_type(args.type, [&](auto tag) {
-    return launch(combine_kernel<decltype(tag)>, dim3(static_cast<unsigned>(blocks)),
-                  kCombineThreads, 0, stream, args);
+    return launch_early(combine_kernel<decltype(tag)>, dim3(static_cast<unsigned>(blocks)),
+                        kCombineThreads, 0, stream, args);
   });
 }
 

@@ -57,6 +57,22 @@ DIST_INT8_DEVICE void warp_sync() { __syncwarp(); }
 // Orders this thread's writes to global memory before its later ones, for every block.
 DIST_INT8_DEVICE void memory_fence() { __threadfence(); }
 
+// Of kernels that launch_early() starts (launch.cuh). The first lets the next kernel of the stream
+// begin once every block of this one has called it or ended; the second waits until the kernel
+// before has ended and what it wrote can be read. Every block calls the second, before it reads
+// what kernels write and before it writes anything: the next kernel relies on it for what came
+// earlier.
+DIST_INT8_DEVICE void let_next_kernel_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+DIST_INT8_DEVICE void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Start of the dynamic shared memory, aligned to 128 bytes.
 DIST_INT8_DEVICE unsigned char* dynamic_shared() {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
@@ -260,6 +276,12 @@ DIST_INT8_DEVICE uint32_t subtract_halves(uint32_t a, uint32_t b) {
 
 namespace dist_int8 {
 namespace device {
+
+// What a kernel that has nothing to do before its predecessor ends calls first.
+DIST_INT8_DEVICE void begin_in_turn() {
+  let_next_kernel_begin();
+  wait_for_previous_kernel();
+}
 
 DIST_INT8_DEVICE int lane_index() { return thread_index() % 32; }
 DIST_INT8_DEVICE int warp_index() { return thread_index() / 32; }

@@ -17,8 +17,8 @@ struct SmallLauncher {
 
   template <typename Shape>
   const char* run(int64_t num_blocks, int num_warps, int shared_bytes) const {
-    return launch(int8_matmul_small_kernel<Shape>, dim3(static_cast<unsigned>(num_blocks)),
-                  num_warps * 32, shared_bytes, stream, args);
+    return launch_early(int8_matmul_small_kernel<Shape>, dim3(static_cast<unsigned>(num_blocks)),
+                        num_warps * 32, shared_bytes, stream, args);
   }
 };
 

@@ -3,18 +3,23 @@
 // A block computes `kRows` output features for all rows of x. Its warps split K: warp w takes the
 // 128-byte columns w, w + num_warps, ... of the block's rows, so that together they stream whole
 // rows. Each warp keeps a ring of kStages tiles of its own in shared memory, filled by asynchronous
-// copies: no barrier of the block in the main loop, and 3 tiles of 2 to 8 KiB in flight per warp.
+// copies: no barrier of the block in the main loop, and 3 tiles of 3 to 12 KiB in flight per warp.
+// A block has as many warps as let two blocks share a multiprocessor: one begins and ends while the
+// other streams. The first tiles of the weight are on their way before the kernel that computes x
+// has ended (launch_early).
 //
 //                      k ->   128 bytes
 //   tile   kRows rows of the weight   [ 0 1 2 3 4 5 6 7 ]   16-byte pieces; odd rows have them
 //          kTokens rows of x_int8     [ 4 5 6 7 0 1 2 3 ]   rotated by half, see piece_offset
+//          kTokens rows of x_high, where there is one
 //
 // The weight is the 16-row operand A of m16n8k32 and x the 8-column operand B. A lane's registers
 // are 4 consecutive bytes, and which k they stand for is free as long as A and B agree: a lane
 // reads 16 consecutive bytes of its row at once and spends them on two instructions.
 //
-// x_high, where there is one, is multiplied only in the 64-wide tiles that high_tiles flags for
-// some row, straight from global memory. All sums are exact int32, so neither the split nor its
+// x_high is loaded and multiplied only in the 64-wide tiles that high_tiles flags for some row; of
+// the first tiles, which are under way before the flags are known, it comes straight from global
+// memory. All sums are exact int32, so neither the split nor its
 // order shows in the result.
 #pragma once
 
@@ -35,7 +40,7 @@ struct SmallMatmulShape {
   static constexpr int kColumns = 128;
   static constexpr int kStages = 4;
   static constexpr int kMinBlocks = kRowTiles * kTokenTiles <= 4 ? 2 : 1;  // on a multiprocessor
-  static constexpr int kTileBytes = (kRows + kTokens) * kColumns;
+  static constexpr int kTileBytes = (kRows + kPlanes * kTokens) * kColumns;
   static constexpr int kFlagWords = kMaxInputFeatures / kHighWordColumns;
   static constexpr int kFlagBytes = kFlagWords * 4;
 
@@ -78,15 +83,25 @@ DIST_INT8_DEVICE void fill_small_rows(unsigned char* tile, int to_row, const int
 }
 
 template <typename Shape>
-DIST_INT8_DEVICE void fill_small_tile(const Int8MatmulArgs& args, unsigned char* tile,
-                                      int64_t first_row, int64_t k) {
+DIST_INT8_DEVICE void fill_small_weights(const Int8MatmulArgs& args, unsigned char* tile,
+                                         int64_t first_row, int64_t k) {
   fill_small_rows<Shape::kAligned, Shape::kRows>(tile, 0, args.weight, first_row, args.num_outputs,
                                                  k, args.num_features);
-  fill_small_rows<Shape::kAligned, Shape::kTokens>(tile, Shape::kRows, args.x_int8, 0,
-                                                   args.num_rows, k, args.num_features);
 }
 
-// The part of x_high that goes with one lane's 16 bytes of a 64-wide tile.
+// flags: of the 64-wide halves of the tile, whether x_high is not all zero there.
+template <typename Shape>
+DIST_INT8_DEVICE void fill_small_x(const Int8MatmulArgs& args, unsigned char* tile, int64_t k,
+                                   uint32_t flags) {
+  fill_small_rows<Shape::kAligned, Shape::kTokens>(tile, Shape::kRows, args.x_int8, 0,
+                                                   args.num_rows, k, args.num_features);
+  if (Shape::kHasHigh && flags != 0) {
+    fill_small_rows<Shape::kAligned, Shape::kTokens>(
+        tile, Shape::kRows + Shape::kTokens, args.x_high, 0, args.num_rows, k, args.num_features);
+  }
+}
+
+// The part of x_high that goes with one lane's 16 bytes of a 64-wide tile, from global memory.
 template <typename Shape>
 DIST_INT8_DEVICE device::Vector16 load_high(const Int8MatmulArgs& args, int64_t m, int64_t k) {
   const int64_t K = args.num_features;
@@ -97,7 +112,7 @@ DIST_INT8_DEVICE device::Vector16 load_high(const Int8MatmulArgs& args, int64_t 
 
 template <typename Shape>
 DIST_INT8_DEVICE void multiply_small_tile(
-    const Int8MatmulArgs& args, const unsigned char* tile, int64_t k, uint32_t flags,
+    const Int8MatmulArgs& args, const unsigned char* tile, bool has_high, int64_t k, uint32_t flags,
     int32_t (&low)[Shape::kRowTiles][Shape::kTokenTiles][4],
     int32_t (&high)[Shape::kRowTiles][Shape::kTokenTiles][4]) {
   using namespace device;
@@ -131,7 +146,9 @@ DIST_INT8_DEVICE void multiply_small_tile(
     if (Shape::kHasHigh && (flags >> half & 1)) {
       DIST_INT8_UNROLL
       for (int t = 0; t < Shape::kTokenTiles; ++t) {
-        x[t] = load_high<Shape>(args, t * 8 + group, k + piece * 16);
+        const int row = Shape::kRows + Shape::kTokens + t * 8 + group;
+        x[t] = has_high ? load16(tile + piece_offset(row, piece))
+                        : load_high<Shape>(args, t * 8 + group, k + piece * 16);
       }
       multiply(high);
     }
@@ -152,9 +169,16 @@ DIST_INT8_DEVICE void int8_matmul_small_body(const Int8MatmulArgs& args) {
   const int num_tiles = static_cast<int>((K + Shape::kColumns - 1) / Shape::kColumns);
   const int count = (num_tiles - warp + warps - 1) / warps;  // of this warp
   const auto column = [&](int i) { return static_cast<int64_t>(warp + i * warps) * 128; };
+  let_next_kernel_begin();
   DIST_INT8_UNROLL
   for (int i = 0; i < kStages - 1; ++i) {
-    if (i < count) fill_small_tile<Shape>(args, ring + i * Shape::kTileBytes, first_row, column(i));
+    if (i >= count) continue;
+    fill_small_weights<Shape>(args, ring + i * Shape::kTileBytes, first_row, column(i));
+  }
+  wait_for_previous_kernel();
+  DIST_INT8_UNROLL
+  for (int i = 0; i < kStages - 1; ++i) {
+    if (i < count) fill_small_x<Shape>(args, ring + i * Shape::kTileBytes, column(i), 0);
     copy_async_commit();
   }
 
@@ -177,22 +201,25 @@ DIST_INT8_DEVICE void int8_matmul_small_body(const Int8MatmulArgs& args) {
 
   int32_t low[Shape::kRowTiles][Shape::kTokenTiles][4] = {};
   int32_t high[Shape::kRowTiles][Shape::kTokenTiles][4] = {};
+  const auto flags_of = [&](int64_t k) -> uint32_t {
+    if constexpr (!Shape::kHasHigh) return 0;
+    return flags[k / kHighWordColumns] >> (k / kHighTileColumns % 32) & 3;
+  };
   int slot = 0;
   for (int i = 0; i < count; ++i) {
     copy_async_wait<kStages - 2>();
     warp_sync();  // tile i is here for all lanes, and all lanes are done with tile i - 1
     if (i + kStages - 1 < count) {
       const int next = slot == 0 ? kStages - 1 : slot - 1;
-      fill_small_tile<Shape>(args, ring + next * Shape::kTileBytes, first_row,
-                             column(i + kStages - 1));
+      unsigned char* tile = ring + next * Shape::kTileBytes;
+      const int64_t k = column(i + kStages - 1);
+      fill_small_weights<Shape>(args, tile, first_row, k);
+      fill_small_x<Shape>(args, tile, k, flags_of(k));
     }
     copy_async_commit();
     const int64_t k = column(i);
-    uint32_t bits = 0;
-    if constexpr (Shape::kHasHigh) {
-      bits = flags[k / kHighWordColumns] >> (k / kHighTileColumns % 32) & 3;
-    }
-    multiply_small_tile<Shape>(args, ring + slot * Shape::kTileBytes, k, bits, low, high);
+    multiply_small_tile<Shape>(args, ring + slot * Shape::kTileBytes, i >= kStages - 1, k,
+                               flags_of(k), low, high);
     slot = slot == kStages - 1 ? 0 : slot + 1;
   }
   copy_async_wait<0>();
@@ -266,8 +293,13 @@ auto dispatch_int8_matmul_small(const Int8MatmulArgs& args, const DeviceLimits& 
   const auto run_shape = [&](auto shape) {
     using Shape = decltype(shape);
     const int64_t blocks = (args.num_outputs + Shape::kRows - 1) / Shape::kRows;
+    // Two blocks on a multiprocessor, which has 1 KiB more than a block can ask for, and takes that
+    // much for each of them.
+    const auto fit = [&](int warps) {
+      return 2 * (Shape::shared_bytes(warps) + 1024) <= limits.max_shared_bytes + 1024;
+    };
     int warps = 8;
-    while (warps > 1 && Shape::shared_bytes(warps) > limits.max_shared_bytes) warps /= 2;
+    while (warps > 1 && !fit(warps)) warps /= 2;
     return launcher.template run<Shape>(blocks, warps, Shape::shared_bytes(warps));
   };
   const auto run = [&](auto shape) {

@@ -8,6 +8,7 @@ namespace {
 template <typename T, typename Cell>
 __global__ void __launch_bounds__(attention::kPlaceThreads)
     place_tokens_kernel(const __grid_constant__ AttentionArgs args) {
+  device::begin_in_turn();
   attention::place_in_place<T, Cell>(args);
 }
 
@@ -21,7 +22,7 @@ const char* cuda_place_tokens(const AttentionArgs& args, void* stream) {
     using T = decltype(tag);
     const auto kernel =
         args.key_scale != nullptr ? place_tokens_kernel<T, int8_t> : place_tokens_kernel<T, T>;
-    return launch(kernel, grid, attention::kPlaceThreads, 0, stream, args);
+    return launch_early(kernel, grid, attention::kPlaceThreads, 0, stream, args);
   });
 }
 

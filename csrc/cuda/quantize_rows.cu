@@ -7,6 +7,7 @@ namespace {
 template <typename T, int kSpans>
 __global__ void __launch_bounds__(rows::max_threads(kSpans), 1)
     quantize_rows_kernel(const __grid_constant__ QuantizeRowsArgs args, int num_kept) {
+  device::begin_in_turn();
   rows::quantize_rows_body<T, kSpans>(args, num_kept);
 }
 

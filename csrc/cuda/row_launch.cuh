@@ -20,7 +20,7 @@ const char* with_type(DataType type, const With& with) {
   }
 }
 
-// Starts kernel(args, num_kept), one thread block per row.
+// Starts kernel(args, num_kept), one thread block per row; it calls device::begin_in_turn().
 template <typename Args>
 const char* launch_rows(void (*kernel)(Args, int), const Args& args, const RowShape& shape,
                         void* stream) {
@@ -34,8 +34,8 @@ const char* launch_rows(void (*kernel)(Args, int), const Args& args, const RowSh
   }
   if (error != cudaSuccess) return cudaGetErrorString(error);
   const Geometry g = geometry(shape, max_shared_bytes);
-  return launch(kernel, dim3(static_cast<unsigned>(args.num_rows)), g.num_threads, g.shared_bytes,
-                stream, args, g.num_kept);
+  return launch_early(kernel, dim3(static_cast<unsigned>(args.num_rows)), g.num_threads,
+                      g.shared_bytes, stream, args, g.num_kept);
 }
 
 // The same of a kernel that quantizes its rows, for blocks of a rotation within one span and for

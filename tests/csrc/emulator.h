@@ -22,6 +22,7 @@
 #include <functional>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "dist_int8/fragments.h"
@@ -380,6 +381,13 @@ class Machine {
   size_t main_stack_size_ = 0;
 };
 
+// What device::wait_for_previous_kernel() waits for: set it before a launch, and have the memory
+// that it writes hold something else until then.
+inline std::function<void()>& previous_kernel() {
+  static std::function<void()> previous;
+  return previous;
+}
+
 // Runs body() in every thread of every block of the grid.
 inline void launch(Grid grid, int threads, int64_t shared_bytes, const Options& options,
                    const std::function<void()>& body) {
@@ -401,6 +409,12 @@ inline int64_t num_blocks_y() { return emulator::Machine::get().grid().y; }
 inline int64_t num_blocks_z() { return emulator::Machine::get().grid().z; }
 inline void block_sync() { emulator::Machine::get().block_sync(); }
 inline void memory_fence() {}
+inline void let_next_kernel_begin() {}
+inline void wait_for_previous_kernel() {
+  // The first thread that waits finds the previous kernel at its end.
+  const auto previous = std::exchange(emulator::previous_kernel(), nullptr);
+  if (previous) previous();
+}
 inline unsigned char* dynamic_shared() { return emulator::Machine::get().shared(); }
 
 inline void warp_sync() {

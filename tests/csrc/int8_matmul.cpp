@@ -22,7 +22,7 @@ struct Case {
 // Exactly as many bytes as asked for, starting `offset` bytes past an aligned address.
 class Array {
  public:
-  Array(int64_t bytes, int64_t offset = 0) : offset_(offset) {
+  Array(int64_t bytes, int64_t offset = 0) : bytes_(bytes), offset_(offset) {
     if (posix_memalign(&memory_, 128, bytes + offset) != 0) emulator::fail("out of memory");
   }
   ~Array() { std::free(memory_); }
@@ -33,8 +33,19 @@ class Array {
     return static_cast<const T*>(get());
   }
 
+  // Takes the contents away until the function that it returns is called.
+  std::function<void()> delay() {
+    const unsigned char* data = as<unsigned char>();
+    std::vector<unsigned char> contents(data, data + bytes_);
+    std::memset(get(), 0x55, bytes_);
+    return [this, contents] {
+      std::copy(contents.begin(), contents.end(), static_cast<unsigned char*>(get()));
+    };
+  }
+
  private:
   void* memory_ = nullptr;
+  int64_t bytes_;
   int64_t offset_;
 };
 
@@ -133,6 +144,15 @@ void run(const Case& c) {
   const emulator::Options options{static_cast<emulator::Order>(c.order),
                                   static_cast<uint64_t>(c.seed), c.early_copies != 0};
   if (c.kernel == 0) {
+    // x, its scales and its flags are there only once the kernel before has ended.
+    std::vector<std::function<void()>> writes;
+    for (Array* array :
+         {x_int8.get(), x_high.get(), row_scale.get(), high_tiles.get(), x_hot.get()}) {
+      writes.push_back(array->delay());
+    }
+    emulator::previous_kernel() = [writes] {
+      for (const auto& write : writes) write();
+    };
     dispatch_int8_matmul_small(args, limits, SmallLauncher{args, options});
   } else {
     std::vector<int32_t> sums;
