@@ -69,9 +69,9 @@ DIST_INT8_DEVICE bool find_item(const AttentionArgs& args, int64_t index, int64_
   // Splits are the slowest: those beyond the end of a context come last and cost next to nothing.
   const int64_t KV = args.num_kv_heads, group = args.num_heads / KV;
   const int64_t chunk = index % chunks;
-  item->kv_head = index / chunks % KV;
-  item->row = index / (chunks * KV) % args.num_rows;
-  item->split = index / (chunks * KV * args.num_rows);
+  item->kv_head = static_cast<int>(index / chunks % KV);
+  item->row = static_cast<int>(index / (chunks * KV) % args.num_rows);
+  item->split = static_cast<int>(index / (chunks * KV * args.num_rows));
   item->token = token_of(args, item->row);
   if (!item->token.valid) return false;
   const int64_t split_start = item->split * args.split_tokens;
@@ -80,7 +80,7 @@ DIST_INT8_DEVICE bool find_item(const AttentionArgs& args, int64_t index, int64_
   item->start = static_cast<int>(split_start > item->token.first ? split_start : item->token.first);
   item->end = static_cast<int>(is_last ? position + 1 : split_end);
   item->new_position = is_last ? static_cast<int>(position) : -1;
-  item->first_head = item->kv_head * group + chunk * kQueries;
+  item->first_head = static_cast<int>(item->kv_head * group + chunk * kQueries);
   const int64_t left = group - chunk * kQueries;
   item->num_queries = static_cast<int>(left < kQueries ? left : kQueries);
   return item->start < item->end;

@@ -9,10 +9,10 @@ namespace attention {
 // What a block works on.
 struct Item {
   Token token;
-  int64_t row;
-  int64_t kv_head;
-  int64_t split;
-  int64_t first_head;  // of the queries
+  int row;
+  int kv_head;
+  int split;
+  int first_head;  // of the queries
   int num_queries;
   int start;  // positions
   int end;
@@ -155,7 +155,7 @@ DIST_INT8_DEVICE void merge_warps(const AttentionArgs& args, const Item& item, f
       if (of_warp[D] == -INFINITY) continue;
       sum = fmaf(expf(of_warp[D] - highest), of_warp[d], sum);
     }
-    const int64_t head = item.row * args.num_heads + item.first_head + g;
+    const int64_t head = int64_t{item.row} * args.num_heads + item.first_head + g;
     args.partial[(head * args.num_splits + item.split) * width + d] = d == D ? highest : sum;
   }
 }
