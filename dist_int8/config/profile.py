@@ -35,12 +35,21 @@ class ProfileSettings(Checked):
         description="Operations per second of a 16-bit linear with many rows.",
         examples=[2.0e14],
     )
+    attention_ops: Rate = Field(
+        description="Operations per second of attention over a long prompt.", examples=[2.0e14]
+    )
     overlaps: bool = Field(
         description="Whether reading and computing overlap (GPUs) or add up (CPUs).",
         examples=[True],
     )
     block_overhead_s: Seconds = Field(
-        description="Seconds that a block takes besides its linears.", examples=[2.0e-05]
+        description="Seconds that a block takes besides its linears and attention.",
+        examples=[2.5e-05],
+    )
+    launch_s: Seconds = Field(
+        description="Seconds that the host takes per kernel, where a GPU's are launched one by "
+        "one; 0 for a CPU.",
+        examples=[2.5e-05],
     )
     link_bandwidth: Rate = Field(
         description="Bytes per second to the next device of the same machine.", examples=[2.5e11]

@@ -176,6 +176,12 @@ def _decode_rows(workload: Workload, num_stages: int) -> int:
     return -(-workload.num_sequences // num_micro_batches)
 
 
+def _prefill_step(workload: Workload) -> cost.Step:
+    """A micro-batch full of prompt tokens of one sequence."""
+    rows = min(workload.prefill_chunk, workload.max_tokens)
+    return cost.Step(rows, num_sequences=1, context=workload.max_tokens // 2)
+
+
 def _times(
     model: memory.ModelSizes,
     devices: Sequence[Device],
@@ -187,21 +193,19 @@ def _times(
 
     Sequences count with half their maximum length, their mean while they grow.
     """
-    chunk = min(workload.prefill_chunk, workload.max_tokens)
-    rows = _decode_rows(workload, len(devices))
+    rows, context = _decode_rows(workload, len(devices)), workload.max_tokens // 2
+    decode = cost.Step(rows, rows, context, workload.records_steps)
+    prefill = _prefill_step(workload)
     known: dict[tuple[object, ...], int] = {}
 
     def time(profile: DeviceProfile, index: int) -> int:
         block = model.blocks[index]
         key = (profile, block, index if formats.skip else 0)
         if key not in known:
-            how = {"context": workload.max_tokens // 2, "index": index}
-            decode = {"num_rows": rows, "num_sequences": rows}
-            known[key] = cost.block_ps(block, formats, profile, **decode, **how)
+            known[key] = cost.block_ps(block, formats, profile, decode, index)
             if prefill_ratio:
-                prefill = {"num_rows": chunk, "num_sequences": 1}
-                of_chunk = cost.block_ps(block, formats, profile, **prefill, **how)
-                known[key] += round(of_chunk * rows * prefill_ratio / chunk)
+                of_chunk = cost.block_ps(block, formats, profile, prefill, index)
+                known[key] += round(of_chunk * rows * prefill_ratio / prefill.num_rows)
         return known[key]
 
     return [[time(d.profile, index) for index in range(len(model.blocks))] for d in devices]
@@ -287,18 +291,9 @@ def _prefill_ps(
     blocks: range,
 ) -> int:
     """Computes the picoseconds of a micro-batch full of prompt tokens of one sequence."""
-    rows = min(workload.prefill_chunk, workload.max_tokens)
+    step = _prefill_step(workload)
     total = sum(
-        cost.block_ps(
-            model.blocks[i],
-            formats,
-            device.profile,
-            num_rows=rows,
-            num_sequences=1,
-            context=workload.max_tokens // 2,
-            index=i,
-        )
-        for i in blocks
+        cost.block_ps(model.blocks[i], formats, device.profile, step, index=i) for i in blocks
     )
     if blocks.stop == len(model.blocks):
         total += cost.head_ps(model, formats, device.profile, num_rows=1)

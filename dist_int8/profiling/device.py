@@ -19,6 +19,7 @@ from dist_int8.config.accuracy import DEFAULT_POINT, POINTS
 from dist_int8.int8 import ops, reference
 from dist_int8.int8.convert import swap_linears
 from dist_int8.models import BlockSpec, DecoderStage, ModelSpec, StageSlice, TokenBatch
+from dist_int8.partition.cost import DECODE_KERNELS
 from dist_int8.partition.profiles import DEFAULT_GPU, PROFILES
 
 NUM_FEATURES = 4096  # input and output features of the measured layers
@@ -26,6 +27,7 @@ REPEATS = 5
 CPU_WEIGHT_BYTES = 1 << 28
 CUDA_WEIGHT_BYTES = 1 << 31
 MANY_ROWS = {"cpu": 32, "cuda": 4096}
+PROMPT_TOKENS = {"cpu": 256, "cuda": 4096}
 _RULE: dict[str, Any] = {  # of the point "balanced"
     "outlier_rule": POINTS[DEFAULT_POINT].rule,
     "outlier_threshold": 0.0,
@@ -52,7 +54,8 @@ def measure(
     num_features = num_features or NUM_FEATURES
     with torch.inference_mode():
         seconds = _linear_seconds(place, dtype, num_features)
-        overhead = _overhead(place, dtype)
+        attention_ops = _attention_rate(place, dtype)
+        overhead, launch = _overhead(place, dtype)
     int8_bandwidth, int8_ops = _bandwidth_and_rate(place, seconds["int8"], num_features**2, 1)
     float_bandwidth, float_ops = _bandwidth_and_rate(place, seconds["float"], num_features**2, 2)
     return {
@@ -63,8 +66,10 @@ def measure(
         "float_bandwidth": float_bandwidth,
         "int8_ops": int8_ops,
         "float_ops": float_ops,
+        "attention_ops": attention_ops,
         "overlaps": not on_cpu,
         "block_overhead_s": overhead,
+        "launch_s": launch,
     }
 
 
@@ -154,8 +159,30 @@ def _seconds(
     return statistics.median(rounds)
 
 
-def _overhead(place: torch.device, dtype: torch.dtype) -> float:
-    """Measures the seconds of a block with tiny linears, within a stack of equal blocks."""
+def _attention_rate(place: torch.device, dtype: torch.dtype) -> float:
+    """Measures the operations per second of a prompt's attention, 4 per pair and feature."""
+    num_tokens, heads, head_dim = PROMPT_TOKENS[place.type], 16, 128
+    qkv = torch.randn(num_tokens, 3 * heads * head_dim).to(place, dtype)
+    caches = [
+        torch.zeros(1, heads, *shape, device=place, dtype=dtype)
+        for shape in ((head_dim, num_tokens), (num_tokens, head_dim))
+    ]
+    segments = ops.Segments.of(torch.tensor([[0, 0, num_tokens]], dtype=torch.int32), place)
+    args = ops.AttentionArgs(heads, heads, head_dim**-0.5)
+
+    def attend(qkv: Tensor, _: Tensor) -> Tensor:
+        return ops.attention(qkv, caches[0], caches[1], segments, args)
+
+    pairs = num_tokens * (num_tokens + 1) // 2
+    return 4 * pairs * heads * head_dim / _seconds(attend, qkv, [qkv] * 4, place)
+
+
+def _overhead(place: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Measures a block with tiny linears, within a stack of equal blocks.
+
+    Returns:
+        Seconds of a block, on a GPU replayed as a graph; and of the host, per kernel of a GPU.
+    """
     size, count = 64, 20
     spec = BlockSpec(
         hidden_size=size,
@@ -177,7 +204,23 @@ def _overhead(place: torch.device, dtype: torch.dtype) -> float:
     caches = _OneLayer((cache, cache))
     batch = TokenBatch.from_segments(None, [(0, 0, 1)], device=place)
     x = torch.ones(1, size, device=place, dtype=dtype)
-    return _seconds(lambda x, _: stage(batch, x, caches), x, [x] * count, place) / count
+
+    def run(x: Tensor, _: Tensor) -> Tensor:
+        return stage(batch, x, caches)
+
+    seconds = _seconds(run, x, [x] * count, place) / count
+    if place.type == "cpu":
+        return seconds, 0.0
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(x, x)
+
+    def replay(x: Tensor, _: Tensor) -> Tensor:
+        graph.replay()
+        return x
+
+    replayed = _seconds(replay, x, [x] * count, place) / count
+    return replayed, seconds / DECODE_KERNELS
 
 
 class _OneLayer(NamedTuple):

@@ -1,5 +1,6 @@
 """Times against figures worked out by hand: bytes over bandwidth, operations over rate."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,43 +8,74 @@ import pytest
 
 from dist_int8.models import describe, load_config
 from dist_int8.partition import PROFILES, Formats
-from dist_int8.partition.cost import PS_PER_S, block_ps, head_ps, hop_ps
+from dist_int8.partition.cost import (
+    DECODE_KERNELS,
+    PREFILL_KERNELS,
+    PS_PER_S,
+    Step,
+    block_ps,
+    head_ps,
+    hop_ps,
+)
 
-MODELS = Path(__file__).parents[2] / "configs" / "models"
+ROOT = Path(__file__).parents[2]
+MODELS = ROOT / "configs" / "models"
+LAUNCHES = ROOT / "benchmarks" / "results" / "launches.json"
 BLOOM = describe(load_config(MODELS / "bloom-176b"))
 INT8 = Formats(int8=True, float_size=2, vocab_size=2)
 SIXTEEN_BITS = Formats(int8=False, float_size=2, vocab_size=2)
-A100 = replace(PROFILES["a100-80"], block_overhead_s=0.0)
+A100 = replace(PROFILES["a100-80"], block_overhead_s=0.0, launch_s=0.0)
 WEIGHTS = 2_466_250_752  # of the linears of a block, 12 * 14336**2
 
 
-def seconds(formats, profile, rows, context=0, sequences=1):
-    block = BLOOM.blocks[0]
-    return (
-        block_ps(
-            block,
-            formats,
-            profile,
-            num_rows=rows,
-            num_sequences=sequences,
-            context=context,
-        )
-        / PS_PER_S
-    )
+def seconds(formats, profile, rows, context=0, sequences=1, is_recorded=False):
+    step = Step(rows, sequences, context, is_recorded)
+    return block_ps(BLOOM.blocks[0], formats, profile, step) / PS_PER_S
+
+
+# Features that are quantized in a block: three times 14,336 and 57,344; and those of its results.
+INPUTS, OUTPUTS = 6 * 14_336 + 14_336, 9 * 14_336
+QUANTIZING = INPUTS * 400e-12
 
 
 def test_one_row_is_bound_by_memory_bandwidth():
     # 2.47e9 bytes at 86% of 2,039 GB/s
-    assert seconds(INT8, A100, 1) == pytest.approx(WEIGHTS / (0.86 * 2039e9), rel=1e-3)
+    reading = WEIGHTS / (0.86 * 2039e9)
+    assert seconds(INT8, A100, 1) == pytest.approx(reading + QUANTIZING, rel=1e-3)
     assert seconds(INT8, A100, 32) == seconds(INT8, A100, 1)  # below the knee rows are free
-    assert seconds(SIXTEEN_BITS, A100, 1) == pytest.approx(2 * seconds(INT8, A100, 1), rel=1e-3)
+    assert seconds(SIXTEEN_BITS, A100, 1) == pytest.approx(2 * reading, rel=1e-3)
 
 
 def test_many_rows_are_bound_by_compute():
-    # 512 rows at 70% of 624 TOPS
-    expected = 2 * 512 * WEIGHTS / (0.7 * 624e12)
-    assert seconds(INT8, A100, 512) == pytest.approx(expected, rel=1e-6)
-    assert seconds(SIXTEEN_BITS, A100, 512) == pytest.approx(2 * expected, rel=1e-6)
+    # 512 rows at 70% of 624 TOPS; 3 bytes per feature that is quantized, 8 per int32 sum
+    computing = 2 * 512 * WEIGHTS / (0.7 * 624e12)
+    converting = 512 * (3 * INPUTS + 8 * OUTPUTS) / (0.86 * 2039e9)
+    assert seconds(INT8, A100, 512) == pytest.approx(computing + converting, rel=1e-6)
+    assert seconds(SIXTEEN_BITS, A100, 512) == pytest.approx(2 * computing, rel=1e-6)
+
+
+def test_attention_over_a_long_prompt_has_a_rate_of_its_own():
+    h100 = replace(PROFILES["h100"], block_overhead_s=0.0, launch_s=0.0)
+    more = seconds(INT8, h100, 512, context=2048) - seconds(INT8, h100, 512)
+    assert more == pytest.approx(4 * 512 * 2048 * 14_336 / (0.35 * 989e12), rel=1e-6)
+
+
+def test_a_host_that_launches_kernel_by_kernel_is_the_bound_of_small_steps():
+    slow = replace(A100, launch_s=1e-3)
+    assert seconds(INT8, slow, 1) == pytest.approx(DECODE_KERNELS * 1e-3)
+    assert seconds(INT8, slow, 64) == pytest.approx(PREFILL_KERNELS * 1e-3)
+    assert seconds(INT8, slow, 1, is_recorded=True) == seconds(INT8, A100, 1)
+    cpu = PROFILES["cpu"]
+    assert seconds(INT8, cpu, 1) == seconds(INT8, cpu, 1, is_recorded=True)
+
+
+def test_kernels_of_a_block_are_those_that_were_counted():
+    counted = json.loads(LAUNCHES.read_text())["models"]
+    for steps in counted.values():
+        for step, counts in steps.items():
+            if step.startswith("decode") and not step.endswith("replayed"):
+                assert counts["per_block"] == DECODE_KERNELS, step
+        assert steps["prefill of 4 x 512"]["per_block"] == PREFILL_KERNELS
 
 
 def test_cpu_time_is_reading_plus_computing():
