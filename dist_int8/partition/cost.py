@@ -40,7 +40,7 @@ QUANTIZE_PS_PER_FEATURE = 400
 
 
 @dataclass(frozen=True)
-class Step:
+class StepShape:
     """One micro-batch.
 
     Attributes:
@@ -64,7 +64,7 @@ class Step:
 
 
 def block_ps(
-    block: BlockSizes, formats: Formats, profile: DeviceProfile, step: Step, index: int = 0
+    block: BlockSizes, formats: Formats, profile: DeviceProfile, step: StepShape, index: int = 0
 ) -> int:
     """Computes the picoseconds that decoder block `index` takes for one micro-batch.
 
@@ -82,7 +82,9 @@ def block_ps(
     return max(total, _to_ps(step.num_kernels * profile.launch_s))
 
 
-def _attention_ps(block: BlockSizes, formats: Formats, profile: DeviceProfile, step: Step) -> int:
+def _attention_ps(
+    block: BlockSizes, formats: Formats, profile: DeviceProfile, step: StepShape
+) -> int:
     num_bytes = (
         step.num_sequences
         * step.context

@@ -176,10 +176,10 @@ def _decode_rows(workload: Workload, num_stages: int) -> int:
     return -(-workload.num_sequences // num_micro_batches)
 
 
-def _prefill_step(workload: Workload) -> cost.Step:
+def _prefill_step(workload: Workload) -> cost.StepShape:
     """A micro-batch full of prompt tokens of one sequence."""
     rows = min(workload.prefill_chunk, workload.max_tokens)
-    return cost.Step(rows, num_sequences=1, context=workload.max_tokens // 2)
+    return cost.StepShape(rows, num_sequences=1, context=workload.max_tokens // 2)
 
 
 def _times(
@@ -194,7 +194,7 @@ def _times(
     Sequences count with half their maximum length, their mean while they grow.
     """
     rows, context = _decode_rows(workload, len(devices)), workload.max_tokens // 2
-    decode = cost.Step(rows, rows, context, workload.records_steps)
+    decode = cost.StepShape(rows, rows, context, workload.records_steps)
     prefill = _prefill_step(workload)
     known: dict[tuple[object, ...], int] = {}
 

@@ -33,6 +33,7 @@ from dist_int8.distributed.world import World
 from dist_int8.errors import ProtocolError, RankError
 from dist_int8.pipeline import wire
 from dist_int8.pipeline.microbatch import Kind, Limits, MicroBatch, Result
+from dist_int8.pipeline.result_sender import ResultSender
 
 BUFFERS = 2
 TAG = 0
@@ -74,6 +75,7 @@ class Transport:
         self._sent: deque[list[tuple[dist.Work, Tensor]]] = deque()
         self._on_gpu: deque[tuple[dist.Work, Tensor]] = deque()  # under way over NCCL
         self._received: queue.Queue[Result | BaseException] = queue.Queue(maxsize=BUFFERS)
+        self._sender: ResultSender | None = None  # of the last rank, on a GPU
         self._stream: Any = None
         self._over_nccl = "cuda" in world.groups
         if world.rank == 0:
@@ -111,8 +113,15 @@ class Transport:
             self._send([_message(*parts, hidden_states.cpu())])
 
     def send_result(self, result: Result) -> None:
-        """Starts sending a result to rank 0."""
-        result.wait()
+        """Starts sending a result to rank 0, from a GPU as soon as its values are there."""
+        if result.ready is None:
+            self._send_result(result)
+            return
+        if self._sender is None:
+            self._sender = ResultSender(self._send_result, self._cores)
+        self._sender.put(result)
+
+    def _send_result(self, result: Result) -> None:
         parts = wire.pack_result(result)
         if result.values.dtype == torch.int64:
             self._send([_message(*parts, result.values)])
@@ -152,6 +161,8 @@ class Transport:
 
     def flush(self) -> None:
         """Waits until everything sent has left."""
+        if self._sender is not None:
+            self._sender.flush()
         while self._sent:
             self._wait_for_oldest()
         try:

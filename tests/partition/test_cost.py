@@ -12,7 +12,7 @@ from dist_int8.partition.cost import (
     DECODE_KERNELS,
     PREFILL_KERNELS,
     PS_PER_S,
-    Step,
+    StepShape,
     block_ps,
     head_ps,
     hop_ps,
@@ -29,7 +29,7 @@ WEIGHTS = 2_466_250_752  # of the linears of a block, 12 * 14336**2
 
 
 def seconds(formats, profile, rows, context=0, sequences=1, is_recorded=False):
-    step = Step(rows, sequences, context, is_recorded)
+    step = StepShape(rows, sequences, context, is_recorded)
     return block_ps(BLOOM.blocks[0], formats, profile, step) / PS_PER_S
 
 

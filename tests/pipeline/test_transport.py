@@ -41,6 +41,13 @@ def message(step: int) -> tuple[MicroBatch, torch.Tensor]:
     return micro_batch, torch.full((count, 8), float(step))
 
 
+class Late:
+    """The event of tokens that a GPU still copies while its stage goes on."""
+
+    def synchronize(self) -> None:
+        time.sleep(0.02)
+
+
 def exchange(world: World):
     transport = make_transport(world)
     if world.rank == 0:
@@ -60,7 +67,7 @@ def exchange(world: World):
         assert torch.equal(micro_batch.token_ids, expected.token_ids)
         time.sleep(0.01)  # more messages come than are taken
         values = torch.tensor([micro_batch.step * 10])
-        transport.send_result(Result(0, micro_batch.step, values))
+        transport.send_result(Result(0, micro_batch.step, values, ready=Late()))
 
 
 def forge(world: World):
@@ -147,6 +154,7 @@ def test_the_host_does_not_wait_for_what_nccl_sends():
     transport = object.__new__(Transport)
     transport._sent, transport._on_gpu, transport.target = deque(), deque(), 1
     transport._send_timeout = timedelta(seconds=5.0)
+    transport._sender = None
     works = [WorkOfNCCL() for _ in range(3)]
     for work in works:
         transport._sent.append([(work, OnGPU())])
