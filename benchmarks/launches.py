@@ -145,7 +145,7 @@ def make_model(name: str, num_blocks: int) -> DecoderStage:
     return model
 
 
-def make_stage(model: DecoderStage) -> Stage:
+def make_stage(model: DecoderStage, int8_kv: bool) -> Stage:
     """The model as the only stage, on the fake GPU."""
     model = model.to_empty(device=DEVICE)
     model.move_tables(DEVICE)
@@ -158,6 +158,7 @@ def make_stage(model: DecoderStage) -> Stage:
         LIMITS.max_tokens,
         torch.bfloat16,
         DEVICE,
+        int8=int8_kv,
     )
     limits = Limits(LIMITS.num_slots, 2048, 4096, spec.hidden_size, spec.vocab_size)
     return Stage(model, cache, TokenSampler(limits, DEVICE))
@@ -192,7 +193,7 @@ def record(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     return (lambda: None), output
 
 
-def measure(name: str) -> dict[str, dict[str, Any]]:
+def measure(name: str, int8_kv: bool = False) -> dict[str, dict[str, Any]]:
     """Counts of every step of a whole model, from stages of two and of three blocks."""
     spec = describe(load_config(MODELS / name))
     steps = {step: make_step(segments, start=False) for step, segments in STEPS.items()}
@@ -202,7 +203,7 @@ def measure(name: str) -> dict[str, dict[str, Any]]:
         model = make_model(name, num_blocks)
         with torch.inference_mode(), on_a_fake_gpu() as mode:
             with mode:
-                stage = make_stage(model)
+                stage = make_stage(model, int8_kv)
             if graphs:
                 stage.use_graphs(LIMITS, record)
             for micro_batch in (first, *steps.values()):  # graphs are made
@@ -225,7 +226,7 @@ def main() -> None:
     parser = make_parser(__doc__, takes_model=False)
     parser.add_argument("--models", nargs="+", default=["llama-3-8b", "bloom-176b"])
     args = parser.parse_args()
-    if "sample_tokens" not in library_info()["cuda_ops"]:
+    if "attention_quantize" not in library_info()["cuda_ops"]:
         parser.error(
             "the library must have CUDA kernels, got one without; make gpu-bundle, then set "
             "DIST_INT8_LIBRARY=build/bundle/_ops.so"
@@ -233,9 +234,11 @@ def main() -> None:
     tables = {}
     for name in args.models:
         tables[name] = measure(name)
-        for step, counts in tables[name].items():
+        tables[f"{name}, int8 KV"] = measure(name, int8_kv=True)
+    for name, table in tables.items():
+        for step, counts in table.items():
             figures = "  ".join(f"{key} {value}" for key, value in counts.items())
-            print(f"{name:<12} {step:<40} {figures}")
+            print(f"{name:<22} {step:<40} {figures}")
     write_result("launches", {"models": tables}, args.json, args.raw)
 
 

@@ -23,6 +23,7 @@ import torch
 from records import Records, make_parser
 
 from dist_int8.int8 import ops
+from dist_int8.int8.kv import Int8KV
 
 SKIPPED = 77
 METRICS = {
@@ -58,6 +59,9 @@ def calls(sizes: dict[str, int], device: torch.device) -> Iterator[tuple[str, Ca
     segments = ops.Segments.of(places, device)
     heads = ops.AttentionArgs(num_heads=32, num_kv_heads=8, scale=D**-0.5)
     yield "decode attention", lambda: ops.attention(qkv, keys, values, segments, heads)
+    scale = torch.full((batch, 8, context), 0.01, device=device)
+    int8 = [Int8KV(cache.char(), scale) for cache in (keys, values)]
+    yield "decode attention, int8 KV", lambda: ops.attention(qkv, *int8, segments, heads)
 
 
 @torch.inference_mode()

@@ -8,8 +8,9 @@ products. Random weights give activations without outlier features, so the secon
 empty: what real ones cost, linear.py says. transformers' eager model has its default attention and
 cache, and random weights too. Both are asked by their own `generate`, greedily. Prefill is the time
 to the first token of one prompt; a step of decoding is what each further token adds, prompts of
-CONTEXT tokens. Medians. The floor is what a step takes to read its weights and its keys and values
-at the copy bandwidth measured here.
+CONTEXT tokens. Medians. "ours" is also run kernel by kernel (without CUDA graphs), whose tokens
+must be the same, with an int8 KV cache, and with sampling on the card. The floor is what a step
+takes to read its weights and its keys and values at the copy bandwidth measured here.
 """
 
 import gc
@@ -45,6 +46,12 @@ BATCHES = [1, 8, 32]
 CONTEXT = 128
 REPEATS = 3
 CELL_S = 60.0
+OURS: dict[str, dict[str, Any]] = {  # name of the engine, settings beside those of all
+    "ours": {},
+    "ours, kernel by kernel": {"cuda_graphs": False},
+    "ours, int8 KV": {"kv": "int8"},
+}
+SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "seed": 0}
 
 Prompts = list[list[int]]
 Generate = Callable[[Prompts, int], Prompts]  # prompts, new tokens -> their ids
@@ -85,10 +92,10 @@ def prompts_of(count: int, length: int, vocab_size: int) -> Prompts:
     return torch.randint(0, vocab_size, (count, length), generator=generator).tolist()
 
 
-def tokens_of(model: dist_int8.Model) -> Generate:
+def tokens_of(model: dist_int8.Model, **how: Any) -> Generate:
     return lambda prompts, count: [
         answer.token_ids
-        for answer in model.generate(prompts, max_new_tokens=count, model_defaults=False)
+        for answer in model.generate(prompts, max_new_tokens=count, model_defaults=False, **how)
     ]
 
 
@@ -129,7 +136,7 @@ class Engine:
 
     Args:
         cells: where the figures go.
-        name: "ours" or "transformers".
+        name: one of `OURS`, "ours, sampling" or "transformers".
         generate: prompts, number of new tokens -> their ids.
         weight_bytes: what a step of decoding reads.
         kv_bytes: of one token in all blocks.
@@ -142,7 +149,13 @@ class Engine:
         self.weight_bytes, self.kv_bytes = weight_bytes, kv_bytes
 
     def measure(self, small: bool, vocab_size: int, copy: float) -> None:
-        prefill, context, count = lengths_of(small)
+        self.measure_decode(small, vocab_size, copy)
+        for length in lengths_of(small)[0]:
+            prompts = prompts_of(1, length, vocab_size)
+            self.run("prefill", 1, length, lambda p=prompts: measure_prefill(self.generate, p))  # type: ignore[misc]
+
+    def measure_decode(self, small: bool, vocab_size: int, copy: float) -> None:
+        _, context, count = lengths_of(small)
         for batch in BATCHES:
 
             def decode(batch: int = batch) -> dict[str, Any]:
@@ -151,9 +164,6 @@ class Engine:
                 return {**found, "floor_ms": read / copy / 1e9}
 
             self.run("decode", batch, context, decode)
-        for length in prefill:
-            prompts = prompts_of(1, length, vocab_size)
-            self.run("prefill", 1, length, lambda p=prompts: measure_prefill(self.generate, p))  # type: ignore[misc]
 
     def run(
         self, what: str, batch: int, context: int, measure: Callable[[], dict[str, Any]]
@@ -164,7 +174,7 @@ class Engine:
             return
         floor = f"  floor {found['floor_ms']:8.2f} ms" if "floor_ms" in found else ""
         print(
-            f"{self.name:14s} {what:8s} batch {batch:3d}  context {context:5d}"
+            f"{self.name:22s} {what:8s} batch {batch:3d}  context {context:5d}"
             f"  {found['ms']:9.2f} ms  {found['tokens_per_s']:10.1f} tokens/s{floor}",
             flush=True,
         )
@@ -173,22 +183,51 @@ class Engine:
 def measure_ours(
     folder: Path, device: torch.device, small: bool, cells: Cells, copy: float
 ) -> None:
+    answers: dict[str, Prompts] = {}
+    for name, settings in OURS.items():
+        with cells.guard({"engine": name}):
+            answers[name] = measure_variant(name, settings, folder, device, small, cells, copy)
+        free_memory(device)
+    with cells.guard({"engine": "ours", "what": "equal tokens"}):
+        equal = answers["ours"] == answers["ours, kernel by kernel"]
+        cells.records.add("tokens", engine="ours, kernel by kernel", equal=equal)
+        assert equal, "the tokens of recorded steps must be those of kernels one by one"
+
+
+def measure_variant(
+    name: str,
+    settings: dict[str, Any],
+    folder: Path,
+    device: torch.device,
+    small: bool,
+    cells: Cells,
+    copy: float,
+) -> Prompts:
+    """Measures `ours` with these settings, and returns its answers to the same prompts."""
     started = time.perf_counter()
-    name = "cuda:0" if device.type == "cuda" else "cpu"
-    with dist_int8.load(folder, devices=[name], **settings_of(small)) as model:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    place = "cuda:0" if device.type == "cuda" else "cpu"
+    with dist_int8.load(folder, devices=[place], **settings_of(small), **settings) as model:
         plan = model.plan
         planned = {"planned": plan.stages[0].needed_bytes, "kv_bytes": plan.stages[0].kv_bytes}
         load_s = time.perf_counter() - started
-        cells.records.add("loaded", engine="ours", seconds=load_s, **planned)
+        cells.records.add(
+            "loaded", engine=name, seconds=load_s, planned_ms=plan.ms_per_token, **planned
+        )
         print(f"loaded in {load_s:.1f} s", flush=True)
         config = json.loads((folder / "config.json").read_text())
         table = 2 * config["vocab_size"] * config["hidden_size"]  # of which a step reads some rows
-        read = plan.model_bytes - table
-        engine = Engine(cells, "ours", tokens_of(model), read, plan.kv_bytes_per_token)
-        engine.measure(small, config["vocab_size"], copy)
+        how = (plan.model_bytes - table, plan.kv_bytes_per_token)
+        Engine(cells, name, tokens_of(model), *how).measure(small, config["vocab_size"], copy)
+        if name == "ours":
+            sampled = Engine(cells, "ours, sampling", tokens_of(model, **SAMPLING), *how)
+            sampled.measure_decode(small, config["vocab_size"], copy)
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
-            cells.records.add("memory", engine="ours", peak=peak, **planned)
+            cells.records.add("memory", engine=name, peak=peak, **planned)
+        prompts = prompts_of(8, lengths_of(small)[1], config["vocab_size"])
+        return tokens_of(model)(prompts, 16)
 
 
 @torch.inference_mode()

@@ -121,12 +121,13 @@ def model(figures: Figures) -> str:
     for what in ("decode", "prefill"):
         found = figures.of("model", what, "engine", "batch", "context")
         theirs = {_cell(r): r for r in found if r["engine"] == "transformers"}
-        for ours in (r for r in found if r["engine"] == "ours"):
+        for ours in (r for r in found if r["engine"] != "transformers"):
             other = theirs.get(_cell(ours))
             floor = f"{ours['floor_ms']:.2f}" if "floor_ms" in ours else ""
             rows.append(
                 [
-                    *(ours["card"], what, ours["batch"], ours["context"], f"{ours['ms']:.2f}"),
+                    *(ours["card"], what + ours["engine"].removeprefix("ours")),
+                    *(ours["batch"], ours["context"], f"{ours['ms']:.2f}"),
                     f"{other['ms']:.2f}" if other else "",
                     f"{other['ms'] / ours['ms']:.2f}" if other else "",
                     f"{ours['tokens_per_s']:.0f}",

@@ -6,7 +6,7 @@ namespace dist_int8 {
 namespace {
 
 template <typename T, typename Cell>
-__global__ void __launch_bounds__(attention::kPlaceThreads)
+__global__ void __launch_bounds__(attention::kPlaceThreads, 2)
     place_tokens_kernel(const __grid_constant__ AttentionArgs args) {
   device::begin_in_turn();
   attention::place_in_place<T, Cell>(args);

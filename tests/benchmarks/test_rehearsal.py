@@ -56,7 +56,9 @@ def test_a_rehearsal_has_records_of_every_kind(rehearsal):
     names = {suite.get("name") for suite in suites}
     assert "tests.gpu.test_matmul" in names and "tests.gpu.test_rows" not in names
     engines = {r["engine"] for r in found if (r["step"], r["kind"]) == ("model", "decode")}
-    assert engines == {"ours", "transformers"}
+    ours = {"ours", "ours, kernel by kernel", "ours, int8 KV", "ours, sampling"}
+    assert engines == {*ours, "transformers"}
+    assert [r["equal"] for r in found if (r["step"], r["kind"]) == ("model", "tokens")] == [True]
 
 
 def test_rehearsal_contributes_no_figures(rehearsal):
