@@ -8,6 +8,9 @@ namespace {
 
 using namespace attention;
 
+// No head size lets more run at once; where fewer do, the others come when these have ended.
+constexpr int kBlocksPerMultiprocessor = 4;
+
 template <typename T, typename Cell, int kMaxDim>
 __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     attend_kernel(const __grid_constant__ AttentionArgs args, int64_t chunks, int64_t items) {
@@ -31,19 +34,16 @@ __global__ void __launch_bounds__(rows::max_threads(kSpans), 1)
 
 template <typename T, typename Cell, int kMaxDim>
 const char* launch_attend(const AttentionArgs& args, void* stream) {
-  int device = 0, multiprocessors = 0, block_bytes = 0, multiprocessor_bytes = 0;
+  int device = 0, multiprocessors = 0, block_bytes = 0;
   cudaError_t error = cudaGetDevice(&device);
   const auto ask = [&](int* value, cudaDeviceAttr attribute) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
   };
   ask(&multiprocessors, cudaDevAttrMultiProcessorCount);
   ask(&block_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  ask(&multiprocessor_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   const Launch how = choose_launch<Cell>(args.head_dim, block_bytes);
-  // As many blocks as fit at once: a block also takes 1 KiB for itself, and registers allow 2.
-  int64_t blocks = multiprocessor_bytes / (how.shared_bytes + 1024);
-  blocks = multiprocessors * (blocks < 1 ? 1 : blocks > 4 ? 4 : blocks);
+  const int64_t blocks = int64_t{multiprocessors} * kBlocksPerMultiprocessor;
   const int64_t items = num_items(args), chunks = num_chunks(args);
   const dim3 grid(static_cast<unsigned>(items < blocks ? items : blocks));
   return launch_early(attend_kernel<T, Cell, kMaxDim>, grid, 32 * how.num_warps, how.shared_bytes,

@@ -181,8 +181,7 @@ class Settings(Checked):
     kv: Literal["int8", "16bit"] = Field(
         default="16bit",
         description="Format of the KV cache: 16bit (the dtype between the int8 products), or int8 "
-        "with one scale per token and head, which takes half or a quarter of the bytes but makes "
-        "attention slower on a GPU.",
+        "with one scale per token and head, which takes half or a quarter of the bytes.",
         examples=["int8"],
     )
     calibrate: PathText = Field(
