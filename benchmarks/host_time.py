@@ -1,6 +1,6 @@
 """What does a decoding step cost the host, and has it changed? Two checkouts of this repository.
 
-    git worktree add ../before COMMIT && cmake -S ../before -B ../before/build && ...
+    git worktree add ../before COMMIT; cmake -S ../before -B ../before/build; ...
     python benchmarks/host_time.py --before ../before --before-library ../before/build/_ops.so
 
 The model is so small (4 blocks of 64 features) that a step is what the host does around it, but for
@@ -131,6 +131,9 @@ def main() -> None:
     tokens = sum(map(len, answers[0]))
     print(f"greedy token ids of {len(trees)} checkouts are the same: {tokens} tokens")
     figures = {"us_per_step": table, "equal_tokens": tokens, "rounds": args.rounds}
+    if args.before:
+        command = ["git", "-C", str(args.before), "rev-parse", "HEAD"]
+        figures["before_commit"] = subprocess.check_output(command, text=True).strip()
     write_result("host_time", figures, args.json, args.raw)
 
 
