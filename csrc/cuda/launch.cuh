@@ -3,6 +3,9 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdlib>
+#include <cstring>
+
 namespace dist_int8 {
 
 // Dynamic shared memory beyond 48 KiB must be asked for per kernel: the attribute is set at every
@@ -27,7 +30,8 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, int num_threads, in
 
 // Whether this kernel was compiled with the instructions that early launches need: they are in code
 // of 9.0 and later, which a later GPU may lack (then it runs PTX of an older one). The kernels of
-// this library are compiled for the same architectures, so a thread asks once per device.
+// this library are compiled for the same architectures, so a thread asks once per device. To find
+// out whether a fault has to do with it, DIST_INT8_EARLY_LAUNCH=0 turns it off.
 template <typename Kernel>
 bool can_begin_early(Kernel kernel) {
   constexpr int kMaxDevices = 64;
@@ -37,7 +41,9 @@ bool can_begin_early(Kernel kernel) {
   if (known[device] == 0) {
     cudaFuncAttributes attributes{};
     if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return false;
-    known[device] = attributes.ptxVersion >= 90 ? 2 : 1;
+    const char* wanted = std::getenv("DIST_INT8_EARLY_LAUNCH");
+    const bool off = wanted != nullptr && std::strcmp(wanted, "0") == 0;
+    known[device] = attributes.ptxVersion >= 90 && !off ? 2 : 1;
   }
   return known[device] == 2;
 }

@@ -10,9 +10,27 @@ import torch
 
 from dist_int8.int8 import ops, reference
 from dist_int8.int8.activations import ACTIVATIONS
+from dist_int8.int8.kv import Int8KV
 from dist_int8.int8.layouts import LAYOUTS, transform_layout
 
 DEVICE = os.environ.get("DIST_INT8_GPU_TESTS", "cuda")
+
+
+def attend(D: int, L: int, dtype: torch.dtype) -> None:
+    """Decoding and prompts, over caches of either kind."""
+    args = ops.AttentionArgs(6, 2, D**-0.5)
+    shapes = ((3, 2, D, L), (3, 2, L, D))
+    floating = [torch.zeros(shape, device=DEVICE, dtype=dtype) for shape in shapes]
+    scale = torch.zeros(3, 2, L, device=DEVICE)
+    int8 = [Int8KV(cache.char(), scale.clone()) for cache in floating]
+    for caches in (floating, int8):
+        for counts in ((1, 1), (1, 9)):
+            qkv = torch.randn(sum(counts), 10 * D, device=DEVICE, dtype=dtype)
+            starts = (L - 1, 3)
+            rows = [(s, start, n) for s, start, n in zip((2, 0), starts, counts, strict=True)]
+            segments = torch.tensor(rows, dtype=torch.int32)
+            ops.attention(qkv.clone(), *caches, segments, args)
+            ops.attention_quantize(qkv, *caches, segments, args, "none", 0.0, None, 64)
 
 
 def main() -> None:
@@ -51,12 +69,8 @@ def main() -> None:
                 ops.activation_quantize(x, name, *settings)
             ops.silu_mul(x[:, : K // 2 * 2])
             ops.silu_mul_quantize(x[:, : K // 2 * 2], *settings)
-        for D, L in ((64, 512), (20, 77)):
-            keys = torch.zeros(3, 2, D, L, device=DEVICE, dtype=dtype)
-            values = torch.zeros(3, 2, L, D, device=DEVICE, dtype=dtype)
-            qkv = torch.randn(2, 10 * D, device=DEVICE, dtype=dtype)
-            segments = torch.tensor([(2, L - 1, 1), (0, 3, 1)], dtype=torch.int32)
-            ops.attention(qkv, keys, values, segments, ops.AttentionArgs(6, 2, D**-0.5))
+        for D, L in ((64, 512), (128, 272), (256, 48), (20, 77)):
+            attend(D, L, dtype)
     for layout in LAYOUTS:
         x = torch.randint(-127, 128, (65, 259), dtype=torch.int8, device=DEVICE)
         stored = transform_layout(x, "row", layout)
