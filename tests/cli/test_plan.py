@@ -245,7 +245,7 @@ def test_what_was_not_asked_is_not_called_requested(capsys, flags, asked):
 
 def test_no_memory_is_negative(capsys):
     _, shown = run(capsys, "-m", BLOOM, "--gpus", 4, "--memory", "40GB")
-    assert "lacks 6.46 GiB" in shown.out and "-6.46" not in shown.out
+    assert "lacks 6.47 GiB" in shown.out and "-6.47" not in shown.out
 
 
 def test_the_time_of_one_sequence_alone(capsys):

@@ -77,13 +77,13 @@ struct Quantized {
         row_scale(num_rows),
         high_tiles(num_rows * ((K + 2047) / 2048)),
         hot(num_rows) {}
-  QuantizedRowsArgs args() {
+  QuantizedRowsArgs args(int64_t rotation) {
     QuantizedRowsArgs out{};
     out.rule = OutlierRule::kRowRms;
     out.threshold = 2.0;
     out.hot_columns = hot_columns.data();
     out.num_hot = 1;
-    out.rotation = 16;
+    out.rotation = rotation;
     out.x_int8 = low.data();
     out.x_high = high.data();
     out.row_scale = row_scale.data();
@@ -120,23 +120,30 @@ void attend(const AttentionArgs& args, int warps, const Options& options) {
 }
 
 // attention_quantize's second kernel over the same partial results.
-template <typename T>
-bool quantizes_as_two_ops(const AttentionArgs& args, const Options& options) {
+template <typename T, int kSpans>
+bool quantizes_as_two_ops(const AttentionArgs& args, int64_t rotation, const Options& options) {
   const int64_t K = args.num_heads * args.head_dim;
   Quantized<T> fused(args.num_rows, K), separate(args.num_rows, K);
-  const AttentionQuantizeArgs both{args, args.num_rows, K, fused.args()};
+  const AttentionQuantizeArgs both{args, args.num_rows, K, fused.args(rotation)};
   QuantizeRowsArgs rows_args{};
   rows_args.x = args.out;
   rows_args.x_type = args.type;
   rows_args.num_rows = args.num_rows;
   rows_args.num_features = K;
-  rows_args.out = separate.args();
+  rows_args.out = separate.args(rotation);
   const rows::Geometry g = rows::geometry(rows::quantized_shape(K, both.out), kMaxSharedBytes);
   emulator::launch({args.num_rows}, g.num_threads, g.shared_bytes, options,
-                   [&] { attention::combine_quantize<T, 1>(both, g.num_kept); });
+                   [&] { attention::combine_quantize<T, kSpans>(both, g.num_kept); });
   emulator::launch({args.num_rows}, g.num_threads, g.shared_bytes, options,
-                   [&] { rows::quantize_rows_body<T, 1>(rows_args, g.num_kept); });
+                   [&] { rows::quantize_rows_body<T, kSpans>(rows_args, g.num_kept); });
   return fused == separate;
+}
+
+template <typename T>
+bool quantizes_as_two_ops(const AttentionArgs& args, const Options& options) {
+  const int64_t K = args.num_heads * args.head_dim;
+  return quantizes_as_two_ops<T, 1>(args, 16, options) &&
+         (K % kLargestRotation != 0 || quantizes_as_two_ops<T, 2>(args, kLargestRotation, options));
 }
 
 template <typename T, typename Cell>

@@ -112,8 +112,9 @@ class Case:
         (5, 1, 80, 8, False),
         (6, 2, 32, 16, True),
         (11, 1, 16, 4, True),
+        (8, 8, 128, 64, False),
     ],
-    ids=["bloom", "rotary", "group-of-5", "group-of-3", "group-of-11"],
+    ids=["bloom", "rotary", "group-of-5", "group-of-3", "group-of-11", "rotated-by-1024"],
 )
 def test_decode_equals_plain_torch(program, dtype, H, KV, D, half, slopes, cache):
     places = [(1, 0), (0, 299), (2, 256)]
