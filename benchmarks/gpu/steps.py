@@ -109,8 +109,8 @@ STEPS = (
     _tests("test_api", (15, 60, 12), "measured: a start: 13; 2 tests of a tiny model"),
     _script(
         "model",
-        (75, 170, 30),
-        "measured: 42 with a start, one of ours, transformers'; two more of ours, sampling: 33",
+        (62, 170, 30),
+        "measured: 42 with a start, one of ours, transformers'; two more of ours, sampling: 20",
     ),
     _script(
         "stages",
