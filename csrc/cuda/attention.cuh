@@ -272,7 +272,7 @@ DIST_INT8_DEVICE void attend(const AttentionArgs& args, int64_t chunks, int64_t 
     const int query = lane_index() / 4;
     const bool has_slope = args.alibi_slopes != nullptr && query < item.num_queries;
     const float slope = has_slope ? args.alibi_slopes[item.first_head + query] : 0.0f;
-    Running<kMaxDim> running{-INFINITY, 0.0f, Tile<Cell>::kIsInt8 ? 0.0f : 1.0f, {}};
+    Running<kMaxDim> running{-INFINITY, 0.0f, Tile<Cell>::kIsInt8 ? kSmallestUnit : 1.0f, {}};
     attend_tiles<Cell, kMaxDim>(item, context, s, shared, slope, running);
     copy_async_wait<0>();
     block_sync();

@@ -24,7 +24,7 @@ template <int kMaxDim>
 struct Running {
   float highest;               // score; the same in the 4 lanes of a head
   float total;                 // of weights, of this lane's positions
-  float value_unit;            // power of two; of values in int8: the largest scale so far
+  float value_unit;            // power of two; of values in int8: the largest scale so far, or more
   float sums[kMaxDim / 8][4];  // weights (times kWeightUnit / value_unit) . values
 };
 
@@ -98,7 +98,7 @@ DIST_INT8_DEVICE void scale_weights(const Context<Cell>& context, const float* v
     const float unit = Largest::combine(largest, before);
     if (unit > before) shrink *= before / unit;
     running.value_unit = unit;
-    factor = unit > 0.0f ? kWeightUnit / unit : 0.0f;
+    factor = kWeightUnit / unit;
   }
   rescale(running, shrink);
   DIST_INT8_UNROLL
@@ -152,7 +152,7 @@ DIST_INT8_DEVICE void merge_warps(const AttentionArgs& args, const Item& item, f
     float sum = 0.0f;
     for (int w = 0; w < num_warps(); ++w) {
       const float* of_warp = of_head + w * kQueries * width;
-      if (of_warp[D] == -INFINITY) continue;
+      // A warp without positions adds 0; one whose scores are all NaN has no highest, but NaN sums.
       sum = fmaf(expf(of_warp[D] - highest), of_warp[d], sum);
     }
     const int64_t head = int64_t{item.row} * args.num_heads + item.first_head + g;

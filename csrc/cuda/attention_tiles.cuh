@@ -4,8 +4,8 @@
 // kPositions columns of the keys, which lie transposed, [D, L], and as many rows of the values, [L,
 // D]. Both go through the 16-bit tensor cores (m16n8k16), which want operands of 16 bits where
 // queries and softmax weights are fp32: each is split into a high and a low part, rows 0-7 and 8-15
-// of the left operand, whose two products lie in the same lane. Nothing is lost to the rounding of
-// operands, and no row of the instruction is idle. Keys and values in int8 become fp16 in
+// of the left operand, whose two products lie in the same lane. Together they hold 16 bits of
+// an operand in bf16 and 22 in fp16, and no row of the instruction is idle. Keys and values in int8 become fp16 in
 // registers, exactly. Caches in fp32 take the same ways without tensor cores.
 //
 // Left operands carry a power of two, so that their low parts stay away from the subnormal numbers
@@ -18,9 +18,10 @@
 namespace dist_int8 {
 namespace attention {
 
-constexpr int kQueries = 8;              // heads of a warp
-constexpr int kRowPieces = 4;            // of 16 bytes, in a row of a tile of keys
-constexpr float kWeightUnit = 16384.0f;  // what a softmax weight of 1 is multiplied by
+constexpr int kQueries = 8;                      // heads of a warp
+constexpr int kRowPieces = 4;                    // of 16 bytes, in a row of a tile of keys
+constexpr float kSmallestUnit = 7.8886091e-31f;  // 2^-100, so that kWeightUnit can be divided by it
+constexpr float kWeightUnit = 16384.0f;          // what a softmax weight of 1 is multiplied by
 
 // How positions (of keys) and features (of values) lie in fragments of 8 columns. Of int8 two
 // neighbours share a 16-bit element of ldmatrix: the even ones make a fragment, and the odd ones.

@@ -62,6 +62,11 @@ class Checked(BaseModel):
             raise ValueError(" | ".join(dict.fromkeys(lines))) from None
 
     @classmethod
+    def explain_missing(cls, hint: str) -> str:
+        """Says what to do about a field that is missing; `hint` shows how it is written."""
+        return hint
+
+    @classmethod
     def explain_unknown(cls, key: str) -> str | None:
         """Says where a key belongs that is no field of this class; None if nowhere."""
         return None
@@ -104,6 +109,8 @@ def _one_line(cls: type[Checked], source: str, detail: Any, flags: Mapping[str, 
         if key in flags and ("[" in advice or "{" in advice):  # how YAML writes it
             message = f"{said}; {hint}"
         return f"{source}:{key}: {name} {message}"
+    if detail["type"] == "missing":
+        return f"{source}:{key}: {name} must be given, it is missing; {cls.explain_missing(hint)}"
     return (
         f"{source}:{key}: {name} must be {_expected(detail)}, got {show(detail['input'])}; {hint}"
     )

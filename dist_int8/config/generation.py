@@ -152,7 +152,8 @@ class GenerationSettings(Checked):
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(
         default=None,
-        description="Seed of the random numbers; the same seed gives the same answer.",
+        description="Seed of the random numbers; the same seed gives the same answer. Of several "
+        "prompts each has the seed of the one before it plus 1.",
         examples=[0],
     )
     stop: Annotated[list[NonEmpty], BeforeValidator(listed)] = Field(

@@ -63,3 +63,8 @@ class ProfileSettings(Checked):
     network_latency_s: Seconds = Field(
         description="Seconds of the smallest message to that machine.", examples=[4.0e-05]
     )
+
+    @classmethod
+    def explain_missing(cls, hint: str) -> str:
+        """Fields are measured, not written by hand; earlier files lack the newer ones."""
+        return "measure the device again with `dist-int8 bench --profile`"

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_int8.int8 import plain, prefill, rows
+from dist_int8.int8 import checks, plain, prefill, rows
 from dist_int8.int8.attention_args import AttentionArgs
 from dist_int8.int8.kv import Cache, Int8KV, elements_of, list_tensors, list_with_scales
 from dist_int8.int8.library import load
 from dist_int8.int8.reference import QuantizedRows
 from dist_int8.int8.registry import has_kernel, has_op
+from dist_int8.int8.rotation import check_rotation
 from dist_int8.int8.segments import Segments
 
 _COMPILED = load()
@@ -84,6 +85,8 @@ def attention_quantize(
     The result is that of the two, bit for bit. Arguments and errors as there.
     """
     quantization = (outlier_rule, outlier_threshold, hot_columns, rotation)
+    checks.check_outlier_rule(outlier_rule, outlier_threshold)
+    check_rotation(rotation)
     if qkv.is_cuda:
         segments = _on_gpu(qkv, key_cache, segments, args)
         if segments.prompts is None and decodes_on_gpu(key_cache):

@@ -20,7 +20,12 @@ Cache = Tensor | Int8KV  # of the keys or of the values; both are of one kind
 
 
 def list_tensors(key_cache: Cache, value_cache: Cache) -> list[Tensor]:
-    """The tensors of both, keys first: 2 of them, or 4 in int8."""
+    """The tensors of both, keys first: 2 of them, or 4 in int8. ValueError for one of each kind."""
+    if isinstance(key_cache, Int8KV) != isinstance(value_cache, Int8KV):
+        raise ValueError(
+            "attention: key_cache and value_cache must be of one kind, got an int8 one beside "
+            "another; make both alike"
+        )
     caches = (key_cache, value_cache)
     return [t for cache in caches for t in (cache if isinstance(cache, Int8KV) else (cache,))]
 

@@ -44,15 +44,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * c - b * s, b * c + a * s, rest], dim=2)
 
 
-def check_segments(
-    rows: list[list[int]], key_cache: Tensor, cos: Tensor | None, op: str = "attention"
-) -> None:
-    """Raises ValueError for a (slot, start, count) outside the caches or the tables."""
+def _check_layout(key_cache: Tensor, op: str = "attention") -> None:
     if key_cache.dim() != 4:
         raise ValueError(
             f"{op}: key_cache must be [S, KV, D, L], got {list(key_cache.shape)}; "
             "keys in groups are for the compiled op on CPUs"
         )
+
+
+def check_segments(
+    rows: list[list[int]], key_cache: Tensor, cos: Tensor | None, op: str = "attention"
+) -> None:
+    """Raises ValueError for a (slot, start, count) outside the caches or the tables."""
+    _check_layout(key_cache, op)
     num_slots, _, _, max_tokens = key_cache.shape
     limit = max_tokens if cos is None else min(max_tokens, cos.shape[0])
     for b, (slot, start, count) in enumerate(rows):
@@ -110,12 +114,39 @@ def attention(
 def attend(
     qkv: Tensor, key_cache: Cache, value_cache: Cache, segments: Tensor, args: AttentionArgs
 ) -> Tensor:
-    """`attention` or `int8_kv_attention`, whichever the caches are of."""
+    """`attention` or `int8_kv_attention`, whichever the caches are of.
+
+    Raises ValueError for tensors that do not go together.
+    """
+    tensors = list_tensors(key_cache, value_cache)
+    _check(qkv, key_cache, value_cache, args)
     of_kind: Any = int8_kv_attention if isinstance(key_cache, Int8KV) else attention
-    attended: Tensor = of_kind(
-        qkv.contiguous(), *list_tensors(key_cache, value_cache), segments, args
-    )
+    attended: Tensor = of_kind(qkv.contiguous(), *tensors, segments, args)
     return attended
+
+
+def _check(qkv: Tensor, key_cache: Cache, value_cache: Cache, args: AttentionArgs) -> None:
+    keys, values = elements_of(key_cache), elements_of(value_cache)
+    _check_layout(keys)
+    slots, kv_heads, head_dim, max_tokens = keys.shape
+    expected = [slots, kv_heads, max_tokens, head_dim]
+    if list(values.shape) != expected:
+        raise ValueError(
+            f"attention: value_cache must be {expected} beside these keys, got "
+            f"{list(values.shape)}; make it for as many slots, heads and tokens"
+        )
+    dtype = torch.int8 if isinstance(key_cache, Int8KV) else qkv.dtype
+    if keys.dtype != dtype or values.dtype != dtype:
+        raise ValueError(
+            f"attention: caches must be {dtype} for this qkv, got {keys.dtype} and "
+            f"{values.dtype}; make them in the dtype of qkv"
+        )
+    width = (args.num_heads + 2 * args.num_kv_heads) * head_dim
+    if kv_heads != args.num_kv_heads or qkv.dim() != 2 or qkv.shape[1] != width:
+        raise ValueError(
+            f"attention: qkv must be [T, (H+2*KV)*D={width}] with KV={kv_heads} heads in the "
+            f"caches, got {list(qkv.shape)}; check num_heads and num_kv_heads"
+        )
 
 
 def place_tokens(

@@ -23,7 +23,9 @@ def predict_alone(
         formats: formats of weights and KV cache.
         plan: stages of the model.
     """
-    workload = Workload(1, 2 * CONTEXT)  # sequences count with half of their length
+    # sequences count with half of their length
+    records_steps = plan.workload is not None and plan.workload.records_steps
+    workload = Workload(1, 2 * CONTEXT, records_steps=records_steps)
     problem = make_problem(model, devices, formats, workload)
     total = 0
     for rank, stage in enumerate(plan.stages):

@@ -30,8 +30,9 @@ from dist_int8.partition.profiles import DeviceProfile
 
 PS_PER_S = 10**12
 PS_PER_MS = 10**9
-# Kernels of a block that decodes, and of one that also takes prompts (benchmarks/launches.py).
+# Kernels of a block that decodes, and of one that takes prompts (benchmarks/launches.py).
 DECODE_KERNELS, PREFILL_KERNELS = 9, 14
+HEAD_KERNELS = 16  # of a step besides its blocks (17 of BLOOM): embedding, head and sampler
 # With more rows a GEMM leaves int32 sums in memory on data-center GPUs (csrc, gemm_tiles.h).
 MAX_ROWS_WITHOUT_SUMS = 128
 # A thread block quantizes a row, feature after feature: H200, 31 us for a row of 57,344 and 16 us
@@ -107,11 +108,22 @@ def _conversion_ps(linear: Linear, formats: Formats, profile: DeviceProfile, num
     return quantizing + _to_ps(sums / profile.float_bandwidth)
 
 
-def head_ps(model: ModelSizes, formats: Formats, profile: DeviceProfile, *, num_rows: int) -> int:
-    """Computes the picoseconds of the head for `num_rows` rows, one per token to sample."""
+def head_ps(
+    model: ModelSizes,
+    formats: Formats,
+    profile: DeviceProfile,
+    *,
+    num_rows: int,
+    is_recorded: bool = False,
+) -> int:
+    """Computes the picoseconds of the head for `num_rows` rows, one per token to sample.
+
+    Of kernels that are launched one by one, all that are not of blocks count here.
+    """
     num_weights = model.vocab_size * model.embedding_size
     num_bytes = head_table_bytes(model, formats)
-    return _linear_ps(num_weights, num_bytes, num_rows, formats.head_int8, profile)
+    total = _linear_ps(num_weights, num_bytes, num_rows, formats.head_int8, profile)
+    return total if is_recorded else max(total, _to_ps(HEAD_KERNELS * profile.launch_s))
 
 
 def hop_ps(

@@ -134,7 +134,12 @@ def make_problem(
     rows = _decode_rows(workload, len(devices))
     return Problem(
         times=_times(model, devices, formats, workload, prefill_ratio),
-        last_times=[cost.head_ps(model, formats, d.profile, num_rows=rows) for d in devices],
+        last_times=[
+            cost.head_ps(
+                model, formats, d.profile, num_rows=rows, is_recorded=workload.records_steps
+            )
+            for d in devices
+        ],
         hops=_hops(model, devices, formats, rows),
         block_bytes=[memory.block_bytes(b, formats, i) for i, b in enumerate(model.blocks)],
         kv_bytes=_kv_bytes(model, formats),

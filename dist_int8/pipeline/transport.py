@@ -114,12 +114,12 @@ class Transport:
 
     def send_result(self, result: Result) -> None:
         """Starts sending a result to rank 0, from a GPU as soon as its values are there."""
-        if result.ready is None:
-            self._send_result(result)
-            return
+        if self._sender is None and result.ready is not None:
+            self._sender = ResultSender(self._send_result, self.abort, self._cores)
         if self._sender is None:
-            self._sender = ResultSender(self._send_result, self._cores)
-        self._sender.put(result)
+            self._send_result(result)
+        else:  # those that are ready too: rank 0 takes results in the order of submission
+            self._sender.put(result)
 
     def _send_result(self, result: Result) -> None:
         parts = wire.pack_result(result)
@@ -143,6 +143,8 @@ class Transport:
                     raise
                 self.refuse(error)
             except (RuntimeError, dist.DistError) as error:
+                if self._sender is not None:  # which closes the connections where it fails
+                    self._sender.raise_failure()
                 raise self._lost_source(error) from None
 
     def next_result(self, timeout_s: float) -> Result | None:
@@ -162,7 +164,8 @@ class Transport:
     def flush(self) -> None:
         """Waits until everything sent has left."""
         if self._sender is not None:
-            self._sender.flush()
+            self._sender.finish()
+            self._sender = None
         while self._sent:
             self._wait_for_oldest()
         try:
@@ -181,6 +184,8 @@ class Transport:
             with suppress(RuntimeError, dist.DistError):
                 work = self._groups["cpu"].recv([nothing], peer, ABORT_TAG)
                 work.wait(timedelta(milliseconds=1))
+        if self._sender is not None:
+            self._sender.close()
         with suppress(queue.Empty):
             while True:  # the receiving thread must not wait for room
                 self._received.get_nowait()

@@ -1,7 +1,9 @@
 """Measures what the planner needs to know about a device, with the ops that a stage runs.
 
 Each call takes the next of several weights, which together exceed every cache as in a real model: a
-layer that stays in a cache would seem several times as fast.
+layer that stays in a cache would seem several times as fast. On a GPU calls are replayed as a CUDA
+graph, since launching takes the host longer than reading a weight takes the card; and rows are
+quantized before, since the plan counts that apart (`partition/cost.py`).
 """
 
 import os
@@ -56,8 +58,11 @@ def measure(
         seconds = _linear_seconds(place, dtype, num_features)
         attention_ops = _attention_rate(place, dtype)
         overhead, launch = _overhead(place, dtype)
-    int8_bandwidth, int8_ops = _bandwidth_and_rate(place, seconds["int8"], num_features**2, 1)
     float_bandwidth, float_ops = _bandwidth_and_rate(place, seconds["float"], num_features**2, 2)
+    one, many = seconds["int8"]
+    if not on_cpu:  # the plan counts writing and reading int32 sums apart
+        many -= 8 * MANY_ROWS["cuda"] * num_features / float_bandwidth
+    int8_bandwidth, int8_ops = _bandwidth_and_rate(place, (one, many), num_features**2, 1)
     return {
         **asdict(PROFILES["cpu" if on_cpu else DEFAULT_GPU]),
         "name": name or (_cpu_name() if on_cpu else torch.cuda.get_device_name(place)),
@@ -91,7 +96,13 @@ def _linear_seconds(
     quantized, scale = reference.quantize_weight(weight)
     col_scale = scale.to(place)
 
+    quantized_rows = {
+        len(x): ops.quantize_rows(x, **_RULE) for x in (one_row, many_rows) if place.type == "cuda"
+    }
+
     def int8(x: Tensor, w: Tensor) -> Tensor:
+        if quantized_rows:
+            return ops.int8_matmul(quantized_rows[len(x)], w, col_scale)
         return ops.int8_linear(x, w, col_scale, **_RULE)
 
     int8s = _copies(quantized.to(place), num_bytes)
@@ -143,17 +154,28 @@ def _seconds(
     x: Tensor,
     weights: Sequence[Tensor],
     place: torch.device,
+    records: bool = True,
 ) -> float:
-    """Measures the median seconds of op(x, weight) over rounds through the weights."""
+    """Measures the median seconds of op(x, weight) over rounds through the weights.
+
+    On a GPU a round is replayed as a CUDA graph, unless not `records`.
+    """
     some = weights if len(x) == 1 else weights[:4]
     for weight in some[:2]:
         op(x, weight)
+
+    def run() -> None:
+        for weight in some:
+            op(x, weight)
+
+    if place.type == "cuda" and records:
+        run = _record(run)
+        run()
     rounds = []
     for _ in range(REPEATS):
         _wait(place)
         begin = time.perf_counter()
-        for weight in some:
-            op(x, weight)
+        run()
         _wait(place)
         rounds.append((time.perf_counter() - begin) / len(some))
     return statistics.median(rounds)
@@ -208,19 +230,19 @@ def _overhead(place: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     def run(x: Tensor, _: Tensor) -> Tensor:
         return stage(batch, x, caches)
 
-    seconds = _seconds(run, x, [x] * count, place) / count
+    launched = _seconds(run, x, [x] * count, place, records=False) / count
     if place.type == "cpu":
-        return seconds, 0.0
+        return launched, 0.0
+    return _seconds(run, x, [x] * count, place) / count, launched / DECODE_KERNELS
+
+
+def _record(work: Callable[[], None]) -> Callable[[], None]:
+    """What replays as a CUDA graph what `work` launches."""
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run(x, x)
-
-    def replay(x: Tensor, _: Tensor) -> Tensor:
-        graph.replay()
-        return x
-
-    replayed = _seconds(replay, x, [x] * count, place) / count
-    return replayed, seconds / DECODE_KERNELS
+        work()
+    return graph.replay
 
 
 class _OneLayer(NamedTuple):

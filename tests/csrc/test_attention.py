@@ -193,12 +193,25 @@ def test_a_segment_that_is_not_valid_gives_nan_and_touches_nothing(program, segm
     torch.testing.assert_close(keys, before, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_nan_in_a_token_gives_nan_there_alone(program):
-    for cache in CACHES:
-        case = Case(torch.float16, [(1, 20), (2, 9)], 2, 1, 16, L=32, cache=cache)
-        case.qkv[0, 2 * 16] = torch.nan  # of its key
-        out, *_ = case.run(program)
-        assert out[0].isnan().all() and not out[1].isnan().any()
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("position", [20, 32, 64, 256])
+def test_a_nan_in_a_token_gives_nan_there_alone(program, dtype, position, cache):
+    """Also where the token's key is the first of a tile, a warp or a split."""
+    case = Case(dtype, [(1, position), (2, 9)], 2, 1, 16, L=272, cache=cache)
+    case.qkv[0, 2 * 16] = torch.nan  # of its key
+    out, *_ = case.run(program)
+    assert out[0].isnan().all() and not out[1].isnan().any()
+
+
+@pytest.mark.parametrize("size", [1e-33, 1e-35, 1e-37])
+def test_values_of_any_size(program, size):
+    case = Case(torch.float32, [(1, 40)], 2, 1, 16, L=64, cache="int8")
+    case.caches[3][1, :, :40] = size
+    case.qkv[:, 3 * 16 :] *= 100 * size
+    out, expected = case.run(program)[0], case.expected()[0]
+    least = 1e-5 * float(expected.abs().max()) + 1e-39  # of subnormal numbers
+    torch.testing.assert_close(out, expected, rtol=0, atol=least)
 
 
 @pytest.mark.parametrize("cache", CACHES)

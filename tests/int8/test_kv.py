@@ -374,3 +374,42 @@ def test_other_instruction_sets(instruction_set):
     environment = os.environ | {"DIST_INT8_CPU_ISA": instruction_set}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("one kind", "must be of one kind"),
+        ("short values", "value_cache must be"),
+        ("other dtype", "must be torch.bfloat16|must be float32"),
+        ("narrow qkv", "qkv must be"),
+    ],
+)
+def test_tensors_that_do_not_go_together_are_refused_before_anything_is_written(
+    dtype, change, said
+):
+    args = ops.AttentionArgs(4, 2, 0.25)
+    qkv, segments = torch.ones(2, 8 * 16, dtype=dtype), torch.tensor([[0, 0, 2]]).int()
+    keys = torch.zeros(3, 2, 16, 32, dtype=dtype)
+    values = torch.zeros(3, 2, 32, 16, dtype=dtype)
+    if change == "one kind":
+        values = kv.Int8KV(values.char(), torch.zeros(3, 2, 32))
+    elif change == "short values":
+        values = values[:, :, :31]
+    elif change == "other dtype":
+        keys, values = keys.half(), values.half()
+    else:
+        qkv = qkv[:, 1:]
+    with pytest.raises((ValueError, RuntimeError), match=said):
+        ops.attention(qkv, keys, values, segments, args)
+    assert not keys.any()
+
+
+def test_a_rule_that_is_refused_writes_nothing():
+    keys, values = torch.zeros(1, 2, 16, 32), torch.zeros(1, 2, 32, 16)
+    segments, args = torch.tensor([[0, 0, 2]]).int(), ops.AttentionArgs(4, 2, 0.25)
+    for rule in (("none", 0.0, None, 3), ("some", 0.0), ("absolute", -1.0)):
+        with pytest.raises(ValueError, match="must be"):
+            ops.attention_quantize(torch.ones(2, 128), keys, values, segments, args, *rule)
+    assert not keys.any() and not values.any()

@@ -10,6 +10,7 @@ from dist_int8.models import describe, load_config
 from dist_int8.partition import PROFILES, Formats
 from dist_int8.partition.cost import (
     DECODE_KERNELS,
+    HEAD_KERNELS,
     PREFILL_KERNELS,
     PS_PER_S,
     StepShape,
@@ -67,6 +68,13 @@ def test_a_host_that_launches_kernel_by_kernel_is_the_bound_of_small_steps():
     assert seconds(INT8, slow, 1, is_recorded=True) == seconds(INT8, A100, 1)
     cpu = PROFILES["cpu"]
     assert seconds(INT8, cpu, 1) == seconds(INT8, cpu, 1, is_recorded=True)
+
+
+def test_what_is_not_of_blocks_is_launched_with_the_head():
+    slow = replace(A100, launch_s=1e-3)
+    assert head_ps(BLOOM, INT8, slow, num_rows=1) == HEAD_KERNELS * PS_PER_S // 1000
+    recorded = head_ps(BLOOM, INT8, slow, num_rows=1, is_recorded=True)
+    assert recorded == head_ps(BLOOM, INT8, A100, num_rows=1)
 
 
 def test_kernels_of_a_block_are_those_that_were_counted():

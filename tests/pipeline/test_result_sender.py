@@ -23,25 +23,29 @@ class Event:
         assert self.set.wait(60)
 
 
+def no_failure():
+    raise AssertionError("nothing fails here")
+
+
 def late_result(step):
     return Result(0, step, torch.tensor([step]), ready=Event())
 
 
 def test_the_stage_goes_on_and_results_leave_in_order():
     sent = []
-    sender = ResultSender(lambda result: sent.append(result.step))
+    sender = ResultSender(lambda result: sent.append(result.step), no_failure)
     results = [late_result(step) for step in range(2)]
     for result in results:
         sender.put(result)  # neither is ready: nobody waits here
     assert sent == []
     results[1].ready.set.set()  # the first is not ready yet, so that nothing leaves
     results[0].ready.set.set()
-    sender.flush()
+    sender.finish()
     assert sent == [0, 1]
 
 
 def test_a_fast_stage_is_held_back():
-    sender = ResultSender(lambda result: None, size=1)
+    sender = ResultSender(lambda result: None, no_failure, size=1)
     first = late_result(0)
     sender.put(first)
     done = threading.Event()
@@ -58,15 +62,29 @@ def test_a_fast_stage_is_held_back():
     assert done.wait(60)
 
 
-def test_a_lost_connection_is_raised_where_the_stage_looks_next():
+def test_a_failure_is_told_at_once_and_raised_where_the_stage_looks_next():
+    """The stage may wait for a micro-batch that does not come without this result."""
+    told = threading.Event()
+
     def lose(result):
         raise RankError("lost the connection to rank 0", 0)
 
-    sender = ResultSender(lose)
+    sender = ResultSender(lose, told.set)
     result = late_result(0)
     result.ready.set.set()
     sender.put(result)
-    with pytest.raises(RankError, match="rank 0"):
-        sender.flush()
-    with pytest.raises(RankError, match="rank 0"):
-        sender.put(late_result(1))
+    assert told.wait(60)
+    for look in (sender.raise_failure, lambda: sender.put(late_result(1)), sender.finish):
+        with pytest.raises(RankError, match="rank 0"):
+            look()
+
+
+def test_closing_ends_the_thread_and_never_waits():
+    sender = ResultSender(lambda result: None, no_failure)
+    late = late_result(0)
+    sender.put(late)
+    sender.close()
+    late.ready.set.set()
+    sender._thread.join(60)
+    assert not sender._thread.is_alive()
+    sender.finish()  # nothing is left to wait for
