@@ -5,8 +5,8 @@
 // D]. Both go through the 16-bit tensor cores (m16n8k16), which want operands of 16 bits where
 // queries and softmax weights are fp32: each is split into a high and a low part, rows 0-7 and 8-15
 // of the left operand, whose two products lie in the same lane. Together they hold 16 bits of
-// an operand in bf16 and 22 in fp16, and no row of the instruction is idle. Keys and values in int8 become fp16 in
-// registers, exactly. Caches in fp32 take the same ways without tensor cores.
+// an operand in bf16 and 22 in fp16, and no row of the instruction is idle. Keys and values in int8
+// become fp16 in registers, exactly. Caches in fp32 take the same ways without tensor cores.
 //
 // Left operands carry a power of two, so that their low parts stay away from the subnormal numbers
 // of fp16.
