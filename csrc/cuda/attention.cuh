@@ -24,8 +24,6 @@ namespace dist_int8 {
 namespace attention {
 
 constexpr int kMaxWarps = 4;
-constexpr int kMaxHeadDim = 256;
-constexpr int kHeadDimUnit = 16;  // D and L are multiples of it
 
 inline int64_t num_chunks(const AttentionArgs& args) {
   const int64_t group = args.num_heads / args.num_kv_heads;

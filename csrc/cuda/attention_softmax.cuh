@@ -55,7 +55,7 @@ DIST_INT8_DEVICE float weigh_tile(const Context<Cell>& context, const float* key
       float score = scores[f][e] * undo;
       if constexpr (Shape::kIsInt8) score *= key_scale[at];
       score += slope * static_cast<float>(j);
-      scores[f][e] = j >= context.start && j < context.end ? score : -INFINITY;
+      scores[f][e] = context.sees(j) ? score : -INFINITY;
       now = Largest::combine(scores[f][e], now);
     }
   }
@@ -69,8 +69,7 @@ DIST_INT8_DEVICE float weigh_tile(const Context<Cell>& context, const float* key
     DIST_INT8_UNROLL
     for (int e = 0; e < 2; ++e) {
       const int j = first + Shape::column(f, lane_index() % 4, e);
-      const bool seen = j >= context.start && j < context.end;
-      scores[f][e] = seen ? expf(scores[f][e] - now) : 0.0f;
+      scores[f][e] = context.sees(j) ? expf(scores[f][e] - now) : 0.0f;
       running.total += scores[f][e];
     }
   }
@@ -89,9 +88,7 @@ DIST_INT8_DEVICE void scale_weights(const Context<Cell>& context, const float* v
   if constexpr (Shape::kIsInt8) {
     float largest = 0.0f;
     for (int at = lane_index(); at < Shape::kPositions; at += 32) {
-      const int j = first + at;
-      const bool seen = j >= context.start && j < context.end;
-      if (seen) largest = Largest::combine(value_scale[at], largest);
+      if (context.sees(first + at)) largest = Largest::combine(value_scale[at], largest);
     }
     largest = float_from_bits(bits_from_float(warp_reduce<Largest>(largest)) & 0x7f800000u);
     const float before = running.value_unit;
@@ -106,10 +103,9 @@ DIST_INT8_DEVICE void scale_weights(const Context<Cell>& context, const float* v
     DIST_INT8_UNROLL
     for (int e = 0; e < 2; ++e) {
       const int at = Shape::column(f, lane_index() % 4, e);
-      const int j = first + at;
       float weight = weights[f][e] * factor;
       if constexpr (Shape::kIsInt8) {
-        weight = j >= context.start && j < context.end ? weight * value_scale[at] : 0.0f;
+        weight = context.sees(first + at) ? weight * value_scale[at] : 0.0f;
       }
       weights[f][e] = weight;
     }

@@ -98,6 +98,8 @@ struct Context {
   int start;  // positions
   int end;
   int head_dim;
+
+  DIST_INT8_DEVICE bool sees(int j) const { return j >= start && j < end; }
 };
 
 // Positions first .. first + 63 bytes' worth: starts the copies of their scales.
@@ -139,7 +141,7 @@ DIST_INT8_DEVICE void load_values(const SharedLayout& s, unsigned char* unit,
   int row = lane_index() / pieces, piece = lane_index() % pieces;
   while (row < Tile<Cell>::kPositions) {
     const int j = first + row;
-    const bool valid = j >= context.start && j < context.end;
+    const bool valid = context.sees(j);
     copy_async16(
         unit + row * s.value_stride + piece * 16,
         context.values + int64_t{valid ? j : context.start} * context.head_dim + piece * kPerPiece,

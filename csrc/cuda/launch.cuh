@@ -69,6 +69,7 @@ const char* launch_early(void (*kernel)(Parameters...), dim3 grid, int num_threa
   config.attrs = &early;
   config.numAttrs = 1;
   error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  cudaGetLastError();  // it is told here, and not to who asks next
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -8,8 +8,6 @@
 namespace dist_int8 {
 namespace {
 
-constexpr int64_t kMaxHeadDim = 256, kUnit = 16;
-
 // What the segments say is not checked: that would take a host read. The kernels leave the caches
 // alone, and give NaN, where a segment is not one token of a slot and position that exist.
 AttentionArgs check_on_cuda(const char* op, const AttentionInputs& inputs, const char* name) {
@@ -36,9 +34,9 @@ struct Decoding {
   Decoding(const char* op, const AttentionInputs& inputs)
       : args(check_on_cuda(op, inputs, "segments")) {
     const int64_t D = args.head_dim, L = args.max_tokens;
-    if (D % kUnit != 0 || L % kUnit != 0) {
-      fail(op, "D and L must be multiples of " + std::to_string(kUnit) + " on a GPU, got " +
-                   std::to_string(D) + " and " + std::to_string(L) +
+    if (D % kAttentionUnit != 0 || L % kAttentionUnit != 0) {
+      fail(op, "D and L must be multiples of " + std::to_string(kAttentionUnit) +
+                   " on a GPU, got " + std::to_string(D) + " and " + std::to_string(L) +
                    "; give the caches more tokens, or run this model in plain torch");
     }
     for (const void* data :

@@ -22,8 +22,8 @@ matrix-vector products reach (A100: 1.7 to 1.75 of 2.04 TB/s, gpt-fast; H200: 4.
 A100 (up to 73%, arXiv:2307.08691) and 35% on H100 (arXiv:2407.08608); below compute capability 8.0,
 where torch has no flash attention, prompts attend in fp32. Launching takes 25 us of the host per
 kernel: 9.9 ms for the about 400 of a decode step of an 8B model beside an H200, launched one by one
-(benchmarks/results/gpu, 2026-11-27); what a block of BLOOM-176B took there besides its linears and
-quantization, replayed, is `block_overhead_s`.
+(benchmarks/results/gpu, 2026-11-27). `block_overhead_s` is a guess: about 3 us for each of the 9
+kernels of a block that is replayed.
 """
 
 from dataclasses import dataclass

@@ -111,7 +111,7 @@ void attend(const AttentionArgs& args, int warps, const Options& options) {
     } else if (args.head_dim <= 128) {
       attention::attend<T, Cell, 128>(args, chunks, items);
     } else {
-      attention::attend<T, Cell, attention::kMaxHeadDim>(args, chunks, items);
+      attention::attend<T, Cell, kMaxHeadDim>(args, chunks, items);
     }
   });
   const int64_t heads_per_block = attention::kCombineThreads / 32;

@@ -45,7 +45,8 @@ inline AttentionSplits attention_splits(int64_t max_tokens) {
   return AttentionSplits{tiles_per_split * kTile, splits < 1 ? 1 : splits};
 }
 
-// Of caches in qkv's type or, with scales, in int8; D and L are multiples of 16.
+// Of caches in qkv's type or, with scales, in int8; D and L are multiples of kAttentionUnit.
+constexpr int kMaxHeadDim = 256, kAttentionUnit = 16;
 const char* cuda_attention(const AttentionArgs& args, void* stream);
 const char* cuda_attention_quantize(const AttentionQuantizeArgs& args, void* stream);
 
